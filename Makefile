@@ -1,0 +1,37 @@
+# Two commands do all: `make demo` and `make test`. Neither needs a GPU, a model hub or an account.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-oldest lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/keepsight demo
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest -n 2 -q
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# The other end of the supported range: the oldest torch and transformers that pyproject.toml allows.
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -n 2 -q
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+.venv-oldest/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/python -m pip install --quiet -e ".[dev]" "torch==2.11.*" "transformers==5.17.*"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-oldest keepsight-demo
