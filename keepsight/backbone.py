@@ -1,0 +1,215 @@
+"""Backbone: all that a memory must know of a VLM family, one small entry per family.
+
+A family is *added* by one row in `FAMILIES` and one row in the tests' table. Everything else in keepsight asks the
+backbone and never looks at a model's class. This module knows transformers and nothing of keepsight's methods.
+
+The decoders of all families share one shape, on which the memories rest:
+
+    vlm (x.model)                      embeds the text, writes visual embeddings over the placeholder tokens
+      vision tower, projector
+      decoder (language_model)         takes `inputs_embeds` [B, T, D]
+        layers[i]
+          self_attn | linear_attn      the token mixer; receives the decoder's extra keyword arguments
+          post_attention_layernorm     its input is the residual stream after the mixer
+          mlp                          the feed-forward network, dense or mixture of experts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from keepsight.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What differs between VLM families. Names are attributes of the VLM's base model (`model.model`).
+
+    Attributes:
+        name: what people call the family.
+        vision_tower: attribute that holds the vision encoder.
+        projector: dotted attribute of the module that maps vision features into the decoder's width.
+        visual_tokens: (modality, config attribute with the id of the placeholder token that its embeddings replace).
+        merge_side: dotted config attribute with the number of patches, per side, that one visual token stands for
+            (`None`: one patch per visual token).
+        merge_side_is_ratio: the attribute holds 1 / side (InternVL's pixel-shuffle ratio).
+    """
+
+    name: str
+    vision_tower: str
+    projector: str
+    visual_tokens: tuple[tuple[str, str], ...] = (("image", "image_token_id"), ("video", "video_token_id"))
+    merge_side: str | None = None
+    merge_side_is_ratio: bool = False
+
+
+_QWEN_STYLE: dict[str, Any] = {
+    "vision_tower": "visual",
+    "projector": "visual.merger",
+    "merge_side": "vision_config.spatial_merge_size",
+}
+
+#: `config.model_type` -> family. One row adds a family.
+FAMILIES: dict[str, Family] = {
+    "qwen3_vl": Family(name="Qwen3-VL", **_QWEN_STYLE),
+    "qwen3_vl_moe": Family(name="Qwen3-VL (mixture of experts)", **_QWEN_STYLE),
+    "qwen2_5_vl": Family(name="Qwen2.5-VL", **_QWEN_STYLE),
+    "qwen3_5": Family(name="Qwen3.5", **_QWEN_STYLE),
+    "qwen3_5_moe": Family(name="Qwen3.5 (mixture of experts)", **_QWEN_STYLE),
+    "internvl": Family(
+        name="InternVL",
+        vision_tower="vision_tower",
+        projector="multi_modal_projector",
+        visual_tokens=(("image", "image_token_id"),),
+        merge_side="downsample_ratio",
+        merge_side_is_ratio=True,
+    ),
+    "llava_onevision": Family(name="LLaVA-OneVision", vision_tower="vision_tower", projector="multi_modal_projector"),
+}
+
+_MIXERS = ("self_attn", "linear_attn")
+
+
+def _supported() -> str:
+    return ", ".join(f"{family.name} ({model_type})" for model_type, family in FAMILIES.items())
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The parts of one VLM, by role. Holds references only; make it with `Backbone.of(model)`.
+
+    Attributes:
+        model: the Hugging Face model as given (without its PEFT wrapper).
+        family: the row of `FAMILIES` that describes it.
+        vlm: the module that merges text and visual embeddings and calls the decoder.
+        decoder: the text model; its forward takes `inputs_embeds` [B, T, D].
+        decoder_path: the decoder's dotted name inside `model`.
+    """
+
+    model: nn.Module
+    family: Family
+    vlm: nn.Module
+    decoder: nn.Module
+    decoder_path: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Backbone:
+        """Find the parts of `model`, which may be wrapped by PEFT.
+
+        Raises:
+            UnsupportedModelError: if the model's family is unknown or its decoder does not have the shape above.
+        """
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # pyright: ignore[reportCallIssue]
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in FAMILIES:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} (model_type {model_type!r}) is not a VLM family that keepsight knows. "
+                f"Supported: {_supported()}. To add a family, write one row for its model_type in "
+                "keepsight.backbone.FAMILIES and one in tests/families.py; docs/families.md shows how."
+            )
+        decoder = model.get_decoder()  # pyright: ignore[reportCallIssue]
+        path = next(name for name, module in model.named_modules() if module is decoder)
+        backbone = cls(model, FAMILIES[model_type], model.get_submodule(path.rpartition(".")[0]), decoder, path)
+        for index, layer in enumerate(backbone.layers):
+            missing = [name for name in ("post_attention_layernorm", "mlp") if not hasattr(layer, name)]
+            if missing or not any(hasattr(layer, name) for name in _MIXERS):
+                raise UnsupportedModelError(
+                    f"Decoder layer {index} of {type(model).__name__} is a {type(layer).__name__} without "
+                    f"{' and '.join(missing) or ' or '.join(_MIXERS)}. keepsight needs a token mixer, a "
+                    "post_attention_layernorm and an mlp in every layer; docs/families.md shows how to add a family."
+                )
+        return backbone
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+        return self.decoder.layers  # pyright: ignore[reportReturnType]
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the decoder."""
+        return self.model.config.get_text_config()  # pyright: ignore
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The vision encoder."""
+        return self.vlm.get_submodule(self.family.vision_tower)
+
+    @property
+    def projector(self) -> nn.Module:
+        """The module that brings vision features into the decoder's width."""
+        return self.vlm.get_submodule(self.family.projector)
+
+    @property
+    def merge_side(self) -> int:
+        """Patches per side of the square that one visual token stands for (1 where nothing is merged)."""
+        if self.family.merge_side is None:
+            return 1
+        value: Any = self.model.config
+        for name in self.family.merge_side.split("."):
+            value = getattr(value, name)
+        return round(1 / value) if self.family.merge_side_is_ratio else int(value)
+
+    def visual_token_ids(self, modalities: Collection[str] = ("image", "video")) -> tuple[int, ...]:
+        """Ids of the placeholder tokens that the visual embeddings of `modalities` replace."""
+        names = (name for modality, name in self.family.visual_tokens if modality in modalities)
+        return tuple(dict.fromkeys(getattr(self.model.config, name) for name in names))  # pyright: ignore
+
+    @staticmethod
+    def mixer(layer: nn.Module) -> nn.Module:
+        """The token mixer of a decoder layer: softmax attention, or linear attention in hybrid models."""
+        return next(getattr(layer, name) for name in _MIXERS if hasattr(layer, name))
+
+    @staticmethod
+    def has_softmax_attention(layer: nn.Module) -> bool:
+        """Whether the layer can attend back to any earlier position (a linear mixer only keeps a fixed-size state)."""
+        return hasattr(layer, "self_attn")
+
+    def given_modalities(self, arguments: Callable[[str], Any]) -> set[str]:
+        """Which modalities a call of the VLM brings visual input for.
+
+        Args:
+            arguments: name -> value of that argument of the VLM's forward, or None.
+        """
+        encoded = arguments("mm_encoder_outputs") or {}  # generate() passes {} on text-only calls
+        found = {modality for modality in ("image", "video") if encoded.get(modality) is not None}
+        if arguments("pixel_values") is not None:
+            found.add("image")
+        if arguments("pixel_values_videos") is not None:
+            found.add("video")
+        return found
+
+    def visual_mask(
+        self,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        modalities: Collection[str] = ("image", "video"),
+    ) -> torch.Tensor:
+        """Where visual embeddings enter the decoder.
+
+        Args:
+            input_ids: token ids [B, T].
+            inputs_embeds: text embeddings [B, T, D] before the visual ones are written in; used without `input_ids`,
+                as transformers does: a position is visual if its row equals the placeholder's embedding.
+            modalities: what the call brings input for. A placeholder token without input is text like any other.
+
+        Returns:
+            Bool mask [B, T], true at image and video positions.
+        """
+        tokens = self.visual_token_ids(modalities)
+        if input_ids is not None:
+            return torch.isin(input_ids, torch.tensor(tokens, device=input_ids.device))
+        if inputs_embeds is None:
+            raise ValueError("visual_mask needs input_ids or inputs_embeds; both are None.")
+        table = self.vlm.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        for token in tokens:
+            row = table(torch.tensor(token, device=inputs_embeds.device)).to(inputs_embeds.dtype)
+            mask |= (inputs_embeds == row).all(-1)
+        return mask

@@ -1,0 +1,223 @@
+"""The face to PEFT: attach, enable, disable, save, load and delete a persistent visual memory.
+
+The branch hangs *beside* the layer's modules (`decoder.layers.i.visual_memory`), never around one of them: the base
+model keeps every module and parameter name it had, so that LoRA adapters on the same model save and load as always.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from keepsight.backbone import Backbone
+from keepsight.errors import KeepsightError, KeepsightWarning, MergeError
+from keepsight.pvm.config import PvmConfig
+from keepsight.pvm.hooks import MEMORY, NOTHING, InFlight, PvmRoute, in_flight, without_memory
+from keepsight.pvm.kernels import attention_for
+from keepsight.pvm.module import ParallelMlpBlock, PvmBlock
+
+BRANCH = "visual_memory"  # name of the branch in its decoder layer; must not contain PEFT's prefix "pvm_"
+_ROUTE = "_keepsight_pvm_route"
+
+
+class PvmBranch(nn.Module, BaseTunerLayer):
+    """The PVM blocks of one decoder layer, one per adapter, and the hooks that apply them.
+
+    Args:
+        index: index of the decoder layer.
+        text_config: configuration of the decoder; its attention implementation is asked at every call.
+    """
+
+    adapter_layer_names = ("pvm_blocks",)
+
+    def __init__(self, index: int, text_config: Any):
+        super().__init__()
+        self.index, self.text_config = index, text_config
+        self.pvm_blocks = nn.ModuleDict()
+        self.merged_adapters = []
+
+    def add_block(self, adapter_name: str, config: PvmConfig, like: torch.Tensor) -> None:
+        """Add a block for `adapter_name`, on the device and in the dtype of the parameter `like`."""
+        shape = config.block_shape
+        if config.branch == "mlp":
+            block: nn.Module = ParallelMlpBlock(shape, config.init_gate)
+        else:
+            block = PvmBlock(shape, config.init_gate, config.detach_visual)
+        block.causal = config.causal  # pyright: ignore[reportAttributeAccessIssue]
+        if not next(block.parameters()).is_meta:  # low_cpu_mem_usage builds on meta; the weights come when loading
+            block = block.to(like.device, like.dtype if like.is_floating_point() else None)
+        others = self.pvm_blocks.keys() - {adapter_name}
+        self.pvm_blocks[adapter_name] = block
+        self.set_adapter(self.active_adapters if others else adapter_name, inference_mode=config.inference_mode)
+
+    @property
+    def active_blocks(self) -> list[tuple[str, Any]]:
+        """(adapter name, block) of every adapter that is switched on."""
+        if self.disable_adapters:
+            return []
+        return [(name, self.pvm_blocks[name]) for name in self.active_adapters if name in self.pvm_blocks]
+
+    def take_memory(self, mixer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Pre-hook of the token mixer: the memory of this call waits for the mlp."""
+        in_flight.set(InFlight(kwargs.get(MEMORY), None))
+        return without_memory(mixer, args, kwargs)
+
+    def take_residual(self, norm: nn.Module, args: tuple) -> None:
+        """Pre-hook of the norm after the mixer: x [B, T, D] waits for the mlp."""
+        in_flight.set(InFlight(in_flight.get().memory, args[0]))
+
+    def add_update(self, mlp: nn.Module, args: tuple, output: Any) -> Any:
+        """Hook of the mlp: adds gate * out to its output [B, T, D]."""
+        memory, x = in_flight.get()
+        in_flight.set(NOTHING)
+        if x is None or self.disable_adapters:
+            return output
+        y, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        for name, block in self.active_blocks:
+            y = y + self._update(f"{self.index}.{name}", block, memory, x, y)
+        return y if rest is None else (y, *rest)
+
+    def _update(self, key: str, block: Any, memory: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
+        if not block.reads_memory:
+            update, keep = block(x), None
+            if memory is not None and memory.visual_mask is not None:
+                keep = ~memory.visual_mask[..., None]
+        else:
+            states = memory.states(key, block.project) if memory is not None else None
+            if states is None:
+                if memory is not None:
+                    warnings.warn(
+                        f"The visual memory of adapter {key.partition('.')[2]!r} was switched on after the images "
+                        "were read, so it has nothing to retrieve from them. Activate it before the prompt is read.",
+                        KeepsightWarning,
+                        stacklevel=2,
+                    )
+                return _no_update(block)
+            mask, keep = memory.view(x.shape[1], block.causal)
+            if mask is not None:
+                mask = mask.to(x.device)
+            update = block(x, *states, mask, attention_for(self.text_config, mask))
+        if keep is not None:
+            update = update.masked_fill(~keep.to(update.device), 0)
+        return update.to(y.dtype)
+
+
+def _no_update(block: nn.Module) -> torch.Tensor | float:
+    """Exactly nothing; in training, nothing that still touches every parameter.
+
+    Data-parallel training waits for the gradient of every parameter on every rank, so a rank whose batch has no image
+    must produce zeros, not silence.
+    """
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    if not (block.training and torch.is_grad_enabled() and parameters):
+        return 0.0
+    return 0.0 * sum(p.sum() for p in parameters)  # pyright: ignore[reportReturnType]
+
+
+class PvmModel(BaseTuner):
+    """PEFT's tuner for PVM. Use it through `peft.get_peft_model(vlm, PvmConfig())`."""
+
+    prefix = "pvm_"
+    tuner_layer_cls = PvmBranch
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
+        taken = {
+            name
+            for module in model.modules()
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, PvmBranch)
+            for name in module._get_available_adapters()
+        }
+        if adapter_name in taken:
+            raise KeepsightError(
+                f"The model already carries an adapter named {adapter_name!r} of another method. Name the memory "
+                "differently: get_peft_model(model, PvmConfig(), adapter_name='memory')."
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        backbone = Backbone.of(model)
+        peft_config.resolve(backbone)
+        names = "|".join(str(i) for i in peft_config.layers)
+        peft_config.target_modules = rf"^{re.escape(backbone.decoder_path)}\.layers\.({names})$"
+        if not hasattr(backbone.decoder, _ROUTE):
+            setattr(backbone.decoder, _ROUTE, PvmRoute(backbone))
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional: Any,
+    ) -> None:
+        branch = getattr(target, BRANCH, None)
+        if branch is None:
+            backbone = Backbone.of(self.model)
+            branch = PvmBranch(int(target_name), backbone.text_config)
+            branch._active_adapter = self.active_adapter
+            target.add_module(BRANCH, branch)
+            getattr(backbone.decoder, _ROUTE).add(int(target_name), branch)
+        branch.add_block(adapter_name, peft_config, target.post_attention_layernorm.weight)  # pyright: ignore
+
+    # The tuner acts on its own branches only, so that a LoRA beside it keeps its own switches and gradients.
+    def _own_branches(self) -> list[PvmBranch]:
+        return [module for module in self.model.modules() if isinstance(module, PvmBranch)]
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        for branch in self._own_branches():
+            branch.enable_adapters(enabled)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        trainable_elsewhere = [
+            p
+            for module in model.modules()
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, PvmBranch)
+            for p in module.parameters()
+            if p.requires_grad
+        ]
+        super()._mark_only_adapters_as_trainable(model)
+        for p in trainable_elsewhere:
+            p.requires_grad = True
+
+    def _check_merge_allowed(self) -> None:
+        raise MergeError(
+            "A persistent visual memory cannot be merged: it is a branch with an attention of its own, not a change "
+            "of the base weights. Save it with save_pretrained and load it beside the base; unload() removes it."
+        )
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raises MergeError: PVM has nothing that could be merged."""
+        self._check_merge_allowed()
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        decoder = Backbone.of(self.model).decoder
+        getattr(decoder, _ROUTE).remove()
+        delattr(decoder, _ROUTE)
+        for layer in decoder.layers:  # pyright: ignore
+            if hasattr(layer, BRANCH):
+                delattr(layer, BRANCH)
+        remaining = {n: c for n, c in self.peft_config.items() if not isinstance(c, PvmConfig)}
+        if remaining:
+            self.model.peft_config = remaining
+        else:
+            self.model.__dict__.pop("peft_config", None)
+        return self.model
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # The name sits in the middle of the key (…pvm_blocks.<name>.cross_attn.q_proj.weight), where PEFT's own rule,
+        # made for names at the end, does not find it.
+        return key.replace(f".pvm_blocks.{adapter_name}.", ".pvm_blocks.", 1)
