@@ -15,7 +15,7 @@ test: $(VENV)/.installed lint
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/mypy
 
 # The other end of the supported range: the oldest torch and transformers that pyproject.toml allows.
 test-oldest: .venv-oldest/.installed

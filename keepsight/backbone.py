@@ -91,21 +91,21 @@ class Backbone:
         decoder_path: the decoder's dotted name inside `model`.
     """
 
-    model: nn.Module
+    model: Any
     family: Family
-    vlm: nn.Module
-    decoder: nn.Module
+    vlm: Any
+    decoder: Any
     decoder_path: str
 
     @classmethod
-    def of(cls, model: nn.Module) -> Backbone:
+    def of(cls, model: Any) -> Backbone:
         """Find the parts of `model`, which may be wrapped by PEFT.
 
         Raises:
             UnsupportedModelError: if the model's family is unknown or its decoder does not have the shape above.
         """
         if hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # pyright: ignore[reportCallIssue]
+            model = model.get_base_model()
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type not in FAMILIES:
             raise UnsupportedModelError(
@@ -113,7 +113,7 @@ class Backbone:
                 f"Supported: {_supported()}. To add a family, write one row for its model_type in "
                 "keepsight.backbone.FAMILIES and one in tests/families.py; docs/families.md shows how."
             )
-        decoder = model.get_decoder()  # pyright: ignore[reportCallIssue]
+        decoder = model.get_decoder()
         path = next(name for name, module in model.named_modules() if module is decoder)
         backbone = cls(model, FAMILIES[model_type], model.get_submodule(path.rpartition(".")[0]), decoder, path)
         for index, layer in enumerate(backbone.layers):
@@ -129,12 +129,12 @@ class Backbone:
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers."""
-        return self.decoder.layers  # pyright: ignore[reportReturnType]
+        return self.decoder.layers
 
     @property
     def text_config(self) -> Any:
         """The configuration of the decoder."""
-        return self.model.config.get_text_config()  # pyright: ignore
+        return self.model.config.get_text_config()
 
     @property
     def vision_tower(self) -> nn.Module:
@@ -159,7 +159,7 @@ class Backbone:
     def visual_token_ids(self, modalities: Collection[str] = ("image", "video")) -> tuple[int, ...]:
         """Ids of the placeholder tokens that the visual embeddings of `modalities` replace."""
         names = (name for modality, name in self.family.visual_tokens if modality in modalities)
-        return tuple(dict.fromkeys(getattr(self.model.config, name) for name in names))  # pyright: ignore
+        return tuple(dict.fromkeys(getattr(self.model.config, name) for name in names))
 
     @staticmethod
     def mixer(layer: nn.Module) -> nn.Module:
@@ -207,7 +207,7 @@ class Backbone:
             return torch.isin(input_ids, torch.tensor(tokens, device=input_ids.device))
         if inputs_embeds is None:
             raise ValueError("visual_mask needs input_ids or inputs_embeds; both are None.")
-        table = self.vlm.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        table = self.vlm.get_input_embeddings()
         mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         for token in tokens:
             row = table(torch.tensor(token, device=inputs_embeds.device)).to(inputs_embeds.dtype)

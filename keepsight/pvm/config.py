@@ -68,7 +68,7 @@ class PvmConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.PVM  # pyright: ignore[reportAttributeAccessIssue]
+        self.peft_type = PeftType.PVM
         # PEFT finds the modules to work on by this attribute; it follows from `layers` and is never saved.
         self.target_modules: str | None = None
         if self.branch not in ("memory", "mlp"):
@@ -89,7 +89,11 @@ class PvmConfig(PeftConfig):
     @property
     def block_shape(self) -> BlockShape:
         """Sizes of a block, once resolved by `resolve`."""
-        assert self.base_hidden_size and self.width and self.head_dim and self.num_kv_heads and self.ffn_width
+        assert self.base_hidden_size is not None, "resolve() comes first"
+        assert self.width is not None
+        assert self.ffn_width is not None
+        assert self.head_dim is not None
+        assert self.num_kv_heads is not None
         return BlockShape(
             hidden_size=self.base_hidden_size,
             width=self.width,
@@ -109,7 +113,7 @@ class PvmConfig(PeftConfig):
         """
         text, depth = backbone.text_config, len(backbone.layers)
         found = {
-            "base_model_type": backbone.model.config.model_type,  # pyright: ignore
+            "base_model_type": backbone.model.config.model_type,
             "base_num_layers": depth,
             "base_hidden_size": text.hidden_size,
         }
@@ -165,7 +169,7 @@ class PvmConfig(PeftConfig):
 
 
 def default_layers(model_type: str, depth: int, hidden_size: int) -> list[int]:
-    """The paper's layers where the paper names them; elsewhere the 8B model's stride, 8/36 of the depth, three times."""
+    """The paper's layers where the paper names them; elsewhere the 8B model's stride (8/36 of the depth)."""
     if (model_type, depth, hidden_size) in PAPER_LAYERS:
         return list(PAPER_LAYERS[model_type, depth, hidden_size])
     stride = max(1, round(depth * 8 / 36))
@@ -184,7 +188,7 @@ def _refuse_unknown_keys(cls: type) -> None:
     A dataclass raises TypeError, which PEFT takes as "a newer config" when it reads one from disk: it drops the key
     with a warning, and the user's setting silently has no effect.
     """
-    init = cls.__init__
+    init = vars(cls)["__init__"]
     names = [f.name for f in dataclasses.fields(cls)]
 
     @functools.wraps(init)
@@ -196,7 +200,7 @@ def _refuse_unknown_keys(cls: type) -> None:
                 raise ValueError(f"{cls.__name__} has no setting {name!r}.{hint} Known: {', '.join(sorted(names))}.")
         init(self, *args, **kwargs)
 
-    cls.__init__ = checked
+    setattr(cls, "__init__", checked)  # noqa: B010 - mypy refuses the plain assignment
 
 
 _refuse_unknown_keys(PvmConfig)

@@ -84,13 +84,13 @@ class PvmRoute:
 
     def add(self, index: int, branch: Any) -> None:
         """Let the memory through to the branch of layer `index`."""
-        layer = self.backbone.layers[index]
+        layer: Any = self.backbone.layers[index]
         self.branches[index] = branch
         self._strips.pop(index).remove()
         self._handles += [
             Backbone.mixer(layer).register_forward_pre_hook(branch.take_memory, with_kwargs=True),
-            layer.post_attention_layernorm.register_forward_pre_hook(branch.take_residual),  # pyright: ignore
-            layer.mlp.register_forward_hook(branch.add_update),  # pyright: ignore
+            layer.post_attention_layernorm.register_forward_pre_hook(branch.take_residual),
+            layer.mlp.register_forward_hook(branch.add_update),
         ]
 
     def remove(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 try:  # transformers >= 5.20: layers without sequence states have a base class of their own
-    from transformers.cache_utils import DummyLayer as _CacheLayerBase  # pyright: ignore[reportAttributeAccessIssue]
+    from transformers.cache_utils import DummyLayer as _CacheLayerBase
 except ImportError:
     from transformers.cache_utils import CacheLayerMixin as _CacheLayerBase
 
@@ -50,7 +50,7 @@ def replace_memory(fn: Replacement) -> Iterator[None]:
         _replacement.reset(token)
 
 
-class VisualCacheLayer(_CacheLayerBase):  # pyright: ignore[reportGeneralTypeIssues]
+class VisualCacheLayer(_CacheLayerBase):
     """An extra entry of `Cache.layers` that holds the projected visual keys and values of every PVM block.
 
     Attributes:
@@ -162,7 +162,8 @@ class VisualMemory:
         start: int = 0,
     ):
         self.past = past if past is not None and past.valid is not None else None
-        self.start, self.embeds, self.visual_mask = start, None, visual_mask
+        self.start, self.visual_mask = start, visual_mask
+        self.embeds: torch.Tensor | None = None  # [B, M, D], packed
         self._single_span = False
         self._views: dict[tuple[bool, int], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
         self._new_states: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -202,7 +203,8 @@ class VisualMemory:
             self.valid, self.slots, self.is_full = valid, slots, is_full
             self._single_span = is_full and all(b - a + 1 == n for n, a, b in zip(counts, firsts, lasts, strict=True))
         else:
-            assert self.past.valid is not None and self.past.slots is not None
+            assert self.past.valid is not None
+            assert self.past.slots is not None
             self.valid = torch.cat([self.past.valid.to(valid.device), valid], 1)
             self.slots = torch.cat([self.past.slots.to(slots.device), slots], 1)
             self.is_full = is_full and self.past.is_full
@@ -232,7 +234,8 @@ class VisualMemory:
             assert self.valid is not None
             visible = self.valid[:, None]  # [B, 1, M]
         else:
-            assert self.valid is not None and self.slots is not None
+            assert self.valid is not None
+            assert self.slots is not None
             visible = self.valid[:, None]
             if causal:
                 query = self.start + torch.arange(length, device=self.slots.device)

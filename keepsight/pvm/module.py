@@ -131,6 +131,7 @@ class PvmBlock(nn.Module):
     """
 
     reads_memory = True
+    causal = True  # whether a position sees only the images before it; the caller builds the mask
 
     def __init__(self, shape: BlockShape, init_gate: float = 0.0, detach_visual: bool = True):
         super().__init__()

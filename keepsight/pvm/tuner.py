@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -19,10 +19,20 @@ from keepsight.errors import KeepsightError, KeepsightWarning, MergeError
 from keepsight.pvm.config import PvmConfig
 from keepsight.pvm.hooks import MEMORY, NOTHING, InFlight, PvmRoute, in_flight, without_memory
 from keepsight.pvm.kernels import attention_for
+from keepsight.pvm.memory import VisualMemory
 from keepsight.pvm.module import ParallelMlpBlock, PvmBlock
 
 BRANCH = "visual_memory"  # name of the branch in its decoder layer; must not contain PEFT's prefix "pvm_"
 _ROUTE = "_keepsight_pvm_route"
+
+
+def make_block(config: PvmConfig) -> Any:
+    """A new block as a resolved config describes it: a `PvmBlock`, or the control's `ParallelMlpBlock`."""
+    if config.branch == "mlp":
+        return ParallelMlpBlock(config.block_shape, config.init_gate)
+    block = PvmBlock(config.block_shape, config.init_gate, config.detach_visual)
+    block.causal = config.causal
+    return block
 
 
 class PvmBranch(nn.Module, BaseTunerLayer):
@@ -39,16 +49,11 @@ class PvmBranch(nn.Module, BaseTunerLayer):
         super().__init__()
         self.index, self.text_config = index, text_config
         self.pvm_blocks = nn.ModuleDict()
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
 
     def add_block(self, adapter_name: str, config: PvmConfig, like: torch.Tensor) -> None:
         """Add a block for `adapter_name`, on the device and in the dtype of the parameter `like`."""
-        shape = config.block_shape
-        if config.branch == "mlp":
-            block: nn.Module = ParallelMlpBlock(shape, config.init_gate)
-        else:
-            block = PvmBlock(shape, config.init_gate, config.detach_visual)
-        block.causal = config.causal  # pyright: ignore[reportAttributeAccessIssue]
+        block = make_block(config)
         if not next(block.parameters()).is_meta:  # low_cpu_mem_usage builds on meta; the weights come when loading
             block = block.to(like.device, like.dtype if like.is_floating_point() else None)
         others = self.pvm_blocks.keys() - {adapter_name}
@@ -82,7 +87,7 @@ class PvmBranch(nn.Module, BaseTunerLayer):
             y = y + self._update(f"{self.index}.{name}", block, memory, x, y)
         return y if rest is None else (y, *rest)
 
-    def _update(self, key: str, block: Any, memory: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
+    def _update(self, key: str, block: Any, memory: VisualMemory | None, x: torch.Tensor, y: torch.Tensor) -> Any:
         if not block.reads_memory:
             update, keep = block(x), None
             if memory is not None and memory.visual_mask is not None:
@@ -116,7 +121,7 @@ def _no_update(block: nn.Module) -> torch.Tensor | float:
     parameters = [p for p in block.parameters() if p.requires_grad]
     if not (block.training and torch.is_grad_enabled() and parameters):
         return 0.0
-    return 0.0 * sum(p.sum() for p in parameters)  # pyright: ignore[reportReturnType]
+    return 0.0 * sum(p.sum() for p in parameters)
 
 
 class PvmModel(BaseTuner):
@@ -124,7 +129,7 @@ class PvmModel(BaseTuner):
 
     prefix = "pvm_"
     tuner_layer_cls = PvmBranch
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
         taken = {
@@ -155,7 +160,7 @@ class PvmModel(BaseTuner):
         self,
         peft_config: Any,
         adapter_name: str,
-        target: nn.Module,
+        target: Any,
         target_name: str,
         parent: nn.Module,
         current_key: str,
@@ -168,7 +173,7 @@ class PvmModel(BaseTuner):
             branch._active_adapter = self.active_adapter
             target.add_module(BRANCH, branch)
             getattr(backbone.decoder, _ROUTE).add(int(target_name), branch)
-        branch.add_block(adapter_name, peft_config, target.post_attention_layernorm.weight)  # pyright: ignore
+        branch.add_block(adapter_name, peft_config, target.post_attention_layernorm.weight)
 
     # The tuner acts on its own branches only, so that a LoRA beside it keeps its own switches and gradients.
     def _own_branches(self) -> list[PvmBranch]:
@@ -206,7 +211,7 @@ class PvmModel(BaseTuner):
         decoder = Backbone.of(self.model).decoder
         getattr(decoder, _ROUTE).remove()
         delattr(decoder, _ROUTE)
-        for layer in decoder.layers:  # pyright: ignore
+        for layer in decoder.layers:
             if hasattr(layer, BRANCH):
                 delattr(layer, BRANCH)
         remaining = {n: c for n, c in self.peft_config.items() if not isinstance(c, PvmConfig)}

@@ -1,0 +1,126 @@
+"""`keepsight.load`: a model with its memory, and its processor, from one name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import keepsight.pvm  # noqa: F401 - makes PVM known to PEFT before any adapter is read
+from keepsight.adapters import AdapterInfo, find_adapter, inspect_adapter
+from keepsight.backbone import Backbone
+from keepsight.errors import BrokenAdapterError
+
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+
+
+def load(
+    source: str | Path,
+    *more: str | Path,
+    base: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trainable: bool = False,
+    **model_kwargs: Any,
+) -> tuple[Any, Any]:
+    """Load a VLM with its memory, and its processor.
+
+    Args:
+        source: an adapter (a folder or a hub id), or a plain VLM (a folder or a hub id). "keepsight/reference" is the
+            small VLM that ships with keepsight.
+        more: further adapters for the same model, e.g. a LoRA beside a memory.
+        base: the base model; default: the one recorded in the adapter.
+        dtype: of the base and the adapters; "auto" is the checkpoint's own (float32 for a float16 one on a CPU, which
+            computes in float16 slowly and badly).
+        device: where to put the model; default: the GPU if there is one. Ignored if `device_map` is given.
+        revision: hub revision of `source`.
+        trainable: leave the adapters' gradients on.
+        model_kwargs: passed to `AutoModelForImageTextToText.from_pretrained`, e.g. `attn_implementation`.
+
+    Returns:
+        (model, processor); the model in eval mode, a `PeftModel` if there is an adapter.
+
+    Raises:
+        BrokenAdapterError: before the base is loaded, if an adapter's files are missing, truncated or not finite.
+        AdapterMismatchError: if the adapter was made for another base.
+        UnsupportedModelError: if keepsight does not know the model's family.
+    """
+    adapters = [_adapter(name, revision if name == source else None) for name in (source, *more)]
+    if adapters[0] is None:
+        if base is not None:
+            raise ValueError(
+                f"{source} is no adapter (it has no adapter_config.json), so base={str(base)!r} has no use."
+            )
+        base_name = str(source)
+    else:
+        base_name = str(base) if base is not None else _recorded_base(adapters[0])
+    for name, found in zip(more, adapters[1:], strict=True):
+        if found is None:
+            raise BrokenAdapterError(f"{name} is no adapter: no adapter_config.json there or under that hub id.")
+
+    base_path = resolve_base(base_name)
+    processor_source = next((a.path for a in adapters if a is not None and _has_processor(a.path)), base_path)
+    processor = AutoProcessor.from_pretrained(processor_source)
+    if device is None and "device_map" not in model_kwargs:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "revision" not in model_kwargs and revision is not None and adapters[0] is None:
+        model_kwargs["revision"] = revision
+    model = AutoModelForImageTextToText.from_pretrained(base_path, dtype=dtype, **model_kwargs)
+    Backbone.of(model)
+    model.name_or_path = base_name
+    if device is not None:
+        model = model.to(device)
+        if dtype == "auto" and torch.device(device).type == "cpu" and model.dtype == torch.float16:
+            model = model.float()
+    model = attach(model, [a for a in adapters if a is not None], trainable=trainable)
+    return model.eval(), processor
+
+
+def attach(model: Any, adapters: list[AdapterInfo], trainable: bool = False) -> Any:
+    """Put checked adapters on a model: the first as "default", the others under their folder's name."""
+    result = model
+    taken: dict[str, str] = {}  # adapter name -> method
+    # Other methods first: a memory leaves the gradients of adapters that were there before it alone.
+    for info in sorted(adapters, key=lambda a: a.method == "PVM"):
+        name = "default" if not taken else info.path.name.replace(".", "_")
+        while name in taken:
+            name += "_"
+        if info.method in taken.values():
+            result.load_adapter(info.path, name, is_trainable=trainable, autocast_adapter_dtype=False)
+        else:
+            result = PeftModel.from_pretrained(
+                model, info.path, adapter_name=name, is_trainable=trainable, autocast_adapter_dtype=False
+            )
+        taken[name] = info.method
+    return result
+
+
+def resolve_base(name: str | Path) -> str | Path:
+    """Where a recorded base is: the shipped reference VLM by its name, else the name as it is."""
+    from keepsight.lab.reference import REFERENCE_NAME, reference_path
+
+    return reference_path() if str(name) == REFERENCE_NAME else name
+
+
+def _adapter(source: str | Path, revision: str | None) -> AdapterInfo | None:
+    if resolve_base(source) != source:
+        return None
+    path = find_adapter(source, revision)
+    return None if path is None else inspect_adapter(path)
+
+
+def _recorded_base(info: AdapterInfo) -> str:
+    if info.base is None:
+        raise BrokenAdapterError(
+            f"{info.path} does not say which base model it belongs to. Name it: keepsight.load(adapter, base=...)."
+        )
+    beside = info.path / info.base  # `keepsight convert` records a path relative to the adapter
+    return str(beside.resolve()) if info.base.startswith("..") and beside.is_dir() else info.base
+
+
+def _has_processor(path: Path) -> bool:
+    return any((path / name).is_file() for name in _PROCESSOR_FILES)
