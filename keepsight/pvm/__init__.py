@@ -1,5 +1,7 @@
 """PVM, persistent visual memory: a light branch beside the feed-forward network that looks at the image alone."""
 
+from typing import Any
+
 from peft.utils import PeftType, register_peft_method
 
 
@@ -10,7 +12,7 @@ def _register() -> None:
     """
     if "PVM" in PeftType.__members__:
         return
-    member = str.__new__(PeftType, "PVM")
+    member: Any = str.__new__(PeftType, "PVM")
     member._name_, member._value_, member._sort_order_ = "PVM", "PVM", len(PeftType)
     member.__objclass__ = PeftType
     type.__setattr__(PeftType, "PVM", member)

@@ -68,7 +68,7 @@ class PvmConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.PVM
+        self.peft_type = PeftType("PVM")
         # PEFT finds the modules to work on by this attribute; it follows from `layers` and is never saved.
         self.target_modules: str | None = None
         if self.branch not in ("memory", "mlp"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -84,44 +84,48 @@ class PvmBranch(nn.Module, BaseTunerLayer):
             return output
         y, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         for name, block in self.active_blocks:
-            y = y + self._update(f"{self.index}.{name}", block, memory, x, y)
+            update = self._look(name, block, memory, x) if block.reads_memory else self._think(block, memory, x)
+            if update is not None:
+                y = y + update.to(y.dtype)
         return y if rest is None else (y, *rest)
 
-    def _update(self, key: str, block: Any, memory: VisualMemory | None, x: torch.Tensor, y: torch.Tensor) -> Any:
-        if not block.reads_memory:
-            update, keep = block(x), None
-            if memory is not None and memory.visual_mask is not None:
-                keep = ~memory.visual_mask[..., None]
-        else:
-            states = memory.states(key, block.project) if memory is not None else None
-            if states is None:
-                if memory is not None:
-                    warnings.warn(
-                        f"The visual memory of adapter {key.partition('.')[2]!r} was switched on after the images "
-                        "were read, so it has nothing to retrieve from them. Activate it before the prompt is read.",
-                        KeepsightWarning,
-                        stacklevel=2,
-                    )
-                return _no_update(block)
-            mask, keep = memory.view(x.shape[1], block.causal)
-            if mask is not None:
-                mask = mask.to(x.device)
-            update = block(x, *states, mask, attention_for(self.text_config, mask))
-        if keep is not None:
-            update = update.masked_fill(~keep.to(update.device), 0)
-        return update.to(y.dtype)
+    def _look(self, name: str, block: Any, memory: VisualMemory | None, x: torch.Tensor) -> torch.Tensor | None:
+        """The update [B, T, D] of a memory block; None where there is nothing to look at."""
+        if memory is None:
+            return _no_update(block)
+        states = memory.states(f"{self.index}.{name}", block.project)
+        if states is None:
+            warnings.warn(
+                f"The visual memory {name!r} was switched on after the images were read, so it has nothing to "
+                "retrieve from them. Activate it before the prompt is read.",
+                KeepsightWarning,
+                stacklevel=2,
+            )
+            return _no_update(block)
+        mask, keep = memory.view(x.shape[1], block.causal)
+        if mask is not None:
+            mask = mask.to(x.device)
+        update = block(x, *states, mask, attention_for(self.text_config, mask))
+        return update if keep is None else update.masked_fill(~keep.to(update.device), 0)
+
+    def _think(self, block: Any, memory: VisualMemory | None, x: torch.Tensor) -> torch.Tensor:
+        """The update [B, T, D] of the control's block, which has no memory; silent at visual positions too."""
+        update = block(x)
+        if memory is None or memory.visual_mask is None:
+            return update
+        return update.masked_fill(memory.visual_mask[..., None].to(update.device), 0)
 
 
-def _no_update(block: nn.Module) -> torch.Tensor | float:
-    """Exactly nothing; in training, nothing that still touches every parameter.
+def _no_update(block: nn.Module) -> torch.Tensor | None:
+    """Nothing; in training a zero that touches every parameter.
 
     Data-parallel training waits for the gradient of every parameter on every rank, so a rank whose batch has no image
     must produce zeros, not silence.
     """
     parameters = [p for p in block.parameters() if p.requires_grad]
     if not (block.training and torch.is_grad_enabled() and parameters):
-        return 0.0
-    return 0.0 * sum(p.sum() for p in parameters)
+        return None
+    return 0.0 * torch.stack([p.sum() for p in parameters]).sum()
 
 
 class PvmModel(BaseTuner):
@@ -129,7 +133,7 @@ class PvmModel(BaseTuner):
 
     prefix = "pvm_"
     tuner_layer_cls = PvmBranch
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping = {}  # noqa: RUF012 - an instance variable to PEFT
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
         taken = {
@@ -164,7 +168,7 @@ class PvmModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional: Any,
+        parameter_name: str | None = None,
     ) -> None:
         branch = getattr(target, BRANCH, None)
         if branch is None:
@@ -175,25 +179,10 @@ class PvmModel(BaseTuner):
             getattr(backbone.decoder, _ROUTE).add(int(target_name), branch)
         branch.add_block(adapter_name, peft_config, target.post_attention_layernorm.weight)
 
-    # The tuner acts on its own branches only, so that a LoRA beside it keeps its own switches and gradients.
-    def _own_branches(self) -> list[PvmBranch]:
-        return [module for module in self.model.modules() if isinstance(module, PvmBranch)]
-
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        for branch in self._own_branches():
-            branch.enable_adapters(enabled)
-
-    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        trainable_elsewhere = [
-            p
-            for module in model.modules()
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, PvmBranch)
-            for p in module.parameters()
-            if p.requires_grad
-        ]
-        super()._mark_only_adapters_as_trainable(model)
-        for p in trainable_elsewhere:
-            p.requires_grad = True
+        for branch in self.model.modules():
+            if isinstance(branch, PvmBranch):  # a LoRA on the same model keeps its own switch
+                branch.enable_adapters(enabled)
 
     def _check_merge_allowed(self) -> None:
         raise MergeError(
@@ -205,7 +194,13 @@ class PvmModel(BaseTuner):
         """Raises MergeError: PVM has nothing that could be merged."""
         self._check_merge_allowed()
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = True,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
         if merge:
             self._check_merge_allowed()
         decoder = Backbone.of(self.model).decoder

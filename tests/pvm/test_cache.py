@@ -1,0 +1,270 @@
+"""Whatever way tokens are generated, the result is that of one uncached forward of one row."""
+
+import threading
+
+import pytest
+import torch
+from families import BY_NAME, VIDEO, Row, make_inputs
+from helpers import CLOSE, MIXED_ROWS, OnlyWords, attach, built, cached_and_uncached, counted, generate, logits
+from helpers import with_continuation
+from transformers import DynamicCache, StaticCache
+
+from keepsight.pvm.memory import VisualCacheLayer
+from keepsight.pvm.module import PvmBlock
+
+
+def test_cached_equals_uncached(family):
+    model, inputs = built(family)
+    out = generate(model, inputs)
+    torch.testing.assert_close(*cached_and_uncached(model, inputs, out), **CLOSE)
+
+
+def test_published_rule_cached_equals_uncached(family):
+    model, inputs = built(family, causal=False)
+    out = generate(model, inputs)
+    torch.testing.assert_close(*cached_and_uncached(model, inputs, out), **CLOSE)
+
+
+def test_batch_equals_its_rows(family):
+    model, inputs = built(family)
+    together = logits(model, inputs)
+    for i, row in enumerate(MIXED_ROWS):
+        alone = logits(model, make_inputs(family, model, [row]))[0]
+        torch.testing.assert_close(together[i, -len(alone) :], alone, **CLOSE)
+
+
+def test_generated_batch_equals_its_rows(family):
+    model, inputs = built(family)
+    together = generate(model, inputs).sequences[:, -6:]
+    for i, row in enumerate(MIXED_ROWS):
+        alone = generate(model, make_inputs(family, model, [row])).sequences[0, -6:]
+        assert together[i].tolist() == alone.tolist()
+
+
+def test_images_are_projected_once(family):
+    model, inputs = built(family)
+    with counted(PvmBlock, "project") as calls:
+        generate(model, inputs, n=5)
+    assert calls[0] == 2  # two blocks, one prefill; no decoding step projects again
+
+
+def test_static_cache_equals_dynamic(family):
+    model, inputs = built(family)
+    dynamic = generate(model, inputs)
+    static = generate(model, inputs, cache_implementation="static", disable_compile=True)
+    torch.testing.assert_close(torch.stack(static.logits), torch.stack(dynamic.logits), **CLOSE)
+
+
+def test_a_static_cache_serves_a_second_request(family):
+    if family.hybrid:
+        pytest.skip("transformers keeps no static cache with reset for linear attention")
+    model, _ = built(family)
+    rows = [[Row((2, 2), 4, seed=11)], [Row(2, (2, 2), 5, seed=12)]]
+    first, second = (make_inputs(family, model, r) for r in rows)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+    generate(model, first, past_key_values=cache, disable_compile=True)
+    cache.reset()
+    again = generate(model, second, past_key_values=cache, disable_compile=True).sequences
+    assert again.tolist() == generate(model, second).sequences.tolist()
+
+
+def test_beam_search_equals_uncached_beams(family):
+    model, inputs = built(family)
+    options = {"num_beams": 3, "num_return_sequences": 2, "output_logits": False, "n": 5}
+    cached = generate(model, inputs, **options).sequences
+    uncached = generate(model, inputs, use_cache=False, **options).sequences
+    assert cached.tolist() == uncached.tolist()
+
+
+def test_sampling_several_sequences(family):
+    """Each of the sampled continuations has the logits of its own uncached forward."""
+    model, inputs = built(family, [MIXED_ROWS[0], MIXED_ROWS[2]])
+    torch.manual_seed(0)
+    out = generate(model, inputs, n=5, do_sample=True, num_return_sequences=3)
+    prompt = inputs["input_ids"].shape[1]
+    for i, row in enumerate([MIXED_ROWS[0], MIXED_ROWS[2]]):
+        alone = make_inputs(family, model, [row])
+        for j in range(3):
+            tokens = out.sequences[3 * i + j, prompt:][None]
+            whole = logits(model, with_continuation(alone, tokens), use_cache=False)[0, -6:-1]
+            torch.testing.assert_close(torch.stack(out.logits, 1)[3 * i + j], whole, **CLOSE)
+
+
+def test_assisted_decoding_equals_greedy(family):
+    model, inputs = built(family, [Row(2, (2, 2), 6, seed=4)])
+    plain = generate(model, inputs, n=8).sequences
+    try:
+        guessed = generate(model, inputs, n=8, prompt_lookup_num_tokens=3).sequences
+    except (ValueError, RuntimeError) as error:
+        if not family.hybrid:
+            raise
+        pytest.skip(f"transformers itself refuses assisted decoding here: {error}")
+    assert guessed.tolist() == plain.tolist()
+
+
+def test_continued_conversation_with_a_second_image(family):
+    """A second turn on the same cache, with a new image, equals the whole conversation in one uncached forward."""
+    first, second = Row(2, (2, 2), 4, seed=21), Row(3, (1, 2), 4, seed=22)
+    model, inputs = built(family, [first])
+    later = make_inputs(family, model, [second])
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        n = inputs["input_ids"].shape[1]
+        turn = {k: v for k, v in later.items() if k != "attention_mask"}
+        turn["attention_mask"] = torch.ones(1, n + later["input_ids"].shape[1], dtype=torch.long)
+        positions = _positions(model, inputs, later)
+        if positions is not None:
+            turn["position_ids"] = positions[..., n:]
+        both = {
+            k: torch.cat([inputs[k], later[k]], 1 if k in ("input_ids", "attention_mask", "mm_token_type_ids") else 0)
+            for k in inputs
+        }
+        if "batch_num_images" in both:  # two single-image turns, encoded as single images
+            both["batch_num_images"] = torch.tensor([1, 1])
+        whole = model(**both, use_cache=False).logits[:, n:]
+        torch.testing.assert_close(model(**turn, past_key_values=cache).logits, whole, **CLOSE)
+
+
+def _positions(model, first, later):
+    """Rotary positions of the whole conversation, for families that place images in three dimensions."""
+    vlm = model.get_base_model().model
+    if not hasattr(vlm, "get_rope_index"):
+        return None
+    ids = torch.cat([first["input_ids"], later["input_ids"]], 1)
+    types = torch.cat([first["mm_token_type_ids"], later["mm_token_type_ids"]], 1)
+    grid = torch.cat([first["image_grid_thw"], later["image_grid_thw"]])
+    return vlm.get_rope_index(input_ids=ids, mm_token_type_ids=types, image_grid_thw=grid)[0]
+
+
+def test_a_cropped_image_is_forgotten():
+    """Cropping the cache back to before the second image takes that image out of the memory too."""
+    family = BY_NAME["internvl_qwen2"]
+    model, inputs = built(family, [Row(2, (2, 2), 3, (2, 2), 3, seed=31)])
+    keep = 2 + 4 + 3
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        cache.crop(keep - inputs["input_ids"].shape[1])
+        word = torch.tensor([[50]])
+        after_crop = model(input_ids=word, past_key_values=cache).logits
+        short = {"input_ids": inputs["input_ids"][:, :keep], "pixel_values": inputs["pixel_values"][:1]}
+        fresh = model(**short, use_cache=True).past_key_values
+        never_seen = model(input_ids=word, past_key_values=fresh).logits
+    torch.testing.assert_close(after_crop, never_seen, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl"])
+def test_video(name):
+    """Video frames are remembered like images: cached equals uncached, and another video changes the answer."""
+    family = BY_NAME[name]
+    model = family.build()
+    grid = torch.tensor([[2, 2, 4]])
+    frames = [[122, VIDEO, VIDEO, 123]] * 2 if name == "qwen3_vl" else [[122] + [VIDEO] * 4 + [123]]
+    ids = torch.tensor([[7, 8, *sum(frames, []), 20, 21, 22]])
+    torch.manual_seed(3)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": 2 * (ids == VIDEO).int(),
+        "pixel_values_videos": torch.randn(16, 3 * 2 * 4 * 4) * 2,
+        "video_grid_thw": grid,
+    }
+    base = logits(model, inputs)
+    model = attach(model)
+    assert (logits(model, inputs) - base).abs().max() > 1e-3
+    out = generate(model, inputs)
+    torch.testing.assert_close(*cached_and_uncached(model, inputs, out), **CLOSE)
+
+
+def test_interleaved_requests_never_see_each_others_image(family):
+    """Two requests decoded in turns, step by step, equal each alone."""
+    model, _ = built(family)
+    requests = [make_inputs(family, model, [Row(2, (2, 2), 4, seed=s)]) for s in (41, 42)]
+    alone = [generate(model, r, n=4) for r in requests]
+    with torch.no_grad():
+        states = [model(**r, use_cache=True) for r in requests]
+        for step in range(3):
+            for i, request in enumerate(requests):
+                n = request["input_ids"].shape[1]
+                token = alone[i].sequences[:, n + step][:, None]
+                extra = {}
+                positions = _positions_of_step(model, request, step)
+                if positions is not None:
+                    extra["position_ids"] = positions
+                states[i] = model(input_ids=token, past_key_values=states[i].past_key_values, use_cache=True, **extra)
+                torch.testing.assert_close(states[i].logits[:, -1], alone[i].logits[step + 1], **CLOSE)
+
+
+def _positions_of_step(model, request, step):
+    # Qwen models keep their rope offset on the model, so interleaved steps must bring their positions themselves.
+    vlm = model.get_base_model().model
+    if not hasattr(vlm, "get_rope_index"):
+        return None
+    kwargs = {k: request[k] for k in ("input_ids", "mm_token_type_ids", "image_grid_thw")}
+    positions, deltas = vlm.get_rope_index(**kwargs)
+    return torch.full_like(positions[..., :1], request["input_ids"].shape[1] + step) + deltas
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl_qwen2", "llava_onevision"])
+def test_threads(name):
+    """Four threads generating at once, three times each: every answer equals the one given alone."""
+    family = BY_NAME[name]
+    model, _ = built(family)
+    requests = [make_inputs(family, model, [Row(2, (2, 2), 4, seed=50 + i)]) for i in range(4)]
+    alone = [generate(model, r).sequences.tolist() for r in requests]
+    assert len({str(a) for a in alone}) > 1
+    found: list[list] = [[] for _ in requests]
+
+    def work(i: int) -> None:
+        for _ in range(3):
+            found[i].append(generate(model, requests[i]).sequences.tolist())
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(answer == alone[i] for i, answers in enumerate(found) for answer in answers)
+    assert all(len(answers) == 3 for answers in found)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl_qwen2"])
+def test_compiled_decode_equals_eager(name):
+    """One decoding step with a static cache compiles as one graph and equals eager."""
+    family = BY_NAME[name]
+    model, inputs = built(family, [Row((2, 2), 4, seed=61)])
+    text, n = model.config.get_text_config(), inputs["input_ids"].shape[1]
+
+    @torch.no_grad()
+    def steps(step):
+        cache = StaticCache(config=text, max_cache_len=32)
+        state = model(**inputs, past_key_values=cache, use_cache=True)
+        found = []
+        for i in range(3):
+            position = torch.tensor([[n + i]])
+            state = step(
+                input_ids=torch.tensor([[40 + i]]), position_ids=position, past_key_values=cache, use_cache=True
+            )
+            found.append(state.logits)
+        return torch.cat(found)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model.get_base_model(), fullgraph=True, backend="eager")
+    torch.testing.assert_close(steps(compiled), steps(model), **CLOSE)
+
+
+def test_memory_lives_and_dies_with_the_cache():
+    family = BY_NAME["qwen3_vl"]
+    model, inputs = built(family)
+    out = generate(model, inputs)
+    layer = VisualCacheLayer.of(out.past_key_values)
+    assert layer is out.past_key_values.layers[-1]
+    assert len(layer.states) == 2
+    assert not any(t.requires_grad for states in layer.states.values() for t in states)
+    fresh = DynamicCache(config=model.config.get_text_config())
+    assert VisualCacheLayer.of(fresh) is None
+    # Nothing of the request is left on the model: a text-only request gives what the base gives.
+    text = make_inputs(family, model, [Row(6, seed=9)])
+    with model.disable_adapter():
+        base = logits(model, text)
+    assert torch.equal(logits(model, text), base)
+    assert isinstance(OnlyWords(), OnlyWords)
