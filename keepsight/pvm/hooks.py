@@ -8,7 +8,7 @@
         mlp        hook       adds gate * out
     decoder      hook       new projections are stored in the cache
 
-Nothing is kept on the model. Between mixer and mlp of ONE decoder layer the memory and x wait in a context variable:
+Nothing is kept on the model. Between mixer and mlp of ONE decoder layer the memory and x wait in a thread-local slot:
 set and used within one layer call in one thread, so that gradient checkpointing, which calls the layer's forward
 again but not the layer's own hooks, takes the same route a second time.
 
@@ -18,8 +18,8 @@ All hooks are module-level functions or bound methods of the branch: copies and 
 from __future__ import annotations
 
 import inspect
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+import threading
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,15 +31,18 @@ MASK = "keepsight_visual_mask"
 MEMORY = "keepsight_visual_memory"
 
 
-class InFlight(NamedTuple):
-    """What waits between the mixer and the mlp of one decoder layer."""
+class InFlight(threading.local):
+    """What waits between the mixer and the mlp of one decoder layer, per thread.
 
-    memory: VisualMemory | None
-    residual: torch.Tensor | None  # [B, T, D]
+    A thread-local and no context variable, because torch.compile cannot trace the latter; nothing in a layer yields
+    to another task, so both are equally safe.
+    """
+
+    memory: VisualMemory | None = None
+    residual: torch.Tensor | None = None  # [B, T, D]
 
 
-NOTHING = InFlight(None, None)
-in_flight: ContextVar[InFlight] = ContextVar("keepsight_pvm_in_flight", default=NOTHING)
+in_flight = InFlight()
 
 
 def _argument(module: nn.Module, args: tuple, kwargs: dict, name: str) -> Any:

@@ -17,7 +17,7 @@ from torch import nn
 from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightError, KeepsightWarning, MergeError
 from keepsight.pvm.config import PvmConfig
-from keepsight.pvm.hooks import MEMORY, NOTHING, InFlight, PvmRoute, in_flight, without_memory
+from keepsight.pvm.hooks import MEMORY, PvmRoute, in_flight, without_memory
 from keepsight.pvm.kernels import attention_for
 from keepsight.pvm.memory import VisualMemory
 from keepsight.pvm.module import ParallelMlpBlock, PvmBlock
@@ -69,17 +69,17 @@ class PvmBranch(nn.Module, BaseTunerLayer):
 
     def take_memory(self, mixer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Pre-hook of the token mixer: the memory of this call waits for the mlp."""
-        in_flight.set(InFlight(kwargs.get(MEMORY), None))
+        in_flight.memory, in_flight.residual = kwargs.get(MEMORY), None
         return without_memory(mixer, args, kwargs)
 
     def take_residual(self, norm: nn.Module, args: tuple) -> None:
         """Pre-hook of the norm after the mixer: x [B, T, D] waits for the mlp."""
-        in_flight.set(InFlight(in_flight.get().memory, args[0]))
+        in_flight.residual = args[0]
 
     def add_update(self, mlp: nn.Module, args: tuple, output: Any) -> Any:
         """Hook of the mlp: adds gate * out to its output [B, T, D]."""
-        memory, x = in_flight.get()
-        in_flight.set(NOTHING)
+        memory, x = in_flight.memory, in_flight.residual
+        in_flight.memory = in_flight.residual = None
         if x is None or self.disable_adapters:
             return output
         y, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)

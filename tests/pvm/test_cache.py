@@ -4,9 +4,18 @@ import threading
 
 import pytest
 import torch
-from families import BY_NAME, VIDEO, Row, make_inputs
-from helpers import CLOSE, MIXED_ROWS, OnlyWords, attach, built, cached_and_uncached, counted, generate, logits
-from helpers import with_continuation
+from families import BY_NAME, END, START, VIDEO, Row, make_inputs
+from helpers import (
+    CLOSE,
+    MIXED_ROWS,
+    attach,
+    built,
+    cached_and_uncached,
+    counted,
+    generate,
+    logits,
+    with_continuation,
+)
 from transformers import DynamicCache, StaticCache
 
 from keepsight.pvm.memory import VisualCacheLayer
@@ -68,8 +77,14 @@ def test_a_static_cache_serves_a_second_request(family):
     assert again.tolist() == generate(model, second).sequences.tolist()
 
 
+def expandable_rows(family):
+    # Where a family repeats its pixels by plain repetition, transformers < 5.20 shuffles the images of rows that have
+    # several; one image per row is right everywhere.
+    return MIXED_ROWS if family.marks else [Row(3, (1, 2), 4, seed=1), Row(1, (2, 2), 5, seed=2)]
+
+
 def test_beam_search_equals_uncached_beams(family):
-    model, inputs = built(family)
+    model, inputs = built(family, expandable_rows(family))
     options = {"num_beams": 3, "num_return_sequences": 2, "output_logits": False, "n": 5}
     cached = generate(model, inputs, **options).sequences
     uncached = generate(model, inputs, use_cache=False, **options).sequences
@@ -78,11 +93,12 @@ def test_beam_search_equals_uncached_beams(family):
 
 def test_sampling_several_sequences(family):
     """Each of the sampled continuations has the logits of its own uncached forward."""
-    model, inputs = built(family, [MIXED_ROWS[0], MIXED_ROWS[2]])
+    rows = expandable_rows(family)
+    model, inputs = built(family, rows)
     torch.manual_seed(0)
     out = generate(model, inputs, n=5, do_sample=True, num_return_sequences=3)
     prompt = inputs["input_ids"].shape[1]
-    for i, row in enumerate([MIXED_ROWS[0], MIXED_ROWS[2]]):
+    for i, row in enumerate(rows):
         alone = make_inputs(family, model, [row])
         for j in range(3):
             tokens = out.sequences[3 * i + j, prompt:][None]
@@ -158,8 +174,9 @@ def test_video(name):
     family = BY_NAME[name]
     model = family.build()
     grid = torch.tensor([[2, 2, 4]])
-    frames = [[122, VIDEO, VIDEO, 123]] * 2 if name == "qwen3_vl" else [[122] + [VIDEO] * 4 + [123]]
-    ids = torch.tensor([[7, 8, *sum(frames, []), 20, 21, 22]])
+    frame = [START, VIDEO, VIDEO, END]
+    clip = frame * 2 if name == "qwen3_vl" else [START] + [VIDEO] * 4 + [END]  # Qwen3-VL marks every frame
+    ids = torch.tensor([[7, 8, *clip, 20, 21, 22]])
     torch.manual_seed(3)
     inputs = {
         "input_ids": ids,
@@ -267,4 +284,3 @@ def test_memory_lives_and_dies_with_the_cache():
     with model.disable_adapter():
         base = logits(model, text)
     assert torch.equal(logits(model, text), base)
-    assert isinstance(OnlyWords(), OnlyWords)
