@@ -85,6 +85,7 @@ def test_families_merge_units():
         "qwen3_vl_moe": 2,
         "qwen2_5_vl": 2,
         "qwen3_5": 2,
+        "qwen3_5_moe": 2,
         "internvl_qwen2": 2,
         "internvl_qwen3": 2,
         "llava_onevision": 1,
