@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from keepsight.lab.digits import CELLS, draw_grids
-from keepsight.lab.narration import DESCRIBE, DIGITS, FILLER, READ, TOKEN, Narrations, make_narrations
+from keepsight.lab.narration import DIGITS, FILLER, READ, TOKEN, Narrations, make_narrations
 from keepsight.lab.reference import HEAD_DIM, build_model, build_processor, load_reference, save_reference
 
 Progress = Callable[[str, int, int], None]
@@ -134,10 +134,14 @@ def _dense(model: Any, processor: Any, config: PretrainConfig, rng: np.random.Ge
     step_on = _make_step(model)
     recent: list[float] = []
     for step in range(config.dense_steps):
-        batch = make_narrations(processor, [0] * (len(CELLS) - 1), 16, "train", rng)
-        recent.append(step_on(batch, 1e-3 * min(1.0, (step + 1) / 100), text_weight=0.05))
+        lr = 1e-3 * min(1.0, (step + 1) / 100)
+        if step % 4 == 3:
+            step_on(_in_reading_order(processor, 16, rng), lr, text_weight=0.5)
+        else:
+            batch = make_narrations(processor, [0] * (len(CELLS) - 1), 16, "train", rng)
+            recent.append(step_on(batch, lr, text_weight=0.05))
         progress("dense", step + 1, config.dense_steps)
-        if step > 100 and np.mean(recent[-30:]) > 0.95:
+        if len(recent) >= 100 and np.mean(recent[-30:]) > 0.95:
             return step + 1
     return config.dense_steps
 
@@ -147,22 +151,22 @@ def _short(model: Any, processor: Any, config: PretrainConfig, rng: np.random.Ge
     step_on = _make_step(model)
     for step in range(config.short_steps):
         lr = 1e-3 * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / config.short_steps)))
-        batch = _short_narrations(processor, rng)
+        if ordered := rng.random() < 0.2:
+            batch = _in_reading_order(processor, 32, rng)
+        else:
+            batch = make_narrations(processor, rng.integers(0, 6, rng.integers(5, 8)).tolist(), 32, "train", rng)
         positions = None
         if config.max_jump and rng.random() < 0.8:
             positions = jumping_positions(model, batch, rng, config.max_jump)
-        step_on(batch, lr, text_weight=0.3, position_ids=positions)
+        step_on(batch, lr, text_weight=1.0 if ordered else 0.3, position_ids=positions)
         progress("short", step + 1, config.short_steps)
 
 
-def _short_narrations(processor: Any, rng: np.random.Generator) -> Narrations:
-    """Mostly `describe`; one batch in five reads the whole grid in order, asked with `read` or with words it does not know."""
-    if rng.random() < 0.2:
-        strange = " ".join(rng.choice(["image", "please", *FILLER], rng.integers(1, 9)))
-        return make_narrations(
-            processor, [0] * len(CELLS), 32, "train", rng, prompt=READ if rng.random() < 0.5 else strange, ordered=True
-        )
-    return make_narrations(processor, rng.integers(0, 6, rng.integers(5, 8)).tolist(), 32, "train", rng, prompt=DESCRIBE)
+def _in_reading_order(processor: Any, rows: int, rng: np.random.Generator) -> Narrations:
+    """All sixteen facts from a1 to d4: the answer to `read`, and to any prompt in words that the model does not know."""
+    strange = " ".join(rng.choice(["image", "please", *FILLER], rng.integers(1, 9)))
+    prompt = READ if rng.random() < 0.5 else strange
+    return make_narrations(processor, [0] * len(CELLS), rows, "train", rng, prompt=prompt, ordered=True)
 
 
 def jumping_positions(model: Any, batch: Narrations, rng: np.random.Generator, max_jump: int) -> torch.Tensor:
@@ -173,7 +177,7 @@ def jumping_positions(model: Any, batch: Narrations, rng: np.random.Generator, m
         image_grid_thw=batch.inputs["image_grid_thw"],
     )
     jumps = torch.zeros(batch.input_ids.shape[1], dtype=torch.long)
-    for start in [batch.start, *batch.answers.tolist()]:
+    for start in [batch.start, *(batch.answers[:-1] + 2).tolist()]:  # behind each full stop
         if rng.random() < 0.5:
             jumps[start] += int(math.exp(rng.uniform(0.0, math.log(max_jump))))
     return positions + jumps.cumsum(0)
