@@ -38,25 +38,23 @@ COMMANDS = {
 HELP = """[bold]keepsight gives a vision-language model a memory for what it sees.[/bold]
 
 A VLM reads an image once; the longer its answer grows, the less it looks back. keepsight adds a small branch beside \
-some layers that looks at the image alone, however long the answer is (PVM, persistent visual memory). The model itself \
-stays frozen and unforked; the memory is an adapter of a few megabytes.
-
-[bold]Five minutes, no GPU, no download[/bold]
+some layers that looks at the image alone, however long the answer is (PVM, persistent visual memory). The model \
+itself stays frozen and unforked; the memory is a small adapter.
 
 \b
+[bold]Five minutes, no GPU, no download[/bold]
 [dim]# train a memory, measure it against its controls, read the report[/dim]
 [cyan]keepsight demo --quick[/cyan]
 
-[bold]With your own images[/bold]
-
 \b
+[bold]With your own images[/bold]
 [dim]# what memory a model would get, and how large it is[/dim]
 [cyan]keepsight info Qwen/Qwen3-VL-4B-Instruct[/cyan]
 [dim]# teach it on a file of images and conversations; the model stays frozen[/dim]
 [cyan]keepsight train pvm Qwen/Qwen3-VL-4B-Instruct -d train.jsonl -o my-memory[/cyan]
 [dim]# ask, with the memory and without[/dim]
-[cyan]keepsight generate my-memory --image cat.png --prompt "What is this?"[/cyan]
-[cyan]keepsight generate my-memory --image cat.png --prompt "What is this?" --no-memory[/cyan]
+[cyan]keepsight generate my-memory --image cat.png --prompt "What is it?"[/cyan]
+[cyan]keepsight generate my-memory --image cat.png --prompt "What is it?" --no-memory[/cyan]
 [dim]# no model at hand? a tiny one, which reads handwritten digits, is built in[/dim]
 [cyan]keepsight generate --image digits.png --prompt read[/cyan]
 
@@ -83,7 +81,7 @@ class LazyGroup(TyperGroup):
         name, command, rest = super().resolve_command(ctx, args)
         return name, _load(name) if name in COMMANDS else command, rest
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **more: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **more: Any) -> Any:
         """Run a command. Errors print one message; `--debug` anywhere shows their traceback."""
         from keepsight.cli.console import error_border, fail
 
@@ -94,11 +92,12 @@ class LazyGroup(TyperGroup):
             if debug:
                 os.environ["KEEPSIGHT_DEBUG"] = "1"
             try:
-                status = super().main(words, *rest, standalone_mode=False, **more)
+                status = super().main(words, *rest, **{**more, "standalone_mode": False})
             except typer._click.exceptions.ClickException as error:
                 context = getattr(error, "ctx", None)
                 path = context.command_path if context is not None else "keepsight"
-                fail(f"{error.format_message().rstrip('.')}. How to use it: {path} --help")
+                if error.format_message():  # empty where the help has been printed instead
+                    fail(f"{error.format_message().rstrip('.')}. How to use it: {path} --help")
                 raise SystemExit(error.exit_code) from error
             finally:
                 os.environ.pop("KEEPSIGHT_DEBUG", None)
