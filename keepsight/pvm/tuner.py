@@ -74,7 +74,7 @@ class PvmBranch(nn.Module, BaseTunerLayer):
             return []
         return [(name, self.pvm_blocks[name]) for name in self.active_adapters if name in self.pvm_blocks]
 
-    def take_memory(self, mixer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def take_memory(self, mixer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-hook of the token mixer: the memory of this call waits for the mlp."""
         in_flight.memory, in_flight.residual = kwargs.get(MEMORY), None
         return without_memory(mixer, args, kwargs)
