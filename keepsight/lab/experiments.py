@@ -1,7 +1,7 @@
-"""Training a memory and its controls on the reference VLM: the same data, the same steps, the same number of parameters.
+"""Training a memory and its controls on the reference VLM: the same data, steps and number of parameters.
 
-The language model is frozen throughout and adapters go on by PEFT's public route, so the model that trains is the model that
-answers. Every method sees the same batches in the same order; what differs is what its parameters can reach:
+The language model is frozen throughout and adapters go on by PEFT's public route, so the model that trains is the
+model that answers. Every method sees the same batches in the same order; what differs is what its parameters can reach:
 
     pvm         a branch that attends to the image alone, with keepsight's blindfold warm-up (not in the paper)
     pvm_plain   the same branch without the warm-up: the paper's recipe
@@ -95,23 +95,10 @@ def attach(model: Any, method: str, plan: TrainPlan, seed: int) -> Any:
         if method in ("pvm", "pvm_plain", "mlp"):
             branch: Any = "mlp" if method == "mlp" else "memory"
             config = PvmConfig(layers=list(plan.layers), width=plan.width, branch=branch)
-            return draw_for_width(get_peft_model(model, config))
+            return get_peft_model(model, config)
         if method in ("lora", "lora_long"):
             return get_peft_model(model, lora_config(model, pvm_size(model, plan)))
     raise ValueError(f"method={method!r}: expected one of {', '.join(METHODS)}.")
-
-
-@torch.no_grad()
-def draw_for_width(peft_model: Any) -> Any:
-    """Draw a branch's matrices again with standard deviation 1 / sqrt(inputs).
-
-    keepsight starts them at 0.02, which at the paper's widths (2560 and 4096) is about 1 / sqrt(D). At the reference VLM's width of
-    96 that rule gives 0.1; with 0.02 the look-up forms about three times later.
-    """
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad and parameter.dim() == 2:
-            parameter.normal_(std=parameter.shape[1] ** -0.5)
-    return peft_model
 
 
 def pvm_size(model: Any, plan: TrainPlan) -> int:
@@ -125,10 +112,13 @@ def pvm_size(model: Any, plan: TrainPlan) -> int:
         return len(plan.layers) * sum(p.numel() for p in PvmBlock(config.block_shape).parameters())
 
 
-def lora_config(model: Any, budget: int, targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")) -> LoraConfig:
+def lora_config(
+    model: Any, budget: int, targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+) -> LoraConfig:
     """LoRA on the decoder's linear maps, of as many parameters as fit in `budget`.
 
-    The common rank is the largest that fits; single maps get one rank more while that brings the count closer to the budget.
+    The common rank is the largest that fits; single maps get one rank more while that brings the count closer to the
+    budget.
     """
     from keepsight.backbone import Backbone
 
@@ -157,7 +147,9 @@ def training_batch(processor: Any, plan: TrainPlan, step: int, rng: np.random.Ge
     return make_narrations(processor, gaps, plan.batch, "train", rng)
 
 
-def train(model: Any, processor: Any, method: str, plan: TrainPlan, seed: int, progress: Progress | None = None) -> Trained:
+def train(
+    model: Any, processor: Any, method: str, plan: TrainPlan, seed: int, progress: Progress | None = None
+) -> Trained:
     """Train one adapter on a base whose own parameters stay frozen.
 
     Args:
