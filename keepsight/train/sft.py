@@ -449,6 +449,8 @@ def _make_trainer(
 
     gpu = _on_gpu(settings)
     checkpointing = gpu if settings.gradient_checkpointing is None else settings.gradient_checkpointing
+    # transformers 5.20 and later call it activation_checkpointing
+    renamed = "activation" if any(f.name == "activation_checkpointing" for f in fields(SFTConfig)) else "gradient"
     args = SFTConfig(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
@@ -462,8 +464,10 @@ def _make_trainer(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         bf16=(gpu and torch.cuda.is_bf16_supported()) if settings.bf16 is None else settings.bf16,
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        **{
+            f"{renamed}_checkpointing": checkpointing,
+            f"{renamed}_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        },
         use_cpu=not gpu,
         seed=settings.seed,
         logging_steps=settings.logging_steps,

@@ -96,7 +96,9 @@ def test_batches_are_what_the_processor_makes_and_labels_are_the_answers(name: s
         assert torch.equal(torch.as_tensor(whole[key]), torch.as_tensor(batch[key])), key
     learned = batch["labels"] != IGNORED
     assert torch.equal(batch["labels"][learned], batch["input_ids"][learned])
-    said = [processor.tokenizer.decode(ids[keep]).split() for ids, keep in zip(batch["input_ids"], learned, strict=True)]
+    said = [
+        processor.tokenizer.decode(ids[keep]).split() for ids, keep in zip(batch["input_ids"], learned, strict=True)
+    ]
     assert said == [["a1", "3", ".", "<eos>", "b1", "4", ".", "<eos>"], ["a1", "3", ".", "<eos>"]]
 
 

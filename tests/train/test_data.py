@@ -106,13 +106,29 @@ def test_marks_in_plain_text_place_the_images() -> None:
         ([{"role": "user"}, ANSWER], 1, 'messages[0]: expected {"role"'),
         ([{"role": "robot", "content": "x"}, ANSWER], 1, "role 'robot'"),
         ([{"role": "user", "content": "read"}], 1, "the last message is the user's"),
-        ([{"role": "user", "content": "read"}, {"role": "assistant", "content": " "}], 1, "assistant's message is empty"),
+        (
+            [{"role": "user", "content": "read"}, {"role": "assistant", "content": " "}],
+            1,
+            "assistant's message is empty",
+        ),
         ([{"role": "user", "content": "<image> read"}, ANSWER], 2, "1 image placeholder for 2 images"),
         ([{"role": "user", "content": "<image> read"}, ANSWER], 0, "1 image placeholder for 0 images"),
-        ([{"role": "user", "content": [{"type": "text", "text": "read"}]}, ANSWER], 1, "0 image placeholders for 1 image"),
-        ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, ANSWER], 1, "an image inside the message"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "read"}]}, ANSWER],
+            1,
+            "0 image placeholders for 1 image",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, ANSWER],
+            1,
+            "an image inside the message",
+        ),
         ([{"role": "user", "content": [{"type": "sound"}]}, ANSWER], 1, "expected parts"),
-        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "<image>"}], 1, "an image in the assistant"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<image>"}],
+            1,
+            "an image in the assistant",
+        ),
     ],
 )
 def test_bad_conversations(messages: Any, images: int, lesson: str) -> None:
@@ -208,7 +224,9 @@ def test_all_problems_at_once(data: Path) -> None:
         (["prompt", "answer"], 'lacks the column "image"'),
     ],
 )
-def test_a_missing_column_names_what_is_there_and_what_is_needed(columns: list[str], lesson: str, tmp_path: Path) -> None:
+def test_a_missing_column_names_what_is_there_and_what_is_needed(
+    columns: list[str], lesson: str, tmp_path: Path
+) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [dict.fromkeys(columns, "x")])
     with pytest.raises(DataError) as error:
         checked(path)
@@ -280,9 +298,13 @@ def test_over_long_samples(data: Path) -> None:
 
     source = load_dataset_any(data)
     options: dict[str, Any] = {"measure": measure, "max_length": 40}
-    with pytest.raises(DataError, match="line 5, messages: 80 tokens after processing; the end of its answer would be cut"):
+    with pytest.raises(
+        DataError, match="line 5, messages: 80 tokens after processing; the end of its answer would be cut"
+    ):
         check_dataset(source, **options)
-    assert check_dataset(source, **options, over_long="skip").skipped == (("line 5", "80 tokens, over the limit of 40"),)
+    assert check_dataset(source, **options, over_long="skip").skipped == (
+        ("line 5", "80 tokens, over the limit of 40"),
+    )
     assert check_dataset(source, **options, over_long="truncate").rows == 16
     options["max_length"] = 18  # now the images themselves do not fit
     with pytest.raises(DataError, match="its images and question alone fill the 18 tokens"):

@@ -139,9 +139,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tiny_vlm: Path, data: Path, tm
     assert (out / WEIGHTS).read_bytes() == before
 
 
-def test_broken_checkpoints_are_passed_over(
-    trained: tuple[Path, TrainReport], tiny_vlm: Path, tmp_path: Path
-) -> None:
+def test_broken_checkpoints_are_passed_over(trained: tuple[Path, TrainReport], tiny_vlm: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(trained[0], out)
     newest = out / "checkpoint-12"
@@ -276,7 +274,9 @@ def test_bad_settings_are_refused_before_weights_are_read(
         train_pvm(tiny_vlm, data, tmp_path / "out", **({"settings": settings()} | options))
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"lr": -1.0}, {"warmup_ratio": 1.5}, {"max_steps": 0}, {"workers": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"batch_size": 0}, {"lr": -1.0}, {"warmup_ratio": 1.5}, {"max_steps": 0}, {"workers": -1}]
+)
 def test_impossible_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected|negative"):
         SftSettings(**wrong)
