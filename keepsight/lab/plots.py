@@ -145,7 +145,7 @@ def _accuracy(figure: Any, results: dict[str, Any], color: dict[str, str]) -> No
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.minorticks_off()
     axes.set_ylim(0, 1.04)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25%", "50%", "75%", "100%"])
     axes.set_xlabel("generated tokens before the answer")
     axes.set_title("Digits read correctly", loc="left", fontsize=11)
     place = 2.0
@@ -209,7 +209,7 @@ def _causal(figure: Any, results: dict[str, Any], color: dict[str, str]) -> None
     axes.set_yticks(range(len(rows)), [label for label, _, _ in reversed(rows)])
     axes.axvline(CHANCE, color=color["ink"], lw=0.8, ls=(0, (1, 3)), alpha=0.7)
     axes.set_xlim(0, 1.1)
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25%", "50%", "75%", "100%"])
     axes.tick_params(axis="y", length=0)
     axes.set_title(
         f"Digits read correctly after {causal['length']:,} tokens (dotted: guessing)", loc="left", fontsize=11

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from keepsight.lab.digits import CELLS, GRID
+from keepsight.lab.digits import CELLS, GLYPH, GRID
 from keepsight.lab.plots import Figure, data_uri
 from keepsight.lab.report_page import PAGE
 from keepsight.lab.samples import Word
@@ -55,6 +55,7 @@ def render_report(
         "cards": _cards(results),
         "image": _grid(*images[0]),
         "narration": _narration(narration),
+        "first_fact": _first_fact(narration),
         "short": f"{lengths[0]:,}",
         "far": f"{lengths[-1]:,}",
         "train_length": f"{results['train_length']:,}",
@@ -114,22 +115,47 @@ def _cards(results: dict[str, Any]) -> str:
 
 
 def _grid(image: Image.Image, digits: Sequence[int]) -> str:
+    """The image, enlarged, with lines between its cells and their names along the edges."""
+    side, line = 72, 4
+    board = Image.new("RGB", (GRID * side + (GRID - 1) * line,) * 2, "#8a94a0")
+    for cell in range(len(CELLS)):
+        column, row = cell % GRID, cell // GRID
+        box = (column * GLYPH, row * GLYPH, (column + 1) * GLYPH, (row + 1) * GLYPH)
+        glyph = image.crop(box).resize((side, side), resample=Image.Resampling.BICUBIC)
+        board.paste(glyph, (column * (side + line), row * (side + line)))
     buffer = io.BytesIO()
-    image.resize((320, 320), resample=0).save(buffer, format="PNG")
-    labels = "".join(
-        f"<i style='left:{(k % GRID) * 25}%;top:{(k // GRID) * 25}%'>{CELLS[k]}</i>" for k in range(len(CELLS))
-    )
+    board.save(buffer, format="PNG")
     text = ", ".join(f"{cell} {digit}" for cell, digit in zip(CELLS, digits, strict=True))
+    columns = "".join(f"<i>{name[0]}</i>" for name in CELLS[:GRID])
+    rows = "".join(f"<i>{name[1]}</i>" for name in CELLS[::GRID])
     picture = f"<img alt='A grid of handwritten digits: {text}' src='{data_uri(buffer.getvalue())}'>"
-    return f"<div class='grid'>{picture}{labels}</div>"
+    return f"<div class='grid'><div class='columns'>{columns}</div><div class='rows'>{rows}</div>{picture}</div>"
+
+
+_ORDINALS = ("first", "second", "third", "fourth")
+
+
+def _first_fact(words: Sequence[Word]) -> str:
+    """Explain the first fact of the narration."""
+    cell = next(word.text for word in words if word.kind == "cell")
+    digit = next(word.text for word in words if word.kind == "digit")
+    column, row = _ORDINALS["abcd".index(cell[0])], _ORDINALS[int(cell[1]) - 1]
+    return (
+        f"<mark class='cell'>{cell}</mark>&nbsp;<mark class='digit'>{digit}</mark> says that cell {cell} ({column} "
+        f"column, "
+        f"{row} row) holds a {digit}."
+    )
 
 
 def _narration(words: Sequence[Word]) -> str:
     parts = []
     for word in words:
-        kind = {"cell": "cell", "digit": "digit"}.get(word.kind)
-        parts.append(f"<mark class='{kind}'>{escape(word.text)}</mark>" if kind else escape(word.text))
-    return " ".join(parts) + " …"
+        if word.kind in ("cell", "digit"):
+            mark = f"<mark class='{word.kind}'>{escape(word.text)}</mark>"
+            parts.append(f" {mark}" if word.kind == "cell" else f"&nbsp;{mark}")  # a fact stays on one line
+        else:
+            parts.append("&nbsp;." if word.kind == "stop" else f" {escape(word.text)}")
+    return "".join(parts).strip() + " …"
 
 
 def _picture(figure: Figure) -> str:
@@ -224,7 +250,7 @@ def _causal_words(results: dict[str, Any]) -> str:
     return (
         f"After {n:,} tokens, PVM reads {causal['on']:.0%}. With its gate off it reads {causal['gate_off']:.1%}, "
         f"{same}. With noise of the "
-        f"same strength in memory: {causal['noise']:.0%}. With <em>another</em> image in memory, only "
+        f"same strength in memory: {causal['noise']:.0%}. With <em>another</em> image in memory, "
         f"{causal['swapped']:.0%} of the "
         f"answers fit the image that the model was shown, and {causal['swapped_follows']:.0%} fit the other one. {end}"
     )

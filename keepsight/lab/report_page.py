@@ -20,6 +20,7 @@ main { max-width: 760px; margin: 0 auto; padding: 40px 20px 80px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 12px; letter-spacing: -0.01em; text-wrap: balance; }
 h2 { font-size: 21px; margin: 52px 0 10px; padding-top: 18px; border-top: 1px solid var(--line); }
 p { margin: 0 0 14px; }
+a { color: var(--pvm); }
 .lead { color: var(--soft); font-size: 18px; }
 .note { color: var(--soft); font-size: 15px; }
 .cards { display: grid; grid-template-columns: repeat(4, 1fr); gap: 10px; margin: 22px 0 8px; }
@@ -29,9 +30,11 @@ p { margin: 0 0 14px; }
 .card.pvm { border-color: var(--pvm); } .card.lora { border-color: var(--lora); } .card.mlp { border-color: var(--mlp);
 }
 .task { display: flex; gap: 24px; align-items: flex-start; flex-wrap: wrap; margin: 18px 0; }
-.grid { position: relative; width: 260px; flex: none; }
-.grid img { width: 100%; display: block; image-rendering: pixelated; border-radius: 6px; }
-.grid i { position: absolute; padding: 1px 4px; font: 600 12px/1.2 system-ui, sans-serif; color: #fde68a; }
+.grid { width: 270px; flex: none; display: grid; grid-template: 22px 248px / 22px 248px; }
+.grid img { width: 100%; display: block; border-radius: 4px; grid-area: 2 / 2; }
+.grid i { font: 600 13px/1.2 system-ui, sans-serif; color: var(--soft); flex: 1; display: flex; align-items: center;
+  justify-content: center; }
+.columns { grid-area: 1 / 2; display: flex; } .rows { grid-area: 2 / 1; display: flex; flex-direction: column; }
 .talk { flex: 1; min-width: 250px; }
 .bubble { background: var(--tint); border-radius: 10px; padding: 12px 14px; margin-bottom: 10px; }
 .bubble small { color: var(--soft); display: block; font-size: 13px; }
@@ -57,7 +60,7 @@ code, pre { background: var(--tint); border-radius: 5px; } code { padding: 1px 4
 pre { padding: 12px 14px; overflow-x: auto; } pre code { padding: 0; }
 footer { color: var(--soft); font-size: 14px; margin-top: 40px; border-top: 1px solid var(--line); padding-top: 16px; }
 @media (max-width: 560px) { body { font-size: 16px; } main { padding: 24px 16px 60px; } h1 { font-size: 25px; }
-  .cards { grid-template-columns: repeat(2, 1fr); } .grid { width: 100%; max-width: 300px; } }
+  .cards { grid-template-columns: repeat(2, 1fr); } }
 </style>
 </head>
 <body><main>
@@ -80,8 +83,7 @@ $image
 <div class="bubble"><small>It answers in facts, wrapped in filler</small>$narration</div>
 </div>
 </div>
-<p><mark class="cell">b3</mark>&nbsp;<mark class="digit">7</mark> says that cell b3 (second column, third row) holds a
-7. No cell is named
+<p>$first_fact No cell is named
 twice, so a digit can never be copied from earlier words: <b>each one needs a look at the image.</b> The filler says
 nothing about the
 image. It is there to make the answer long.</p>
