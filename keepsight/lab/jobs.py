@@ -159,6 +159,6 @@ def _method_job(name: str, settings: Settings, workdir: Path, report: Report) ->
             **result["causal_by_length"][str(settings.causal_lengths[-1])],
             "length": settings.causal_lengths[-1],
         }
-        trained.model.save_pretrained(str(workdir / name))
+        trained.model.save_pretrained(str(workdir / name), save_embedding_layers=False)
     report("done", 1.0)
     return result
