@@ -1,4 +1,4 @@
-"""What tests of training and of the command line share: a tiny VLM folder, a few digit images, and a trained adapter."""
+"""What tests of training and the command line share: a tiny VLM folder, a few digit images, a trained adapter."""
 
 from __future__ import annotations
 

@@ -27,11 +27,13 @@ def tokenizer_with(*tokens: str) -> Any:
 
 
 def internvl() -> Any:
-    tokenizer = tokenizer_with("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
-    for name, token in (("start_image", "<img>"), ("end_image", "</img>"), ("context_image", "<IMG_CONTEXT>")):
-        setattr(tokenizer, f"{name}_token", token)
-        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
-    tokenizer.video_token = "<video>"
+    plain = tokenizer_with("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+    names = {"start_image": "<img>", "end_image": "</img>", "context_image": "<IMG_CONTEXT>", "video": "<video>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain._tokenizer,
+        **{f"{name}_token": getattr(plain, f"{name}_token") for name in ("pad", "unk", "bos", "eos")},
+        model_specific_special_tokens={f"{name}_token": token for name, token in names.items()},
+    )
     return transformers.InternVLProcessor(
         image_processor=transformers.GotOcr2ImageProcessor(
             size={"height": 16, "width": 16}, crop_to_patches=True, min_patches=1, max_patches=3
@@ -139,8 +141,8 @@ def test_a_template_that_rewrites_earlier_turns() -> None:
     # As reasoning models do: an answer is only written out while it is the last message.
     processor.chat_template = (
         "{%- for m in messages -%}{{m['role']}}{%- if m['role']!='assistant' or loop.last -%}"
-        "{%- for p in m['content'] -%}{{p['text'] if p['type']=='text' else '<|image_pad|>'}}{%- endfor -%}{%- endif -%}"
-        "{%- endfor -%}{%- if add_generation_prompt -%}assistant{%- endif -%}"
+        "{%- for p in m['content'] -%}{{p['text'] if p['type']=='text' else '<|image_pad|>'}}{%- endfor -%}"
+        "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}assistant{%- endif -%}"
     )
     collator = ConversationCollator(processor)
     assert [trained for _, trained in collator.segments(TWO_TURNS[:2])] == [False, True]

@@ -214,6 +214,15 @@ def test_all_problems_at_once(data: Path) -> None:
     assert "... and 4 more" in str(error.value)
 
 
+def test_a_hint_is_given_once(data: Path) -> None:
+    write_rows(data, [row | {"images": []} for row in read_rows(data)])
+    with pytest.raises(DataError) as error:
+        checked(data)
+    assert str(error.value).count("--text-only skip") == 1
+    with pytest.raises(DataError, match="no sample has an image"):
+        checked(data, text_only="keep")
+
+
 @pytest.mark.parametrize(
     ("columns", "lesson"),
     [
@@ -268,7 +277,7 @@ def test_a_folder_without_data(tmp_path: Path) -> None:
 
 def test_a_split_that_is_not_there(data: Path, tmp_path: Path) -> None:
     saved = as_saved_dataset(data, tmp_path)
-    with pytest.raises(DataError, match="no split 'validation'. It has: train"):
+    with pytest.raises(DataError, match=r"no split 'validation'\. It has: train"):
         load_dataset_any(saved, "validation")
 
 
@@ -299,7 +308,7 @@ def test_over_long_samples(data: Path) -> None:
     source = load_dataset_any(data)
     options: dict[str, Any] = {"measure": measure, "max_length": 40}
     with pytest.raises(
-        DataError, match="line 5, messages: 80 tokens after processing; the end of its answer would be cut"
+        DataError, match=r"line 5, messages: 80 tokens after processing, over the 40 of --max-length\. Raise"
     ):
         check_dataset(source, **options)
     assert check_dataset(source, **options, over_long="skip").skipped == (
@@ -307,7 +316,7 @@ def test_over_long_samples(data: Path) -> None:
     )
     assert check_dataset(source, **options, over_long="truncate").rows == 16
     options["max_length"] = 18  # now the images themselves do not fit
-    with pytest.raises(DataError, match="its images and question alone fill the 18 tokens"):
+    with pytest.raises(DataError, match="the images and the question alone fill the 18 tokens"):
         check_dataset(source, **options, over_long="truncate")
 
 
