@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ def conditions(script: str, argv: Sequence[str], measured: Sequence[str], device
         )
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", script, *argv]),
+        "command": shlex.join(["python", script, *argv]),
         "commit": git("rev-parse", "HEAD"),
         "measured_code_changed_since_commit": bool(git("status", "--porcelain", "--", *measured)),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
