@@ -429,7 +429,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "floor: the ratio that reading weights and caches alone would give; computed from tensor sizes, not measured."
+        "floor: the ratio if reading weights and caches were all that takes time; computed from tensor sizes, not "
+        "measured. Where launches or arithmetic dominate, a ratio can fall below it."
     )
     for result in report["results"]:
         if "operations_per_step" in result:
