@@ -233,7 +233,8 @@ def train_pvm(
     if checkpoint is not None:
         output.check_record(folder, record)
     if is_main:
-        _check_space(folder, plan, settings, checked)
+        there = len(list(folder.glob("checkpoint-*"))) if checkpoint is not None else 0
+        _check_space(folder, plan, settings, checked, there)
 
     model, _ = load(source, dtype=_dtype(settings, plan), device=_device(settings))
     if is_main:
@@ -371,11 +372,13 @@ def _record(source: str | Path, plan: MemoryPlan, settings: SftSettings, data: C
     return {"base": str(source), "samples": data.rows, **memory, **chosen}
 
 
-def _check_space(folder: Path, plan: MemoryPlan, settings: SftSettings, data: CheckedData) -> None:
+def _check_space(folder: Path, plan: MemoryPlan, settings: SftSettings, data: CheckedData, there: int) -> None:
     """A checkpoint holds the memory and AdamW's two moments, in float32."""
     per_step = settings.batch_size * settings.grad_accum * int(os.environ.get("WORLD_SIZE", "1"))
     steps = settings.max_steps or math.ceil(settings.epochs * math.ceil(data.rows / per_step))
-    number = min(math.ceil(steps / settings.save_steps), settings.keep_checkpoints or steps)
+    # One more than are kept: the oldest goes after the newest is written.
+    number = min(math.ceil(steps / settings.save_steps), (settings.keep_checkpoints or steps) + 1) - there
+    number = max(number, 0)
     needed = 4 * plan.memory_parameters * (3 * number + 1) + 2**20
     output.check_space(folder, needed, f"the run ({number} checkpoint{'s' * (number != 1)} and the adapter)")
 

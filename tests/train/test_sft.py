@@ -355,3 +355,35 @@ def test_flags_and_settings_agree() -> None:
     values = dict(zip(FLAGS[::2], FLAGS[1::2], strict=True))
     for flag, value in values.items():
         assert float(value) == QUICK[flag[2:].replace("-", "_")]
+
+
+def test_the_examples_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import runpy
+
+    examples = Path(__file__).parents[2] / "examples"
+    runpy.run_path(str(examples / "train_pvm.py"))["main"](tmp_path, 4)
+    adapter, image = tmp_path / "memory", tmp_path / "data" / "0.png"
+    recorded = json.loads((adapter / "adapter_config.json").read_text())
+    assert recorded["base_model_name_or_path"] == "keepsight/reference"
+    runpy.run_path(str(examples / "generate.py"))["main"](str(adapter), str(image), "describe")
+    printed = capsys.readouterr().out
+    assert "base unchanged: True" in printed
+    assert "without the memory:" in printed
+
+
+def test_the_reference_reads_on_the_command_line(tmp_path: Path) -> None:
+    import numpy as np
+    from typer.testing import CliRunner
+
+    from keepsight.cli import app
+    from keepsight.lab.digits import draw_grids
+
+    images, digits = draw_grids(1, "test", np.random.default_rng(0))
+    images[0].save(tmp_path / "digits.png")
+    result = CliRunner().invoke(
+        app, ["generate", "-i", str(tmp_path / "digits.png"), "-p", "read", "--max-new-tokens", "9"]
+    )
+    assert result.exit_code == 0, result.output
+    said = result.stdout.split()
+    assert said[::3] == ["a1", "b1", "c1"]
+    assert sum(int(word) == digit for word, digit in zip(said[1::3], digits[0], strict=False)) >= 2
