@@ -30,7 +30,7 @@ from keepsight.train import output
 from keepsight.train.blindfold import blindfold
 from keepsight.train.collate import ConversationCollator
 from keepsight.train.data import CheckedData, Policy, check_dataset, load_dataset_any, read_sample
-from keepsight.train.plan import MemoryPlan, plan_memory
+from keepsight.train.plan import MemoryPlan, check_weights, plan_memory
 
 
 class TrainingDivergedError(KeepsightError):
@@ -212,6 +212,7 @@ def train_pvm(
     if is_main:
         output.check_output(folder, resume, overwrite)
     plan = plan_memory(source, pvm)
+    check_weights(source)
     _check_settings(settings)
     if settings.blindfold_steps:
         with blindfold(plan.backbone.model):  # raises where it cannot work
@@ -435,6 +436,11 @@ def _make_trainer(
             covered = self.state.global_step < settings.blindfold_steps
             with blindfold(self.accelerator.unwrap_model(model)) if covered else nullcontext():
                 loss = super().training_step(model, *args, **kwargs)
+            if not torch.isfinite(loss) and self.state.global_step == 0:
+                raise TrainingDivergedError(
+                    f"The loss is {loss.item()} at the very first step, before anything was learned: the base's "
+                    "weights are damaged, or the dtype overflows (try --dtype float32)."
+                )
             if not torch.isfinite(loss):
                 raise TrainingDivergedError(
                     f"The loss became {loss.item()} at step {self.state.global_step + 1}; training has stopped. "
@@ -478,6 +484,7 @@ def _make_trainer(
             f"{renamed}_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
         },
         use_cpu=not gpu,
+        ddp_find_unused_parameters=False,  # a memory without images gives gradients of zero, not none
         seed=settings.seed,
         logging_steps=settings.logging_steps,
         logging_first_step=True,

@@ -221,6 +221,21 @@ def test_a_full_folder_is_not_written_into(trained: tuple[Path, TrainReport], ti
     assert not (out / "checkpoint-12").exists()
 
 
+def test_a_run_that_saved_nothing_is_no_obstacle(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        """Ctrl-C at the second step."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_pvm(tiny_vlm, data, tmp_path / "out", settings=settings(), callbacks=[Stop()])
+    assert train_pvm(tiny_vlm, data, tmp_path / "out", settings=settings(max_steps=1)).steps == 1
+
+
 def test_a_failing_run_leaves_its_checkpoints(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
     from transformers import TrainerCallback
 
