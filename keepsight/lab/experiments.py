@@ -59,8 +59,8 @@ class TrainPlan:
     layers: tuple[int, ...] = (1, 3)
     width: int = 64
     pvm_lr: float = 1.2e-2
-    mlp_lr: float = 3e-3
-    lora_lr: float = 3e-4
+    mlp_lr: float = 1.5e-3
+    lora_lr: float = 1e-4
     long_lr: float = 1e-3
     gate_factor: float = 10.0
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
