@@ -92,7 +92,7 @@ def check_weights(source: str | Path) -> None:
         try:
             with file.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(length)) if 0 < length < size else {"": None}
+                header: Any = json.loads(stream.read(length) if length < size else b"")
             ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise KeepsightError(f"{file} is not a whole safetensors file ({size:,} bytes). Copy it again.") from error

@@ -9,6 +9,7 @@ for, the blindfold warm-up (see `keepsight.train.blindfold`).
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import tempfile
@@ -130,7 +131,7 @@ class TrainReport:
         base_unchanged: no bit of any frozen tensor changed; None where weights are partitioned over processes.
         first_loss, last_loss: first and last logged training loss.
         gates: decoder layer -> final gate.
-        tokens: tokens read in this run.
+        tokens: tokens read in all steps.
         seconds: of the training loop in this run.
         data: what was checked, skipped and kept.
     """
@@ -229,7 +230,8 @@ def train_pvm(
     if len(checked.skipped) > 5:
         say(f"skipped {len(checked.skipped)} samples in all")
     longest = f", the longest of {checked.longest} tokens" if checked.longest else ""
-    say(f"{checked.rows:,} samples are good{longest}; loading {source}")
+    cut = f", {checked.cut:,} with answers to be cut at {settings.max_length}" if checked.cut else ""
+    say(f"{checked.rows:,} samples are good{longest}{cut}; loading {source}")
     record = _record(source, plan, settings, checked)
     if checkpoint is not None:
         output.check_record(folder, record)
@@ -247,6 +249,8 @@ def train_pvm(
     trainer = _make_trainer(
         model, processor, pvm, settings, folder, checked, checked_eval, collator, on_log, callbacks or []
     )
+    if checkpoint is not None:
+        trainer._total_train_tokens = _tokens_until(checkpoint)
     before = _checksum(trainer.model)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
@@ -306,7 +310,10 @@ def _check_settings(settings: SftSettings) -> None:
     available = get_available_reporting_integrations()
     for tracker in settings.report_to:
         if tracker not in available:
-            raise ValueError(f"report_to={tracker!r} is not installed. Available: {', '.join(available) or 'none'}.")
+            raise ValueError(
+                f"report_to={tracker!r} is not installed (pip install {tracker}?). "
+                f"Available: {', '.join(available) or 'none'}."
+            )
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch finds no GPU.")
 
@@ -460,7 +467,8 @@ def _make_trainer(
                 on_log(dict(logs), state.global_step, state.max_steps)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_log |= state.global_step >= state.max_steps  # the last step, too
+            # The last step, too; and every checkpoint, so that a resumed run knows the tokens so far.
+            control.should_log |= control.should_save or state.global_step >= state.max_steps
 
     gpu = _on_gpu(settings)
     checkpointing = gpu if settings.gradient_checkpointing is None else settings.gradient_checkpointing
@@ -531,6 +539,11 @@ class _Reader:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         data = self.eval_data if row.get("is_eval") and self.eval_data is not None else self.data
         return read_sample(row, data.source)
+
+
+def _tokens_until(checkpoint: Path) -> int:
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return int(max((entry.get("num_tokens", 0) for entry in history), default=0))
 
 
 def _checksum(model: torch.nn.Module) -> dict[str, int] | None:
