@@ -211,4 +211,5 @@ def _causal(figure: Any, results: dict[str, Any], color: dict[str, str]) -> None
     axes.set_xlim(0, 1.1)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25%", "50%", "75%", "100%"])
     axes.tick_params(axis="y", length=0)
-    axes.set_title(f"Read correctly after {causal['length']:,} tokens", loc="left", fontsize=12)
+    title = f"Digits read correctly after {causal['length']:,} tokens (dotted: guessing)"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
