@@ -1,0 +1,513 @@
+"""Generation with memory: the decoding loop behind `model.generate(...)`.
+
+transformers' own `generate` does all preparation (inputs, images, caches, logits processors, stopping criteria) and
+then calls `MemoryDecoder.run` in place of its sampling loop. Each row has a queue of inputs that must come next: a
+formed memory's latents, then its end token. At each step all living rows feed the same number of positions: the
+shortest queue, or one if any row chooses its next token freely. So `sequences[b, t]` is always cache slot t, and masks
+and positions need no special care; where all rows are inserting (always, for one row) a memory goes in by one call.
+
+Memory positions count towards `max_new_tokens`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers.utils import ModelOutput
+
+from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.vismem import scope
+from keepsight.vismem.formers import Formers
+from keepsight.vismem.memory import Formation, Invocation, Sight, read_sights
+from keepsight.vismem.policy import MemoryPolicy
+from keepsight.vismem.tokens import LONG, SHORT, TYPES, MemoryTokens
+
+
+@dataclass
+class VisMemOutput(ModelOutput):
+    """What `generate(..., return_dict_in_generate=True)` returns.
+
+    Attributes:
+        sequences: ids [B, T]; a memory stands there as `<invoke> <end> ... <end>` (see `tokens.py`).
+        invocations: per row, its memories in order: type, position, latents, and what they were formed from.
+        sampled: bool [B, new], true where the model chose the token: not memory, not forced, not padding.
+        allowed: bool [B, new, 2], whether the row could have invoked a short / a long memory there.
+        sights: per row, what the prompt showed: visual states and patches.
+        scores: with `output_scores`: per new position, processed logits [B, V]; where nothing was chosen, the token
+            that stands there has 0 and all others -inf.
+        logits: with `output_logits`: likewise, unprocessed.
+        past_key_values: the cache.
+    """
+
+    sequences: torch.LongTensor | None = None
+    invocations: list[list[Invocation]] | None = None
+    sampled: torch.Tensor | None = None
+    allowed: torch.Tensor | None = None
+    sights: list[Sight] | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
+    logits: tuple[torch.Tensor, ...] | None = None
+    past_key_values: Any = None
+
+
+def generate(branch: Any, *args: Any, memory: MemoryPolicy | str | None = None, **kwargs: Any) -> Any:
+    """`generate` of a model that carries VisMem.
+
+    Args:
+        branch: the model's `VisMemBranch`.
+        args: as for transformers' `generate`.
+        memory: when memory is invoked: a `MemoryPolicy`, or its name. Default: the config's policy.
+        kwargs: as for transformers' `generate`.
+
+    Returns:
+        As transformers' `generate`; with `return_dict_in_generate=True`, a `VisMemOutput`.
+
+    Raises:
+        KeepsightError: before any work, for what cannot be combined with memory.
+    """
+    model = branch.backbone.model
+    plain = type(model).generate
+    if branch.active is None:
+        if memory is not None:
+            warnings.warn(
+                f"memory={memory!r} has no effect: no VisMem adapter is active.", KeepsightWarning, stacklevel=3
+            )
+        return plain(model, *args, **kwargs)
+    policy = MemoryPolicy.of(memory, branch.config)
+    if policy.name == "off":
+        with scope.silent():
+            return plain(model, *args, **kwargs)
+    _refuse(model, args, kwargs)
+    _warn(branch, policy)
+    if policy.name == "random" and not branch.config.delimiter_ids:
+        raise KeepsightError(
+            "Policy 'random' invokes after delimiters, whose tokens are unknown: call add_memory_tokens(processor, model)."
+        )
+    tokens = MemoryTokens(branch.config.token_ids)
+    kwargs = _with_stop_strings(model, kwargs, tokens)
+    decoder = MemoryDecoder(branch, policy, tokens, kwargs)
+    with scope.watching() as watch:
+        decoder.watch = watch
+        return plain(model, *args, custom_generate=decoder.run, **kwargs)
+
+
+def _refuse(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise for what memory cannot be combined with."""
+
+    def option(name: str) -> Any:
+        given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        for source in (given, model.generation_config):
+            if name in kwargs:
+                return kwargs[name]
+            if source is not None and getattr(source, name, None) is not None:
+                return getattr(source, name)
+        return None
+
+    instead = "Generate without memory (memory='off'), or without that option."
+    if (option("num_beams") or 1) > 1:
+        raise KeepsightError(f"num_beams={option('num_beams')}: beams cannot be combined with memory. {instead}")
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+        if option(name) is not None:
+            raise KeepsightError(f"{name}: assisted decoding cannot be combined with memory. {instead}")
+    for name in ("penalty_alpha", "dola_layers", "prefill_chunk_size", "custom_generate", "token_healing"):
+        if option(name):
+            raise KeepsightError(f"{name}={option(name)!r} cannot be combined with memory. {instead}")
+    for name in ("output_attentions", "output_hidden_states"):
+        if option(name):
+            raise KeepsightError(f"{name}=True is not collected while memory is invoked. {instead}")
+    if option("use_cache") is False:
+        raise KeepsightError("use_cache=False: memory needs the KV cache; leave use_cache out.")
+    if kwargs.get("inputs_embeds") is not None:
+        raise KeepsightError("inputs_embeds: memory needs input_ids, to know which positions are visual.")
+    cache = kwargs.get("past_key_values")
+    if cache is not None and int(cache.get_seq_length()):
+        raise KeepsightError(
+            "past_key_values already holds a prompt, whose visual states memory can no longer read. Pass the whole "
+            "conversation as input_ids, or memory='off'."
+        )
+
+
+def _warn(branch: Any, policy: MemoryPolicy) -> None:
+    memory = branch.active
+    untrained = [
+        kind for kind, bank in ((SHORT, memory.short_bank), (LONG, memory.long_bank)) if bank.is_untrained
+    ]
+    if len(untrained) == 2:
+        warnings.warn(
+            "This VisMem was never trained: its memories are noise, and the text after them is worse for it. Train it, "
+            "load a trained adapter, or generate with memory='off'.",
+            KeepsightWarning,
+            stacklevel=4,
+        )
+    if policy.model_decides and memory.rows.is_untrained:
+        warnings.warn(
+            f"Policy {policy.name!r} lets the model decide when to invoke memory, but its invocation tokens were never "
+            "trained, so it invokes them by chance. Use memory=MemoryPolicy('forced', at={...}) or 'random' until "
+            "stage II has trained them.",
+            KeepsightWarning,
+            stacklevel=4,
+        )
+
+
+class TextOnly(StoppingCriteria):
+    """Asks another criterion about the text without its memories.
+
+    Args:
+        criterion: the criterion.
+        tokens: which ids are memory.
+        pad: id to fill up with, on the left.
+    """
+
+    def __init__(self, criterion: Any, tokens: MemoryTokens, pad: int):
+        self.criterion, self.tokens, self.pad = criterion, tokens, pad
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Bool [B]."""
+        keep = ~self.tokens.memory_mask(input_ids)
+        order = keep.to(torch.uint8).argsort(1, stable=True)  # memory first, text after it, in order
+        text = input_ids.gather(1, order).masked_fill(~keep.gather(1, order), self.pad)
+        return self.criterion(text, scores, **kwargs)
+
+
+def _with_stop_strings(model: Any, kwargs: dict[str, Any], tokens: MemoryTokens) -> dict[str, Any]:
+    """Stop strings as a criterion of our own: transformers drops the tokenizer on the way to a custom loop."""
+    kwargs = dict(kwargs)
+    given = kwargs.get("generation_config")
+    strings = kwargs.pop("stop_strings", None) or getattr(given or model.generation_config, "stop_strings", None)
+    tokenizer = kwargs.pop("tokenizer", None)
+    if not strings:
+        return kwargs
+    if tokenizer is None:
+        raise KeepsightError("stop_strings needs the tokenizer: generate(..., tokenizer=processor.tokenizer).")
+    kwargs["stop_strings"] = None
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    criterion = TextOnly(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings), tokens, pad)
+    kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), criterion])
+    return kwargs
+
+
+@dataclass
+class _Row:
+    """One row while it is written."""
+
+    sight: Sight
+    queue: list[tuple[int, torch.Tensor | None]] = field(default_factory=list)  # (id, latent) that must come next
+    text: list[torch.Tensor] = field(default_factory=list)  # hidden states [n, D] since the last memory
+    words: int = 0  # text tokens written
+    after_delimiter: bool = False
+    waiting: str | None = None  # invocation token fed, memory not yet formed
+    was_sampled: bool = False
+    invocations: list[Invocation] = field(default_factory=list)
+    count: int = 0  # invocations, replayed ones included
+    is_done: bool = False
+    plan: dict[int, str] = field(default_factory=dict)
+
+
+class MemoryDecoder:
+    """One call of `generate`.
+
+    Args:
+        branch: the model's `VisMemBranch`.
+        policy: when memory is invoked.
+        tokens: which ids are memory.
+        arguments: what `generate` was given.
+    """
+
+    def __init__(self, branch: Any, policy: MemoryPolicy, tokens: MemoryTokens, arguments: dict[str, Any]):
+        self.branch, self.policy, self.tokens, self.arguments = branch, policy, tokens, arguments
+        self.formers: Formers = branch.formers()
+        self.streamer = arguments.get("streamer")
+        limit = policy.max_invocations
+        self.limit = branch.config.max_invocations if limit is None else limit
+        self.watch: Any = None
+
+    @torch.no_grad()
+    def run(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The loop; called by transformers' `generate` in place of its own."""
+        copies = generation_config.num_return_sequences or 1
+        self.policy.check_rows(len(input_ids))
+        max_length = stopping_criteria.max_length
+        pad = generation_config._pad_token_tensor
+        record = _Record(generation_config)
+
+        output = model._prefill(input_ids, generation_config, model_kwargs)
+        rows = self._start(input_ids, copies)
+        prompt = input_ids.shape[1]
+        while True:
+            logits = output.logits[:, -1].float()
+            self._form_waiting(rows, input_ids.shape[1])
+            allowed = self._allowed(rows, input_ids.shape[1], max_length)
+            scores = self._constrained(logits_processor(self._hidden(input_ids, pad), logits.clone()), allowed)
+            if generation_config.do_sample:
+                chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0]
+            else:
+                chosen = scores.argmax(-1)
+            new, latents, sampled = self._next(rows, chosen.tolist(), allowed, input_ids, pad)
+            record.add(new, sampled, allowed, scores, logits)
+            input_ids = torch.cat([input_ids, new], 1)
+            self._stream(new, rows)
+            self._stop(rows, stopping_criteria(input_ids, None), max_length, input_ids.shape[1])
+            if all(row.is_done for row in rows):
+                break
+            model_kwargs = model._update_model_kwargs_for_generation(
+                output, model_kwargs, num_new_tokens=new.shape[1]
+            )
+            inputs = model.prepare_inputs_for_generation(
+                input_ids, next_sequence_length=new.shape[1], **model_kwargs
+            )
+            mask = torch.tensor([[v is not None for v in row] for row in latents], device=new.device)
+            values = [v for row in latents for v in row if v is not None]
+            empty = self.watch.hidden.new_zeros(0, self.watch.hidden.shape[-1])
+            with scope.spliced(mask, torch.stack(values) if values else empty):
+                output = model(**inputs, return_dict=True)
+            self._remember(rows, new, mask)
+        if self.streamer is not None:
+            self.streamer.end()
+        self._warn_missed(rows)
+        if not generation_config.return_dict_in_generate:
+            return input_ids
+        cache = output.past_key_values if "past_key_values" in output else None
+        return VisMemOutput(
+            sequences=input_ids,
+            invocations=[row.invocations for row in rows],
+            sampled=record.sampled,
+            allowed=record.allowed,
+            sights=[row.sight for row in rows],
+            scores=record.scores(prompt, input_ids),
+            logits=record.logits(prompt, input_ids),
+            past_key_values=cache,
+        )
+
+    def _start(self, input_ids: torch.Tensor, copies: int) -> list[_Row]:
+        sights = read_sights(
+            self.branch.backbone, self.watch.vision_calls, input_ids, self.watch.hidden, self.arguments, copies
+        )
+        self.watch.vision_calls.clear()
+        rows = [_Row(sight) for sight in sights]
+        for index, row in enumerate(rows):
+            row.plan = dict(self.policy.plan(index))
+            replay = self.policy.replay[index] if self.policy.replay is not None else None
+            if replay is not None:
+                row.queue = self._replayed(replay)
+        return rows
+
+    def _replayed(self, replay: Any) -> list[tuple[int, torch.Tensor | None]]:
+        ids = replay.tokens.tolist()
+        places = self.tokens.latent_mask(replay.tokens[None])[0].tolist()
+        latents = list(replay.latents) if replay.latents is not None else []
+        if len(latents) != sum(places):
+            raise KeepsightError(f"replay: {sum(places)} memory positions among the tokens, {len(latents)} latents.")
+        return [(i, latents.pop(0) if place else None) for i, place in zip(ids, places, strict=True)]
+
+    def _form_waiting(self, rows: list[_Row], length: int) -> None:
+        """Form the memories of all rows that have just fed an invocation token, one call per type."""
+        for kind in TYPES:
+            ready = [i for i, row in enumerate(rows) if row.waiting == kind and not row.is_done]
+            if not ready:
+                continue
+            formed = self.policy.formed(kind)
+            formations = [Formation(rows[i].sight, torch.cat(rows[i].text)) for i in ready]
+            memories = self.formers.form(formed, formations)
+            for i, formation, latents in zip(ready, formations, memories, strict=True):
+                row, end = rows[i], self.tokens.end[formed]
+                latents = latents.to(formation.text.dtype)
+                row.queue = [(end, latent) for latent in latents] + [(end, None)]
+                row.invocations.append(
+                    Invocation(i, formed, kind, length - 1, row.was_sampled, latents, formation)
+                )
+                row.waiting, row.text = None, []
+
+    def _allowed(self, rows: list[_Row], length: int, max_length: int | None) -> torch.Tensor:
+        """Bool [B, 2]: whether a row may invoke each type now."""
+        return torch.tensor(
+            [
+                [not row.queue and not row.is_done and self._can(row, kind, length, max_length) for kind in TYPES]
+                for row in rows
+            ]
+        )
+
+    def _can(self, row: _Row, kind: str, length: int, max_length: int | None) -> bool:
+        formed = self.policy.formed(kind)
+        if row.count >= self.limit or (formed == SHORT and row.sight.patches is None):
+            return False
+        # The invocation token, the whole memory, the end token, and at least one word after it.
+        return max_length is None or length + 1 + self.formers.length(formed) + 1 < max_length
+
+    def _constrained(self, scores: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        """End tokens are never chosen, invocation tokens only where allowed."""
+        for column, kind in enumerate(TYPES):
+            scores[:, self.tokens.end[kind]] = -torch.inf
+            free = allowed[:, column] & self.policy.admits(kind)
+            invoke = self.tokens.invoke[kind]
+            scores[:, invoke] = scores[:, invoke].masked_fill(~free.to(scores.device), -torch.inf)
+        return scores
+
+    def _hidden(self, input_ids: torch.Tensor, pad: Any) -> torch.Tensor:
+        """The ids that logits processors see: memory is no text, so that nothing penalises its repetition."""
+        filler = 0 if pad is None else int(pad)
+        return input_ids.masked_fill(self.tokens.memory_mask(input_ids), filler)
+
+    def _next(
+        self, rows: list[_Row], chosen: list[int], allowed: torch.Tensor, input_ids: torch.Tensor, pad: Any
+    ) -> tuple[torch.Tensor, list[list[torch.Tensor | None]], torch.Tensor]:
+        """The next positions of all rows: ids [B, c], their latents, and where the model chose: bool [B, c]."""
+        living = [row for row in rows if not row.is_done]
+        length = min(len(row.queue) or 1 for row in living)
+        ids, latents, sampled = [], [], []
+        for index, row in enumerate(rows):
+            own: list[tuple[int, torch.Tensor | None]]
+            was_sampled = False
+            if row.is_done:
+                own = [(chosen[index] if pad is None else int(pad), None)] * length
+            elif row.queue:
+                own, row.queue = row.queue[:length], row.queue[length:]
+                row.count += sum(i in self.tokens.invoke.values() for i, _ in own)
+                last = own[-1][0]
+                if not row.queue and last in self.tokens.invoke.values():  # a replay that ends at an invocation
+                    row.waiting, row.was_sampled = self._kind(last), False
+                row.words += sum(i not in self.tokens.ids for i, _ in own)
+            else:
+                kind = self._inserted(row, allowed[index])
+                was_sampled = kind is None
+                token = chosen[index] if kind is None else self.tokens.invoke[kind]
+                own = [(token, None)]
+                if token in self.tokens.invoke.values():
+                    row.waiting, row.was_sampled = self._kind(token), was_sampled
+                    row.count += 1
+                    row.after_delimiter = False
+                else:
+                    row.words += 1
+                    row.after_delimiter = token in (self.branch.config.delimiter_ids or ())
+            ids.append([i for i, _ in own])
+            latents.append([latent for _, latent in own])
+            sampled.append([was_sampled] + [False] * (length - 1))
+        return torch.tensor(ids, device=input_ids.device), latents, torch.tensor(sampled)
+
+    def _kind(self, token: int) -> str:
+        return SHORT if token == self.tokens.invoke[SHORT] else LONG
+
+    def _inserted(self, row: _Row, allowed: torch.Tensor) -> str | None:
+        """The type that the policy, not the model, invokes now."""
+        can = {kind for kind, ok in zip(TYPES, allowed.tolist(), strict=True) if ok}
+        if self.policy.name == "forced":
+            kind = row.plan.get(row.words)
+            if kind in can:
+                del row.plan[row.words]
+                return kind
+        if self.policy.name == "random" and row.after_delimiter and can:
+            probability = self.policy.probability
+            if probability is None:
+                probability = self.branch.config.random_probability
+            row.after_delimiter = False
+            if torch.rand(()) < probability:
+                ordered = sorted(can)
+                return ordered[int(torch.randint(len(ordered), ()))]
+        return None
+
+    def _stream(self, new: torch.Tensor, rows: list[_Row]) -> None:
+        if self.streamer is None:
+            return
+        for column in new.T:
+            if len(rows) > 1 or not bool(self.tokens.memory_mask(column).any()):
+                self.streamer.put(column.cpu())
+
+    def _stop(self, rows: list[_Row], stops: Any, max_length: int | None, length: int) -> None:
+        """A row in the middle of a memory does not stop, unless the sequence is full."""
+        full = max_length is not None and length >= max_length
+        for row, stop in zip(rows, stops.tolist(), strict=True):
+            if full or (stop and not row.queue and row.waiting is None):
+                row.is_done = True
+
+    def _remember(self, rows: list[_Row], new: torch.Tensor, mask: torch.Tensor) -> None:
+        """Collect the text states of what was just fed; memory positions and end tokens are no text."""
+        hidden, limit = self.watch.hidden, self.branch.config.max_text_states
+        ends = torch.tensor(list(self.tokens.end.values()), device=new.device)
+        is_text = ~(mask | torch.isin(new, ends))
+        for row, states, text, latent in zip(rows, hidden, is_text.tolist(), mask.tolist(), strict=True):
+            if row.is_done:
+                continue
+            if any(latent):
+                row.text = []
+                text = [t and not any(latent[i:]) for i, t in enumerate(text)]
+            if all(text):
+                row.text.append(states)
+            elif any(text):
+                row.text.append(states[torch.tensor(text, device=states.device)])
+            if limit is not None and len(row.text) > limit:
+                row.text = row.text[-limit:]
+
+    def _warn_missed(self, rows: list[_Row]) -> None:
+        for index, row in enumerate(rows):
+            if row.plan:
+                warnings.warn(
+                    f"Forced memories of row {index} were not invoked: {row.plan}. The text ended before, or there was "
+                    "no room, no image for a short-term memory, or no invocation left (max_invocations).",
+                    KeepsightWarning,
+                    stacklevel=2,
+                )
+
+
+class _Record:
+    """What the output object tells about every new position."""
+
+    def __init__(self, generation_config: Any):
+        wanted = generation_config.return_dict_in_generate
+        self._keep = {
+            "scores": bool(wanted and generation_config.output_scores),
+            "logits": bool(wanted and generation_config.output_logits),
+        }
+        self._sampled: list[torch.Tensor] = []
+        self._allowed: list[torch.Tensor] = []
+        self._values: dict[str, list[torch.Tensor]] = {"scores": [], "logits": []}
+
+    def add(
+        self,
+        new: torch.Tensor,
+        sampled: torch.Tensor,
+        allowed: torch.Tensor,
+        scores: torch.Tensor,
+        logits: torch.Tensor,
+    ) -> None:
+        more = new.shape[1] - 1
+        self._sampled.append(sampled)
+        self._allowed.append(torch.cat([allowed[:, None], allowed.new_zeros(len(allowed), more, 2)], 1))
+        for name, value in (("scores", scores), ("logits", logits)):
+            if self._keep[name]:
+                self._values[name] += [value] + [torch.full_like(value, -torch.inf)] * more
+
+    @property
+    def sampled(self) -> torch.Tensor:
+        return torch.cat(self._sampled, 1)
+
+    @property
+    def allowed(self) -> torch.Tensor:
+        return torch.cat(self._allowed, 1)
+
+    def scores(self, prompt: int, sequences: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        return self._filled("scores", prompt, sequences)
+
+    def logits(self, prompt: int, sequences: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        return self._filled("logits", prompt, sequences) if self._keep["logits"] else None
+
+    def _filled(self, name: str, prompt: int, sequences: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        if not self._keep[name]:
+            return None
+        sampled, result = self.sampled, []
+        for step, value in enumerate(self._values[name]):
+            forced = ~sampled[:, step].to(value.device)
+            if name == "scores" and bool(forced.any()):
+                certain = torch.full_like(value, -torch.inf).scatter_(1, sequences[:, prompt + step, None], 0.0)
+                value = torch.where(forced[:, None], certain, value)
+            result.append(value)
+        return tuple(result)
