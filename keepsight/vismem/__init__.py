@@ -21,7 +21,7 @@ def _register() -> None:
 _register()
 
 from keepsight.vismem.config import VisMemConfig  # noqa: E402
-from keepsight.vismem.decoding import VisMemOutput  # noqa: E402
+from keepsight.vismem.decoding import VisMemOutput, splice  # noqa: E402
 from keepsight.vismem.memory import Invocation  # noqa: E402
 from keepsight.vismem.policy import MemoryPolicy, Replay  # noqa: E402
 from keepsight.vismem.tokens import add_memory_tokens, decode  # noqa: E402
@@ -37,4 +37,5 @@ __all__ = [
     "add_memory_tokens",
     "decode",
     "parameter_groups",
+    "splice",
 ]

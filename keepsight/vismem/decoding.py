@@ -12,6 +12,7 @@ Memory positions count towards `max_new_tokens`.
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +23,10 @@ from transformers.utils import ModelOutput
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.vismem import scope
 from keepsight.vismem.formers import Formers
-from keepsight.vismem.memory import Formation, Invocation, Sight, read_sights
+from keepsight.vismem.memory import Formation, Invocation, Sight, read_sights, splice_values
 from keepsight.vismem.policy import MemoryPolicy
 from keepsight.vismem.tokens import LONG, SHORT, TYPES, MemoryTokens
+from keepsight.vismem.tuner import VisMemBranch
 
 
 @dataclass
@@ -92,6 +94,29 @@ def generate(branch: Any, *args: Any, memory: MemoryPolicy | str | None = None, 
     with scope.watching() as watch:
         decoder.watch = watch
         return plain(model, *args, custom_generate=decoder.run, **kwargs)
+
+
+def splice(
+    model: Any, sequences: torch.Tensor, invocations: list[list[Invocation]] | torch.Tensor
+) -> AbstractContextManager[Any]:
+    """Give whole sequences their memories: for one uncached forward, as in training.
+
+    Example:
+        >>> with splice(model, out.sequences, out.invocations):
+        ...     logits = model(input_ids=out.sequences, attention_mask=mask, **pixels).logits
+
+    Args:
+        model: a model that carries VisMem.
+        sequences: ids [B, T], as `generate` returned them.
+        invocations: the output's; or latents [n, D] in their order, for memories formed anew with gradients.
+    """
+    branch = VisMemBranch.of(model)
+    mask = MemoryTokens(branch.config.token_ids or []).latent_mask(sequences)
+    if not torch.is_tensor(invocations):
+        invocations = splice_values(sequences, invocations, branch.backbone.text_config.hidden_size)
+    if len(invocations) != int(mask.sum()):
+        raise KeepsightError(f"{int(mask.sum())} memory positions in the sequences, {len(invocations)} latents.")
+    return scope.spliced(mask, invocations)
 
 
 def _refuse(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:

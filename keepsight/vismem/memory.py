@@ -255,3 +255,16 @@ def _tiles_per_row(
             "(A short-term memory of LLaVA's videos is not supported.)"
         )
     return result
+
+
+def splice_values(sequences: torch.Tensor, invocations: list[list[Invocation]], width: int) -> torch.Tensor:
+    """The latents of whole sequences, in the order in which their positions occur: [n, D].
+
+    Args:
+        sequences: ids [B, T].
+        invocations: per row, in order.
+        width: D, for sequences without memories.
+    """
+    latents = [invocation.latents for row in invocations for invocation in row]
+    assert len(invocations) == len(sequences)
+    return torch.cat(latents) if latents else torch.zeros(0, width, device=sequences.device)
