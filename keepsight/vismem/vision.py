@@ -211,10 +211,10 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x [S, H, d] by angles given as cosines and sines [S, d], in float32."""
-    wide, half = x.float(), x.shape[-1] // 2
+    """Rotary embedding of x [S, H, d] by angles given as cosines and sines [S, d], in float32 or wider."""
+    wide, half = x if x.dtype == torch.float64 else x.float(), x.shape[-1] // 2
     turned = torch.cat([-wide[..., half:], wide[..., :half]], -1)
-    return (wide * cos[:, None].float() + turned * sin[:, None].float()).to(x.dtype)
+    return (wide * cos[:, None].to(wide) + turned * sin[:, None].to(wide)).to(x.dtype)
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
