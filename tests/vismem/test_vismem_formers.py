@@ -281,7 +281,7 @@ def test_gradients_equal_finite_differences(name, form):
             continue
         torch.manual_seed(0)
         direction = torch.randn_like(parameter)
-        step = 1e-3 * parameter.norm() / direction.norm() + 1e-5
+        step = 1e-3 * parameter.norm().clamp(min=0.3) / direction.norm()
         with torch.no_grad():
             parameter += step * direction
             up = objective()
@@ -292,7 +292,7 @@ def test_gradients_equal_finite_differences(name, form):
         if "layers.1.down.bias" not in path:
             assert expected != 0, path
         # The base's own norms compute in float32, which limits what a difference can resolve.
-        noise = 2e-3 * parameter.grad.norm() * direction.norm()
+        noise = 1e-2 * parameter.grad.norm() * direction.norm()
         assert abs(slope - expected) <= 2e-2 * abs(expected) + noise, (path, slope.item(), expected.item())
 
 
