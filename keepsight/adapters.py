@@ -118,8 +118,7 @@ def _check_pvm_tensors(info: AdapterInfo) -> None:
     from keepsight.pvm.config import PvmConfig
     from keepsight.pvm.tuner import make_block
 
-    known = {k: v for k, v in info.config.items() if k not in ("peft_type", "auto_mapping")}
-    config = PvmConfig(**known)
+    config = PvmConfig.from_adapter(info.config)
     if config.base_hidden_size is None:
         raise BrokenAdapterError(
             f"{info.path / CONFIG} does not say which base the memory was made for; only adapters saved by "

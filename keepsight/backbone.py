@@ -144,8 +144,25 @@ FAMILIES: dict[str, Family] = {
 _MIXERS = ("self_attn", "linear_attn")
 
 
-def _supported() -> str:
-    return ", ".join(f"{family.name} ({model_type})" for model_type, family in FAMILIES.items())
+def family_of(config: Any, name: str = "The model") -> Family:
+    """The family of a model's configuration, known before any weight is read.
+
+    Args:
+        config: the model's transformers configuration.
+        name: how to call the model in the error.
+
+    Raises:
+        UnsupportedModelError: if no row of `FAMILIES` describes it.
+    """
+    model_type = getattr(config, "model_type", None)
+    if model_type not in FAMILIES:
+        supported = ", ".join(f"{family.name} ({model_type})" for model_type, family in FAMILIES.items())
+        raise UnsupportedModelError(
+            f"{name} (model_type {model_type!r}) is not a VLM family that keepsight knows. Supported: {supported}. To "
+            "add a family, write one row for its model_type in keepsight.backbone.FAMILIES and one in "
+            "tests/families.py; docs/families.md shows how."
+        )
+    return FAMILIES[model_type]
 
 
 @dataclass(frozen=True)
@@ -175,16 +192,10 @@ class Backbone:
         """
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type not in FAMILIES:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} (model_type {model_type!r}) is not a VLM family that keepsight knows. "
-                f"Supported: {_supported()}. To add a family, write one row for its model_type in "
-                "keepsight.backbone.FAMILIES and one in tests/families.py; docs/families.md shows how."
-            )
+        family = family_of(getattr(model, "config", None), type(model).__name__)
         decoder = model.get_decoder()
         path = next(name for name, module in model.named_modules() if module is decoder)
-        backbone = cls(model, FAMILIES[model_type], model.get_submodule(path.rpartition(".")[0]), decoder, path)
+        backbone = cls(model, family, model.get_submodule(path.rpartition(".")[0]), decoder, path)
         for index, layer in enumerate(backbone.layers):
             missing = [name for name in ("post_attention_layernorm", "mlp") if not hasattr(layer, name)]
             if missing or not any(hasattr(layer, name) for name in _MIXERS):

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-import keepsight.pvm  # noqa: F401 - makes PVM known to PEFT before any adapter is read
 from keepsight.adapters import AdapterInfo, find_adapter, inspect_adapter
-from keepsight.backbone import Backbone
+from keepsight.backbone import family_of
 from keepsight.errors import BrokenAdapterError
+from keepsight.pvm import PvmConfig
+from keepsight.shipped import resolve_base
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -63,6 +64,15 @@ def load(
             raise BrokenAdapterError(f"{name} is no adapter: no adapter_config.json there or under that hub id.")
 
     base_path = resolve_base(base_name)
+    if Path(base_path).is_dir() and not (Path(base_path) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{base_path} holds neither adapter_config.json (an adapter) nor config.json (a model)."
+        )
+    config = AutoConfig.from_pretrained(base_path)
+    family_of(config, base_name)
+    for info in adapters:
+        if info is not None and info.method == "PVM":
+            PvmConfig.from_adapter(info.config).check_base(config)
     processor_source = next((a.path for a in adapters if a is not None and _has_processor(a.path)), base_path)
     processor = AutoProcessor.from_pretrained(processor_source)
     if device is None and "device_map" not in model_kwargs:
@@ -70,8 +80,6 @@ def load(
     if "revision" not in model_kwargs and revision is not None and adapters[0] is None:
         model_kwargs["revision"] = revision
     model = AutoModelForImageTextToText.from_pretrained(base_path, dtype=dtype, **model_kwargs)
-    Backbone.of(model)
-    model.name_or_path = base_name
     if device is not None:
         model = model.to(device)
         if dtype == "auto" and torch.device(device).type == "cpu" and model.dtype == torch.float16:
@@ -99,15 +107,8 @@ def attach(model: Any, adapters: list[AdapterInfo], trainable: bool = False) -> 
     return result
 
 
-def resolve_base(name: str | Path) -> str | Path:
-    """Where a recorded base is: the shipped reference VLM by its name, else the name as it is."""
-    from keepsight.lab.reference import REFERENCE_NAME, reference_path
-
-    return reference_path() if str(name) == REFERENCE_NAME else name
-
-
 def _adapter(source: str | Path, revision: str | None) -> AdapterInfo | None:
-    if resolve_base(source) != source:
+    if resolve_base(source) != source:  # the shipped model
         return None
     path = find_adapter(source, revision)
     return None if path is None else inspect_adapter(path)

@@ -119,6 +119,21 @@ def qwen3_5() -> Any:
     )
 
 
+def qwen3_5_moe() -> Any:
+    dense = qwen3_5()
+    text = dense.text_config.to_dict() | {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "num_hidden_layers": 4,
+    }
+    text.pop("model_type")
+    vision = dense.vision_config.to_dict()
+    vision.pop("model_type")
+    return transformers.Qwen3_5MoeConfig(text_config=text, vision_config=vision, **_TOKENS)
+
+
 def _internvl(text: dict[str, Any]) -> Any:
     return transformers.InternVLConfig(
         text_config=text,
@@ -226,6 +241,7 @@ FAMILIES = [
     TinyFamily("qwen3_vl_moe", qwen3_vl_moe, "Qwen3VLMoeForConditionalGeneration"),
     TinyFamily("qwen2_5_vl", qwen2_5_vl, "Qwen2_5_VLForConditionalGeneration"),
     TinyFamily("qwen3_5", qwen3_5, "Qwen3_5ForConditionalGeneration", hybrid=True),
+    TinyFamily("qwen3_5_moe", qwen3_5_moe, "Qwen3_5MoeForConditionalGeneration", hybrid=True),
     TinyFamily("internvl_qwen2", internvl_qwen2, "InternVLForConditionalGeneration", _internvl_images, marks=False),
     TinyFamily("internvl_qwen3", internvl_qwen3, "InternVLForConditionalGeneration", _internvl_images, marks=False),
     TinyFamily(

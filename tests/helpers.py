@@ -39,7 +39,7 @@ def strengthen(model: Any, gate: float, adapter_name: str = "default") -> None:
                 if name.endswith(".gate"):
                     parameter.fill_(gate)
                 elif parameter.ndim == 2:
-                    parameter.mul_(8)
+                    parameter.mul_(2)
 
 
 def built(family: TinyFamily, rows: list[Row] | None = None, **config: Any) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -14,6 +14,7 @@ from peft.utils import PeftType
 from keepsight.backbone import Backbone
 from keepsight.errors import AdapterMismatchError
 from keepsight.pvm.module import BlockShape
+from keepsight.shipped import portable_name
 
 #: The layers the paper injects at, by (model_type, number of decoder layers, width). Elsewhere: the 8B model's stride.
 PAPER_LAYERS = {
@@ -86,6 +87,11 @@ class PvmConfig(PeftConfig):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected a positive whole number.")
 
+    @classmethod
+    def from_adapter(cls, saved: dict[str, Any]) -> PvmConfig:
+        """The config that an `adapter_config.json` holds, as a dictionary."""
+        return cls(**{name: value for name, value in saved.items() if name not in ("peft_type", "auto_mapping")})
+
     @property
     def block_shape(self) -> BlockShape:
         """Sizes of a block, once resolved by `resolve`."""
@@ -112,20 +118,7 @@ class PvmConfig(PeftConfig):
             ValueError: if layers are out of range or sizes do not divide.
         """
         text, depth = backbone.text_config, len(backbone.layers)
-        found = {
-            "base_model_type": backbone.model.config.model_type,
-            "base_num_layers": depth,
-            "base_hidden_size": text.hidden_size,
-        }
-        recorded = {name: getattr(self, name) for name in found}
-        wrong = [name for name, value in recorded.items() if value is not None and value != found[name]]
-        if wrong:
-            raise AdapterMismatchError(
-                "This memory was made for another base model: "
-                + ", ".join(f"{name.removeprefix('base_')} {recorded[name]}, here {found[name]}" for name in wrong)
-                + f". Load it on {self.base_model_name_or_path or 'the model it was trained with'}, "
-                "or train a new one with a fresh PvmConfig()."
-            )
+        found = self.check_base(backbone.model.config)
         for name, value in found.items():
             setattr(self, name, value)
 
@@ -163,9 +156,35 @@ class PvmConfig(PeftConfig):
         if self.eps is None:
             self.eps = float(getattr(text, "rms_norm_eps", 1e-6))
 
+    def check_base(self, model_config: Any) -> dict[str, Any]:
+        """Compare the base this config was resolved for, if it was, with a model's configuration.
+
+        Returns:
+            The `base_*` settings as they would be for that model.
+
+        Raises:
+            AdapterMismatchError: if they differ.
+        """
+        text = model_config.get_text_config()
+        found = {
+            "base_model_type": model_config.model_type,
+            "base_num_layers": text.num_hidden_layers,
+            "base_hidden_size": text.hidden_size,
+        }
+        recorded = {name: getattr(self, name) for name in found}
+        wrong = [name for name, value in recorded.items() if value is not None and value != found[name]]
+        if wrong:
+            raise AdapterMismatchError(
+                "This memory was made for another base model: "
+                + ", ".join(f"{name.removeprefix('base_')} {recorded[name]}, here {found[name]}" for name in wrong)
+                + f". Load it on {self.base_model_name_or_path or 'the model it was trained with'}, "
+                "or train a new one with a fresh PvmConfig()."
+            )
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, as saved in `adapter_config.json`."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"base_model_name_or_path": portable_name(self.base_model_name_or_path)}
 
 
 def default_layers(model_type: str, depth: int, hidden_size: int) -> list[int]:

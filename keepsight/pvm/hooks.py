@@ -45,16 +45,10 @@ class InFlight(threading.local):
 in_flight = InFlight()
 
 
-def _argument(module: nn.Module, args: tuple, kwargs: dict, name: str) -> Any:
-    """The value of the argument `name` of `module.forward`, given by keyword or by position."""
-    if name in kwargs:
-        return kwargs[name]
-    names = list(inspect.signature(module.forward).parameters)
-    return args[names.index(name)] if name in names and names.index(name) < len(args) else None
-
-
-def without_memory(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def without_memory(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Pre-hook that keeps our keyword arguments away from modules that do not expect them."""
+    if MEMORY not in kwargs and MASK not in kwargs:
+        return None
     return args, {name: value for name, value in kwargs.items() if name not in (MASK, MEMORY)}
 
 
@@ -69,6 +63,7 @@ class PvmRoute:
         self.backbone = backbone
         self.branches: dict[int, Any] = {}  # layer index -> PvmBranch
         vlm, decoder = backbone.vlm, backbone.decoder
+        self._vlm_arguments = list(inspect.signature(vlm.forward).parameters)
         self._handles = [
             vlm.register_forward_pre_hook(self._find_images, with_kwargs=True),
             decoder.register_forward_pre_hook(self._make_memory, with_kwargs=True),
@@ -105,8 +100,10 @@ class PvmRoute:
         if not any(branch.active_blocks for branch in self.branches.values()):
             return None
 
+        by_position = dict(zip(self._vlm_arguments, args, strict=False))
+
         def argument(name: str) -> Any:
-            return _argument(vlm, args, kwargs, name)
+            return kwargs.get(name, by_position.get(name))
 
         modalities = self.backbone.given_modalities(argument)
         if not modalities:

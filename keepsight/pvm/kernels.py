@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from keepsight.pvm.module import Attention, sdpa
@@ -22,29 +22,22 @@ def attention_for(text_config: Any, mask: torch.Tensor | None) -> Attention:
     name = getattr(text_config, "_attn_implementation", None) or "sdpa"
     if mask is not None or "flash_attention" not in name:
         return sdpa
-    return _Registered(name)
+    return _FlashAttention(name, text_config)
 
 
-class _Registered:
-    """An attention function of transformers' registry, with the calling convention of `sdpa`."""
+class _FlashAttention:
+    """A flash attention of transformers' registry, with the calling convention of `sdpa`."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, text_config: Any):
         self.function = ALL_ATTENTION_FUNCTIONS[name]
+        # what transformers' attention functions read of the module they are called for
+        self.module = SimpleNamespace(config=text_config, is_causal=False, layer_idx=None)
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         if query.dtype not in (torch.float16, torch.bfloat16):  # flash kernels know half precision only
             return sdpa(query, key, value, mask)
-        out, _ = self.function(
-            _CrossAttentionTraits(), query, key, value, None, scaling=query.shape[-1] ** -0.5, is_causal=False
-        )
+        scaling = query.shape[-1] ** -0.5
+        out, _ = self.function(self.module, query, key, value, None, scaling=scaling, is_causal=False)
         return out.transpose(1, 2)  # the registry's convention is [B, T, H, d]
-
-
-class _CrossAttentionTraits(nn.Module):
-    """What transformers' attention functions read from the module they are called for."""
-
-    is_causal = False
-    config = None
-    layer_idx = None

@@ -40,22 +40,29 @@ class PvmBranch(nn.Module, BaseTunerLayer):
 
     Args:
         index: index of the decoder layer.
+        norm: the layer's norm after the mixer, for the device and dtype of new blocks.
         text_config: configuration of the decoder; its attention implementation is asked at every call.
     """
 
     adapter_layer_names = ("pvm_blocks",)
 
-    def __init__(self, index: int, text_config: Any):
+    def __init__(self, index: int, norm: Any, text_config: Any):
         super().__init__()
         self.index, self.text_config = index, text_config
+        self._norm = (norm,)  # in a tuple, so that it does not become a child of the branch
         self.pvm_blocks = nn.ModuleDict()
         self.merged_adapters: list[str] = []
 
-    def add_block(self, adapter_name: str, config: PvmConfig, like: torch.Tensor) -> None:
-        """Add a block for `adapter_name`, on the device and in the dtype of the parameter `like`."""
+    @property
+    def weight(self) -> torch.Tensor:
+        """What PEFT takes device and dtype of new adapters from: a weight of the decoder layer."""
+        return self._norm[0].weight
+
+    def add_block(self, adapter_name: str, config: PvmConfig) -> None:
+        """Add a block for `adapter_name`, on the device and in the dtype of the decoder layer."""
         block = make_block(config)
         if not next(block.parameters()).is_meta:  # low_cpu_mem_usage builds on meta; the weights come when loading
-            block = block.to(like.device, like.dtype if like.is_floating_point() else None)
+            block = block.to(self.weight.device, self.weight.dtype)
         others = self.pvm_blocks.keys() - {adapter_name}
         self.pvm_blocks[adapter_name] = block
         self.set_adapter(self.active_adapters if others else adapter_name, inference_mode=config.inference_mode)
@@ -67,7 +74,7 @@ class PvmBranch(nn.Module, BaseTunerLayer):
             return []
         return [(name, self.pvm_blocks[name]) for name in self.active_adapters if name in self.pvm_blocks]
 
-    def take_memory(self, mixer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def take_memory(self, mixer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-hook of the token mixer: the memory of this call waits for the mlp."""
         in_flight.memory, in_flight.residual = kwargs.get(MEMORY), None
         return without_memory(mixer, args, kwargs)
@@ -173,11 +180,11 @@ class PvmModel(BaseTuner):
         branch = getattr(target, BRANCH, None)
         if branch is None:
             backbone = Backbone.of(self.model)
-            branch = PvmBranch(int(target_name), backbone.text_config)
+            branch = PvmBranch(int(target_name), target.post_attention_layernorm, backbone.text_config)
             branch._active_adapter = self.active_adapter
             target.add_module(BRANCH, branch)
             getattr(backbone.decoder, _ROUTE).add(int(target_name), branch)
-        branch.add_block(adapter_name, peft_config, target.post_attention_layernorm.weight)
+        branch.add_block(adapter_name, peft_config)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         for branch in self.model.modules():

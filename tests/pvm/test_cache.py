@@ -168,23 +168,34 @@ def test_a_cropped_image_is_forgotten():
     torch.testing.assert_close(after_crop, never_seen, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl"])
-def test_video(name):
-    """Video frames are remembered like images: cached equals uncached, and another video changes the answer."""
-    family = BY_NAME[name]
-    model = family.build()
-    grid = torch.tensor([[2, 2, 4]])
+def qwen_clip(name):
+    """A clip of two frames of 1x2 tokens: Qwen3-VL marks every frame in the prompt, Qwen2.5-VL the whole clip."""
     frame = [START, VIDEO, VIDEO, END]
-    clip = frame * 2 if name == "qwen3_vl" else [START] + [VIDEO] * 4 + [END]  # Qwen3-VL marks every frame
+    clip = frame * 2 if name == "qwen3_vl" else [START] + [VIDEO] * 4 + [END]
     ids = torch.tensor([[7, 8, *clip, 20, 21, 22]])
-    torch.manual_seed(3)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
+    pixels = torch.randn(16, 3 * 2 * 4 * 4) * 2
+    return ids, {
         "mm_token_type_ids": 2 * (ids == VIDEO).int(),
-        "pixel_values_videos": torch.randn(16, 3 * 2 * 4 * 4) * 2,
-        "video_grid_thw": grid,
+        "pixel_values_videos": pixels,
+        "video_grid_thw": torch.tensor([[2, 2, 4]]),
     }
+
+
+def llava_clip(name):
+    """Two frames, pooled from 3x3 to 2x2 tokens each, and one newline token."""
+    ids = torch.tensor([[7, 8] + [VIDEO] * 9 + [20, 21, 22]])
+    return ids, {"pixel_values_videos": torch.randn(1, 2, 3, 12, 12) * 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "clip"), [("qwen3_vl", qwen_clip), ("qwen2_5_vl", qwen_clip), ("llava_onevision", llava_clip)]
+)
+def test_video(name, clip):
+    """Video frames are remembered like images: cached equals uncached, and the memory matters."""
+    model = BY_NAME[name].build()
+    torch.manual_seed(3)
+    ids, pixels = clip(name)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
     base = logits(model, inputs)
     model = attach(model)
     assert (logits(model, inputs) - base).abs().max() > 1e-3

@@ -1,0 +1,45 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block ends and vanishes if the block fails.
+
+    Args:
+        target: where the folder goes; a folder that is there is replaced, whole, at the end.
+
+    Yields:
+        An empty folder beside `target`, on the same disk.
+    """
+    target = target.absolute()
+    made = [parent for parent in target.parents if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    replaced = folder / "replaced"
+    try:
+        fresh = folder / "fresh"
+        fresh.mkdir()  # not `folder` itself, which mkdtemp makes readable by its owner only
+        yield fresh
+        if target.exists():
+            target.rename(replaced)
+        try:
+            fresh.rename(target)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+    shutil.rmtree(folder, ignore_errors=True)

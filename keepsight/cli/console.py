@@ -1,0 +1,150 @@
+"""What the commands share: where words go, the border at which errors become messages, and quiet libraries.
+
+Results go to stdout, everything else to stderr, so that `keepsight generate ... > answer.txt` holds the answer alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+INTERRUPTED = 130  # what shells give a process that Ctrl-C ended
+
+out = Console(soft_wrap=False)
+err = Console(stderr=True)
+
+_EXTRA_OF = {
+    "sklearn": "lab",
+    "matplotlib": "lab",
+    "trl": "train",
+    "datasets": "train",
+    "accelerate": "train",
+    "PIL": "train",
+    "torchvision": "train",
+}
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with something to tell the user."""
+
+
+def say(line: str) -> None:
+    """One line on stderr, never wrapped, never read as markup."""
+    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _tell(label: str, style: str, message: str) -> None:
+    console = Console(stderr=True)
+    console.print(f"{label}: ", style=style, end="", highlight=False)
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """A warning, in one line."""
+    _tell("warning", "yellow bold", message)
+
+
+def fail(message: str) -> None:
+    """An error, in one message."""
+    _tell("error", "red bold", message)
+
+
+@contextmanager
+def error_border(debug: bool) -> Iterator[None]:
+    """Turn what commands raise into one clear message and an exit status.
+
+    Args:
+        debug: show the traceback as well.
+
+    Raises:
+        SystemExit: 1 for errors, 130 for Ctrl-C.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as stop:
+        _tell("interrupted", "yellow bold", str(stop) or "stopped by Ctrl-C")
+        raise SystemExit(INTERRUPTED) from stop
+    except BrokenPipeError as error:  # `keepsight ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from error
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        fail(explain(error))
+        raise SystemExit(1) from error
+
+
+def explain(error: Exception) -> str:
+    """What to tell the user about an exception."""
+    text = str(error).strip()
+    if isinstance(error, ImportError):
+        missing = getattr(error, "name", None) or ""
+        found = next(
+            (n for n in _EXTRA_OF if missing.partition(".")[0] == n or f"requires the {n}" in text.lower()), ""
+        )
+        if "pip install" in text and "keepsight[" in text:
+            return text
+        if found:
+            extra = _EXTRA_OF[found]
+            return f'this command needs {found}, which is not installed. Install it: pip install "keepsight[{extra}]"'
+    if type(error).__name__ == "OutOfMemoryError" or "out of memory" in text.lower():
+        return (
+            "out of memory. Try fewer samples at once (--batch-size 1), --gradient-checkpointing, smaller images, a "
+            "shorter --max-length, or --dtype bfloat16."
+        )
+    if any(sign in text for sign in ("No space left", "PytorchStreamWriter", "file write failed", "Disk quota")):
+        return (
+            "the disk is full, or cannot be written. Checkpoints saved before are whole: free some space and give the "
+            "same command with --resume."
+        )
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"{error.filename}: no such file or folder."
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}. What was saved before is intact."
+    if isinstance(error, (ValueError, OSError, ImportError)):
+        return text or type(error).__name__
+    return (
+        f"{type(error).__name__}: {text or 'no message'}\nThis should not happen. Run the command again with --debug "
+        "and report what it prints."
+    )
+
+
+def quiet() -> None:
+    """Silence what libraries say while loading, so that our own warnings are seen. `--debug` leaves them on."""
+    warnings.simplefilter("ignore")
+    from keepsight.errors import KeepsightWarning
+
+    warnings.simplefilter("always", KeepsightWarning)
+    warnings.showwarning = lambda message, category, *rest, **more: warn(str(message))
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+
+
+def status(text: str) -> Any:
+    """A spinner on stderr while something takes its time; nothing where stderr is no terminal."""
+    return err.status(text)
+
+
+def with_examples(*examples: tuple[str, str]) -> Any:
+    """Decorator that ends a command's help with examples, each a comment and the command it explains."""
+
+    def add(command: Any) -> Any:
+        lines = [line for comment, call in examples for line in (f"[dim]# {comment}[/dim]", f"[cyan]{call}[/cyan]")]
+        paragraphs = [" ".join(text.split()) for text in inspect.cleandoc(command.__doc__).split("\n\n")]
+        command.__doc__ = "\n\n".join([*paragraphs, "\b\n[bold]Examples[/bold]\n" + "\n".join(lines)])
+        return command
+
+    return add

@@ -1,0 +1,172 @@
+"""`keepsight generate`: ask a model about images, and watch the answer being written."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from contextlib import nullcontext
+from typing import Annotated, Any, Literal
+
+import typer
+
+from keepsight.cli.console import quiet, say, status, with_examples
+from keepsight.errors import KeepsightError, KeepsightWarning
+
+
+@with_examples(
+    (
+        "the tiny model that is built in; it reads grids of handwritten digits",
+        "keepsight generate -i digits.png -p read",
+    ),
+    (
+        "a memory (its base is found by itself) and two images",
+        'keepsight generate my-memory -i a.jpg -i b.jpg -p "What changed?"',
+    ),
+    (
+        "the same base without its memory, to compare",
+        'keepsight generate my-memory -i a.jpg -p "Describe it." --no-memory',
+    ),
+    (
+        "a memory and a LoRA together on a model of your choice",
+        'keepsight generate Qwen/Qwen3-VL-4B-Instruct -a my-memory -a my-lora -i a.jpg -p "..."',
+    ),
+)
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="An adapter (its base is found by itself) or a plain VLM: a folder or a hub id."),
+    ] = "keepsight/reference",
+    image: Annotated[list[str] | None, typer.Option("--image", "-i", help="An image file; repeat for several.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="A further adapter, memory or LoRA; repeat for several.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the likeliest token; 1 samples as trained.", min=0)
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    no_memory: Annotated[bool, typer.Option("--no-memory", help="Switch the visual memory off, to compare.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="The base model, where it is not the one the adapter recorded.")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the weights were saved.")
+    ] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the GPU if there is one.")
+    ] = None,
+) -> None:
+    """Ask a model about images. The answer streams to stdout; everything else goes to stderr."""
+    from keepsight.train.images import open_image
+
+    images = [open_image(path) for path in image or []]
+    if not prompt.strip():
+        raise KeepsightError("--prompt is empty; ask something.")
+    _check_device(device)
+
+    from keepsight.cli.sources import check_sources, debugging, load_model
+    from keepsight.train.collate import require_chat_template
+
+    if not debugging():
+        quiet()
+    if seed is not None and temperature == 0:
+        warnings.warn(
+            "--seed has no effect at --temperature 0, which always takes the likeliest token.",
+            KeepsightWarning,
+            stacklevel=2,
+        )
+    base_name, infos = check_sources(source, adapter or [], base)
+    has_memory = any(info.method == "PVM" for info in infos)
+    if no_memory and not has_memory:
+        warnings.warn(f"--no-memory has no effect: {source} carries no visual memory.", KeepsightWarning, stacklevel=2)
+    if has_memory and not no_memory and not images:
+        warnings.warn(
+            "No --image is given, so the visual memory has nothing to remember.", KeepsightWarning, stacklevel=2
+        )
+    with status(f"loading {base_name}"):
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        model, processor = load_model(source, adapter or [], **options, **({"base": base} if base else {}))
+    require_chat_template(processor)
+    switch = model.disable_adapter() if no_memory and has_memory else nullcontext()
+    with switch:
+        _answer(model, processor, images, prompt, max_new_tokens, temperature, seed)
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    if device is None:
+        return
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise KeepsightError(f"--device {device}: not a device; write cpu, cuda, cuda:1 or mps.") from error
+    if kind not in ("cpu", "cuda", "mps", "xpu", "npu", "hpu"):
+        raise KeepsightError(f"--device {device}: nothing can be computed there; write cpu, cuda, cuda:1 or mps.")
+    there: dict[str, Any] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if kind in there and not there[kind]():
+        raise KeepsightError(f"--device {device}: torch finds none on this machine. Leave --device out to use the CPU.")
+
+
+def _answer(
+    model: Any,
+    processor: Any,
+    images: list[Any],
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int | None,
+) -> None:
+    import torch
+
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    # The chat template writes all special tokens; training tokenizes in the same way.
+    inputs = processor(text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt")
+    inputs = inputs.to(model.device)
+    if seed is not None:
+        torch.manual_seed(seed)
+    stream = _make_streamer(processor.tokenizer)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    started = time.perf_counter()
+    model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=stream, logits_processor=[_refuse_nan], **sampling)
+    seconds = time.perf_counter() - started
+    length = inputs["input_ids"].shape[1]
+    say(
+        f"[{stream.tokens} tokens in {seconds:.1f} s after a prompt of {length}; "
+        f"{'stopped at --max-new-tokens' if stream.tokens >= max_new_tokens else 'finished'}]"
+    )
+
+
+def _refuse_nan(input_ids: Any, scores: Any) -> Any:
+    """A logits processor that changes nothing and stops at the first number that is none."""
+    if scores.isnan().any():
+        raise KeepsightError(
+            "The model computes NaN. Its weights are damaged, or the dtype overflows: try --dtype float32 (or "
+            "bfloat16), and check adapters with `keepsight info`."
+        )
+    return scores
+
+
+def _make_streamer(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    class Stdout(TextStreamer):
+        """Writes words as they come, and counts tokens."""
+
+        tokens = 0
+
+        def put(self, value: Any) -> None:
+            if not (self.skip_prompt and self.next_tokens_are_prompt):
+                self.tokens += value.numel()
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            sys.stdout.write(text + ("\n" if stream_end else ""))
+            sys.stdout.flush()
+
+    return Stdout(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,202 @@
+"""Training a memory and its controls on the reference VLM: the same data, steps and number of parameters.
+
+The language model is frozen throughout and adapters go on by PEFT's public route, so the model that trains is the
+model that answers. Every method sees the same batches in the same order; what differs is what its parameters can reach:
+
+    pvm         a branch that attends to the image alone, with keepsight's blindfold warm-up (not in the paper)
+    pvm_plain   the same branch without the warm-up: the paper's recipe
+    lora        low-rank changes of the language model's own linear maps
+    mlp         a parallel feed-forward branch of PVM's size at PVM's layers, which sees no image (the paper's control)
+    lora_long   LoRA trained at the length it is asked at
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+
+from keepsight.lab.narration import FACT_LENGTH, Narrations, make_narrations
+from keepsight.lab.pretraining import narration_loss
+from keepsight.pvm import PvmConfig
+from keepsight.train.blindfold import blindfold
+
+Progress = Callable[[int, int], None]
+"""Called as `progress(done, total)` after every optimiser step."""
+
+METHODS = ("pvm", "pvm_plain", "lora", "mlp", "lora_long")
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The data and the steps that all methods share, and what each needs to learn well. Chosen on validation glyphs.
+
+    Attributes:
+        warmup_steps: first steps, on short dense narrations; blindfolded for `pvm` and nothing special for the others.
+        steps: further steps, on narrations of up to `train_length` generated tokens.
+        batch: narrations per step.
+        facts: facts per narration.
+        max_gap: each gap is drawn from 0..max_gap filler words.
+        layers, width: PVM's and the parallel MLP's.
+        pvm_lr, mlp_lr, lora_lr: peak learning rates, each the best of the same number of tries.
+        gate_factor: a gate's learning rate is this times that of its branch; it starts at 0 and has far to go.
+        lora_targets: the linear maps that LoRA changes, in every decoder layer.
+    """
+
+    warmup_steps: int = 120
+    steps: int = 120
+    batch: int = 16
+    facts: int = 12
+    max_gap: int = 18
+    layers: tuple[int, ...] = (1, 3)
+    width: int = 64
+    pvm_lr: float = 6e-3
+    mlp_lr: float = 6e-3
+    lora_lr: float = 3e-3
+    gate_factor: float = 5.0
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+    @property
+    def train_length(self) -> int:
+        """Generated tokens of the longest narration that training can show."""
+        return self.facts * (self.max_gap + FACT_LENGTH)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "train_length": self.train_length}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter after training.
+
+    Attributes:
+        model: the PEFT model, in eval mode.
+        parameters: number of trainable parameters.
+        seconds: wall-clock seconds of the training loop, data included.
+        final_accuracy: mean accuracy of the answers over the last 20 training steps.
+        gates: the gates at the end, for the methods that have them.
+    """
+
+    model: Any
+    parameters: int
+    seconds: float
+    final_accuracy: float
+    gates: list[float]
+
+
+def attach(model: Any, method: str, plan: TrainPlan, seed: int) -> Any:
+    """Put an untrained adapter on a frozen base, through `peft.get_peft_model`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1000 + seed)
+        if method in ("pvm", "pvm_plain", "mlp"):
+            branch: Any = "mlp" if method == "mlp" else "memory"
+            config = PvmConfig(layers=list(plan.layers), width=plan.width, branch=branch)
+            return get_peft_model(model, config)
+        if method in ("lora", "lora_long"):
+            return get_peft_model(model, lora_config(model, pvm_size(model, plan), plan.lora_targets))
+    raise ValueError(f"method={method!r}: expected one of {', '.join(METHODS)}.")
+
+
+def pvm_size(model: Any, plan: TrainPlan) -> int:
+    """Parameters of the plan's PVM on this model, counted without building it in memory."""
+    from keepsight.backbone import Backbone
+    from keepsight.pvm.module import PvmBlock
+
+    config = PvmConfig(layers=list(plan.layers), width=plan.width)
+    config.resolve(Backbone.of(model))
+    with torch.device("meta"):
+        return len(plan.layers) * sum(p.numel() for p in PvmBlock(config.block_shape).parameters())
+
+
+def lora_config(model: Any, budget: int, targets: tuple[str, ...]) -> LoraConfig:
+    """LoRA on the decoder's linear maps, of as many parameters as fit in `budget`.
+
+    The common rank is the largest that fits; single maps get one rank more while that brings the count closer to the
+    budget.
+    """
+    from keepsight.backbone import Backbone
+
+    backbone = Backbone.of(model)
+    cost = {
+        f"{backbone.decoder_path}.layers.{i}.{name}": module.in_features + module.out_features
+        for i, layer in enumerate(backbone.layers)
+        for name, module in layer.named_modules()
+        if name.rpartition(".")[2] in targets and isinstance(module, torch.nn.Linear)
+    }
+    rank = budget // sum(cost.values())
+    spare = budget - rank * sum(cost.values())
+    more: dict[str, int] = {}
+    for name, each in cost.items():
+        if each <= spare:
+            more[name] = rank + 1
+            spare -= each
+    alphas = {name: 2 * r for name, r in more.items()}
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(cost), rank_pattern=more, alpha_pattern=alphas)
+
+
+def training_batch(processor: Any, plan: TrainPlan, step: int, rng: np.random.Generator) -> Narrations:
+    """The batch of one step: short and dense during the warm-up, up to `train_length` after it."""
+    highest = 4 if step < plan.warmup_steps else plan.max_gap
+    gaps = rng.integers(0, highest + 1, plan.facts).tolist()
+    return make_narrations(processor, gaps, plan.batch, "train", rng)
+
+
+def train(
+    model: Any, processor: Any, method: str, plan: TrainPlan, seed: int, progress: Progress | None = None
+) -> Trained:
+    """Train one adapter on a base whose own parameters stay frozen.
+
+    Args:
+        model: a reference VLM; it is wrapped in place, so give each method its own copy.
+        processor: its processor.
+        method: one of `METHODS`.
+        plan: data and steps.
+        seed: of initial weights and data; methods with the same plan and seed see the same batches.
+        progress: called after every step.
+    """
+    peft_model = attach(model, method, plan, seed).train()
+    gates = [p for n, p in peft_model.named_parameters() if p.requires_grad and n.endswith(".gate")]
+    others = [p for n, p in peft_model.named_parameters() if p.requires_grad and not n.endswith(".gate")]
+    peak = {"pvm": plan.pvm_lr, "mlp": plan.mlp_lr, "lora": plan.lora_lr}[method.partition("_")[0]]
+    groups = [{"params": others, "peak": peak}, {"params": gates, "peak": plan.gate_factor * peak}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=peak, weight_decay=0.0, betas=(0.9, 0.99))
+    rng = np.random.default_rng([seed, 5000])
+    total = plan.warmup_steps + plan.steps
+    recent: list[float] = []
+    begin = time.perf_counter()
+    for step in range(total):
+        pace = min(1.0, (step + 1) / 10) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / total)))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * pace
+        batch = training_batch(processor, plan, step, rng)
+        covered = blindfold(peft_model) if method == "pvm" and step < plan.warmup_steps else nullcontext()
+        with covered:
+            logits = peft_model(**batch.model_inputs(), use_cache=False).logits
+            loss, right = narration_loss(logits, batch, text_weight=0.1)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_([*others, *gates], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        recent.append(right)
+        if progress is not None:
+            progress(step + 1, total)
+    return Trained(
+        model=peft_model.eval(),
+        parameters=sum(p.numel() for p in [*others, *gates]),
+        seconds=time.perf_counter() - begin,
+        final_accuracy=float(np.mean(recent[-20:])),
+        gates=[round(float(p.detach()), 4) for p in gates],
+    )
+
+
+def at_length(plan: TrainPlan, length: int, steps: int, batch: int) -> TrainPlan:
+    """The plan of `lora_long`: no warm-up, narrations of up to `length` generated tokens."""
+    return replace(plan, warmup_steps=0, steps=steps, batch=batch, max_gap=length // plan.facts - FACT_LENGTH)

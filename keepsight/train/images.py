@@ -1,0 +1,104 @@
+"""Opening image files so that a bad one gives one clear message, before any model is loaded."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+from keepsight.errors import KeepsightError
+
+
+class ImageError(KeepsightError):
+    """A file is missing, is no image, or is damaged."""
+
+
+def open_image(source: Any, folder: Path | None = None) -> Any:
+    """Read an image completely.
+
+    Args:
+        source: a path; bytes of an image file; a PIL image; or {"path": ..., "bytes": ...} as `datasets` stores them.
+        folder: what a relative path is relative to; default: the working directory.
+
+    Returns:
+        A PIL image in RGB, turned upright as its EXIF data say.
+
+    Raises:
+        ImageError: for a missing file, something that is no image, a truncated or damaged one, and one whose size is
+            that of a decompression bomb.
+    """
+    Image, ImageOps, UnidentifiedImageError = _pillow()
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if isinstance(source, dict) and (source.get("bytes") or source.get("path")):
+        source = source.get("bytes") or source["path"]
+    if isinstance(source, bytes):
+        name, content = f"these {len(source)} bytes", io.BytesIO(source)
+    elif isinstance(source, (str, Path)):
+        path = find_image(source, folder)
+        name, content = str(path), path  # type: ignore[assignment]
+    else:
+        raise ImageError(
+            f"{type(source).__name__} is not something an image can be read from; expected a path, the bytes of an "
+            "image file, or a PIL image."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(content) as image:
+                image.load()
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not an image that Pillow can read{_what_it_is(content)}.") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ImageError(
+            f"{name}: too large to open safely; it claims more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels. "
+            "Make it smaller; a model would shrink it anyway."
+        ) from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise for damaged files
+        raise ImageError(f"{name}: the image is damaged or cut off ({error}). Copy or export it again.") from error
+
+
+def find_image(source: str | Path, folder: Path | None = None) -> Path:
+    """The existing, readable file that `source` names.
+
+    Raises:
+        ImageError: if there is none.
+    """
+    if str(source).startswith(("http://", "https://")):
+        raise ImageError(f"{source} is a web address. Download the image first and give the file.")
+    path = Path(source).expanduser()
+    if folder is not None and not path.is_absolute():
+        path = folder / path
+    if not path.exists():
+        raise ImageError(f"{path}: no such image file.")
+    if path.is_dir():
+        raise ImageError(f"{path} is a folder; give the image file itself.")
+    if path.stat().st_size == 0:
+        raise ImageError(f"{path}: the file is empty (0 bytes).")
+    try:
+        with path.open("rb"):
+            pass
+    except PermissionError as error:
+        raise ImageError(f"{path}: no permission to read this file.") from error
+    return path
+
+
+def _what_it_is(content: Any) -> str:
+    head = content.getvalue()[:64] if isinstance(content, io.BytesIO) else Path(content).read_bytes()[:64]
+    if head.startswith(b"version https://git-lfs"):
+        return "; it is a Git LFS pointer, so fetch the real file with `git lfs pull`"
+    if head.startswith(b"%PDF"):
+        return "; it is a PDF, so convert its page to PNG first"
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "; it is a web page"
+    return ""
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ImportError as error:
+        raise ImportError('Reading images needs Pillow. Install it: pip install "keepsight[train]"') from error
+    return Image, ImageOps, UnidentifiedImageError

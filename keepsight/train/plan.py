@@ -1,0 +1,86 @@
+"""What a memory on a given base would be, worked out from the base's configuration alone: no weights are read."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from keepsight.backbone import Backbone, family_of
+from keepsight.errors import KeepsightError
+from keepsight.loading import resolve_base
+from keepsight.pvm import PvmConfig
+from keepsight.pvm.tuner import make_block
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A base and the memory it would get.
+
+    Attributes:
+        backbone: the base on the meta device.
+        pvm: the resolved configuration.
+        memory_parameters: parameters of all blocks together.
+        base_parameters: parameters of the base.
+    """
+
+    backbone: Backbone
+    pvm: PvmConfig
+    memory_parameters: int
+    base_parameters: int
+
+
+def base_config(source: str | Path, revision: str | None = None) -> Any:
+    """The configuration of a VLM, from a folder or the hub.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or nothing of that name can be reached on the hub.
+        UnsupportedModelError: if it is not a vision-language model that keepsight knows.
+    """
+    path = resolve_base(source)
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        raise KeepsightError(f"{source} is a file; a model is a folder (with config.json) or a hub id.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        hint = ""
+        if any(folder.glob("checkpoint-*/adapter_config.json")):
+            hint = " It holds checkpoints of an unfinished training run; name one of them, or finish it with --resume."
+        raise FileNotFoundError(
+            f"{source} holds neither a model (config.json) nor an adapter (adapter_config.json).{hint}"
+        )
+    if not folder.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") > 1):
+        raise FileNotFoundError(f"{source}: no such folder.")
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{source}: no such folder here, and no model of that name can be reached on the Hugging Face hub. "
+            "Check the name, your connection, and whether the model needs a login (hf auth login)."
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise KeepsightError(
+            f"{source}: its config.json cannot be used ({' '.join(str(error).split())[:300]})"
+        ) from error
+    family_of(config, str(source))
+    return config
+
+
+def plan_memory(source: str | Path, pvm: PvmConfig | None = None, revision: str | None = None) -> MemoryPlan:
+    """Resolve a memory's configuration on a base and count its parameters.
+
+    Raises:
+        ValueError: if layers or sizes do not fit the base.
+    """
+    config = base_config(source, revision)
+    pvm = copy.deepcopy(pvm) if pvm is not None else PvmConfig()
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+        backbone = Backbone.of(model)
+        pvm.resolve(backbone)
+        block = make_block(pvm)
+    per_block = sum(p.numel() for p in block.parameters())
+    return MemoryPlan(backbone, pvm, per_block * len(pvm.layers or ()), sum(p.numel() for p in model.parameters()))
