@@ -14,6 +14,7 @@ from keepsight.backbone import family_of
 from keepsight.errors import BrokenAdapterError
 from keepsight.pvm import PvmConfig
 from keepsight.shipped import resolve_base
+from keepsight.vismem import VisMemBranch, add_memory_tokens
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -85,6 +86,8 @@ def load(
         if dtype == "auto" and torch.device(device).type == "cpu" and model.dtype == torch.float16:
             model = model.float()
     model = attach(model, [a for a in adapters if a is not None], trainable=trainable)
+    if any(a is not None and a.method == "VISMEM" for a in adapters):
+        add_memory_tokens(processor, model)
     return model.eval(), processor
 
 
@@ -93,7 +96,7 @@ def attach(model: Any, adapters: list[AdapterInfo], trainable: bool = False) -> 
     result = model
     taken: dict[str, str] = {}  # adapter name -> method
     # Other methods first: a memory leaves the gradients of adapters that were there before it alone.
-    for info in sorted(adapters, key=lambda a: a.method == "PVM"):
+    for info in sorted(adapters, key=lambda a: a.method in ("PVM", "VISMEM")):
         name = "default" if not taken else info.path.name.replace(".", "_")
         while name in taken:
             name += "_"
@@ -103,6 +106,8 @@ def attach(model: Any, adapters: list[AdapterInfo], trainable: bool = False) -> 
             result = PeftModel.from_pretrained(
                 model, info.path, adapter_name=name, is_trainable=trainable, autocast_adapter_dtype=False
             )
+        if info.method == "VISMEM":
+            VisMemBranch.of(result).check_complete(name, info.path, set(info.shapes))
         taken[name] = info.method
     return result
 

@@ -162,6 +162,7 @@ def add_memory_tokens(processor: Any, target: Any) -> dict[str, int]:
     tokenizer.add_tokens(list(names), special_tokens=True)
     ids = [int(i) for i in tokenizer.convert_tokens_to_ids(list(names))]
     delimiters = find_delimiters(tokenizer, configs[0].delimiters)
+    is_new = not all(config.has_bound_tokens for config in configs)
     for config in configs:
         if config.has_bound_tokens and config.token_ids != ids:
             raise KeepsightError(
@@ -169,7 +170,7 @@ def add_memory_tokens(processor: Any, target: Any) -> dict[str, int]:
                 "the processor that was saved with the adapter."
             )
         config.token_ids, config.delimiter_ids = ids, delimiters
-    if branch is not None:
+    if branch is not None and is_new:
         branch.restart_rows()
     return dict(zip(names, ids, strict=True))
 

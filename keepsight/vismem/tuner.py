@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from keepsight.backbone import Backbone
-from keepsight.errors import KeepsightError, KeepsightWarning, MergeError
+from keepsight.errors import BrokenAdapterError, KeepsightError, KeepsightWarning, MergeError
 from keepsight.vismem import scope
 from keepsight.vismem.config import VisMemConfig
 from keepsight.vismem.formers import Formers
@@ -109,10 +109,15 @@ class VisMemBranch(nn.Module, BaseTunerLayer):
             raise KeepsightError("This model carries no VisMem adapter: get_peft_model(model, VisMemConfig()) adds one.")
         return branch
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """What PEFT takes device and dtype of new adapters from: the embedding table."""
+        return self.backbone.model.get_input_embeddings().weight
+
     def add_memory(self, adapter_name: str, config: VisMemConfig) -> None:
         """Add the memory of one adapter, on the device of the decoder's input and in its dtype."""
         memory = make_memory(config, self.backbone)
-        like = self.backbone.model.get_input_embeddings().weight
+        like = self.weight
         if not memory.short_slots.is_meta:  # low_cpu_mem_usage builds on meta; the weights come when loading
             memory = memory.to(like.device, like.dtype if like.is_floating_point() else None)
         others = self.vismem_memory.keys() - {adapter_name}
@@ -129,13 +134,23 @@ class VisMemBranch(nn.Module, BaseTunerLayer):
                 self._start_rows(memory, self.configs[name])
 
     def _start_rows(self, memory: Any, config: VisMemConfig) -> None:
-        embedding = self.backbone.model.get_input_embeddings().weight.detach()
+        embedding = self.weight.detach()
         head = bare(self.backbone.model.get_output_embeddings()).weight.detach()
         if config.delimiter_ids:
             rows = embedding[config.delimiter_ids[0]], head[config.delimiter_ids[0]]
         else:  # no tokenizer yet: the mean token; `add_memory_tokens` starts them again
             rows = embedding[:4096].float().mean(0), head[:4096].float().mean(0)
         memory.rows.reset(*rows, config.perturbation)
+
+    def check_complete(self, adapter_name: str, path: Any, found: set[str]) -> None:
+        """Raise BrokenAdapterError if an adapter's file lacks tensors of its memory: PEFT would leave them random."""
+        names = {name.partition(f"{_CONTAINER}.")[2] for name in found}
+        missing = sorted(set(self.vismem_memory[adapter_name].state_dict()) - names)
+        if missing:
+            raise BrokenAdapterError(
+                f"{path} lacks {len(missing)} tensors of the memory that its adapter_config.json describes, such as "
+                f"{missing[0]}. Copy it again or use an earlier checkpoint."
+            )
 
     @property
     def active_name(self) -> str | None:

@@ -63,7 +63,8 @@ class WordsAndMemory:
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], n: int = 24, **kwargs: Any) -> Any:
     options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "max_new_tokens": n}
-    return model.generate(**inputs, logits_processor=[WordsAndMemory()], **(options | kwargs))
+    options["logits_processor"] = [WordsAndMemory()]
+    return model.generate(**inputs, **(options | kwargs))
 
 
 def forced(plan: Any = None) -> MemoryPolicy:
