@@ -14,7 +14,7 @@ def add_peft_type(name: str) -> None:
     """Add a member to PEFT's closed list of methods; the rest is PEFT's own `register_peft_method`."""
     if name in PeftType.__members__:
         return
-    member = str.__new__(PeftType, name)
+    member: Any = str.__new__(PeftType, name)
     member._name_, member._value_, member._sort_order_ = name, name, len(PeftType)
     member.__objclass__ = PeftType
     type.__setattr__(PeftType, name, member)

@@ -101,7 +101,7 @@ class VisMemConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.VISMEM
+        self.peft_type = PeftType["VISMEM"]
         # PEFT finds the module to work on by this attribute; it follows from the model and is never saved.
         self.target_modules: str | None = None
         for name in ("num_queries", "num_short", "num_long", "query_layers", "query_heads", "short_rank", "long_rank"):

@@ -157,9 +157,7 @@ def _refuse(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 
 def _warn(branch: Any, policy: MemoryPolicy) -> None:
     memory = branch.active
-    untrained = [
-        kind for kind, bank in ((SHORT, memory.short_bank), (LONG, memory.long_bank)) if bank.is_untrained
-    ]
+    untrained = [kind for kind, bank in ((SHORT, memory.short_bank), (LONG, memory.long_bank)) if bank.is_untrained]
     if len(untrained) == 2:
         warnings.warn(
             "This VisMem was never trained: its memories are noise, and the text after them is worse for it. Train it, "
@@ -285,12 +283,8 @@ class MemoryDecoder:
             self._stop(rows, stopping_criteria(input_ids, None), max_length, input_ids.shape[1])
             if all(row.is_done for row in rows):
                 break
-            model_kwargs = model._update_model_kwargs_for_generation(
-                output, model_kwargs, num_new_tokens=new.shape[1]
-            )
-            inputs = model.prepare_inputs_for_generation(
-                input_ids, next_sequence_length=new.shape[1], **model_kwargs
-            )
+            model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, num_new_tokens=new.shape[1])
+            inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new.shape[1], **model_kwargs)
             mask = torch.tensor([[v is not None for v in row] for row in latents], device=new.device)
             values = [v for row in latents for v in row if v is not None]
             empty = self.watch.hidden.new_zeros(0, self.watch.hidden.shape[-1])
@@ -348,9 +342,7 @@ class MemoryDecoder:
                 row, end = rows[i], self.tokens.end[formed]
                 latents = latents.to(formation.text.dtype)
                 row.queue = [(end, latent) for latent in latents] + [(end, None)]
-                row.invocations.append(
-                    Invocation(i, formed, kind, length - 1, row.was_sampled, latents, formation)
-                )
+                row.invocations.append(Invocation(i, formed, kind, length - 1, row.was_sampled, latents, formation))
                 row.waiting, row.text = None, []
 
     def _allowed(self, rows: list[_Row], length: int, max_length: int | None) -> torch.Tensor:

@@ -59,8 +59,8 @@ class Formers:
         with base_only():
             text, text_valid = self._texts(formations)
             queries = self._queries(formations, text, text_valid)
-            formed = self._short(formations, queries) if kind == SHORT else self._long(
-                formations, text, text_valid, queries
+            formed = (
+                self._short(formations, queries) if kind == SHORT else self._long(formations, text, text_valid, queries)
             )
         return self.memory.as_embeddings(formed.to(self.memory.dtype), kind == SHORT)
 
@@ -74,9 +74,7 @@ class Formers:
 
     # Query builder
 
-    def _queries(
-        self, formations: Sequence[Formation], text: torch.Tensor, text_valid: torch.Tensor
-    ) -> torch.Tensor:
+    def _queries(self, formations: Sequence[Formation], text: torch.Tensor, text_valid: torch.Tensor) -> torch.Tensor:
         visual, visual_valid = pad([f.sight.visual for f in formations])
         states: Any = visual
         if self._is_incremental:
@@ -146,9 +144,9 @@ class Formers:
         slots = self.memory.long_slots.expand(len(formations), -1, -1)
         own = torch.cat([self._as_input(queries), slots.to(self._dtype)], 1)
         if not self._is_incremental:
-            seen, valid = pad([torch.cat([f.sight.visual, t[v]]) for f, t, v in zip(
-                formations, text, text_valid, strict=True
-            )])
+            seen, valid = pad(
+                [torch.cat([f.sight.visual, t[v]]) for f, t, v in zip(formations, text, text_valid, strict=True)]
+            )
             valid = torch.cat([valid, valid.new_ones(own.shape[:2])], 1)
             return self._decode(torch.cat([self._as_input(seen), own], 1), valid)[:, -count:]
         prefixes = [self._kept_prefix(f.sight) for f in formations]

@@ -83,7 +83,11 @@ class VisMemRoute:
     def shield(self, model: nn.Module) -> None:
         """Make other adapters' PEFT layers keep out of formations; looks for new ones every time."""
         for module in model.modules():
-            if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer") and id(module) not in self._shielded:
+            if (
+                isinstance(module, BaseTunerLayer)
+                and hasattr(module, "base_layer")
+                and id(module) not in self._shielded
+            ):
                 self._shielded.add(id(module))
                 self._handles.append(module.register_forward_hook(_base_output, with_kwargs=True))
 

@@ -108,11 +108,11 @@ def read_sights(
             per_row[row].append(patches)
     sights: list[Sight] = []
     for row in range(len(input_ids)):
-        if row % copies and len(per_row) > row:
+        if row % copies:
             sights.append(sights[-1])
             continue
-        patches = Patches.cat(per_row[row]) if per_row[row] else None
-        sights.append(Sight(hidden[row][visual_mask[row]].detach(), patches))
+        own = Patches.cat(per_row[row]) if per_row[row] else None
+        sights.append(Sight(hidden[row][visual_mask[row]].detach(), own))
     assert len(sights) == rows * copies
     return sights
 
@@ -200,7 +200,7 @@ def _cut(
             table = backbone.position_table()
             assert table is not None
             extent = (table.shape[-2], table.shape[-1])
-        patches = Patches(x[start:stop], tuple(own), tuple(windows[first:window]), rotary, extent)  # type: ignore[arg-type]
+        patches = Patches(x[start:stop], tuple(own), tuple(windows[first:window]), rotary, extent)
         for copy in range(step):
             result[row + copy] = patches
         start = stop

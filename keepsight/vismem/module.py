@@ -17,7 +17,6 @@ parameters), and the memories' norm is matched to the embedding table, which the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -192,9 +191,7 @@ class LowRankBank(nn.Module):
         dropout: of every update.
     """
 
-    def __init__(
-        self, shapes: dict[tuple[int, str], tuple[int, int]], rank: int, alpha: float, dropout: float
-    ):
+    def __init__(self, shapes: dict[tuple[int, str], tuple[int, int]], rank: int, alpha: float, dropout: float):
         super().__init__()
         self.updates = nn.ModuleDict(
             {f"{layer}_{name}": LowRank(*shape, rank, alpha, dropout) for (layer, name), shape in shapes.items()}
@@ -203,16 +200,13 @@ class LowRankBank(nn.Module):
     def get(self, layer: int, name: str) -> nn.Module | None:
         """The update of one projection, if it has one."""
         key = f"{layer}_{name}"
-        return self.updates[key] if key in self.updates else None
+        return self.updates[key] if key in self.updates else None  # noqa: SIM401 - a ModuleDict has no get
 
     @property
     def is_untrained(self) -> bool:
         """Every update is still exactly zero."""
-        return _all_zero(module.up for module in self.updates.values())
-
-
-def _all_zero(tensors: Iterable[torch.Tensor]) -> bool:
-    return not torch.stack([t.detach().abs().amax().float() for t in tensors]).any()
+        ups = [p.detach() for name, p in self.named_parameters() if name.endswith(".up")]
+        return not torch.stack([up.abs().amax().float() for up in ups]).any()
 
 
 def match_rms(x: torch.Tensor, rms: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:

@@ -195,9 +195,7 @@ def find_delimiters(tokenizer: Any, delimiters: list[str]) -> list[int]:
     return sorted(found, key=lambda index: (index != first[-1], index))
 
 
-def decode(
-    processor: Any, sequences: Any, target: Any, show_memory: bool = False, **kwargs: Any
-) -> list[str]:
+def decode(processor: Any, sequences: Any, target: Any, show_memory: bool = False, **kwargs: Any) -> list[str]:
     """Decode sequences to text.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -88,6 +88,7 @@ class VisMemBranch(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = (_CONTAINER,)
+    backbone: Backbone
 
     def __init__(self, backbone: Backbone):
         super().__init__()
@@ -106,7 +107,9 @@ class VisMemBranch(nn.Module, BaseTunerLayer):
         """
         branch = getattr(Backbone.of(model).decoder, BRANCH, None)
         if branch is None:
-            raise KeepsightError("This model carries no VisMem adapter: get_peft_model(model, VisMemConfig()) adds one.")
+            raise KeepsightError(
+                "This model carries no VisMem adapter: get_peft_model(model, VisMemConfig()) adds one."
+            )
         return branch
 
     @property
@@ -129,7 +132,8 @@ class VisMemBranch(nn.Module, BaseTunerLayer):
 
     def restart_rows(self) -> None:
         """Start untrained rows again, now that the delimiters' tokens are known."""
-        for name, memory in self.vismem_memory.items():
+        for name in self.vismem_memory:
+            memory: Any = self.vismem_memory[name]
             if memory.rows.is_untrained:
                 self._start_rows(memory, self.configs[name])
 
@@ -198,7 +202,7 @@ class VisMemModel(BaseTuner):
 
     prefix = "vismem_"
     tuner_layer_cls = VisMemBranch
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping = {}  # noqa: RUF012 - an instance variable to PEFT
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
         taken = {
@@ -230,7 +234,7 @@ class VisMemModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional: Any,
+        parameter_name: str | None = None,
     ) -> None:
         branch = getattr(target, BRANCH, None)
         if branch is None:
@@ -275,7 +279,13 @@ class VisMemModel(BaseTuner):
         """Raises MergeError: VisMem has nothing that could be merged."""
         self._check_merge_allowed()
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = True,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
         if merge:
             self._check_merge_allowed()
         decoder = Backbone.of(self.model).decoder

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from keepsight.backbone import Backbone
@@ -112,9 +111,7 @@ class VisionWalk:
             kept.append(None if index in self.windowed else states)
         return kept
 
-    def incremental(
-        self, kept: list[BlockStates | None], extra: torch.Tensor, rotary: Rotary | None
-    ) -> torch.Tensor:
+    def incremental(self, kept: list[BlockStates | None], extra: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
         """As `literal`, but the patches do not see the appended positions, and `keep` has been there before."""
         read = []
         for index in range(self.depth):
@@ -203,7 +200,7 @@ def _under_base_only(function: Any, *args: Any) -> Any:
         return function(*args)
 
 
-def bare(module: nn.Module) -> nn.Module:
+def bare(module: Any) -> Any:
     """A layer without the PEFT adapters around it."""
     while hasattr(module, "base_layer"):
         module = module.base_layer
@@ -219,7 +216,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Everyone to everyone: [S, H, d] to [L, H, d]; returns [S, H, d]."""
-    out = F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (query, key, value)))
+    query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value)
     return out[0].transpose(0, 1)
 
 

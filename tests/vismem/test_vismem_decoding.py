@@ -25,7 +25,10 @@ def test_ragged_batch_equals_one_uncached_forward(tiny):
     for row, found in zip(blank, out.invocations, strict=True):
         for i in found:
             row.append(type(i)(**{**i.__dict__, "latents": torch.zeros_like(i.latents)}))
-    cached, wrong = torch.stack(out.logits, 1), uncached(model, inputs, type(out)(sequences=out.sequences, invocations=blank))
+    cached, wrong = (
+        torch.stack(out.logits, 1),
+        uncached(model, inputs, type(out)(sequences=out.sequences, invocations=blank)),
+    )
     after = out.invocations[0][0].position - inputs["input_ids"].shape[1] + 7
     assert (cached[0, after:] - wrong[0, after:]).abs().max() > 1e-2  # the latents matter
 
@@ -37,7 +40,9 @@ def test_batch_equals_its_rows(name):
     for i, row in enumerate(ROWS):
         alone_inputs = make_inputs(BY_NAME[name], model, [row])
         alone = generate(model, alone_inputs, memory=forced([PLAN[i]]))
-        assert alone.sequences[0, alone_inputs["input_ids"].shape[1] :].tolist() == together.sequences[i, prompt:].tolist()
+        assert (
+            alone.sequences[0, alone_inputs["input_ids"].shape[1] :].tolist() == together.sequences[i, prompt:].tolist()
+        )
         for a, b in zip(alone.invocations[0], together.invocations[i], strict=True):
             torch.testing.assert_close(a.latents, b.latents, **CLOSE)
 
@@ -72,10 +77,17 @@ def test_sampling_several_sequences(name):
     plan = [{k % 3: "short", 6: "long"} for k in range(6)]
     out = generate(model, inputs, do_sample=True, num_return_sequences=3, memory=forced(plan))
     assert len({tuple(s) for s in out.sequences.tolist()}) > 2
-    longer = {k: (v.repeat_interleave(3, 0) if k in ("input_ids", "attention_mask", "mm_token_type_ids") else v) for k, v in inputs.items()}
+    longer = {
+        k: (v.repeat_interleave(3, 0) if k in ("input_ids", "attention_mask", "mm_token_type_ids") else v)
+        for k, v in inputs.items()
+    }
     for k in ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images"):
         if k in inputs:
-            per_row = inputs[k].split(_per_image(name, k, inputs)) if k == "pixel_values" and "image_grid_thw" in inputs else inputs[k].split(1)
+            per_row = (
+                inputs[k].split(_per_image(name, k, inputs))
+                if k == "pixel_values" and "image_grid_thw" in inputs
+                else inputs[k].split(1)
+            )
             longer[k] = torch.cat([p for p in per_row for _ in range(3)])
     assert_is_uncached(model, longer, out)
 
@@ -120,7 +132,9 @@ def test_end_of_text_in_one_row_while_another_writes_memory(name):
 def test_grammar_under_free_sampling(name):
     model, inputs = built(name)
     torch.manual_seed(0)
-    out = generate(model, inputs, n=60, do_sample=True, temperature=2.0, top_k=0, memory=MemoryPolicy("free", max_invocations=3))
+    out = generate(
+        model, inputs, n=60, do_sample=True, temperature=2.0, top_k=0, memory=MemoryPolicy("free", max_invocations=3)
+    )
     lengths = {128: 4, 130: 5}
     for row, found in zip(out.sequences[:, inputs["input_ids"].shape[1] :].tolist(), out.invocations, strict=True):
         seen, i = 0, 0

@@ -75,7 +75,11 @@ def merged_tower(branch):
             update = branch.active.short_bank.get(index, projection)
             if update is None:
                 continue
-            weight = attention.qkv.weight[part * width :][:width] if parts.qkv == ("qkv",) else getattr(attention, projection).weight
+            weight = (
+                attention.qkv.weight[part * width :][:width]
+                if parts.qkv == ("qkv",)
+                else getattr(attention, projection).weight
+            )
             weight.data += update.up @ update.down * update.scale
     return tower
 
@@ -85,7 +89,9 @@ def test_literal_short_memory_is_the_encoder_with_appended_positions(name):
     """One image: the encoder's own forward, its weights with the adapter merged, and our positions appended."""
     if name == "qwen2_5_vl":
         pytest.skip("windows: see the test with dense masks")
-    model, inputs, out = formed(name, [Row(3, (2, 2), 4, seed=1)] if name != "llava_onevision" else [Row(3, (1, 1), (1, 1), 4, seed=1)])
+    model, inputs, out = formed(
+        name, [Row(3, (2, 2), 4, seed=1)] if name != "llava_onevision" else [Row(3, (1, 1), (1, 1), 4, seed=1)]
+    )
     branch = VisMemBranch.of(model)
     invocation = out.invocations[0][0]
     patches = invocation.formation.sight.patches
@@ -108,7 +114,11 @@ def test_literal_short_memory_is_the_encoder_with_appended_positions(name):
         tower.merger = torch.nn.Identity()
         tower.deepstack_merger_list = torch.nn.ModuleList([torch.nn.Identity()])
         states = tower(
-            inputs["pixel_values"], grid_thw=grid, position_ids=ids, interp_indices=indices, interp_weights=weights,
+            inputs["pixel_values"],
+            grid_thw=grid,
+            position_ids=ids,
+            interp_indices=indices,
+            interp_weights=weights,
             cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
         ).last_hidden_state[-7:]
     else:
@@ -202,7 +212,10 @@ def test_incremental_reads_each_image_once(name):
     branch = VisMemBranch.of(model)
     lengths = []
     layer = branch.backbone.layers[0]
-    handle = layer.register_forward_pre_hook(lambda m, a, k: lengths.append((a[0] if a else k["hidden_states"]).shape[1]) if scope.is_base_only() else None, with_kwargs=True)
+    handle = layer.register_forward_pre_hook(
+        lambda m, a, k: lengths.append((a[0] if a else k["hidden_states"]).shape[1]) if scope.is_base_only() else None,
+        with_kwargs=True,
+    )
     out = generate(model, inputs, n=50, memory=forced([{1: "long", 3: "long", 5: "long"}]))
     handle.remove()
     visual = len(out.sights[0].visual)
@@ -310,7 +323,11 @@ def test_gradient_checkpointing(name, reentrant):
         if checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": reentrant})
         formers = branch.formers()
-        total = sum(formers.form(i.kind, [fresh(i.formation)]).pow(2).sum() * 1e-3 + formers.form(i.kind, [fresh(i.formation)])[..., 0].sum() for i in out.invocations[0])
+        total = sum(
+            formers.form(i.kind, [fresh(i.formation)]).pow(2).sum() * 1e-3
+            + formers.form(i.kind, [fresh(i.formation)])[..., 0].sum()
+            for i in out.invocations[0]
+        )
         total.backward()
         grads.append({n: p.grad for n, p in branch.active.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
@@ -321,7 +338,9 @@ def test_gradient_checkpointing(name, reentrant):
 def test_policy_lora_stays_out_of_formations(name):
     model, inputs, out = formed(name)
     branch = VisMemBranch.of(model)
-    get_peft_model(model.get_base_model(), LoraConfig(target_modules="all-linear", init_lora_weights=False), adapter_name="policy")
+    get_peft_model(
+        model.get_base_model(), LoraConfig(target_modules="all-linear", init_lora_weights=False), adapter_name="policy"
+    )
     assert (generate(model, inputs, n=1, memory=forced([{}])).logits[0] - out.logits[0]).abs().max() > 1e-2
     with torch.no_grad():
         for invocation in out.invocations[0]:

@@ -83,8 +83,13 @@ def test_beside_pvm_and_lora(name, first, tmp_path):
     model = family.build()
     inputs = make_inputs(family, model, ROWS)
     torch.manual_seed(3)
-    with_lora = get_peft_model(model, LoraConfig(target_modules=r".*language_model.*(q_proj|up_proj)", init_lora_weights=False))
-    steps = {"pvm": lambda: attach_pvm(model, adapter_name="pvm"), "vismem": lambda: attach(model, adapter_name="latent")}
+    with_lora = get_peft_model(
+        model, LoraConfig(target_modules=r".*language_model.*(q_proj|up_proj)", init_lora_weights=False)
+    )
+    steps = {
+        "pvm": lambda: attach_pvm(model, adapter_name="pvm"),
+        "vismem": lambda: attach(model, adapter_name="latent"),
+    }
     wrapped = {key: steps[key]() for key in sorted(steps, key=lambda k: k != first)}
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     for part in ("lora_", "pvm_blocks", "vismem_memory"):

@@ -14,7 +14,15 @@ from keepsight.vismem import MemoryPolicy, VisMemBranch, VisMemConfig, splice
 
 # The four families of the paper's kind; the others share their code paths.
 NAMES = ("qwen2_5_vl", "qwen3_vl", "internvl_qwen3", "llava_onevision")
-SIZES = {"num_queries": 3, "num_short": 4, "num_long": 5, "query_width": 16, "query_heads": 2, "short_rank": 4, "long_rank": 4}
+SIZES = {
+    "num_queries": 3,
+    "num_short": 4,
+    "num_long": 5,
+    "query_width": 16,
+    "query_heads": 2,
+    "short_rank": 4,
+    "long_rank": 4,
+}
 # Left padding, several images, text before and between images, a row without any image.
 ROWS = [Row(3, (1, 2), 2, (2, 2), 4, seed=1), Row(1, (2, 2), 5, seed=2), Row(7, seed=3)]
 # Ragged: one row invokes once, one twice (either type), one never.
