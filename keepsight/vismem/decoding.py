@@ -45,7 +45,7 @@ class VisMemOutput(ModelOutput):
         past_key_values: the cache.
     """
 
-    sequences: torch.LongTensor | None = None
+    sequences: torch.Tensor | None = None
     invocations: list[list[Invocation]] | None = None
     sampled: torch.Tensor | None = None
     allowed: torch.Tensor | None = None
@@ -86,7 +86,8 @@ def generate(branch: Any, *args: Any, memory: MemoryPolicy | str | None = None, 
     _warn(branch, policy)
     if policy.name == "random" and not branch.config.delimiter_ids:
         raise KeepsightError(
-            "Policy 'random' invokes after delimiters, whose tokens are unknown: call add_memory_tokens(processor, model)."
+            "Policy 'random' invokes after delimiters, whose tokens are unknown: call "
+            "add_memory_tokens(processor, model)."
         )
     tokens = MemoryTokens(branch.config.token_ids)
     kwargs = _with_stop_strings(model, kwargs, tokens)
@@ -190,7 +191,7 @@ class TextOnly(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Bool [B]."""
         keep = ~self.tokens.memory_mask(input_ids)
-        order = keep.to(torch.uint8).argsort(1, stable=True)  # memory first, text after it, in order
+        order = keep.to(torch.uint8).argsort(dim=1, stable=True)  # memory first, text after it, in order
         text = input_ids.gather(1, order).masked_fill(~keep.gather(1, order), self.pad)
         return self.criterion(text, scores, **kwargs)
 

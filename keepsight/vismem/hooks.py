@@ -62,9 +62,10 @@ class VisMemRoute:
             self._handles.append(block.register_forward_pre_hook(note, with_kwargs=True))
         rotary = backbone.family.vision.rotary
         if rotary is not None:
-            module = getattr(backbone.vision_tower, rotary)
+            module: Any = getattr(backbone.vision_tower, rotary)
             self._handles.append(module.register_forward_pre_hook(_note_coordinates, with_kwargs=True))
-        for index, layer in enumerate(backbone.layers):
+        layers: Any = backbone.layers
+        for index, layer in enumerate(layers):
             mixer = Backbone.mixer(layer)
             self._handles.append(mixer.register_forward_pre_hook(_restore_scope, with_kwargs=True))
             self._handles.append(layer.mlp.register_forward_hook(_end_scope, always_call=True))

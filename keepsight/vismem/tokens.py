@@ -218,7 +218,9 @@ def decode(processor: Any, sequences: Any, target: Any, show_memory: bool = Fals
         if not show_memory:
             texts.append(tokenizer.decode(row[~tokens.memory_mask(row)], **kwargs))
             continue
-        latents, pieces, plain = tokens.latent_mask(row[None])[0].tolist(), [], []
+        latents = tokens.latent_mask(row[None])[0].tolist()
+        pieces: list[str] = []
+        plain: list[int] = []
         count = 0
         for index, is_latent in zip(row.tolist(), latents, strict=True):
             if is_latent:

@@ -59,11 +59,10 @@ def test_off_is_plain_generation(name):
     base = BY_NAME[name].build()
     for do_sample in (False, True):
         options = {"max_new_tokens": 8, "do_sample": do_sample}
-        runs = [lambda: base.generate(**inputs, **options), lambda: model.generate(**inputs, memory="off", **options)]
         tokens = []
-        for run in runs:
+        for anyone, more in ((base, {}), (model, {"memory": "off"})):
             torch.manual_seed(0)
-            tokens.append(run().tolist())
+            tokens.append(anyone.generate(**inputs, **options, **more).tolist())
         with model.disable_adapter():
             torch.manual_seed(0)
             tokens.append(model.generate(**inputs, **options).tolist())

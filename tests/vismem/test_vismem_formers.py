@@ -201,7 +201,7 @@ def test_the_two_forms_differ(name):
     """They are different functions (documented), for either type."""
     found = {}
     for form in FORMS:
-        model, _, out = formed(name, form=form)
+        _, _, out = formed(name, form=form)
         found[form] = out.invocations[0]
     for a, b in zip(*found.values(), strict=True):
         assert (a.latents - b.latents).abs().max() > 1e-3

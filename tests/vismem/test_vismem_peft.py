@@ -191,7 +191,7 @@ def test_keepsight_load(tmp_path):
         found = generate(again, dict(text), memory=forced({0: "long"}), logits_processor=None)
         assert torch.equal(found.sequences, out.sequences)
         torch.testing.assert_close(found.invocations[0][0].latents, out.invocations[0][0].latents, **CLOSE)
-    alone, saved = keepsight.load(tmp_path / "latent")
+    _, saved = keepsight.load(tmp_path / "latent")
     assert len(saved.tokenizer) == vocabulary + 4
     saved.save_pretrained(tmp_path / "latent")  # a processor beside the adapter is used as it is
     _, kept = keepsight.load(tmp_path / "latent")

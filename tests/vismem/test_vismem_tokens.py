@@ -99,7 +99,7 @@ def test_tokens_are_added_once_with_a_delimiters_rows():
 
 
 def test_another_tokenizer_is_refused(reference):
-    model, processor, _ = reference
+    model, _, _ = reference
     _, other = keepsight.load("keepsight/reference")
     other.tokenizer.add_tokens(["<|mine|>"])
     with pytest.raises(keepsight.KeepsightError, match="saved with the adapter"):
@@ -177,7 +177,10 @@ def test_model_decides_and_other_policies(name):
     model, inputs = built(name, [Row(1, (2, 2), 5, seed=2), Row(7, seed=3)])
     with torch.no_grad():
         VisMemBranch.of(model).active.rows.invoke_bias.copy_(torch.tensor([50.0, 40.0]))
-    kinds = lambda out: [[(i.kind, i.invoked_as, i.was_sampled) for i in row] for row in out.invocations]
+
+    def kinds(out):
+        return [[(i.kind, i.invoked_as, i.was_sampled) for i in row] for row in out.invocations]
+
     free = generate(model, inputs, memory=MemoryPolicy("free", max_invocations=2))
     assert kinds(free)[0] == [("short", "short", True)] * 2
     assert kinds(free)[1] == [("long", "long", True)] * 2  # no short-term memory without an image
