@@ -11,6 +11,7 @@ Memory positions count towards `max_new_tokens`.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -288,8 +289,7 @@ class MemoryDecoder:
             inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new.shape[1], **model_kwargs)
             mask = torch.tensor([[v is not None for v in row] for row in latents], device=new.device)
             values = [v for row in latents for v in row if v is not None]
-            empty = self.watch.hidden.new_zeros(0, self.watch.hidden.shape[-1])
-            with scope.spliced(mask, torch.stack(values) if values else empty):
+            with scope.spliced(mask, torch.stack(values)) if values else contextlib.nullcontext():
                 output = model(**inputs, return_dict=True)
             self._remember(rows, new, mask)
         if self.streamer is not None:
@@ -450,8 +450,7 @@ class MemoryDecoder:
     def _remember(self, rows: list[_Row], new: torch.Tensor, mask: torch.Tensor) -> None:
         """Collect the text states of what was just fed; memory positions and end tokens are no text."""
         hidden, limit = self.watch.hidden, self.branch.config.max_text_states
-        ends = torch.tensor(list(self.tokens.end.values()), device=new.device)
-        is_text = ~(mask | torch.isin(new, ends))
+        is_text = ~(mask | self.tokens.end_mask(new))
         for row, states, text, latent in zip(rows, hidden, is_text.tolist(), mask.tolist(), strict=True):
             if row.is_done:
                 continue

@@ -10,12 +10,20 @@ over the base's output, whether the base has spare rows at those ids or none, ti
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 
 from keepsight.errors import KeepsightError
+
+
+@functools.lru_cache(maxsize=64)
+def id_tensor(ids: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Token ids on a device, copied there once."""
+    return torch.tensor(ids, device=device)
+
 
 SHORT, LONG = "short", "long"
 TYPES = (SHORT, LONG)
@@ -83,7 +91,7 @@ class TokenRows(nn.Module):
 
     def embed(self, ids: torch.Tensor, output: torch.Tensor, token_ids: list[int]) -> torch.Tensor:
         """Write the rows over the base's embeddings [..., D] of `ids` [...]."""
-        which = ids.unsqueeze(-1) == torch.tensor(token_ids, device=ids.device)
+        which = ids.unsqueeze(-1) == id_tensor(tuple(token_ids), ids.device)
         rows = self.embedding[which.to(torch.int8).argmax(-1)].to(output.dtype)
         return torch.where(which.any(-1, keepdim=True), rows, output)
 
@@ -101,7 +109,7 @@ class TokenRows(nn.Module):
         if missing > 0:
             filler = logits.new_full((*logits.shape[:-1], missing), torch.finfo(logits.dtype).min)
             logits = torch.cat([logits, filler], -1)
-        return logits.index_copy(-1, torch.tensor(token_ids, device=logits.device), own)
+        return logits.index_copy(-1, id_tensor(tuple(token_ids), logits.device), own)
 
 
 class MemoryTokens:
@@ -118,11 +126,15 @@ class MemoryTokens:
 
     def memory_mask(self, ids: torch.Tensor) -> torch.Tensor:
         """Bool, true at all positions of memories in whole sequences: invocation, latents, end. Shape as `ids`."""
-        return torch.isin(ids, torch.tensor(self.ids, device=ids.device))
+        return torch.isin(ids, id_tensor(tuple(self.ids), ids.device))
+
+    def end_mask(self, ids: torch.Tensor) -> torch.Tensor:
+        """Bool, true at end tokens' ids. Shape as `ids`."""
+        return torch.isin(ids, id_tensor(tuple(self.end.values()), ids.device))
 
     def latent_mask(self, ids: torch.Tensor) -> torch.Tensor:
         """Bool [B, T], true where whole sequences [B, T] hold latents: end tokens before another end token."""
-        ends = torch.isin(ids, torch.tensor(list(self.end.values()), device=ids.device))
+        ends = self.end_mask(ids)
         return torch.cat([ends[:, :-1] & ends[:, 1:], ends[:, -1:] & False], 1)
 
 
