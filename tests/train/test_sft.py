@@ -145,7 +145,7 @@ def same_weights(a: Path, b: Path) -> bool:
 
 def test_a_killed_run_resumes_to_the_same_weights(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
     options = {"max_steps": 40, "save_steps": 10, "batch_size": 2, "blindfold_steps": 15}
-    train_pvm(tiny_vlm, data, tmp_path / "unbroken", settings=settings(**options))
+    unbroken = train_pvm(tiny_vlm, data, tmp_path / "unbroken", settings=settings(**options))
 
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "keepsight.cli", "train", "pvm", str(tiny_vlm), "-d", str(data), "-o", str(out)]
@@ -165,6 +165,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tiny_vlm: Path, data: Path, tm
     assert report.resumed_from >= 10
     assert any(line.startswith("resuming from") for line in said)
     assert same_weights(tmp_path / "unbroken", out)
+    assert (report.tokens, report.gates) == (unbroken.tokens, unbroken.gates)
 
     # Resuming a finished run changes nothing.
     before = (out / WEIGHTS).read_bytes()
@@ -221,6 +222,21 @@ def test_a_full_folder_is_not_written_into(trained: tuple[Path, TrainReport], ti
     assert not (out / "checkpoint-12").exists()
 
 
+def test_a_run_that_saved_nothing_is_no_obstacle(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        """Ctrl-C at the second step."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_pvm(tiny_vlm, data, tmp_path / "out", settings=settings(), callbacks=[Stop()])
+    assert train_pvm(tiny_vlm, data, tmp_path / "out", settings=settings(max_steps=1)).steps == 1
+
+
 def test_a_failing_run_leaves_its_checkpoints(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
     from transformers import TrainerCallback
 
@@ -267,6 +283,7 @@ def test_over_long_answers_are_cut_and_images_never(tiny_vlm: Path, data: Path, 
         tiny_vlm, data, tmp_path / "out", settings=settings(max_steps=4, max_length=64, over_long="truncate")
     )
     assert report.data.longest is not None
+    assert report.data.cut == 1
     assert report.steps == 4
     assert report.tokens <= 64 * 16
 
