@@ -96,7 +96,7 @@ def attach(model: Any, adapters: list[AdapterInfo], trainable: bool = False) -> 
     result = model
     taken: dict[str, str] = {}  # adapter name -> method
     # Other methods first: a memory leaves the gradients of adapters that were there before it alone.
-    for info in sorted(adapters, key=lambda a: a.method in ("PVM", "VISMEM")):
+    for info in sorted(adapters, key=lambda a: {"VISMEM": 1, "PVM": 2}.get(a.method, 0)):
         name = "default" if not taken else info.path.name.replace(".", "_")
         while name in taken:
             name += "_"
