@@ -26,7 +26,7 @@ from keepsight.vismem import scope
 from keepsight.vismem.formers import Formers
 from keepsight.vismem.memory import Formation, Invocation, Sight, read_sights, splice_values
 from keepsight.vismem.policy import MemoryPolicy
-from keepsight.vismem.tokens import LONG, SHORT, TYPES, MemoryTokens
+from keepsight.vismem.tokens import LONG, SHORT, TYPES, MemoryTokens, id_tensor
 from keepsight.vismem.tuner import VisMemBranch
 
 
@@ -273,12 +273,14 @@ class MemoryDecoder:
             logits = output.logits[:, -1].float()
             self._form_waiting(rows, input_ids.shape[1])
             allowed = self._allowed(rows, input_ids.shape[1], max_length)
-            scores = self._constrained(logits_processor(self._hidden(input_ids, pad), logits.clone()), allowed)
+            seen = self._hidden(input_ids, pad) if any(row.count for row in rows) else input_ids
+            scores = self._constrained(logits_processor(seen, logits.clone()), allowed)
             if generation_config.do_sample:
                 chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0]
             else:
                 chosen = scores.argmax(-1)
-            new, latents, sampled = self._next(rows, chosen.tolist(), allowed, input_ids, pad)
+            ids, latents, sampled = self._next(rows, chosen.tolist(), allowed, pad)
+            new = torch.tensor(ids, device=input_ids.device)
             record.add(new, sampled, allowed, scores, logits)
             input_ids = torch.cat([input_ids, new], 1)
             self._stream(new, rows)
@@ -287,11 +289,9 @@ class MemoryDecoder:
                 break
             model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, num_new_tokens=new.shape[1])
             inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new.shape[1], **model_kwargs)
-            mask = torch.tensor([[v is not None for v in row] for row in latents], device=new.device)
-            values = [v for row in latents for v in row if v is not None]
-            with scope.spliced(mask, torch.stack(values)) if values else contextlib.nullcontext():
+            with self._given(ids, latents, new.device):
                 output = model(**inputs, return_dict=True)
-            self._remember(rows, new, mask)
+            self._remember(rows, ids, latents)
         if self.streamer is not None:
             self.streamer.end()
         self._warn_missed(rows)
@@ -364,11 +364,13 @@ class MemoryDecoder:
 
     def _constrained(self, scores: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """End tokens are never chosen, invocation tokens only where allowed."""
-        for column, kind in enumerate(TYPES):
-            scores[:, self.tokens.end[kind]] = -torch.inf
-            free = allowed[:, column] & self.policy.admits(kind)
-            invoke = self.tokens.invoke[kind]
-            scores[:, invoke] = scores[:, invoke].masked_fill(~free.to(scores.device), -torch.inf)
+        free = allowed & torch.tensor([self.policy.admits(kind) for kind in TYPES])
+        invokes = [self.tokens.invoke[kind] for kind in TYPES]
+        kept = [scores[:, token].clone() if free[:, i].any() else None for i, token in enumerate(invokes)]
+        scores = scores.index_fill(1, id_tensor(tuple(self.tokens.ids), scores.device), -torch.inf)
+        for column, (token, before) in enumerate(zip(invokes, kept, strict=True)):
+            if before is not None:
+                scores[:, token] = before.masked_fill(~free[:, column].to(scores.device), -torch.inf)
         return scores
 
     def _hidden(self, input_ids: torch.Tensor, pad: Any) -> torch.Tensor:
@@ -376,9 +378,19 @@ class MemoryDecoder:
         filler = 0 if pad is None else int(pad)
         return input_ids.masked_fill(self.tokens.memory_mask(input_ids), filler)
 
+    def _given(self, ids: list[list[int]], latents: list[list[Any]], device: torch.device) -> Any:
+        """The scope in which the next positions are fed: with their latents, or with nothing to look for."""
+        values = [v for row in latents for v in row if v is not None]
+        if values:
+            mask = torch.tensor([[v is not None for v in row] for row in latents], device=device)
+            return scope.spliced(mask, torch.stack(values))
+        if any(i in self.tokens.ids for row in ids for i in row):
+            return contextlib.nullcontext()
+        return scope.only_words()
+
     def _next(
-        self, rows: list[_Row], chosen: list[int], allowed: torch.Tensor, input_ids: torch.Tensor, pad: Any
-    ) -> tuple[torch.Tensor, list[list[torch.Tensor | None]], torch.Tensor]:
+        self, rows: list[_Row], chosen: list[int], allowed: torch.Tensor, pad: Any
+    ) -> tuple[list[list[int]], list[list[torch.Tensor | None]], torch.Tensor]:
         """The next positions of all rows: ids [B, c], their latents, and where the model chose: bool [B, c]."""
         living = [row for row in rows if not row.is_done]
         length = min(len(row.queue) or 1 for row in living)
@@ -410,7 +422,7 @@ class MemoryDecoder:
             ids.append([i for i, _ in own])
             latents.append([latent for _, latent in own])
             sampled.append([was_sampled] + [False] * (length - 1))
-        return torch.tensor(ids, device=input_ids.device), latents, torch.tensor(sampled)
+        return ids, latents, torch.tensor(sampled)
 
     def _kind(self, token: int) -> str:
         return SHORT if token == self.tokens.invoke[SHORT] else LONG
@@ -447,16 +459,18 @@ class MemoryDecoder:
             if full or (stop and not row.queue and row.waiting is None):
                 row.is_done = True
 
-    def _remember(self, rows: list[_Row], new: torch.Tensor, mask: torch.Tensor) -> None:
+    def _remember(self, rows: list[_Row], ids: list[list[int]], latents: list[list[Any]]) -> None:
         """Collect the text states of what was just fed; memory positions and end tokens are no text."""
         hidden, limit = self.watch.hidden, self.branch.config.max_text_states
-        is_text = ~(mask | self.tokens.end_mask(new))
-        for row, states, text, latent in zip(rows, hidden, is_text.tolist(), mask.tolist(), strict=True):
+        ends = self.tokens.end.values()
+        for row, states, tokens, values in zip(rows, hidden, ids, latents, strict=True):
             if row.is_done:
                 continue
-            if any(latent):
+            # An end token closes the memory before it, latents and all: H restarts there.
+            last = max((i for i, token in enumerate(tokens) if token in ends), default=-1)
+            if last >= 0:
                 row.text = []
-                text = [t and not any(latent[i:]) for i, t in enumerate(text)]
+            text = [i > last for i in range(len(values))]
             if all(text):
                 row.text.append(states)
             elif any(text):

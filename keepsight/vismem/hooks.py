@@ -94,7 +94,7 @@ class VisMemRoute:
 
     def _hide_ids(self, embedding: Any, args: tuple) -> tuple | None:
         active = self.branch.active
-        if active is None:
+        if active is None or scope.are_only_words():
             _ids.set(None)
             return None
         ids = args[0]

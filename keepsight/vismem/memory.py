@@ -97,7 +97,7 @@ def read_sights(
         KeepsightError: if the visual tokens of the prompt do not match what the vision encoder saw.
     """
     visual_mask = backbone.visual_mask(input_ids)
-    if not vision_calls:
+    if not vision_calls and not arguments.get("mm_encoder_outputs"):  # placeholders without pixels are text
         visual_mask = torch.zeros_like(visual_mask)
     rows = len(input_ids) // copies
     per_row: list[list[Patches]] = [[] for _ in range(len(input_ids))]

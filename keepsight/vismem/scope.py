@@ -49,6 +49,7 @@ _base_only: ContextVar[bool] = ContextVar("keepsight_vismem_base_only", default=
 _bank: ContextVar[LowRankBank | None] = ContextVar("keepsight_vismem_bank", default=None)
 _splice: ContextVar[Splice | None] = ContextVar("keepsight_vismem_splice", default=None)
 _watch: ContextVar[Watch | None] = ContextVar("keepsight_vismem_watch", default=None)
+_only_words: ContextVar[bool] = ContextVar("keepsight_vismem_only_words", default=False)
 _silent: ContextVar[bool] = ContextVar("keepsight_vismem_silent", default=False)
 
 
@@ -79,6 +80,16 @@ def spliced(mask: torch.Tensor, values: torch.Tensor) -> contextlib.AbstractCont
 def watching() -> contextlib.AbstractContextManager[Watch]:
     """The hooks record what passes by."""
     return _setting(_watch, Watch())
+
+
+def only_words() -> contextlib.AbstractContextManager[bool]:
+    """The caller knows that no special token is among the ids, so the embedding need not look for them."""
+    return _setting(_only_words, True)
+
+
+def are_only_words() -> bool:
+    """Whether the ids are known to hold no special token."""
+    return _only_words.get()
 
 
 def silent() -> contextlib.AbstractContextManager[bool]:
