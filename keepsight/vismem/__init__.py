@@ -21,8 +21,9 @@ def _register() -> None:
 _register()
 
 from keepsight.vismem.config import VisMemConfig  # noqa: E402
-from keepsight.vismem.decoding import VisMemOutput, splice  # noqa: E402
+from keepsight.vismem.decoding import splice  # noqa: E402
 from keepsight.vismem.memory import Invocation  # noqa: E402
+from keepsight.vismem.output import VisMemOutput  # noqa: E402
 from keepsight.vismem.policy import MemoryPolicy, Replay  # noqa: E402
 from keepsight.vismem.tokens import add_memory_tokens, decode  # noqa: E402
 from keepsight.vismem.tuner import VisMemBranch, parameter_groups  # noqa: E402

@@ -18,42 +18,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
-from transformers.utils import ModelOutput
 
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.vismem import scope
+from keepsight.vismem.checks import refuse, warn, with_stop_strings
 from keepsight.vismem.formers import Formers
 from keepsight.vismem.memory import Formation, Invocation, Sight, read_sights, splice_values
+from keepsight.vismem.output import Record, VisMemOutput
 from keepsight.vismem.policy import MemoryPolicy
 from keepsight.vismem.tokens import LONG, SHORT, TYPES, MemoryTokens, id_tensor
 from keepsight.vismem.tuner import VisMemBranch
-
-
-@dataclass
-class VisMemOutput(ModelOutput):
-    """What `generate(..., return_dict_in_generate=True)` returns.
-
-    Attributes:
-        sequences: ids [B, T]; a memory stands there as `<invoke> <end> ... <end>` (see `tokens.py`).
-        invocations: per row, its memories in order: type, position, latents, and what they were formed from.
-        sampled: bool [B, new], true where the model chose the token: not memory, not forced, not padding.
-        allowed: bool [B, new, 2], whether the row could have invoked a short / a long memory there.
-        sights: per row, what the prompt showed: visual states and patches.
-        scores: with `output_scores`: per new position, processed logits [B, V]; where nothing was chosen, the token
-            that stands there has 0 and all others -inf.
-        logits: with `output_logits`: likewise, unprocessed.
-        past_key_values: the cache.
-    """
-
-    sequences: torch.Tensor | None = None
-    invocations: list[list[Invocation]] | None = None
-    sampled: torch.Tensor | None = None
-    allowed: torch.Tensor | None = None
-    sights: list[Sight] | None = None
-    scores: tuple[torch.Tensor, ...] | None = None
-    logits: tuple[torch.Tensor, ...] | None = None
-    past_key_values: Any = None
 
 
 def generate(branch: Any, *args: Any, memory: MemoryPolicy | str | None = None, **kwargs: Any) -> Any:
@@ -83,15 +57,15 @@ def generate(branch: Any, *args: Any, memory: MemoryPolicy | str | None = None, 
     if policy.name == "off":
         with scope.silent():
             return plain(model, *args, **kwargs)
-    _refuse(model, args, kwargs)
-    _warn(branch, policy)
+    refuse(model, args, kwargs)
+    warn(branch, policy)
     if policy.name == "random" and not branch.config.delimiter_ids:
         raise KeepsightError(
             "Policy 'random' invokes after delimiters, whose tokens are unknown: call "
             "add_memory_tokens(processor, model)."
         )
     tokens = MemoryTokens(branch.config.token_ids)
-    kwargs = _with_stop_strings(model, kwargs, tokens)
+    kwargs = with_stop_strings(model, kwargs, tokens)
     decoder = MemoryDecoder(branch, policy, tokens, kwargs)
     with scope.watching() as watch:
         decoder.watch = watch
@@ -119,99 +93,6 @@ def splice(
     if len(invocations) != int(mask.sum()):
         raise KeepsightError(f"{int(mask.sum())} memory positions in the sequences, {len(invocations)} latents.")
     return scope.spliced(mask, invocations)
-
-
-def _refuse(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Raise for what memory cannot be combined with."""
-
-    def option(name: str) -> Any:
-        given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-        for source in (given, model.generation_config):
-            if name in kwargs:
-                return kwargs[name]
-            if source is not None and getattr(source, name, None) is not None:
-                return getattr(source, name)
-        return None
-
-    instead = "Generate without memory (memory='off'), or without that option."
-    if (option("num_beams") or 1) > 1:
-        raise KeepsightError(f"num_beams={option('num_beams')}: beams cannot be combined with memory. {instead}")
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-        if option(name) is not None:
-            raise KeepsightError(f"{name}: assisted decoding cannot be combined with memory. {instead}")
-    for name in ("penalty_alpha", "dola_layers", "prefill_chunk_size", "custom_generate", "token_healing"):
-        if option(name):
-            raise KeepsightError(f"{name}={option(name)!r} cannot be combined with memory. {instead}")
-    for name in ("output_attentions", "output_hidden_states"):
-        if option(name):
-            raise KeepsightError(f"{name}=True is not collected while memory is invoked. {instead}")
-    if option("use_cache") is False:
-        raise KeepsightError("use_cache=False: memory needs the KV cache; leave use_cache out.")
-    if kwargs.get("inputs_embeds") is not None:
-        raise KeepsightError("inputs_embeds: memory needs input_ids, to know which positions are visual.")
-    cache = kwargs.get("past_key_values")
-    if cache is not None and int(cache.get_seq_length()):
-        raise KeepsightError(
-            "past_key_values already holds a prompt, whose visual states memory can no longer read. Pass the whole "
-            "conversation as input_ids, or memory='off'."
-        )
-
-
-def _warn(branch: Any, policy: MemoryPolicy) -> None:
-    memory = branch.active
-    untrained = [kind for kind, bank in ((SHORT, memory.short_bank), (LONG, memory.long_bank)) if bank.is_untrained]
-    if len(untrained) == 2:
-        warnings.warn(
-            "This VisMem was never trained: its memories are noise, and the text after them is worse for it. Train it, "
-            "load a trained adapter, or generate with memory='off'.",
-            KeepsightWarning,
-            stacklevel=4,
-        )
-    if policy.model_decides and memory.rows.is_untrained:
-        warnings.warn(
-            f"Policy {policy.name!r} lets the model decide when to invoke memory, but its invocation tokens were never "
-            "trained, so it invokes them by chance. Use memory=MemoryPolicy('forced', at={...}) or 'random' until "
-            "stage II has trained them.",
-            KeepsightWarning,
-            stacklevel=4,
-        )
-
-
-class TextOnly(StoppingCriteria):
-    """Asks another criterion about the text without its memories.
-
-    Args:
-        criterion: the criterion.
-        tokens: which ids are memory.
-        pad: id to fill up with, on the left.
-    """
-
-    def __init__(self, criterion: Any, tokens: MemoryTokens, pad: int):
-        self.criterion, self.tokens, self.pad = criterion, tokens, pad
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Bool [B]."""
-        keep = ~self.tokens.memory_mask(input_ids)
-        order = keep.to(torch.uint8).argsort(dim=1, stable=True)  # memory first, text after it, in order
-        text = input_ids.gather(1, order).masked_fill(~keep.gather(1, order), self.pad)
-        return self.criterion(text, scores, **kwargs)
-
-
-def _with_stop_strings(model: Any, kwargs: dict[str, Any], tokens: MemoryTokens) -> dict[str, Any]:
-    """Stop strings as a criterion of our own: transformers drops the tokenizer on the way to a custom loop."""
-    kwargs = dict(kwargs)
-    given = kwargs.get("generation_config")
-    strings = kwargs.pop("stop_strings", None) or getattr(given or model.generation_config, "stop_strings", None)
-    tokenizer = kwargs.pop("tokenizer", None)
-    if not strings:
-        return kwargs
-    if tokenizer is None:
-        raise KeepsightError("stop_strings needs the tokenizer: generate(..., tokenizer=processor.tokenizer).")
-    kwargs["stop_strings"] = None
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    criterion = TextOnly(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings), tokens, pad)
-    kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), criterion])
-    return kwargs
 
 
 @dataclass
@@ -264,7 +145,7 @@ class MemoryDecoder:
         self.policy.check_rows(len(input_ids))
         max_length = stopping_criteria.max_length
         pad = generation_config._pad_token_tensor
-        record = _Record(generation_config)
+        record = Record(generation_config)
 
         output = model._prefill(input_ids, generation_config, model_kwargs)
         rows = self._start(input_ids, copies)
@@ -487,58 +368,3 @@ class MemoryDecoder:
                     KeepsightWarning,
                     stacklevel=2,
                 )
-
-
-class _Record:
-    """What the output object tells about every new position."""
-
-    def __init__(self, generation_config: Any):
-        wanted = generation_config.return_dict_in_generate
-        self._keep = {
-            "scores": bool(wanted and generation_config.output_scores),
-            "logits": bool(wanted and generation_config.output_logits),
-        }
-        self._sampled: list[torch.Tensor] = []
-        self._allowed: list[torch.Tensor] = []
-        self._values: dict[str, list[torch.Tensor]] = {"scores": [], "logits": []}
-
-    def add(
-        self,
-        new: torch.Tensor,
-        sampled: torch.Tensor,
-        allowed: torch.Tensor,
-        scores: torch.Tensor,
-        logits: torch.Tensor,
-    ) -> None:
-        more = new.shape[1] - 1
-        self._sampled.append(sampled)
-        self._allowed.append(torch.cat([allowed[:, None], allowed.new_zeros(len(allowed), more, 2)], 1))
-        for name, value in (("scores", scores), ("logits", logits)):
-            if self._keep[name]:
-                self._values[name] += [value] + [torch.full_like(value, -torch.inf)] * more
-
-    @property
-    def sampled(self) -> torch.Tensor:
-        return torch.cat(self._sampled, 1)
-
-    @property
-    def allowed(self) -> torch.Tensor:
-        return torch.cat(self._allowed, 1)
-
-    def scores(self, prompt: int, sequences: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-        return self._filled("scores", prompt, sequences)
-
-    def logits(self, prompt: int, sequences: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-        return self._filled("logits", prompt, sequences) if self._keep["logits"] else None
-
-    def _filled(self, name: str, prompt: int, sequences: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-        if not self._keep[name]:
-            return None
-        sampled, result = self.sampled, []
-        for step, value in enumerate(self._values[name]):
-            forced = ~sampled[:, step].to(value.device)
-            if name == "scores" and bool(forced.any()):
-                certain = torch.full_like(value, -torch.inf).scatter_(1, sequences[:, prompt + step, None], 0.0)
-                value = torch.where(forced[:, None], certain, value)
-            result.append(value)
-        return tuple(result)
