@@ -10,6 +10,7 @@ from keepsight.errors import (
 )
 from keepsight.loading import load
 from keepsight.pvm import PvmConfig
+from keepsight.vismem import VisMemConfig
 
 __all__ = [
     "AdapterMismatchError",
@@ -19,6 +20,7 @@ __all__ = [
     "MergeError",
     "PvmConfig",
     "UnsupportedModelError",
+    "VisMemConfig",
     "load",
 ]
 __version__ = "0.1.0"

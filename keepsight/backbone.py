@@ -27,6 +27,44 @@ from keepsight.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True, kw_only=True)
+class VisionParts:
+    """How a family's vision encoder is built: what a memory needs to run it with positions of its own in it.
+
+    Every block of every family is x + scale * attention(norm(x)), then x + scale * mlp(norm(x)). Names are attributes
+    of the block, of its attention, or (where it says so) of the vision tower. The defaults are Qwen's.
+
+    Attributes:
+        blocks: dotted attribute of the tower: the list of blocks.
+        norms: the two norms of a block.
+        attention: the attention of a block.
+        mlp: the feed-forward network of a block.
+        scales: parameters that multiply the two updates (InternVL).
+        qkv: the attention's input projections: one fused layer, or three.
+        qk_norms: norms of q and k, over all heads at once (InternVL).
+        output: the attention's output projection.
+        rotary: attribute of the tower that makes rotary embeddings, (x, coordinates [S, 2]) -> (cos, sin).
+        position_table: dotted attribute of the tower: the learned positions of a square grid.
+        class_token: the first position of every image is no patch (and has the first learned position).
+        final_norm: norm of the tower after the last block.
+        shuffles: the projector takes squares of patches, made by the VLM's `pixel_shuffle`.
+    """
+
+    blocks: str = "blocks"
+    norms: tuple[str, str] = ("norm1", "norm2")
+    attention: str = "attn"
+    mlp: str = "mlp"
+    scales: tuple[str, ...] = ()
+    qkv: tuple[str, ...] = ("qkv",)
+    qk_norms: tuple[str, ...] = ()
+    output: str = "proj"
+    rotary: str | None = "rotary_pos_emb"
+    position_table: str | None = None
+    class_token: bool = False
+    final_norm: str | None = None
+    shuffles: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """What differs between VLM families. Names are attributes of the VLM's base model (`model.model`).
 
@@ -38,6 +76,7 @@ class Family:
         merge_side: dotted config attribute with the number of patches, per side, that one visual token stands for
             (`None`: one patch per visual token).
         merge_side_is_ratio: the attribute holds 1 / side (InternVL's pixel-shuffle ratio).
+        vision: how the vision encoder is built.
     """
 
     name: str
@@ -46,19 +85,21 @@ class Family:
     visual_tokens: tuple[tuple[str, str], ...] = (("image", "image_token_id"), ("video", "video_token_id"))
     merge_side: str | None = None
     merge_side_is_ratio: bool = False
+    vision: VisionParts = VisionParts()
 
 
 _QWEN_STYLE: dict[str, Any] = {
     "vision_tower": "visual",
     "projector": "visual.merger",
     "merge_side": "vision_config.spatial_merge_size",
+    "vision": VisionParts(position_table="pos_embed.weight"),
 }
 
 #: `config.model_type` -> family. One row adds a family.
 FAMILIES: dict[str, Family] = {
     "qwen3_vl": Family(name="Qwen3-VL", **_QWEN_STYLE),
     "qwen3_vl_moe": Family(name="Qwen3-VL (mixture of experts)", **_QWEN_STYLE),
-    "qwen2_5_vl": Family(name="Qwen2.5-VL", **_QWEN_STYLE),
+    "qwen2_5_vl": Family(name="Qwen2.5-VL", **(_QWEN_STYLE | {"vision": VisionParts()})),
     "qwen3_5": Family(name="Qwen3.5", **_QWEN_STYLE),
     "qwen3_5_moe": Family(name="Qwen3.5 (mixture of experts)", **_QWEN_STYLE),
     "internvl": Family(
@@ -68,8 +109,36 @@ FAMILIES: dict[str, Family] = {
         visual_tokens=(("image", "image_token_id"),),
         merge_side="downsample_ratio",
         merge_side_is_ratio=True,
+        vision=VisionParts(
+            blocks="encoder.layer",
+            norms=("layernorm_before", "layernorm_after"),
+            attention="attention",
+            scales=("lambda_1", "lambda_2"),
+            qkv=("q_proj", "k_proj", "v_proj"),
+            qk_norms=("q_norm", "k_norm"),
+            output="projection_layer",
+            rotary=None,
+            position_table="embeddings.position_embeddings",
+            class_token=True,
+            final_norm="layernorm",
+            shuffles=True,
+        ),
     ),
-    "llava_onevision": Family(name="LLaVA-OneVision", vision_tower="vision_tower", projector="multi_modal_projector"),
+    "llava_onevision": Family(
+        name="LLaVA-OneVision",
+        vision_tower="vision_tower",
+        projector="multi_modal_projector",
+        vision=VisionParts(
+            blocks="encoder.layers",
+            norms=("layer_norm1", "layer_norm2"),
+            attention="self_attn",
+            qkv=("q_proj", "k_proj", "v_proj"),
+            output="out_proj",
+            rotary=None,
+            position_table="embeddings.position_embedding.weight",
+            final_norm="post_layernorm",
+        ),
+    ),
 }
 
 _MIXERS = ("self_attn", "linear_attn")
@@ -166,6 +235,56 @@ class Backbone:
         for name in self.family.merge_side.split("."):
             value = getattr(value, name)
         return round(1 / value) if self.family.merge_side_is_ratio else int(value)
+
+    @property
+    def vision_blocks(self) -> Any:
+        """The blocks of the vision encoder."""
+        return self.vision_tower.get_submodule(self.family.vision.blocks)
+
+    @property
+    def vision_size(self) -> int:
+        """Width of the vision encoder."""
+        return int(self.model.config.vision_config.hidden_size)
+
+    @property
+    def windowed_vision_blocks(self) -> frozenset[int]:
+        """Vision blocks whose attention stays inside windows of the image (Qwen2.5-VL)."""
+        full = getattr(self.vision_tower, "fullatt_block_indexes", None)
+        return frozenset() if full is None else frozenset(range(len(self.vision_blocks))) - frozenset(full)
+
+    def position_table(self) -> torch.Tensor | None:
+        """The vision encoder's learned positions, as a picture [1, d, side, side]; None if it has none."""
+        if self.family.vision.position_table is None:
+            return None
+        table: Any = self.vision_tower
+        for name in self.family.vision.position_table.split("."):
+            table = getattr(table, name)
+        table = table.reshape(-1, table.shape[-1])[int(self.family.vision.class_token) :]
+        side = int(table.shape[0] ** 0.5)
+        return table.view(side, side, -1).permute(2, 0, 1)[None]
+
+    def project_vision(self, states: torch.Tensor) -> torch.Tensor:
+        """The model's own projector, on positions of our own instead of an image's patches.
+
+        Args:
+            states: [N, s * s, d], the vision encoder's last states; s is `merge_side`, and each square of s x s
+                positions, row by row, becomes one token.
+
+        Returns:
+            [N, D], in the decoder's width.
+        """
+        count, side = states.shape[0], self.merge_side
+        if not self.family.vision.shuffles:
+            return self.projector(states.flatten(0, 1))
+        strip = states.view(count, side, side, -1).transpose(0, 1).reshape(1, side, count * side, -1)
+        return self.projector(self.vlm.pixel_shuffle(strip, scale_factor=1 / side).flatten(0, 2))
+
+    def vision_layers_read(self) -> tuple[int, ...]:
+        """After how many blocks the projector reads the vision encoder's states (usually after the last, once)."""
+        depth = len(self.vision_blocks)
+        wanted = getattr(self.model.config, "vision_feature_layer", -1)
+        wanted = [wanted] if isinstance(wanted, int) else list(wanted)
+        return tuple(layer % (depth + 1) for layer in wanted)
 
     def visual_token_ids(self, modalities: Collection[str] = ("image", "video")) -> tuple[int, ...]:
         """Ids of the placeholder tokens that the visual embeddings of `modalities` replace."""

@@ -13,6 +13,7 @@ from keepsight.adapters import AdapterInfo
 from keepsight.errors import AdapterMismatchError
 from keepsight.shipped import resolve_base
 from keepsight.sources import check_sources
+from keepsight.vismem import VisMemBranch, add_memory_tokens
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -72,6 +73,8 @@ def load(
             f"An adapter's tensors do not fit {base_name}: {str(error).strip().splitlines()[-1].strip()} It was made "
             "for another model."
         ) from error
+    if any(info.method == "VISMEM" for info in adapters):
+        add_memory_tokens(processor, model)
     return model.eval(), processor
 
 
@@ -80,7 +83,7 @@ def attach(model: Any, adapters: list[AdapterInfo], trainable: bool = False) -> 
     result = model
     taken: dict[str, str] = {}  # adapter name -> method
     # Other methods first: a memory leaves the gradients of adapters that were there before it alone.
-    for info in sorted(adapters, key=lambda a: a.method == "PVM"):
+    for info in sorted(adapters, key=lambda a: {"VISMEM": 1, "PVM": 2}.get(a.method, 0)):
         name = "default" if not taken else info.path.name.replace(".", "_")
         while name in taken:
             name += "_"
@@ -90,6 +93,8 @@ def attach(model: Any, adapters: list[AdapterInfo], trainable: bool = False) -> 
             result = PeftModel.from_pretrained(
                 model, info.path, adapter_name=name, is_trainable=trainable, autocast_adapter_dtype=False
             )
+        if info.method == "VISMEM":
+            VisMemBranch.of(result).check_complete(name, info.path, set(info.shapes))
         taken[name] = info.method
     return result
 

@@ -48,6 +48,9 @@ def generate(
     ] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Switch the visual memory off, to compare.")] = False,
+    show_memory: Annotated[
+        bool, typer.Option("--show-memory", help="VisMem: say where which memory was invoked, after the answer.")
+    ] = False,
     base: Annotated[
         str | None, typer.Option(help="The base model, where it is not the one the adapter recorded.")
     ] = None,
@@ -79,7 +82,12 @@ def generate(
             stacklevel=2,
         )
     base_name, infos = check_sources(source, adapter or [], base)
-    has_memory = any(info.method == "PVM" for info in infos)
+    methods = {info.method for info in infos}
+    has_memory = bool(methods & {"PVM", "VISMEM"})
+    has_latent = "VISMEM" in methods
+    if show_memory and (no_memory or not has_latent):
+        why = "--no-memory switches it off" if has_latent else f"{source} carries no VisMem"
+        warnings.warn(f"--show-memory has no effect: {why}.", KeepsightWarning, stacklevel=2)
     if no_memory and not has_memory:
         warnings.warn(f"--no-memory has no effect: {source} carries no visual memory.", KeepsightWarning, stacklevel=2)
     if has_memory and not no_memory and not images:
@@ -91,8 +99,13 @@ def generate(
         model, processor = load(source, *(adapter or []), base=base, **options)
     require_chat_template(processor)
     switch = model.disable_adapter() if no_memory and has_memory else nullcontext()
+    latent: dict[str, Any] = {}
+    if has_latent and no_memory and "PVM" in methods:  # the switch above reaches PVM's memory only
+        latent["memory"] = "off"
+    if has_latent and not no_memory and show_memory:
+        latent["return_dict_in_generate"] = True
     with switch:
-        _answer(model, processor, images, prompt, max_new_tokens, temperature, seed)
+        _answer(model, processor, images, prompt, max_new_tokens, temperature, seed, latent)
 
 
 def _check_device(device: str | None) -> None:
@@ -119,6 +132,7 @@ def _answer(
     max_new_tokens: int,
     temperature: float,
     seed: int | None,
+    options: dict[str, Any],
 ) -> None:
     import torch
 
@@ -134,13 +148,33 @@ def _answer(
     stream = _make_streamer(processor.tokenizer)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     started = time.perf_counter()
-    model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=stream, logits_processor=[_refuse_nan], **sampling)
+    result = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, streamer=stream, logits_processor=[_refuse_nan], **sampling, **options
+    )
     seconds = time.perf_counter() - started
     length = inputs["input_ids"].shape[1]
+    written = getattr(result, "sequences", result).shape[1] - length  # a VisMem's positions count
     say(
         f"[{stream.tokens} tokens in {seconds:.1f} s after a prompt of {length}; "
-        f"{'stopped at --max-new-tokens' if stream.tokens >= max_new_tokens else 'finished'}]"
+        f"{'stopped at --max-new-tokens' if written >= max_new_tokens else 'finished'}]"
     )
+    if "return_dict_in_generate" in options:
+        _show_memory(result, processor, length)
+
+
+def _show_memory(result: Any, processor: Any, prompt: int) -> None:
+    """Say where which memory was invoked."""
+    found = result.invocations[0]
+    if not found:
+        say("[no memory was invoked]")
+    for invocation in found:
+        before = processor.tokenizer.decode(result.sequences[0, prompt : invocation.position], skip_special_tokens=True)
+        formation = invocation.formation
+        say(
+            f"[{invocation.kind}-term memory at token {invocation.position - prompt}, after {before[-30:]!r}: "
+            f"{len(invocation.latents)} latents, formed from {len(formation.sight.visual)} visual and "
+            f"{len(formation.text)} text states]"
+        )
 
 
 def _refuse_nan(input_ids: Any, scores: Any) -> Any:

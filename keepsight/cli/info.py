@@ -54,9 +54,42 @@ def adapter_facts(adapter: AdapterInfo) -> dict[str, Any]:
         names = ("branch", "layers", "width", "ffn_width", "head_dim", "num_kv_heads", "causal", "base_model_type")
         facts |= {name: config.get(name) for name in names}
         facts["gates"] = {str(layer): value for layer, value in adapter.gates.items()}
+    elif adapter.method == "VISMEM":
+        fields: tuple[str, ...] = (
+            "num_queries",
+            "num_short",
+            "num_long",
+            "query_width",
+            "query_layers",
+            "query_heads",
+            "form",
+        )
+        fields += ("slot_layout", "max_text_states", "policy", "max_invocations", "token_names", "token_ids")
+        fields += ("short_rank", "short_targets", "long_rank", "long_targets", "base_model_type")
+        facts |= {name: config.get(name) for name in fields}
+        facts["trained"] = _trained_parts(adapter)
     else:
         facts |= {name: config[name] for name in ("r", "lora_alpha", "target_modules") if name in config}
     return facts
+
+
+def _trained_parts(adapter: AdapterInfo) -> dict[str, bool]:
+    """Which parts of a VisMem adapter have left their start: updates that are not zero, rows that moved."""
+    from safetensors import safe_open
+
+    trained = {"short": False, "long": False, "invocation": False}
+    with safe_open(adapter.path / WEIGHTS, "pt") as tensors:
+        rows = {}
+        for name in tensors.keys():  # noqa: SIM118 - not a dict
+            for kind in ("short", "long"):
+                if f".{kind}_bank." in name and name.endswith(".up") and tensors.get_tensor(name).any():
+                    trained[kind] = True
+            if ".rows." in name:
+                rows[name.rpartition(".")[2]] = tensors.get_tensor(name)
+    if {"start", "invoke_embedding", "invoke_bias"} <= rows.keys():
+        moved = (rows["start"] != rows["invoke_embedding"]).any() or rows["invoke_bias"].any()
+        trained["invocation"] = bool(moved)
+    return trained
 
 
 def model_facts(source: str) -> dict[str, Any]:
@@ -103,7 +136,8 @@ def _show(source: str, facts: dict[str, Any]) -> None:
 def _adapter_rows(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
     is_memory = facts["method"] == "PVM"
     methods = {"memory": "PVM, persistent visual memory", "mlp": "parallel MLP (PVM's control; looks at no image)"}
-    yield "method", methods[facts["branch"]] if is_memory else facts["method"]
+    names = {"VISMEM": "VisMem, latent vision memory"}
+    yield "method", methods[facts["branch"]] if is_memory else names.get(facts["method"], facts["method"])
     yield "base", str(facts["base"])
     if is_memory:
         yield "layers", _listed(facts["layers"])
@@ -117,6 +151,8 @@ def _adapter_rows(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
             )
         for layer, gate in facts["gates"].items():
             yield f"gate of layer {layer}", f"{gate:+.5f}" + ("  (never trained)" if gate == 0 else "")
+    elif facts["method"] == "VISMEM":
+        yield from _latent_rows(facts)
     else:
         if "r" in facts:
             yield "rank", f"{facts['r']} (alpha {facts.get('lora_alpha')})"
@@ -129,6 +165,22 @@ def _adapter_rows(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
     processor = any((path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
     yield "processor", "beside the adapter" if processor else "the base's"
     yield "use it", f"keepsight generate {path} --image FILE --prompt TEXT"
+
+
+def _latent_rows(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    for kind, where in (("short", "vision encoder"), ("long", "language model")):
+        rank, targets = facts[f"{kind}_rank"], ", ".join(facts[f"{kind}_targets"])
+        note = "" if facts["trained"][kind] else "  (never trained: noise)"
+        yield f"{kind}-term", f"{facts[f'num_{kind}']} latents; rank {rank} on {targets} of the {where}{note}"
+    builder = f"{facts['num_queries']} queries; width {facts['query_width']}, {facts['query_layers']} layers"
+    yield "query builder", builder
+    limit = facts["max_text_states"]
+    yield "formed from", f"visual states, and {'all' if limit is None else f'the latest {limit}'} text states"
+    yield "form", f"{facts['form']}, slots in a {facts['slot_layout']}"
+    note = "" if facts["trained"]["invocation"] else "  (invocation tokens never trained)"
+    yield "invoked", f"{facts['policy']}, at most {facts['max_invocations']} times{note}"
+    ids = facts["token_ids"] or ["?"] * 4
+    yield "tokens", ", ".join(f"{name} {index}" for name, index in zip(facts["token_names"], ids, strict=True))
 
 
 def _model_rows(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:

@@ -1,0 +1,219 @@
+"""The two memory formers: the base model, run on what was seen and thought, under a low-rank adapter.
+
+    short   vision encoder:   [patches | to_vision(Q) | M_init]  -> last positions -> the model's own projector
+    long    language model:   [H | Q | M_init]                   -> last positions
+
+In both forms the queries Q come from the query builder. The incremental form keeps, per image: keys and values of the
+visual states in the query builder, of the patches in the vision encoder, and of the visual states in the language
+model, the latter two under the adapters. A text state takes part in one memory only (H restarts when a memory ends),
+so it is computed once in either form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+
+from keepsight.backbone import Backbone
+from keepsight.vismem import layout
+from keepsight.vismem.memory import Formation, Sight
+from keepsight.vismem.module import LatentMemory, match_rms
+from keepsight.vismem.scope import base_only, low_rank
+from keepsight.vismem.tokens import SHORT
+from keepsight.vismem.vision import Rotary, VisionWalk
+
+#: Keyword argument with which the decoder's layers are told the adapter, for gradient checkpointing.
+BANK = "keepsight_vismem_bank"
+
+
+class Formers:
+    """Forms memories of one adapter on one model. Cheap to make; holds references only.
+
+    Args:
+        backbone: the model's parts.
+        memory: the adapter's parameters.
+        config: its resolved `VisMemConfig`.
+    """
+
+    def __init__(self, backbone: Backbone, memory: LatentMemory, config: Any):
+        self.backbone, self.memory, self.config = backbone, memory, config
+
+    def length(self, kind: str) -> int:
+        """N of one type of memory."""
+        return self.config.num_short if kind == SHORT else self.config.num_long
+
+    def form(self, kind: str, formations: Sequence[Formation]) -> torch.Tensor:
+        """Form one memory per formation.
+
+        Args:
+            kind: "short" or "long".
+            formations: what each is formed from.
+
+        Returns:
+            [B, N, D], the latents as input embeddings, in the memory's dtype.
+        """
+        with base_only():
+            text, text_valid = self._texts(formations)
+            queries = self._queries(formations, text, text_valid)
+            formed = (
+                self._short(formations, queries) if kind == SHORT else self._long(formations, text, text_valid, queries)
+            )
+        return self.memory.as_embeddings(formed.to(self.memory.dtype), kind == SHORT)
+
+    @property
+    def _is_incremental(self) -> bool:
+        return self.config.form == "incremental"
+
+    def _texts(self, formations: Sequence[Formation]) -> tuple[torch.Tensor, torch.Tensor]:
+        limit = self.config.max_text_states
+        return pad([f.text if limit is None else f.text[-limit:] for f in formations])
+
+    # Query builder
+
+    def _queries(self, formations: Sequence[Formation], text: torch.Tensor, text_valid: torch.Tensor) -> torch.Tensor:
+        visual, visual_valid = pad([f.sight.visual for f in formations])
+        states: Any = visual
+        if self._is_incremental:
+            kept = [self._kept_queries(f.sight) for f in formations]
+            states = [
+                tuple(torch.stack([_left(row[layer][i][0], visual.shape[1], 1) for row in kept]) for i in (0, 1))
+                for layer in range(len(self.memory.builder.layers))
+            ]
+        return self.memory.builder(states, visual_valid, text, text_valid)
+
+    def _kept_queries(self, sight: Sight) -> Any:
+        if sight.query_states is not None and not torch.is_grad_enabled():
+            return sight.query_states
+        everything = torch.ones(1, len(sight.visual), dtype=torch.bool, device=sight.visual.device)
+        states = self.memory.builder.read(sight.visual[None], everything)
+        if not torch.is_grad_enabled():
+            sight.query_states = states
+        return states
+
+    # Short-term: vision encoder
+
+    def _short(self, formations: Sequence[Formation], queries: torch.Tensor) -> torch.Tensor:
+        walk = VisionWalk(self.backbone, self.memory.short_bank)
+        formed = [self._short_row(walk, f.sight, q) for f, q in zip(formations, queries, strict=True)]
+        return torch.stack(formed)
+
+    def _short_row(self, walk: VisionWalk, sight: Sight, queries: torch.Tensor) -> torch.Tensor:
+        patches, count = sight.patches, self.config.num_queries
+        assert patches is not None, "a row without an image has no short-term memory"
+        slots = self.memory.short_slots
+        side = self.backbone.merge_side
+        own = torch.cat([self.memory.to_vision(queries), slots]).to(patches.x.dtype)
+        place = layout.grid if self.config.slot_layout == "grid" else layout.strip
+        squares = place(self.config.num_short, side, patches.extent).flatten(0, 1)
+        table = self.backbone.position_table()
+        if table is not None and self.config.slot_layout == "grid":
+            learned = layout.learned_positions(table.detach(), squares, patches.extent).to(own)
+            own = torch.cat([own[:count], own[count:] + learned])
+        rotary = self._rotary(torch.cat([layout.query_coordinates(count, patches.extent), squares]), own)
+        if self._is_incremental:
+            kept = sight.patch_states
+            if kept is None or torch.is_grad_enabled():
+                kept = walk.keep(patches)
+                if not torch.is_grad_enabled():
+                    sight.patch_states = kept
+            states = walk.incremental(kept, own, rotary)
+        else:
+            states = walk.literal(patches, own, rotary)
+        return self.backbone.project_vision(states[count:].unflatten(0, (-1, side * side)))
+
+    def _rotary(self, coordinates: torch.Tensor, like: torch.Tensor) -> Rotary | None:
+        name = self.backbone.family.vision.rotary
+        if name is None:
+            return None
+        return getattr(self.backbone.vision_tower, name)(like, coordinates.to(like.device))
+
+    # Long-term: language model
+
+    def _long(
+        self,
+        formations: Sequence[Formation],
+        text: torch.Tensor,
+        text_valid: torch.Tensor,
+        queries: torch.Tensor,
+    ) -> torch.Tensor:
+        count = self.config.num_long
+        slots = self.memory.long_slots.expand(len(formations), -1, -1)
+        own = torch.cat([self._as_input(queries), slots.to(self._dtype)], 1)
+        if not self._is_incremental:
+            seen, valid = pad(
+                [torch.cat([f.sight.visual, t[v]]) for f, t, v in zip(formations, text, text_valid, strict=True)]
+            )
+            valid = torch.cat([valid, valid.new_ones(own.shape[:2])], 1)
+            return self._decode(torch.cat([self._as_input(seen), own], 1), valid)[:, -count:]
+        prefixes = [self._kept_prefix(f.sight) for f in formations]
+        longest = max(len(f.sight.visual) for f in formations)
+        cache = None
+        if longest:
+            cache = DynamicCache()
+            for layer in range(len(self.backbone.layers)):
+                states = [self._stacked(prefixes, layer, i, longest) for i in (0, 1)]
+                cache.update(*states, layer)
+        _, valid = pad([f.sight.visual for f in formations])
+        valid = torch.cat([valid, text_valid, text_valid.new_ones(own.shape[:2])], 1)
+        return self._decode(torch.cat([self._as_input(text), own], 1), valid, cache)[:, -count:]
+
+    @staticmethod
+    def _stacked(prefixes: list[Any], layer: int, which: int, longest: int) -> torch.Tensor:
+        like = next(p for p in prefixes if p)[layer][which]
+        empty = like[:, :, :0]
+        return torch.cat([_left(p[layer][which] if p else empty, longest, 2) for p in prefixes])
+
+    def _kept_prefix(self, sight: Sight) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if sight.prefix_states is not None and not torch.is_grad_enabled():
+            return sight.prefix_states
+        states: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if len(sight.visual):
+            cache = DynamicCache()
+            valid = torch.ones(1, len(sight.visual), dtype=torch.bool, device=sight.visual.device)
+            self._decode(self._as_input(sight.visual[None]), valid, cache)
+            states = [(layer.keys, layer.values) for layer in cache.layers]
+        if not torch.is_grad_enabled():
+            sight.prefix_states = states
+        return states
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.backbone.model.get_input_embeddings().weight.dtype
+
+    def _as_input(self, states: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, L, D] with the norm of input embeddings: the two differ by orders of magnitude."""
+        return match_rms(states, self.memory.embedding_rms).to(self._dtype)
+
+    def _decode(self, x: torch.Tensor, valid: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        """The decoder's last hidden states [B, L, D] of inputs x, after what `cache` holds; `valid` covers both."""
+        positions = (valid.long().cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :]
+        bank = self.memory.long_bank
+        with low_rank(bank):
+            output = self.backbone.decoder(
+                inputs_embeds=x,
+                attention_mask=valid.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **{BANK: bank},
+            )
+        return output.last_hidden_state
+
+
+def pad(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [L_i, D] as one tensor [B, L, D], padded on the left with zeros, and where it is valid: bool [B, L]."""
+    longest = max(len(row) for row in rows)
+    stacked = torch.stack([_left(row, longest, 0) for row in rows])
+    counts = torch.tensor([len(row) for row in rows], device=stacked.device)
+    valid = torch.arange(longest, device=stacked.device) >= longest - counts[:, None]
+    return stacked, valid
+
+
+def _left(x: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+    """Pad `x` with zeros at the start of `dim`, to `length`."""
+    missing = length - x.shape[dim]
+    return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (missing, 0)) if missing else x

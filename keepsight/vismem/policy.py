@@ -1,0 +1,103 @@
+"""When memory is invoked while text is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+
+from keepsight.errors import KeepsightError
+from keepsight.vismem.config import PolicyName, VisMemConfig
+from keepsight.vismem.tokens import LONG, SHORT, TYPES
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The beginning of a continuation, to be written again before the model goes on by itself.
+
+    Attributes:
+        tokens: ids [n], as in `sequences` after the prompt. If the last is an invocation token, its memory is formed
+            anew, under the policy in force; so one can cut a continuation at an invocation and try another memory.
+        latents: [m, D], for the memory positions among `tokens`.
+    """
+
+    tokens: torch.Tensor
+    latents: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MemoryPolicy:
+    """When memory is invoked.
+
+    Attributes:
+        name: "free": the model decides, by writing an invocation token. "off": never; exactly plain generation.
+            "forced": at the places in `at`, and nowhere else. "random": after a delimiter with `probability`, either
+            type equally likely (a row without an image has long-term memory only). "only_short", "only_long": the
+            model decides, but the other type's token is skipped. "reversed": the model decides, and gets the other
+            type of memory than it asked for.
+        at: "forced": number of text tokens written -> type, e.g. `{0: "short", 20: "long"}`; one mapping for all rows
+            or one per row.
+        probability: "random"; default: the config's `random_probability`.
+        max_invocations: at most so many per sequence; default: the config's.
+        replay: per row, what to write first.
+    """
+
+    name: PolicyName = "free"
+    at: Mapping[int, str] | Sequence[Mapping[int, str]] | None = None
+    probability: float | None = None
+    max_invocations: int | None = None
+    replay: Sequence[Replay | None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(PolicyName):
+            raise KeepsightError(f"memory={self.name!r}: expected one of {', '.join(get_args(PolicyName))}.")
+        if (self.name == "forced") != (self.at is not None):
+            raise KeepsightError(
+                "MemoryPolicy('forced', at={0: 'short', 20: 'long'}) names the places; other policies take no `at`."
+            )
+        plans = [self.at] if isinstance(self.at, Mapping) else list(self.at or ())
+        for plan in plans:
+            wrong = [(place, kind) for place, kind in plan.items() if kind not in TYPES or place < 0]
+            if wrong:
+                raise KeepsightError(f"at={plan}: expected text tokens written (from 0) -> 'short' or 'long'.")
+        if self.probability is not None:
+            if self.name != "random":
+                raise KeepsightError(f"probability={self.probability} has no effect under policy {self.name!r}.")
+            if not 0 <= self.probability <= 1:
+                raise KeepsightError(f"probability={self.probability}: expected a number from 0 to 1.")
+
+    @staticmethod
+    def of(given: MemoryPolicy | str | None, config: VisMemConfig) -> MemoryPolicy:
+        """What `generate(memory=...)` was given, or the config's policy."""
+        if isinstance(given, MemoryPolicy):
+            return given
+        return MemoryPolicy(config.policy if given is None else given)  # type: ignore[arg-type]
+
+    @property
+    def model_decides(self) -> bool:
+        """Whether the model's own invocation tokens count."""
+        return self.name in ("free", "only_short", "only_long", "reversed")
+
+    def formed(self, kind: str) -> str:
+        """The type that is formed where `kind` is invoked."""
+        return kind if self.name != "reversed" else (LONG if kind == SHORT else SHORT)
+
+    def admits(self, kind: str) -> bool:
+        """Whether the model may write the invocation token of this type."""
+        return self.model_decides and self.name != {SHORT: "only_long", LONG: "only_short"}[kind]
+
+    def plan(self, row: int) -> Mapping[int, str]:
+        """The forced places of one row."""
+        if self.at is None:
+            return {}
+        return self.at if isinstance(self.at, Mapping) else self.at[row]
+
+    def check_rows(self, rows: int) -> None:
+        """Raise unless per-row settings fit the number of rows."""
+        for name, value in (("at", self.at), ("replay", self.replay)):
+            if value is not None and not isinstance(value, Mapping) and len(value) != rows:
+                raise KeepsightError(
+                    f"{name} holds {len(value)} entries for {rows} rows (num_return_sequences counts)."
+                )

@@ -1,0 +1,415 @@
+"""A memory is what its definition says, in either form, and forming it leaves no trace."""
+
+import copy
+
+import pytest
+import torch
+from families import BY_NAME, Row, make_inputs
+from helpers import with_continuation
+from peft import LoraConfig, get_peft_model
+from vismem_helpers import CLOSE, ROWS, attach, built, forced, generate
+
+from keepsight.backbone import Backbone
+from keepsight.vismem import VisMemBranch, VisMemConfig, scope
+from keepsight.vismem.formers import Formers, pad
+from keepsight.vismem.memory import Formation, Sight
+from keepsight.vismem.module import match_rms
+from keepsight.vismem.vision import VisionWalk
+
+TYPES = ("short", "long")
+FORMS = ("literal", "incremental")
+
+
+def formed(name, rows=None, plan=None, **config):
+    """(model, inputs, output) with one memory of each type in the first row."""
+    model, inputs = built(name, rows or [Row(3, (1, 2), 2, (2, 2), 4, seed=1)], **config)
+    return model, inputs, generate(model, inputs, memory=forced(plan or [{2: "short", 5: "long"}]))
+
+
+def fresh(formation):
+    """The same, with nothing kept."""
+    return Formation(Sight(formation.sight.visual, formation.sight.patches), formation.text)
+
+
+@torch.no_grad()
+def patch_states(model, inputs):
+    """(our walk's last states, the encoder's own)."""
+    branch = VisMemBranch.of(model)
+    calls = []
+    handle = branch.backbone.vision_tower.register_forward_hook(lambda m, a, out: calls.append(out.last_hidden_state))
+    out = generate(model, inputs, n=12, memory=forced([{0: "short"}, *[{}] * (len(inputs["input_ids"]) - 1)]))
+    handle.remove()
+    walk = VisionWalk(branch.backbone, None)
+    ours = torch.cat([walk.patches(s.patches) for s in out.sights if s.patches is not None])
+    return ours, calls[0].reshape(-1, calls[0].shape[-1])
+
+
+def test_walk_of_patches_is_the_encoder_itself(name):
+    model, inputs = built(name)
+    torch.testing.assert_close(*patch_states(model, inputs), **CLOSE)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_every_row_gets_its_own_patches(name, copies):
+    rows = [Row(1, (2, 2), 5, seed=2), Row(7, seed=3), Row(3, (1, 2), 4, seed=1)]
+    if not BY_NAME[name].marks and copies > 1:
+        rows = rows[:1] + rows[2:]
+    model, inputs = built(name, rows)
+    out = generate(model, inputs, n=4, num_return_sequences=copies, memory=forced({}), do_sample=copies > 1)
+    for i, row in enumerate(rows):
+        alone = generate(model, make_inputs(BY_NAME[name], model, [row]), n=4, memory=forced({}))
+        for sight in out.sights[i * copies : (i + 1) * copies]:
+            assert (sight.patches is None) == (not row.images)
+            torch.testing.assert_close(sight.visual, alone.sights[0].visual, **CLOSE)
+            if row.images:
+                torch.testing.assert_close(sight.patches.x, alone.sights[0].patches.x, **CLOSE)
+
+
+def merged_tower(branch):
+    """A copy of the vision encoder with the short-term former's updates added to its weights."""
+    tower = copy.deepcopy(branch.backbone.vision_tower)
+    parts, width = branch.backbone.family.vision, branch.backbone.vision_size
+    for index, block in enumerate(tower.get_submodule(parts.blocks)):
+        attention = getattr(block, parts.attention)
+        for part, projection in enumerate(("q_proj", "k_proj", "v_proj")):
+            update = branch.active.short_bank.get(index, projection)
+            if update is None:
+                continue
+            weight = (
+                attention.qkv.weight[part * width :][:width]
+                if parts.qkv == ("qkv",)
+                else getattr(attention, projection).weight
+            )
+            weight.data += update.up @ update.down * update.scale
+    return tower
+
+
+@torch.no_grad()
+def test_literal_short_memory_is_the_encoder_with_appended_positions(name):
+    """One image: the encoder's own forward, its weights with the adapter merged, and our positions appended."""
+    if name == "qwen2_5_vl":
+        pytest.skip("windows: see the test with dense masks")
+    model, inputs, out = formed(
+        name, [Row(3, (2, 2), 4, seed=1)] if name != "llava_onevision" else [Row(3, (1, 1), (1, 1), 4, seed=1)]
+    )
+    branch = VisMemBranch.of(model)
+    invocation = out.invocations[0][0]
+    patches = invocation.formation.sight.patches
+    if len(patches.images) > 1:  # one tile of the two
+        n = patches.images[0]
+        patches = type(patches)(patches.x[:n], (n,), (n,), None, patches.extent)
+    formers, tower = branch.formers(), merged_tower(branch)
+    own = torch.randn(7, branch.backbone.vision_size)
+    walk = VisionWalk(branch.backbone, branch.active.short_bank)
+    if name == "qwen3_vl":
+        from transformers.vision_utils import get_vision_position_ids as places
+
+        grid = inputs["image_grid_thw"]
+        mine = torch.stack([torch.full((7,), 9), torch.arange(7)], -1)
+        ids = torch.cat([places(grid, 2), mine])
+        rotary = formers._rotary(mine, own)
+        # Position embeddings are in patches.x already, so they are switched off here.
+        indices, weights = torch.zeros(len(ids), 4, dtype=torch.long), torch.zeros(len(ids), 4)
+        tower.patch_embed.register_forward_hook(lambda m, a, o: torch.cat([patches.x, own]))
+        tower.merger = torch.nn.Identity()
+        tower.deepstack_merger_list = torch.nn.ModuleList([torch.nn.Identity()])
+        states = tower(
+            inputs["pixel_values"],
+            grid_thw=grid,
+            position_ids=ids,
+            interp_indices=indices,
+            interp_weights=weights,
+            cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+        ).last_hidden_state[-7:]
+    else:
+        rotary = None
+        embeddings = tower.embeddings
+        embeddings.register_forward_hook(lambda m, a, o: torch.cat([patches.x, own])[None])
+        states = tower(inputs["pixel_values"].flatten(0, -4)[:1]).last_hidden_state[0, -7:]
+    torch.testing.assert_close(walk.literal(patches, own, rotary), states, **CLOSE)
+
+
+@torch.no_grad()
+def dense(walk, patches, own, rotary, mutual):
+    """The definition with one dense mask per block over [patches | own], nothing kept, nothing segmented."""
+    total = len(patches.x)
+    x = torch.cat([patches.x, own])
+    if rotary is not None:
+        rotary = tuple(torch.cat([a, b]) for a, b in zip(patches.rotary, rotary, strict=True))
+    for index in range(walk.depth):
+        windowed = index in walk.windowed
+        mask = torch.zeros(len(x), len(x), dtype=torch.bool)
+        start = 0
+        for length in patches.windows if windowed else patches.images:
+            mask[start : start + length, start : start + length] = True
+            start += length
+        mask[total:, total:] = True
+        if not windowed:
+            mask[total:, :total] = True
+            mask[:total, total:] = mutual
+        query, key, value = (t.transpose(0, 1) for t in walk._qkv(index, x, rotary))
+        weights = (query @ key.transpose(1, 2) * query.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+        x = walk._finish(index, x, (weights @ value).transpose(0, 1))
+    return walk._normed(x[total:])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_short_memory_equals_its_definition_with_dense_masks(name, form):
+    model, _, out = formed(name, form=form, plan=[{0: "short", 2: "short", 3: "long"}], slot_layout="grid")
+    branch = VisMemBranch.of(model)
+    first, second, _ = out.invocations[0]
+    patches = first.formation.sight.patches
+    assert len(patches.images) > 1
+    walk, own = VisionWalk(branch.backbone, branch.active.short_bank), torch.randn(6, branch.backbone.vision_size)
+    places = torch.stack([torch.arange(6), torch.arange(6) % 2], -1)
+    rotary = branch.formers()._rotary(places, own)
+    with torch.no_grad():
+        if form == "literal":
+            ours = walk.literal(patches, own, rotary)
+        else:
+            kept = second.formation.sight.patch_states
+            assert kept is not None  # generation kept them
+            ours = walk.incremental(kept, own, rotary)
+    torch.testing.assert_close(ours, dense(walk, patches, own, rotary, form == "literal"), **CLOSE)
+
+
+@torch.no_grad()
+def long_definition(branch, formation):
+    """M = F_l([X, Q, M_init])[-N:] in one uncached pass per part."""
+    memory, formers = branch.active, branch.formers()
+    visual, text = formation.sight.visual[None], formation.text[None]
+    seen, thought = (torch.ones(1, t.shape[1], dtype=torch.bool) for t in (visual, text))
+    queries = memory.builder(visual, seen, text, thought, one_way=branch.config.form == "incremental")
+    x = torch.cat([match_rms(t, memory.embedding_rms) for t in (visual, text, queries)] + [memory.long_slots[None]], 1)
+    with scope.base_only():
+        states = formers._decode(x, torch.ones(1, x.shape[1], dtype=torch.bool))
+    return memory.as_embeddings(states[:, -branch.config.num_long :], short=False)[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_long_memory_equals_its_definition(name, form):
+    model, _, out = formed(name, ROWS, [{0: "long", 4: "long"}, {0: "short", 4: "long"}, {4: "long"}], form=form)
+    branch = VisMemBranch.of(model)
+    for row in out.invocations:
+        for invocation in row:
+            if invocation.kind == "long":
+                expected = long_definition(branch, invocation.formation)
+                torch.testing.assert_close(invocation.latents, expected, **CLOSE)
+
+
+def test_the_two_forms_differ(name):
+    """They are different functions (documented), for either type."""
+    found = {}
+    for form in FORMS:
+        _, _, out = formed(name, form=form)
+        found[form] = out.invocations[0]
+    for a, b in zip(*found.values(), strict=True):
+        assert (a.latents - b.latents).abs().max() > 1e-3
+
+
+def test_incremental_reads_each_image_once(name):
+    model, inputs = built(name, [Row(1, (2, 2), 5, seed=2)], form="incremental")
+    branch = VisMemBranch.of(model)
+    lengths = []
+    layer = branch.backbone.layers[0]
+    handle = layer.register_forward_pre_hook(
+        lambda m, a, k: lengths.append((a[0] if a else k["hidden_states"]).shape[1]) if scope.is_base_only() else None,
+        with_kwargs=True,
+    )
+    out = generate(model, inputs, n=50, memory=forced([{1: "long", 3: "long", 5: "long"}]))
+    handle.remove()
+    visual = len(out.sights[0].visual)
+    k, n = branch.config.num_queries, branch.config.num_long
+    assert lengths == [visual, *(len(i.formation.text) + k + n for i in out.invocations[0])]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_batch_of_formations_equals_singles(name, form, kind):
+    model, _, out = formed(name, ROWS, [{0: kind}, {4: kind}, {} if kind == "short" else {2: kind}], form=form)
+    formations = [i.formation for row in out.invocations for i in row]
+    formers = VisMemBranch.of(model).formers()
+    with torch.no_grad():
+        together = formers.form(kind, [fresh(f) for f in formations])
+        for one, f in zip(together, formations, strict=True):
+            torch.testing.assert_close(formers.form(kind, [fresh(f)])[0], one, **CLOSE)
+
+
+def test_memory_is_formed_from_the_uncached_hidden_states(name):
+    """What a formation records is what one uncached forward sees: visual states, and text since the last memory."""
+    model, inputs, out = formed(name)
+    from keepsight.vismem import splice
+
+    prompt = inputs["input_ids"].shape[1]
+    states = []
+    handle = Backbone.of(model).decoder.register_forward_hook(lambda m, a, o: states.append(o.last_hidden_state))
+    with torch.no_grad(), splice(model, out.sequences, out.invocations):
+        model(**with_continuation(inputs, out.sequences[:, prompt:]), use_cache=False)
+    handle.remove()
+    first, second = out.invocations[0]
+    visual = Backbone.of(model).visual_mask(out.sequences)[0]
+    torch.testing.assert_close(first.formation.sight.visual, states[0][0][visual], **CLOSE)
+    torch.testing.assert_close(first.formation.text, states[0][0][prompt : first.position + 1], **CLOSE)
+    after = first.position + 1 + len(first.latents) + 1
+    torch.testing.assert_close(second.formation.text, states[0][0][after : second.position + 1], **CLOSE)
+
+
+def test_text_states_are_capped(name):
+    plan = [{6: "long"}]
+    model, _, out = formed(name, plan=plan, max_text_states=2)
+    formation = out.invocations[0][0].formation
+    assert len(formation.text) == 2
+    _, _, full = formed(name, plan=plan)
+    torch.testing.assert_close(formation.text, full.invocations[0][0].formation.text[-2:], **CLOSE)
+    capped = Formers(Backbone.of(model), VisMemBranch.of(model).active, VisMemBranch.of(model).config)
+    with torch.no_grad():  # also when a formation holds more
+        again = capped.form("long", [fresh(full.invocations[0][0].formation)])[0]
+    torch.testing.assert_close(again, out.invocations[0][0].latents, **CLOSE)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_equal_finite_differences(name, form):
+    model, _, out = formed(name, form=form)
+    model = model.double()
+    branch = VisMemBranch.of(model)
+    formations = [copy.deepcopy(i.formation) for i in out.invocations[0]]
+    for f in formations:
+        patches = f.sight.patches
+        rotary = patches.rotary and tuple(t.double() for t in patches.rotary)
+        f.sight.visual, f.text = f.sight.visual.double(), f.text.double()
+        f.sight.patches = type(patches)(patches.x.double(), patches.images, patches.windows, rotary, patches.extent)
+    weights = [torch.randn_like(i.latents).double() for i in out.invocations[0]]
+
+    def objective():
+        formers = branch.formers()
+        return sum(
+            (formers.form(k, [fresh(f)])[0] * w).sum() for k, f, w in zip(TYPES, formations, weights, strict=True)
+        )
+
+    memory = branch.active
+    objective().backward()
+    for path, parameter in memory.named_parameters():
+        if path.startswith("rows."):
+            assert parameter.grad is None, path  # formation does not touch the tokens
+            continue
+        torch.manual_seed(0)
+        direction = torch.randn_like(parameter)
+        step = 1e-3 * parameter.norm().clamp(min=0.3) / direction.norm()
+        with torch.no_grad():
+            parameter += step * direction
+            up = objective()
+            parameter -= 2 * step * direction
+            down = objective()
+            parameter += step * direction
+        slope, expected = (up - down) / (2 * step), (parameter.grad * direction).sum()
+        if "layers.1.down.bias" not in path:
+            assert expected != 0, path
+        # The base's own norms compute in float32, which limits what a difference can resolve.
+        noise = 1e-2 * parameter.grad.norm() * direction.norm()
+        assert abs(slope - expected) <= 2e-2 * abs(expected) + noise, (path, slope.item(), expected.item())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(name, reentrant):
+    grads = []
+    for checkpointing in (False, True):
+        model, _, out = formed(name)
+        branch = VisMemBranch.of(model)
+        base = model.get_base_model()
+        base.train()
+        for module in branch.active.modules():
+            if hasattr(module, "dropout"):
+                module.dropout = 0.0
+        if checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        formers = branch.formers()
+        total = sum(
+            formers.form(i.kind, [fresh(i.formation)]).pow(2).sum() * 1e-3
+            + formers.form(i.kind, [fresh(i.formation)])[..., 0].sum()
+            for i in out.invocations[0]
+        )
+        total.backward()
+        grads.append({n: p.grad for n, p in branch.active.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for path, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][path], grad, rtol=1e-4, atol=1e-4)
+
+
+def test_policy_lora_stays_out_of_formations(name):
+    model, inputs, out = formed(name)
+    branch = VisMemBranch.of(model)
+    get_peft_model(
+        model.get_base_model(), LoraConfig(target_modules="all-linear", init_lora_weights=False), adapter_name="policy"
+    )
+    assert (generate(model, inputs, n=1, memory=forced([{}])).logits[0] - out.logits[0]).abs().max() > 1e-2
+    with torch.no_grad():
+        for invocation in out.invocations[0]:
+            again = branch.formers().form(invocation.kind, [fresh(invocation.formation)])[0]
+            torch.testing.assert_close(again, invocation.latents, **CLOSE)
+
+
+def test_no_adapter_is_active_after_an_exception_in_mid_formation(name):
+    model, inputs = built(name)
+    branch = VisMemBranch.of(model)
+    before = generate(model, inputs, memory=forced())
+    handles = [
+        branch.backbone.layers[2].register_forward_pre_hook(_fail_while_forming),
+        branch.backbone.vision_blocks[1].mlp.register_forward_pre_hook(_fail_while_forming),
+    ]
+    for kind in TYPES:
+        with pytest.raises(RuntimeError, match="in the middle"):
+            generate(model, inputs, memory=forced([{1: kind}, {}, {}]))
+        assert scope.current_bank() is None
+        assert not scope.is_base_only()
+        assert scope.current_splice() is scope.current_watch() is None
+    for handle in handles:
+        handle.remove()
+    after = generate(model, inputs, memory=forced())
+    assert after.sequences.tolist() == before.sequences.tolist()
+    torch.testing.assert_close(torch.stack(after.logits), torch.stack(before.logits), rtol=0, atol=0)
+
+
+def _fail_while_forming(module, args):
+    if scope.is_base_only():
+        raise RuntimeError("in the middle")
+
+
+def test_base_is_bit_identical_before_and_after(name):
+    base = BY_NAME[name].build()
+    inputs = make_inputs(BY_NAME[name], base, ROWS)
+    start = {k: v.clone() for k, v in base.state_dict().items()}
+    with torch.no_grad():
+        logits = base(**inputs).logits
+    modules = [n for n, _ in base.named_modules()]
+    model = attach(base)
+    generate(model, inputs, memory=forced())
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, logits)
+    attached = base.state_dict()
+    assert all(torch.equal(attached[k], v) for k, v in start.items())
+    assert model.unload() is base
+    after = base.state_dict()
+    assert after.keys() == start.keys()
+    assert all(torch.equal(after[k], v) for k, v in start.items())
+    assert [n for n, _ in base.named_modules()] == modules
+    hooks = [h for m in base.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    assert not [h for h in hooks if "keepsight" in getattr(getattr(h, "func", h), "__module__", "")]
+    assert "generate" not in vars(base)
+    with torch.no_grad():
+        assert torch.equal(base(**inputs).logits, logits)
+
+
+def test_defaults_are_the_papers():
+    config = VisMemConfig()
+    assert (config.num_queries, config.num_short, config.num_long) == (8, 8, 16)
+    assert (config.short_rank, config.short_alpha, config.short_dropout) == (16, 32, 0.1)
+    assert (config.long_rank, config.long_alpha, config.long_dropout) == (16, 32, 0.1)
+    assert config.short_targets == config.long_targets == ["q_proj", "v_proj"]
+    assert config.max_text_states is None
+    assert config.form == "literal"
+
+
+def test_pad_is_left_and_masked():
+    stacked, valid = pad([torch.ones(2, 3), torch.ones(4, 3)])
+    assert valid.tolist() == [[False, False, True, True], [True] * 4]
+    assert stacked[0, :2].abs().max() == 0
