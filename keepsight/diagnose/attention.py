@@ -1,6 +1,6 @@
-"""How much a model looks at its image while it writes: the visual attention mass, measured beside any attention kernel.
+"""How much a model looks at its image while it writes: the visual attention mass, beside any attention kernel.
 
-At decode step t a head splits its softmax between the visual keys V and the text keys T_t (paper 2605.00814, section 2):
+At decode step t a head splits its softmax between the visual keys V and the text keys T_t (2605.00814, section 2):
 
     Z_V = sum over V of exp(s)      Z_T = sum over T_t of exp(s)      Omega_V = Z_V / (Z_V + Z_T)      TVR = Z_T / Z_V
 

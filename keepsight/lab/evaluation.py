@@ -64,7 +64,9 @@ def score(predicted: Sequence[torch.Tensor], batches: Sequence[Narrations], roll
     return Score(right.float().mean().item(), right.numel())
 
 
-def accuracy(model: Any, batches: Sequence[Narrations], forward: Callable[[Narrations], dict[str, Any]] | None = None) -> Score:
+def accuracy(
+    model: Any, batches: Sequence[Narrations], forward: Callable[[Narrations], dict[str, Any]] | None = None
+) -> Score:
     """Accuracy of the scored answers; `forward` adds keyword arguments to the model's call."""
     model.eval()
     return score([answers(model, batch, **(forward(batch) if forward else {})) for batch in batches], batches)

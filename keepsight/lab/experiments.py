@@ -125,7 +125,9 @@ def pvm_size(model: Any, plan: TrainPlan) -> int:
         return len(plan.layers) * sum(p.numel() for p in PvmBlock(config.block_shape).parameters())
 
 
-def lora_config(model: Any, budget: int, targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")) -> LoraConfig:
+def lora_config(
+    model: Any, budget: int, targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+) -> LoraConfig:
     """LoRA on the decoder's linear maps, of as many parameters as fit in `budget`.
 
     The common rank is the largest that fits; single maps get one rank more while that brings the count closer to the budget.
@@ -157,7 +159,9 @@ def training_batch(processor: Any, plan: TrainPlan, step: int, rng: np.random.Ge
     return make_narrations(processor, gaps, plan.batch, "train", rng)
 
 
-def train(model: Any, processor: Any, method: str, plan: TrainPlan, seed: int, progress: Progress | None = None) -> Trained:
+def train(
+    model: Any, processor: Any, method: str, plan: TrainPlan, seed: int, progress: Progress | None = None
+) -> Trained:
     """Train one adapter on a base whose own parameters stay frozen.
 
     Args:

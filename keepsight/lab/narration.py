@@ -153,7 +153,9 @@ def make_narrations(
         ordered: facts in reading order instead of at random.
     """
     if len(gaps) > len(CELLS):
-        raise ValueError(f"An image has {len(CELLS)} cells and each may be named once; {len(gaps)} facts were asked for.")
+        raise ValueError(
+            f"An image has {len(CELLS)} cells and each may be named once; {len(gaps)} facts were asked for."
+        )
     images, digits = draw_grids(rows, split, rng)
     cells = np.tile(np.arange(len(CELLS)), (rows, 1)) if ordered else np.argsort(rng.random((rows, len(CELLS))), axis=1)
     cells = cells[:, : len(gaps)]
@@ -192,9 +194,13 @@ def gaps_for_length(length: int, facts: int = 12, scored: int = 6) -> list[int]:
     """
     facts = min(facts, max(scored, length // FACT_LENGTH))
     early = facts - scored
-    spare = length - facts * FACT_LENGTH + 1  # filler words in all, such that the last answer stands at `length` or just below
+    spare = (
+        length - facts * FACT_LENGTH + 1
+    )  # filler words in all, such that the last answer stands at `length` or just below
     if spare < 0:
-        raise ValueError(f"A narration of {facts} facts needs at least {facts * FACT_LENGTH - 1} tokens; length was {length}.")
+        raise ValueError(
+            f"A narration of {facts} facts needs at least {facts * FACT_LENGTH - 1} tokens; length was {length}."
+        )
     late = min(5, spare // facts)
     rest = spare - late * scored
     if not early:

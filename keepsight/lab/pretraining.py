@@ -112,7 +112,9 @@ def _align(model: Any, processor: Any, config: PretrainConfig, rng: np.random.Ge
         _set_lr(optimizer, 3e-3 * min(1.0, (step + 1) / 30) * max(0.05, 1 - step / config.align_steps))
         states, digits = decode(32, "train")
         cells = torch.arange(len(CELLS)).repeat(32)
-        loss = F.cross_entropy(states @ words[digit_rows].T, digits) + F.cross_entropy(states @ words[cell_rows].T, cells)
+        loss = F.cross_entropy(states @ words[digit_rows].T, digits) + F.cross_entropy(
+            states @ words[cell_rows].T, cells
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

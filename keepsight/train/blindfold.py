@@ -102,7 +102,9 @@ def blindfold_mask(visual: torch.Tensor, attention_mask: Any, dtype: torch.dtype
         keep = keep & (given if given.dtype == torch.bool else given == 0)
     keep = keep & ~(~visual[:, :, None] & visual[:, None, :])
     keep = keep | torch.eye(size, dtype=torch.bool, device=visual.device)
-    return torch.zeros(rows, size, size, dtype=dtype, device=visual.device).masked_fill(~keep, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(rows, size, size, dtype=dtype, device=visual.device).masked_fill(~keep, torch.finfo(dtype).min)[
+        :, None
+    ]
 
 
 def _argument(args: tuple, kwargs: dict, name: str, index: int) -> Any:
