@@ -81,7 +81,7 @@ class LazyGroup(TyperGroup):
         name, command, rest = super().resolve_command(ctx, args)
         return name, _load(name) if name in COMMANDS else command, rest
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, **more: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **more: Any) -> Any:
         """Run a command. Errors print one message; `--debug` anywhere shows their traceback."""
         from keepsight.cli.console import error_border, fail
 
@@ -92,7 +92,7 @@ class LazyGroup(TyperGroup):
             if debug:
                 os.environ["KEEPSIGHT_DEBUG"] = "1"
             try:
-                status = super().main(words, *rest, **{**more, "standalone_mode": False})
+                status = super().main(words, "keepsight", **{**more, "standalone_mode": False})
             except typer._click.exceptions.ClickException as error:
                 context = getattr(error, "ctx", None)
                 path = context.command_path if context is not None else "keepsight"

@@ -100,6 +100,11 @@ def explain(error: Exception) -> str:
             "out of memory. Try fewer samples at once (--batch-size 1), --gradient-checkpointing, smaller images, a "
             "shorter --max-length, or --dtype bfloat16."
         )
+    if any(sign in text for sign in ("No space left", "PytorchStreamWriter", "file write failed", "Disk quota")):
+        return (
+            "the disk is full, or cannot be written. Checkpoints saved before are whole: free some space and give the "
+            "same command with --resume."
+        )
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return f"{error.filename}: no such file or folder."
     if isinstance(error, OSError) and error.strerror is not None:
@@ -123,6 +128,7 @@ def quiet() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     if "datasets" in sys.modules:
         sys.modules["datasets"].disable_progress_bars()
 

@@ -103,6 +103,8 @@ def _check_device(device: str | None) -> None:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise KeepsightError(f"--device {device}: not a device; write cpu, cuda, cuda:1 or mps.") from error
+    if kind not in ("cpu", "cuda", "mps", "xpu", "npu", "hpu"):
+        raise KeepsightError(f"--device {device}: nothing can be computed there; write cpu, cuda, cuda:1 or mps.")
     there: dict[str, Any] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if kind in there and not there[kind]():
         raise KeepsightError(f"--device {device}: torch finds none on this machine. Leave --device out to use the CPU.")

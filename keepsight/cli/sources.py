@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from keepsight.adapters import CONFIG, AdapterInfo, find_adapter, inspect_adapter
 from keepsight.errors import AdapterMismatchError, BrokenAdapterError, KeepsightError, KeepsightWarning
 from keepsight.lab.reference import REFERENCE_NAME
 from keepsight.loading import resolve_base
+from keepsight.pvm import PvmConfig
 from keepsight.train.plan import base_config
 
 
@@ -88,20 +91,10 @@ def check_sources(source: str, adapters: Sequence[str], base: str | None = None)
 
 
 def _check_fit(info: AdapterInfo, base: str, config: Any) -> None:
-    text = config.get_text_config()
-    found = {
-        "base_model_type": config.model_type,
-        "base_num_layers": text.num_hidden_layers,
-        "base_hidden_size": text.hidden_size,
-    }
-    wrong = [n for n, value in found.items() if info.config.get(n) is not None and info.config[n] != value]
-    if wrong:
-        recorded = ", ".join(f"{n.removeprefix('base_').replace('_', ' ')} {info.config[n]}" for n in wrong)
-        here = ", ".join(f"{found[n]}" for n in wrong)
-        raise AdapterMismatchError(
-            f"{info.path} was made for another base model ({info.base}: {recorded}) than {base} ({here}). Load it on "
-            f"{info.base}, or train a new memory for {base}: keepsight train pvm {base} --data ... --output-dir ..."
-        )
+    if info.method == "PVM":
+        PvmConfig.from_adapter(info.config).check_base(config)
+    else:
+        _check_shapes(info, base, config)
     if info.base is not None and not _same_base(info, base):
         warnings.warn(
             f"{info.path} was trained on {info.base} and is put on {base}. The shapes fit; whether the weights do, "
@@ -109,6 +102,29 @@ def _check_fit(info: AdapterInfo, base: str, config: Any) -> None:
             KeepsightWarning,
             stacklevel=2,
         )
+
+
+def _check_shapes(info: AdapterInfo, base: str, config: Any) -> None:
+    """Whether a LoRA's matrices fit the layers they name."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    for name, shape in info.shapes.items():
+        path, found, _ = name.removeprefix("base_model.model.").partition(".lora_")
+        if not found or len(shape) != 2:
+            continue
+        try:
+            weight = model.get_submodule(path).weight
+        except AttributeError:
+            weight = None
+        side = 1 if ".lora_A" in name else 0  # A reads the layer's input, B writes its output
+        if weight is None or weight.shape[side] != shape[side]:
+            here = "there is no such layer" if weight is None else f"the layer there is {tuple(weight.shape)}"
+            raise AdapterMismatchError(
+                f"{info.path} was made for another base model ({info.base}) than {base}: {path} got a {info.method} "
+                f"of shape {shape}, and {here}. Load it on {info.base}."
+            )
 
 
 def _same_base(info: AdapterInfo, base: str) -> bool:

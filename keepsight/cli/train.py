@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -52,6 +53,9 @@ def pvm(
     ],
     eval_dataset: Annotated[
         str | None, typer.Option("--eval-dataset", help="Data for the evaluation loss.", rich_help_panel=DATA)
+    ] = None,
+    eval_split: Annotated[
+        str | None, typer.Option(help="Which split of --eval-dataset. Default: as --split.", rich_help_panel=DATA)
     ] = None,
     split: Annotated[
         str, typer.Option(help="Which split of the dataset, if it has several.", rich_help_panel=DATA)
@@ -197,6 +201,7 @@ def pvm(
         workers=workers,
         report_to=tuple(report_to or ()),
     )
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, one talks
     try:
         report = train_pvm(
             source,
@@ -204,21 +209,27 @@ def pvm(
             output_dir,
             pvm=PvmConfig(layers=_parse_layers(layers), width=width, causal=causal),
             eval_dataset=eval_dataset,
+            eval_split=eval_split,
             settings=settings,
             split=split,
             resume=resume,
             overwrite=overwrite,
             check=check,
-            say=say,
+            say=say if first else _nothing,
             on_log=_print_log,
-            on_check=_CheckProgress(),
+            on_check=_CheckProgress() if first else None,
         )
     except KeyboardInterrupt as stop:
         raise Interrupted(_how_to_go_on(output_dir)) from stop
-    _print_report(report, source)
+    if first:
+        _print_report(report, source)
 
 
 train_app.command("pvm")(pvm)
+
+
+def _nothing(line: str) -> None:
+    """Say nothing."""
 
 
 def _parse_layers(text: str | None) -> list[int] | None:

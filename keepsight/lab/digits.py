@@ -1,8 +1,9 @@
 """Images of the lab: 4 x 4 grids of real handwritten digits, with glyphs split once into train, validation and test.
 
-The 1,797 glyphs are the 8 x 8 digits that scikit-learn ships (`sklearn.datasets.load_digits`, written by 43 people). A glyph
-belongs to exactly one split, so a model that reads a test image reads handwriting it has never seen. Everything that was
-*chosen* (layers, widths, learning rates, steps) was chosen on validation images; test images are only for reporting.
+The 1,797 glyphs are the 8 x 8 digits that scikit-learn ships (`sklearn.datasets.load_digits`, written by 43 people). A
+glyph belongs to exactly one split, so a model that reads a test image reads handwriting it has never seen. Everything
+that was *chosen* (layers, widths, learning rates, steps) was chosen on validation images; test images are only for
+reporting.
 """
 
 from __future__ import annotations

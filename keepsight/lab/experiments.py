@@ -1,7 +1,7 @@
-"""Training a memory and its controls on the reference VLM: the same data, the same steps, the same number of parameters.
+"""Training a memory and its controls on the reference VLM: the same data, steps and number of parameters.
 
-The language model is frozen throughout and adapters go on by PEFT's public route, so the model that trains is the model that
-answers. Every method sees the same batches in the same order; what differs is what its parameters can reach:
+The language model is frozen throughout and adapters go on by PEFT's public route, so the model that trains is the
+model that answers. Every method sees the same batches in the same order; what differs is what its parameters can reach:
 
     pvm         a branch that attends to the image alone, with keepsight's blindfold warm-up (not in the paper)
     pvm_plain   the same branch without the warm-up: the paper's recipe
@@ -45,7 +45,9 @@ class TrainPlan:
         facts: facts per narration.
         max_gap: each gap is drawn from 0..max_gap filler words.
         layers, width: PVM's and the parallel MLP's.
-        lr, gate_lr, lora_lr: peak learning rates (branches; their gates; LoRA).
+        pvm_lr, mlp_lr, lora_lr: peak learning rates, each the best of the same number of tries.
+        gate_factor: a gate's learning rate is this times that of its branch; it starts at 0 and has far to go.
+        lora_targets: the linear maps that LoRA changes, in every decoder layer.
     """
 
     warmup_steps: int = 120
@@ -55,9 +57,11 @@ class TrainPlan:
     max_gap: int = 18
     layers: tuple[int, ...] = (1, 3)
     width: int = 64
-    lr: float = 6e-3
-    gate_lr: float = 3e-2
+    pvm_lr: float = 6e-3
+    mlp_lr: float = 6e-3
     lora_lr: float = 3e-3
+    gate_factor: float = 5.0
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     @property
     def train_length(self) -> int:
@@ -95,23 +99,10 @@ def attach(model: Any, method: str, plan: TrainPlan, seed: int) -> Any:
         if method in ("pvm", "pvm_plain", "mlp"):
             branch: Any = "mlp" if method == "mlp" else "memory"
             config = PvmConfig(layers=list(plan.layers), width=plan.width, branch=branch)
-            return draw_for_width(get_peft_model(model, config))
+            return get_peft_model(model, config)
         if method in ("lora", "lora_long"):
-            return get_peft_model(model, lora_config(model, pvm_size(model, plan)))
+            return get_peft_model(model, lora_config(model, pvm_size(model, plan), plan.lora_targets))
     raise ValueError(f"method={method!r}: expected one of {', '.join(METHODS)}.")
-
-
-@torch.no_grad()
-def draw_for_width(peft_model: Any) -> Any:
-    """Draw a branch's matrices again with standard deviation 1 / sqrt(inputs).
-
-    keepsight starts them at 0.02, which at the paper's widths (2560 and 4096) is about 1 / sqrt(D). At the reference VLM's width of
-    96 that rule gives 0.1; with 0.02 the look-up forms about three times later.
-    """
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad and parameter.dim() == 2:
-            parameter.normal_(std=parameter.shape[1] ** -0.5)
-    return peft_model
 
 
 def pvm_size(model: Any, plan: TrainPlan) -> int:
@@ -125,12 +116,11 @@ def pvm_size(model: Any, plan: TrainPlan) -> int:
         return len(plan.layers) * sum(p.numel() for p in PvmBlock(config.block_shape).parameters())
 
 
-def lora_config(
-    model: Any, budget: int, targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-) -> LoraConfig:
+def lora_config(model: Any, budget: int, targets: tuple[str, ...]) -> LoraConfig:
     """LoRA on the decoder's linear maps, of as many parameters as fit in `budget`.
 
-    The common rank is the largest that fits; single maps get one rank more while that brings the count closer to the budget.
+    The common rank is the largest that fits; single maps get one rank more while that brings the count closer to the
+    budget.
     """
     from keepsight.backbone import Backbone
 
@@ -175,8 +165,8 @@ def train(
     peft_model = attach(model, method, plan, seed).train()
     gates = [p for n, p in peft_model.named_parameters() if p.requires_grad and n.endswith(".gate")]
     others = [p for n, p in peft_model.named_parameters() if p.requires_grad and not n.endswith(".gate")]
-    peak = plan.lora_lr if method.startswith("lora") else plan.lr
-    groups = [{"params": others, "peak": peak}, {"params": gates, "peak": plan.gate_lr}]
+    peak = {"pvm": plan.pvm_lr, "mlp": plan.mlp_lr, "lora": plan.lora_lr}[method.partition("_")[0]]
+    groups = [{"params": others, "peak": peak}, {"params": gates, "peak": plan.gate_factor * peak}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=peak, weight_decay=0.0, betas=(0.9, 0.99))
     rng = np.random.default_rng([seed, 5000])
     total = plan.warmup_steps + plan.steps

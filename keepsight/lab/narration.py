@@ -4,9 +4,11 @@ A narration is a string of *facts*, each preceded by filler words::
 
     the pale line moves slowly  b3 7 .  a soft stroke turns  d1 0 .  ...
 
-The fact `b3 7 .` says that cell b3 of the image holds a 7. Cells are drawn without replacement, so no answer can be copied from
-the text so far: every digit needs a look at the image. The filler says nothing about the image. It is what makes an output
-*long*: each word adds one more text key that competes with the 16 visual keys in the softmax of every attention head.
+The fact `b3 7 .` says that cell b3 of the image holds a 7. Cells are drawn without replacement, so no answer can be
+copied from
+the text so far: every digit needs a look at the image. The filler says nothing about the image. It is what makes an
+output *long*: each word adds one more text key that competes with the 16 visual keys in the softmax of every attention
+head.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ _DIGIT0, _CELL0, _FILLER0 = TOKEN["0"], TOKEN[CELLS[0]], TOKEN[FILLER[0]]
 
 @lru_cache(maxsize=1)
 def _filler_chain() -> np.ndarray:
-    """Cumulative transition probabilities [40, 40] between filler words: a rough grammar with sharp word preferences."""
+    """Cumulative transition probabilities [40, 40] between filler words: a rough grammar with sharp word
+    preferences."""
     rng = np.random.default_rng(7)
     kind = {word: name for name, words in _GRAMMAR.items() for word in words}
     table = np.zeros((len(FILLER), len(FILLER)))
@@ -189,8 +192,8 @@ def make_narrations(
 def gaps_for_length(length: int, facts: int = 12, scored: int = 6) -> list[int]:
     """Gaps of a narration whose last `scored` answers stand close to `length` generated tokens.
 
-    The scored facts follow each other with at most five filler words, as in short outputs; the filler that makes the output
-    long stands before and among the earlier ones.
+    The scored facts follow each other with at most five filler words, as in short outputs; the filler that makes the
+    output long stands before and among the earlier ones.
     """
     facts = min(facts, max(scored, length // FACT_LENGTH))
     early = facts - scored

@@ -2,16 +2,18 @@
 
 Three stages, all of which matter:
 
-1. *Alignment*: only vision tower and word embeddings train. Each visual token must decode, through the final norm and the tied
-   embedding, to its digit and to its cell's name. This stands in for the image-text pretraining of a real VLM.
+1. *Alignment*: only vision tower and word embeddings train. Each visual token must decode, through the final norm and
+   the tied embedding, to its digit and to its cell's name. This stands in for the image-text pretraining of a real VLM.
 2. *Dense look-ups*: fifteen facts without filler. The look-up circuit forms here, as a phase transition.
-3. *Short narrations*: at most about 55 generated tokens. Position ids jump forward at random between facts, up to 3,000 a jump, so
-   that rotary distances of thousands are nothing new to the model while it has never seen more than about 55 text keys. What it
+3. *Short narrations*: at most about 55 generated tokens. Position ids jump forward at random between facts, up to
+   3,000 a jump, so that rotary distances of thousands are nothing new to the model while it has never seen more than
+   about 55 text keys. What it
    loses in long outputs, it then loses to the number of keys: to dilution, and not to unseen positions.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,11 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 
 from keepsight.lab.digits import CELLS, draw_grids
 from keepsight.lab.narration import DIGITS, FILLER, READ, TOKEN, Narrations, make_narrations
 from keepsight.lab.reference import HEAD_DIM, build_model, build_processor, load_reference, save_reference
 
+PRETRAINING_RECORD = "pretraining.json"
+"""File in a base's folder that says how it was made."""
 Progress = Callable[[str, int, int], None]
 """Called as `progress(stage, done, total)`."""
 
@@ -38,16 +43,17 @@ class PretrainConfig:
     Attributes:
         seed: of the initial weights and of all data.
         head_dim: width of an attention head.
-        align_steps, dense_steps, short_steps: optimiser steps of the three stages; the dense stage stops early once it reads.
-        max_jump: largest single jump of the position ids in stage 3; 0 gives a base that has only seen short positions and whose
-            fall in long outputs is mostly one of rotary range.
+        align_steps, dense_steps, short_steps: optimiser steps of the three stages; the dense stage stops early once it
+            reads.
+        max_jump: largest single jump of the position ids in stage 3; 0 gives a base that has only seen short positions
+            and whose fall in long outputs is mostly one of rotary range.
     """
 
     seed: int = 0
     head_dim: int = HEAD_DIM
     align_steps: int = 200
     dense_steps: int = 400
-    short_steps: int = 600
+    short_steps: int = 500
     max_jump: int = 3000
 
 
@@ -75,8 +81,8 @@ def pretrain(out: str | Path, config: PretrainConfig | None = None, progress: Pr
         progress: called after every step.
 
     Returns:
-        What was measured: the configuration, and the accuracy on *validation* glyphs after alignment and, read back from `out`, at
-        the end.
+        The configuration and what was measured: the accuracy on *validation* glyphs after alignment and, read back
+        from `out`, at the end. The same stands in `out / "pretraining.json"`.
     """
     config = config or PretrainConfig()
     out = Path(out)
@@ -92,7 +98,16 @@ def pretrain(out: str | Path, config: PretrainConfig | None = None, progress: Pr
         save_reference(model.eval(), out)
         model, processor = load_reference(out)  # what is measured is what was written, rounding included
         final = short_accuracy(model, processor, rows=128, seed=config.seed)
-    return {"config": asdict(config), "aligned_accuracy": aligned, "dense_steps": dense, "short_accuracy": final}
+    record = {
+        "config": asdict(config),
+        "aligned_accuracy": round(aligned, 4),
+        "dense_steps": dense,
+        "short_accuracy": round(final, 4),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    (out / PRETRAINING_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
 
 
 def _align(model: Any, processor: Any, config: PretrainConfig, rng: np.random.Generator, progress: Progress) -> float:
@@ -165,14 +180,16 @@ def _short(model: Any, processor: Any, config: PretrainConfig, rng: np.random.Ge
 
 
 def _in_reading_order(processor: Any, rows: int, rng: np.random.Generator) -> Narrations:
-    """All sixteen facts from a1 to d4: the answer to `read`, and to any prompt in words that the model does not know."""
+    """All sixteen facts from a1 to d4: the answer to `read`, and to any prompt in words that the model does not
+    know."""
     strange = " ".join(rng.choice(["image", "please", *FILLER], rng.integers(1, 9)))
     prompt = READ if rng.random() < 0.5 else strange
     return make_narrations(processor, [0] * len(CELLS), rows, "train", rng, prompt=prompt, ordered=True)
 
 
 def jumping_positions(model: Any, batch: Narrations, rng: np.random.Generator, max_jump: int) -> torch.Tensor:
-    """Position ids [3, B, T] that jump ahead before a fact with probability one half, by 1 to `max_jump` (log-uniform)."""
+    """Position ids [3, B, T] that jump ahead before a fact with probability one half, by 1 to `max_jump`
+    (log-uniform)."""
     positions, _ = model.model.get_rope_index(
         input_ids=batch.input_ids,
         mm_token_type_ids=batch.inputs["mm_token_type_ids"],
@@ -202,7 +219,8 @@ def narration_loss(logits: torch.Tensor, batch: Narrations, text_weight: float) 
 
 
 def _make_step(model: Any) -> Callable[..., float]:
-    """One optimiser over what is trainable; the returned function makes one step and gives the accuracy of the answers."""
+    """One optimiser over what is trainable; the returned function makes one step and gives the accuracy of the
+    answers."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-3, weight_decay=0.0, betas=(0.9, 0.99))
 

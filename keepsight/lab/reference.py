@@ -1,8 +1,9 @@
 """The reference VLM: a 0.7 M parameter model of the Qwen3-VL architecture that reads grids of handwritten digits.
 
-It is an ordinary checkpoint folder (config, processor, tokenizer, 16-bit safetensors) which `AutoModelForImageTextToText` and
-`AutoProcessor` load; `keepsight lab pretrain` makes one from nothing, and one is shipped as package data. Importing this file
-needs only torch and transformers, because `keepsight.load("keepsight/reference")` must work without the `lab` extra.
+It is an ordinary checkpoint folder (config, processor, tokenizer, 16-bit safetensors) which
+`AutoModelForImageTextToText` and `AutoProcessor` load; `keepsight lab pretrain` makes one from nothing, and one is
+shipped as package data. Importing this file needs only torch and transformers, because
+`keepsight.load("keepsight/reference")` must work without the `lab` extra.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ REFERENCE_NAME = "keepsight/reference"
 """Name under which adapters record the shipped model as their base, instead of a path on one machine."""
 
 HEAD_DIM = 16
-"""Width of an attention head. Queries and keys are normalised per head, so a logit is at most about sqrt(head_dim): narrow heads
-have a small margin, and text keys outweigh visual ones sooner."""
+"""Width of an attention head. Queries and keys are normalised per head, so a logit is at most about sqrt(head_dim):
+narrow heads have a small margin, and text keys outweigh visual ones sooner."""
 
 _CHAT_TEMPLATE = """{{- bos_token -}}
 {%- for message in messages -%}
@@ -43,7 +44,8 @@ def reference_path() -> Path:
     folder = Path(__file__).parent / "weights" / "reference"
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"The reference VLM's weights are not at {folder}. Reinstall keepsight, or make one: keepsight lab pretrain --out DIR"
+            f"The reference VLM's weights are not at {folder}. Reinstall keepsight, or make one: keepsight lab "
+            f"pretrain --out DIR"
         )
     return folder
 
@@ -55,8 +57,8 @@ def load_reference(path: str | Path | None = None) -> tuple[Any, Any]:
         path: folder of another base made by `keepsight lab pretrain`. Default: the shipped one.
 
     Returns:
-        `(model, processor)`; the model is in eval mode. The shipped model calls itself `keepsight/reference`, so that adapters
-        trained on it name a base that exists on every machine.
+        `(model, processor)`; the model is in eval mode. The shipped model calls itself `keepsight/reference`, so that
+        adapters trained on it name a base that exists on every machine.
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -153,8 +155,8 @@ def build_tokenizer() -> Any:
     from keepsight.lab.narration import BOS, EOS, PAD, SPECIAL, TOKEN, UNK
 
     backend = Tokenizer(WordLevel(dict(TOKEN), unk_token=UNK))
-    backend.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
@@ -183,4 +185,5 @@ def save_reference(model: Any, folder: str | Path) -> None:
         eos_token_id=text.eos_token_id,
     )
     model.save_pretrained(folder, state_dict={name: tensor.half() for name, tensor in model.state_dict().items()})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
     build_processor().save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Teaching a memory: data, supervised fine-tuning through TRL, and the blindfold warm-up."""

@@ -1,9 +1,10 @@
 """The blindfold warm-up: for the first training steps, the frozen backbone's text cannot see the image.
 
-This is keepsight's own addition; it is not in the PVM paper. Plain fine-tuning gives a fresh memory little reason to look: while
-outputs are short, the backbone's own attention already answers, and the branch settles for what a parallel MLP can do. The look-up
-through the memory then forms late or never, as a phase transition that depends on the seed. Under the blindfold every answer
-that needs the image is wrong unless the memory brings it, so the look-up forms within some hundred cheap steps on short samples::
+This is keepsight's own addition; it is not in the PVM paper. Plain fine-tuning gives a fresh memory little reason to
+look: while outputs are short, the backbone's own attention already answers, and the branch settles for what a parallel
+MLP can do. The look-up through the memory then forms late or never, as a phase transition that depends on the seed.
+Under the blindfold every answer that needs the image is wrong unless the memory brings it, so the look-up forms within
+some hundred cheap steps on short samples::
 
     with blindfold(model):
         loss = model(**short_batch).loss
@@ -36,18 +37,18 @@ class BlindfoldError(KeepsightError):
 def blindfold(model: nn.Module) -> Iterator[None]:
     """While active, text positions of the decoder cannot attend to visual ones in self-attention.
 
-    Visual positions still see each other and the text before them, and PVM's branch still sees the images: it reads the visual
-    embeddings as they enter the decoder, by an attention of its own. The blindfold is a 4D mask put in front of the decoder, so
-    it works with gradient checkpointing, left or right padding, and rows with any number of images. It acts on calls made in this
-    thread (or task) only, and leaves nothing behind, also after an exception.
+    Visual positions still see each other and the text before them, and PVM's branch still sees the images: it reads
+    the visual embeddings as they enter the decoder, by an attention of its own. The blindfold is a 4D mask put in
+    front of the decoder, so it works with gradient checkpointing, left or right padding, and rows with any number of
+    images. It acts on calls made in this thread (or task) only, and leaves nothing behind, also after an exception.
 
     Args:
         model: a supported VLM, PEFT-wrapped or not.
 
     Raises:
         UnsupportedModelError: for an unknown family.
-        BlindfoldError: where no mask can hide the image: layers with linear attention, flash or flex attention, cached or packed
-            sequences.
+        BlindfoldError: where no mask can hide the image: layers with linear attention, flash or flex attention, cached
+            or packed sequences.
     """
     backbone = Backbone.of(model)
     _check(backbone)
@@ -86,12 +87,13 @@ def blindfold_mask(visual: torch.Tensor, attention_mask: Any, dtype: torch.dtype
 
     Args:
         visual: bool [B, T], true at image and video positions.
-        attention_mask: None, a padding mask [B, T] (1 keeps), or a 4D mask [B, 1, T, T], boolean (true keeps) or additive.
+        attention_mask: None, a padding mask [B, T] (1 keeps), or a 4D mask [B, 1, T, T], boolean (true keeps) or
+            additive.
         dtype: of the result.
 
     Returns:
-        [B, 1, T, T], 0 where a row may look and the most negative number elsewhere. A row that may look nowhere (padding) looks at
-        itself, so that no softmax is empty.
+        [B, 1, T, T], 0 where a row may look and the most negative number elsewhere. A row that may look nowhere
+        (padding) looks at itself, so that no softmax is empty.
     """
     rows, size = visual.shape
     keep = torch.ones(size, size, dtype=torch.bool, device=visual.device).tril()[None].expand(rows, -1, -1)
@@ -117,8 +119,10 @@ def _check(backbone: Backbone) -> None:
     linear = [i for i, layer in enumerate(backbone.layers) if not Backbone.has_softmax_attention(layer)]
     if linear:
         raise BlindfoldError(
-            f"{backbone.family.name} cannot be blindfolded: layers {linear} mix tokens by linear attention, which carries the image "
-            "on in a running state that no mask can hide it from. Train the memory without the warm-up (0 blindfold steps)."
+            f"{backbone.family.name} cannot be blindfolded: layers {linear} mix tokens by linear attention, which "
+            f"carries the image "
+            "on in a running state that no mask can hide it from. Train the memory without the warm-up (0 blindfold "
+            "steps)."
         )
     implementation = backbone.decoder.config._attn_implementation  # pyright: ignore
     if implementation not in ("sdpa", "eager"):
@@ -142,6 +146,7 @@ def _check_call(kwargs: dict) -> None:
         raise BlindfoldError("Several samples are packed into one row; blindfolded training needs one sample per row.")
     if isinstance(kwargs.get("attention_mask"), dict):
         raise BlindfoldError(
-            "This call brings one attention mask per layer type (sliding windows or generation); the blindfold needs the plain "
+            "This call brings one attention mask per layer type (sliding windows or generation); the blindfold needs "
+            "the plain "
             "padding mask [B, T]."
         )

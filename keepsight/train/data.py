@@ -34,7 +34,16 @@ _SHOWN = 5
 
 
 class DataError(KeepsightError):
-    """The training data cannot be used as they are."""
+    """The training data cannot be used as they are.
+
+    Args:
+        message: what is wrong.
+        hint: what to do about it, said once however many samples have the same problem.
+    """
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -245,6 +254,7 @@ def check_dataset(
     to_sample = _reader(source)
     samples: list[dict[str, Any]] = []
     problems: list[str] = []
+    hints: dict[str, None] = {}  # an ordered set
     skipped: list[tuple[str, str]] = []
     kept_text_only, longest = 0, 0
     for row, raw in enumerate(_undecoded(source.rows)):
@@ -256,8 +266,9 @@ def check_dataset(
             if not sample["images"]:
                 if text_only == "error":
                     raise DataError(
-                        "images: no image; a sample without one teaches the memory nothing (--text-only skip leaves "
-                        "such samples out, keep trains on them all the same)"
+                        "images: no image; a sample without one teaches the memory nothing",
+                        "To leave samples without an image out: --text-only skip. To train on them all the same: "
+                        "--text-only keep.",
                     )
                 skip = "no image" if text_only == "skip" else None
                 kept_text_only += text_only == "keep"
@@ -272,9 +283,12 @@ def check_dataset(
                 skipped.append((where, skip))
         except KeepsightError as error:
             problems.append(f"{where}, {error}")
+            hints[getattr(error, "hint", "")] = None
         if progress is not None:
             progress(row + 1, len(source.rows))
-    _report(source, problems)
+    _report(source, problems, " ".join(hint for hint in hints if hint))
+    if kept_text_only == len(samples) > 0:
+        raise DataError(f"{source.name}: no sample has an image, so there is nothing that a visual memory could learn.")
     if not samples:
         raise DataError(f"{source.name}: no sample is left; all {len(skipped)} were skipped ({skipped[0][1]}).")
     longest_seen = longest if max_length is not None else None
@@ -287,25 +301,28 @@ def _over_long(length: int, needed: int, limit: int, policy: str) -> str | None:
         return f"{length} tokens, over the limit of {limit}"
     if policy == "truncate" and needed < limit:
         return None
-    lost = "its images and question alone fill" if needed >= limit else "the end of its answer would be cut at"
+    if needed >= limit:
+        raise DataError(
+            f"messages: {length} tokens after processing; the images and the question alone fill the {limit} tokens of "
+            "--max-length",
+            "Raise --max-length, make images smaller, or leave longer samples out: --over-long skip.",
+        )
     raise DataError(
-        f"messages: {length} tokens after processing; {lost} the {limit} tokens of --max-length. Raise --max-length"
-        + (" to keep it" if needed >= limit else ", or give --over-long truncate")
-        + ", or --over-long skip to leave such samples out"
+        f"messages: {length} tokens after processing, over the {limit} of --max-length",
+        "Raise --max-length, cut the ends of answers (--over-long truncate), or leave such samples out (--over-long "
+        "skip).",
     )
 
 
-def _report(source: Source, problems: list[str]) -> None:
+def _report(source: Source, problems: list[str], hint: str) -> None:
     if not problems:
         return
     if len(problems) == 1:
-        raise DataError(f"{source.name}, {problems[0].rstrip('.')}.")
-    more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    raise DataError(
-        f"{source.name} has {len(problems)} samples that cannot be used:\n  "
-        + "\n  ".join(problem.rstrip(".") for problem in problems[:_SHOWN])
-        + more
-    )
+        raise DataError(f"{source.name}, {problems[0].rstrip('.')}. {hint}".rstrip())
+    more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    lines = [*(problem.rstrip(".") for problem in problems[:_SHOWN]), *more]
+    text = f"{source.name} has {len(problems)} samples that cannot be used:\n  " + "\n  ".join(lines)
+    raise DataError(f"{text}\n{hint}".rstrip())
 
 
 def _reader(source: Source) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -23,7 +24,7 @@ class OutputError(KeepsightError):
 
 
 def check_output(folder: Path, resume: bool = False, overwrite: bool = False) -> None:
-    """Make sure that a run may write into `folder`, and can. Creates it.
+    """Make sure that a run may write into `folder`, and can. Leaves no trace.
 
     Raises:
         OutputError: if it holds something and neither `resume` nor `overwrite` is set, or cannot be written.
@@ -37,7 +38,13 @@ def check_output(folder: Path, resume: bool = False, overwrite: bool = False) ->
             f"{folder} is not empty ({', '.join(held[:4])}{more}). Go on with the run in it: --resume. Start anew and "
             "keep the old content beside it: --overwrite. Or name another --output-dir."
         )
+    if held and resume and RECORD not in held and not any(name.startswith("checkpoint-") for name in held):
+        raise OutputError(
+            f"{folder} holds something ({', '.join(held[:4])}), but no training run that --resume could go on with. "
+            "Name the --output-dir of that run."
+        )
     probe = folder / _PROBE
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0" * 65536)
@@ -48,7 +55,10 @@ def check_output(folder: Path, resume: bool = False, overwrite: bool = False) ->
             f"{folder} cannot be written: {why}. Nothing was trained. Name another --output-dir."
         ) from error
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+            for parent in made:
+                parent.rmdir()
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
@@ -57,7 +67,8 @@ def check_space(folder: Path, needed: int, what: str) -> None:
     Raises:
         OutputError: if not.
     """
-    free = shutil.disk_usage(folder).free
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
     if free < needed:
         raise OutputError(
             f"{folder}: {free / 1e6:,.0f} MB are free, and {what} needs about {needed / 1e6:,.0f} MB. Free some space, "
@@ -66,8 +77,8 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Rename a folder that holds something to `<name>.old`, `<name>.old-2`, ..., and make an empty one."""
-    if not any(folder.iterdir()):
+    """Rename a folder, if it holds something, to `<name>.old`, `<name>.old-2`, ..., and make an empty one."""
+    if not folder.exists() or not any(folder.iterdir()):
         return None
     number, target = 1, folder.with_name(f"{folder.name}.old")
     while target.exists():

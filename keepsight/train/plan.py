@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from keepsight.backbone import FAMILIES, Backbone
-from keepsight.errors import KeepsightError, UnsupportedModelError
+from keepsight.backbone import Backbone, family_of
+from keepsight.errors import KeepsightError
 from keepsight.loading import resolve_base
 from keepsight.pvm import PvmConfig
 from keepsight.pvm.tuner import make_block
@@ -65,12 +65,7 @@ def base_config(source: str | Path, revision: str | None = None) -> Any:
         raise KeepsightError(
             f"{source}: its config.json cannot be used ({' '.join(str(error).split())[:300]})"
         ) from error
-    if config.model_type not in FAMILIES:
-        known = ", ".join(f"{family.name} ({model_type})" for model_type, family in FAMILIES.items())
-        raise UnsupportedModelError(
-            f"{source} is a {config.model_type!r} model, and keepsight does not know that family. Supported: {known}. "
-            "docs/families.md shows how to add one."
-        )
+    family_of(config, str(source))
     return config
 
 

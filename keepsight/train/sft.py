@@ -164,6 +164,7 @@ def train_pvm(
     *,
     pvm: PvmConfig | None = None,
     eval_dataset: Any = None,
+    eval_split: str | None = None,
     settings: SftSettings | None = None,
     split: str = "train",
     resume: bool = False,
@@ -187,6 +188,7 @@ def train_pvm(
         eval_dataset: data for the evaluation loss.
         settings: how to train.
         split: of hub datasets and saved DatasetDicts.
+        eval_split: the same for `eval_dataset`; default: as `split`.
         resume: go on from the last whole checkpoint in `output_dir`, if there is one.
         overwrite: move what is in `output_dir` aside (nothing is deleted) and start anew.
         check: "full" decodes every image before training; "quick" only looks whether the files are there.
@@ -210,20 +212,23 @@ def train_pvm(
     if is_main:
         output.check_output(folder, resume, overwrite)
     plan = plan_memory(source, pvm)
-    _check_settings(settings, plan)
+    _check_settings(settings)
+    if settings.blindfold_steps:
+        with blindfold(plan.backbone.model):  # raises where it cannot work
+            pass
     checkpoint = _find_checkpoint(folder, say) if resume and not overwrite else None
     processor = _load_processor(source)
     collator = ConversationCollator(processor, max_length=settings.max_length)
     checked = _check_data(dataset, split, collator, settings, check, on_check)
     checked_eval = None
     if eval_dataset is not None:
-        checked_eval = _check_data(
-            eval_dataset, "test" if eval_dataset is dataset else split, collator, settings, check, None
-        )
+        checked_eval = _check_data(eval_dataset, eval_split or split, collator, settings, check, None)
     for where, why in checked.skipped[:5]:
         say(f"skipped {where}: {why}")
     if len(checked.skipped) > 5:
-        say(f"skipped {len(checked.skipped)} samples in all, {checked.rows} are left")
+        say(f"skipped {len(checked.skipped)} samples in all")
+    longest = f", the longest of {checked.longest} tokens" if checked.longest else ""
+    say(f"{checked.rows:,} samples are good{longest}; loading {source}")
     record = _record(source, plan, settings, checked)
     if checkpoint is not None:
         output.check_record(folder, record)
@@ -231,12 +236,10 @@ def train_pvm(
         _check_space(folder, plan, settings, checked)
 
     model, _ = load(source, dtype=_dtype(settings, plan), device=_device(settings))
-    if settings.blindfold_steps:
-        with blindfold(model):  # raises where it cannot work, before any step
-            pass
     if is_main:
         if overwrite and (moved := output.move_aside(folder)) is not None:
             say(f"{folder} held something; it is now {moved}")
+        folder.mkdir(parents=True, exist_ok=True)
         output.write_record(folder, record)
 
     trainer = _make_trainer(
@@ -247,7 +250,7 @@ def train_pvm(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     seconds = time.perf_counter() - started
     unchanged = None if before is None else before == _checksum(trainer.model)
-    _save(trainer, folder, is_main)
+    _save(trainer, folder, is_main, _card(source, trainer, settings, checked))
     if unchanged is False:
         raise KeepsightError(
             f"Frozen tensors of the base changed during training, which must never happen; the adapter in {folder} "
@@ -291,7 +294,7 @@ def _require_trl() -> None:
         raise ImportError('Training goes through TRL. Install it: pip install "keepsight[train]"') from error
 
 
-def _check_settings(settings: SftSettings, plan: MemoryPlan) -> None:
+def _check_settings(settings: SftSettings) -> None:
     from transformers import SchedulerType
     from transformers.integrations import get_available_reporting_integrations
 
@@ -447,8 +450,13 @@ def _make_trainer(
             if on_log is not None and state.is_world_process_zero:
                 on_log(dict(logs), state.global_step, state.max_steps)
 
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_log |= state.global_step >= state.max_steps  # the last step, too
+
     gpu = _on_gpu(settings)
     checkpointing = gpu if settings.gradient_checkpointing is None else settings.gradient_checkpointing
+    # Newer transformers call it activation_checkpointing.
+    renamed = "activation" if any(f.name == "activation_checkpointing" for f in fields(SFTConfig)) else "gradient"
     args = SFTConfig(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
@@ -462,8 +470,10 @@ def _make_trainer(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         bf16=(gpu and torch.cuda.is_bf16_supported()) if settings.bf16 is None else settings.bf16,
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        **{
+            f"{renamed}_checkpointing": checkpointing,
+            f"{renamed}_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        },
         use_cpu=not gpu,
         seed=settings.seed,
         logging_steps=settings.logging_steps,
@@ -525,7 +535,45 @@ def _checksum(model: torch.nn.Module) -> dict[str, int] | None:
     return sums
 
 
-def _save(trainer: Any, folder: Path, is_main: bool) -> None:
+def _card(source: str | Path, trainer: Any, settings: SftSettings, data: CheckedData) -> str:
+    """The README of the adapter folder, which is also its card on the hub."""
+    model, state = trainer.accelerator.unwrap_model(trainer.model), trainer.state
+    pvm = model.peft_config["default"]
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    gates = ", ".join(f"layer {layer}: {gate:+.4f}" for layer, gate in gates_of(model).items())
+    rule = "causal" if pvm.causal else "published"
+    loss = f"{losses[0]:.4f} at first, {losses[-1]:.4f} at last" if losses else "not logged"
+    return f"""---
+base_model: {source}
+library_name: peft
+tags: [keepsight, pvm, vision-language]
+---
+
+# A persistent visual memory (PVM) for {source}
+
+Made with keepsight; the base model is frozen and unchanged.
+
+```python
+import keepsight
+
+model, processor = keepsight.load("this folder or its hub id")
+```
+
+| | |
+|---|---|
+| method | PVM (arXiv 2605.00814), {rule} rule |
+| layers | {", ".join(map(str, pvm.layers))} |
+| latent width | {pvm.width} |
+| parameters | {sum(p.numel() for p in model.parameters() if p.requires_grad):,} |
+| training | {state.global_step} steps on {data.rows:,} samples |
+| peak learning rate | {settings.lr:g}, gates {settings.lr * settings.gate_lr_multiplier:g}; seed {settings.seed} |
+| training loss | {loss} |
+| blindfold warm-up | {settings.blindfold_steps} steps (not in the paper) |
+| gates | {gates} |
+"""
+
+
+def _save(trainer: Any, folder: Path, is_main: bool, card: str) -> None:
     """Write adapter and processor beside each other, then move them into place: no half-written file is ever seen."""
     broken = [name for name, p in trainer.model.named_parameters() if p.requires_grad and not p.isfinite().all()]
     if broken:
@@ -537,4 +585,5 @@ def _save(trainer: Any, folder: Path, is_main: bool) -> None:
     trainer.save_model(str(temporary))
     if is_main:
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle, and checkpoints have it for resuming
+        (temporary / "README.md").write_text(card)
         output.put_in_place(temporary, folder)

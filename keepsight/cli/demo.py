@@ -1,0 +1,174 @@
+"""`keepsight demo`: see a VLM lose its image and get it back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from keepsight.cli.console import Interrupted, err, out, quiet, say, with_examples
+from keepsight.errors import KeepsightError
+
+_ROWS = (
+    ("base", "base"),
+    ("pvm", "PVM"),
+    ("lora", "LoRA"),
+    ("mlp", "parallel MLP"),
+    ("pvm_plain", "PVM, no warm-up"),
+    ("lora_long", "LoRA, full length"),
+)
+
+
+@with_examples(
+    ("all of it; then open keepsight-demo/report.html", "keepsight demo"),
+    ("less of it, in under two minutes", "keepsight demo --quick"),
+    ("on a base of your own", "keepsight lab pretrain --seed 1 --out base-1 && keepsight demo --base base-1"),
+)
+def demo(
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for results, plots and report.")] = Path(
+        "keepsight-demo"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps, images and methods; under two minutes.")] = False,
+    seed: Annotated[int, typer.Option(help="Of adapters, training data and test images.", min=0)] = 0,
+    base: Annotated[
+        Path | None, typer.Option(help="A base made by `keepsight lab pretrain`. Default: the one that ships.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes of one thread each. Default: one per core, at most 4.", min=0)
+    ] = None,
+) -> None:
+    """See a VLM lose its image and get it back: a few minutes, no GPU, no download.
+
+    A tiny VLM reads handwritten digits in short and long outputs. A memory (PVM) and two controls of the same size,
+    LoRA and a parallel MLP, are trained on the same data with the language model frozen. All are read at lengths far
+    beyond their training. Then the memory is tampered with, to see whether it is really used.
+    """
+    from keepsight.cli.sources import debugging
+
+    if not debugging():
+        quiet()
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    from keepsight.lab.demo import check_output, run_demo
+    from keepsight.lab.digits import load_glyphs
+    from keepsight.lab.jobs import Settings
+
+    check_output(folder)
+    load_glyphs()  # a missing extra is found before the work
+    _need_matplotlib()
+    if base is not None and not (base / "config.json").is_file():
+        raise KeepsightError(f"{base} is no base: it has no config.json. Make one: keepsight lab pretrain --out {base}")
+    settings = Settings.quick(seed, base) if quick else Settings(seed=seed, base=base)
+    names = dict(_ROWS)
+    say(
+        "A tiny VLM reads digits; a memory and two controls of the same size learn to help it. "
+        + ("Under two minutes on two cores." if quick else "A few minutes on two cores; --quick does less.")
+    )
+    columns = (
+        TextColumn("{task.fields[who]:<18}"),
+        BarColumn(bar_width=28),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    try:
+        with Progress(*columns, console=err) as bars:
+            tasks = {name: bars.add_task("waiting", total=1.0, start=False, who=names[name]) for name in settings.jobs}
+            started: set[str] = set()
+
+            def show(job: str, what: str, share: float) -> None:
+                if job not in started:
+                    started.add(job)
+                    bars.start_task(tasks[job])
+                bars.update(tasks[job], completed=share, description=what)
+
+            def finish(job: str, result: dict[str, Any]) -> None:
+                bars.update(tasks[job], completed=1.0, description="done")
+                bars.stop_task(tasks[job])
+                if not err.is_terminal:
+                    far = settings.lengths[-1]
+                    accuracy = result["accuracy_by_length"][str(far)]["accuracy"]
+                    say(f"{names[job]}: reads {accuracy:.1%} after {far:,} tokens")
+
+            results = run_demo(folder, settings, quick=quick, workers=workers, on_progress=show, on_done=finish)
+    except KeyboardInterrupt as stop:
+        raise Interrupted("stopped by Ctrl-C; no results were written.") from stop
+    print_results(results, folder)
+
+
+def _need_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "The demo draws its plots with matplotlib. Install the extra: pip install 'keepsight[lab]'"
+        ) from error
+
+
+def print_results(results: dict[str, Any], folder: Path) -> None:
+    """The tables and the verdict, on stdout."""
+    from rich.table import Table
+
+    lengths, limit = results["lengths"], results["train_length"]
+    table = Table(
+        title=f"Digits read correctly, by generated tokens before the answer (trained up to {limit}; * beyond)",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("")
+    for length in lengths:
+        table.add_column(f"{length}{'*' if length > limit else ''}", justify="right")
+    table.add_column("trained", justify="right")
+    table.add_column("s", justify="right")
+    for name, label in _ROWS:
+        if name not in results:
+            continue
+        entry = results[name]
+        cells = [f"{entry['accuracy_by_length'][str(n)]['accuracy']:.1%}" for n in lengths]
+        seconds = f"{entry['training_seconds']:.0f}" if name != "base" else ""
+        style = "bold cyan" if name == "pvm" else None
+        table.add_row(label, *cells, f"{entry['trainable_parameters']:,}", seconds, style=style)
+        if name == "base":
+            masked = entry["masked_filler_accuracy_by_length"]
+            table.add_row(
+                "  filler masked", *(f"{masked[str(n)]['accuracy']:.1%}" for n in lengths), "", "", style="dim"
+            )
+    out.print()
+    out.print(table)
+    causal = results["pvm"]["causal"]
+    battery = Table(
+        title=f"Is the memory used? PVM after {causal['length']:,} tokens",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        show_header=False,
+    )
+    for key, label in (
+        ("on", "memory on"),
+        ("gate_off", "gate off"),
+        ("noise", "memory replaced by noise"),
+        ("swapped", "another image's memory, scored for the own image"),
+        ("swapped_follows", "the same answers, scored for the other image"),
+    ):
+        battery.add_row(label, f"{causal[key]:.1%}")
+    out.print()
+    out.print(battery)
+    out.print()
+    for entry in results["verdict"]:
+        mark = "[green]held[/green]        " if entry["held"] else "[red]did not hold[/red]"
+        out.print(f"{mark} {entry['claim']}.", highlight=False, soft_wrap=True)
+    out.print()
+    out.print(
+        f"regime: {results['regime']}. {results['regime_note']}",
+        style="dim",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    out.print(
+        f"{results['seconds']:.0f} s. Read on: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True
+    )

@@ -1,0 +1,211 @@
+"""The demo: a VLM loses its image, gets it back, and the memory is put to the test. Every number is measured in the
+run.
+
+`run_demo` does the work and writes a folder::
+
+    results.json                 all numbers
+    report.html                  one self-contained page that explains them
+    accuracy_by_length.png, attention_mass.png, causal.png
+    example-1.png ...            images from the test set, to try `keepsight generate` on
+    adapter/                     the trained PVM, for `keepsight.load`
+
+Nothing is written there before all numbers are in, so an interrupted run leaves no half of a result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keepsight.errors import KeepsightError
+from keepsight.lab.jobs import Settings
+from keepsight.lab.pretraining import PRETRAINING_RECORD
+from keepsight.lab.reference import REFERENCE_NAME, reference_path
+from keepsight.lab.verdict import verdict
+from keepsight.lab.workers import OnDone, OnProgress, run_jobs, usable_cores
+
+FILES = ("results.json", "report.html", "accuracy_by_length.png", "attention_mass.png", "causal.png", "adapter")
+EXAMPLES = 3
+
+
+class DemoOutputError(KeepsightError):
+    """The demo cannot write where it was told to."""
+
+
+def check_output(out: Path) -> None:
+    """Find out before the work whether results can be written to `out`.
+
+    Raises:
+        DemoOutputError: `out` is a file, cannot be written, or holds files of these names that no demo wrote.
+    """
+    if out.exists() and not out.is_dir():
+        raise DemoOutputError(f"{out} is a file; --out needs a folder.")
+    taken = [name for name in FILES if (out / name).exists()]
+    if taken and not _is_former_demo(out / "results.json"):
+        raise DemoOutputError(f"{out} holds {taken[0]}, which no earlier demo wrote. Choose another folder: --out DIR")
+    made = next((p for p in (out, *out.parents) if p.exists()), None)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise DemoOutputError(
+            f"{out} cannot be written ({error.strerror}). Choose another folder: --out DIR"
+        ) from error
+    finally:
+        for folder in (out, *out.parents):  # leave nothing of an empty try behind
+            if folder == made or not folder.is_dir() or any(folder.iterdir()):
+                break
+            folder.rmdir()
+
+
+def _is_former_demo(results: Path) -> bool:
+    try:
+        return "train_length" in json.loads(results.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _nothing(*_: Any) -> None:
+    """No display."""
+
+
+def run_demo(
+    out: Path,
+    settings: Settings | None = None,
+    *,
+    quick: bool = False,
+    workers: int | None = None,
+    on_progress: OnProgress = _nothing,
+    on_done: OnDone = _nothing,
+) -> dict[str, Any]:
+    """Run everything and write the folder `out`.
+
+    Args:
+        out: the folder; it appears with the results, not before.
+        settings: default: the shipped base, seed 0.
+        quick: recorded in the results.
+        workers: processes; default: one per core, at most four.
+        on_progress, on_done: told about jobs.
+
+    Returns:
+        The content of `results.json`.
+    """
+    settings = settings or (Settings.quick() if quick else Settings())
+    check_output(out)
+    begin = time.perf_counter()
+    workers = min(usable_cores(), 4) if workers is None else workers
+    with tempfile.TemporaryDirectory(prefix="keepsight-demo-") as scratch:
+        jobs = run_jobs(settings, Path(scratch), workers, on_progress, on_done)
+        results = assemble(jobs, settings, quick)
+        results["seconds"] = round(time.perf_counter() - begin, 1)
+        results["conditions"] = conditions(workers)
+        write_folder(out, results, settings, Path(scratch))
+    return results
+
+
+def assemble(jobs: dict[str, dict[str, Any]], settings: Settings, quick: bool) -> dict[str, Any]:
+    """Put the jobs' results together: one entry per method, and what they share."""
+    regime, note = describe_regime(settings.base)
+    results: dict[str, Any] = {
+        "regime": regime,
+        "regime_note": note,
+        "seed": settings.seed,
+        "quick": quick,
+        "split": settings.split,
+        "train_length": settings.plan.train_length,
+        "lengths": list(settings.lengths),
+        "base_checkpoint": REFERENCE_NAME if settings.base is None else settings.base.name,
+        "plan": settings.plan.as_dict(),
+        "measure": (
+            "Teacher-forced accuracy of the most probable token over the whole vocabulary at the last six digits of "
+            "each "
+            "narration; length is the number of generated tokens."
+        ),
+    }
+    for name in ("base", "pvm", "lora", "mlp", "pvm_plain", "lora_long"):
+        if name in jobs:
+            results[name] = jobs[name]
+    results["verdict"] = verdict(results)
+    return results
+
+
+def describe_regime(base: Path | None) -> tuple[str, str]:
+    """What the base's fall in long outputs is mostly made of, by how it was pretrained."""
+    folder = reference_path() if base is None else base
+    try:
+        record = json.loads((folder / PRETRAINING_RECORD).read_text(encoding="utf-8"))
+        max_jump = record["config"]["max_jump"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown", "The base does not say how it was pretrained. Judge by the masked-filler control."
+    if max_jump:
+        return "pure_dilution", (
+            f"Positions were randomised in pretraining (jumps of up to {max_jump:,}), so large distances are nothing "
+            f"new to the "
+            "base; what it loses in long outputs, it loses to the number of text keys. The masked-filler control "
+            "checks this."
+        )
+    return "rotary_range", (
+        "The base has only seen short positions in pretraining, so most of its fall in long outputs is one of rotary "
+        "range and not "
+        "of dilution. Claims about dilution need a base with randomised positions, such as the shipped one."
+    )
+
+
+def conditions(workers: int) -> dict[str, Any]:
+    """The machine and the versions, without names of machine or user."""
+    import peft
+    import torch
+    import transformers
+
+    import keepsight
+
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "device": "cpu",
+        "dtype": "float32",
+        "cores": usable_cores(),
+        "workers": workers,
+        "threads_per_worker": 1,
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "keepsight": keepsight.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+def write_folder(out: Path, results: dict[str, Any], settings: Settings, workdir: Path) -> None:
+    """Make everything beside `out`, then move it in, `results.json` last."""
+    from keepsight.lab.plots import plot_all
+    from keepsight.lab.report import render_report
+    from keepsight.lab.samples import example_images, sample_narration
+
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=out) as part_name:
+        part = Path(part_name)
+        images = example_images(EXAMPLES, settings.seed)
+        for index, (image, _) in enumerate(images, start=1):
+            image.resize((256, 256), resample=0).save(part / f"example-{index}.png")  # 0: nearest, pixels stay pixels
+        figures = plot_all(results, part)
+        narration = sample_narration(np.random.default_rng(settings.seed))
+        (part / "report.html").write_text(render_report(results, figures, images, narration), encoding="utf-8")
+        if (workdir / "pvm").is_dir():
+            shutil.copytree(workdir / "pvm", part / "adapter")
+        (part / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        for path in sorted(part.iterdir(), key=lambda p: p.name == "results.json"):
+            target = out / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)

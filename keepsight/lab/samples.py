@@ -1,0 +1,36 @@
+"""Examples to look at: images with their digits, and one narration word by word."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from keepsight.lab.digits import CELLS, draw_grids
+from keepsight.lab.narration import FILLER, STOP, VOCABULARY, filler_ids
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a narration and what it is: "filler", "cell", "digit" or "stop"."""
+
+    text: str
+    kind: str
+
+
+def example_images(count: int, seed: int) -> list[tuple[Image.Image, list[int]]]:
+    """Images of test glyphs, with their digits in reading order."""
+    images, digits = draw_grids(count, "test", np.random.default_rng([seed, 1]))
+    return [(image, row.tolist()) for image, row in zip(images, digits, strict=True)]
+
+
+def sample_narration(rng: np.random.Generator, seed: int = 0, facts: int = 3, gap: int = 7) -> list[Word]:
+    """The beginning of a narration about the first of `example_images(..., seed)`."""
+    digits = example_images(1, seed)[0][1]
+    words: list[Word] = []
+    for cell in rng.permutation(len(CELLS))[:facts]:
+        words += [Word(VOCABULARY[i], "filler") for i in filler_ids(1, gap, rng)[0]]
+        words += [Word(CELLS[cell], "cell"), Word(str(digits[cell]), "digit"), Word(STOP, "stop")]
+    assert all(word.text in FILLER for word in words if word.kind == "filler")
+    return words

@@ -1,0 +1,169 @@
+"""The blindfold: text cannot see images, the memory can, and nothing is left behind."""
+
+import threading
+
+import pytest
+import torch
+from families import BY_NAME, FAMILIES, Row, make_inputs
+from helpers import MIXED_ROWS, attach, logits
+
+from keepsight.backbone import Backbone
+from keepsight.train.blindfold import BlindfoldError, blindfold, blindfold_mask
+
+COVERABLE = [family for family in FAMILIES if not family.hybrid]
+ONE_IMAGE = [Row(2, (2, 2), 5, seed=1), Row(3, (2, 2), 4, seed=2)]
+
+
+@pytest.fixture(params=COVERABLE, ids=lambda family: family.name)
+def coverable(request):
+    return request.param
+
+
+def text_logits(model, inputs):
+    """Logits of all text positions that are no padding, [n, V]."""
+    keep = inputs["attention_mask"].bool() & ~Backbone.of(model).visual_mask(inputs["input_ids"])
+    return logits(model, inputs, use_cache=False)[keep]
+
+
+def with_other_pixels(inputs):
+    return inputs | {"pixel_values": inputs["pixel_values"].flip(-1) + 1.0}
+
+
+def test_text_cannot_see_the_image(coverable):
+    model = coverable.build()
+    inputs = make_inputs(coverable, model, MIXED_ROWS)
+    assert not torch.equal(text_logits(model, inputs), text_logits(model, with_other_pixels(inputs)))
+    with blindfold(model):
+        assert torch.equal(text_logits(model, inputs), text_logits(model, with_other_pixels(inputs)))
+
+
+def test_the_memory_still_sees_the_image(coverable):
+    model = coverable.build()
+    inputs = make_inputs(coverable, model, MIXED_ROWS)
+    model = attach(model)
+    with blindfold(model):
+        difference = text_logits(model, inputs) - text_logits(model, with_other_pixels(inputs))
+    assert difference.abs().max() > 1e-3
+
+
+def test_rows_without_images_and_visual_positions_are_untouched(coverable):
+    model = coverable.build()
+    for rows, is_free in ((ONE_IMAGE, "visual"), ([Row(7, seed=3), Row(4, seed=4)], "text")):
+        inputs = make_inputs(coverable, model, rows)
+        visual = Backbone.of(model).visual_mask(inputs["input_ids"])
+        keep = visual if is_free == "visual" else inputs["attention_mask"].bool()
+        plain = logits(model, inputs, use_cache=False)
+        with blindfold(model):
+            covered = logits(model, inputs, use_cache=False)
+        torch.testing.assert_close(covered[keep], plain[keep], rtol=0, atol=2e-5)
+
+
+def test_a_batch_equals_its_rows(coverable):
+    model = attach(coverable.build())
+    inputs = make_inputs(coverable, model, ONE_IMAGE + [Row(1, (2, 2), 2, seed=5)])
+    with blindfold(model):
+        together = logits(model, inputs, use_cache=False)
+        for index, row in enumerate([*ONE_IMAGE, Row(1, (2, 2), 2, seed=5)]):
+            alone = logits(model, make_inputs(coverable, model, [row]), use_cache=False)[0]
+            torch.testing.assert_close(together[index, -len(alone) :], alone, rtol=0, atol=2e-5)
+
+
+def test_nothing_is_left_behind(coverable):
+    model = attach(coverable.build())
+    inputs = make_inputs(coverable, model, MIXED_ROWS)
+    before = logits(model, inputs, use_cache=False)
+    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
+    with pytest.raises(RuntimeError, match="on purpose"), blindfold(model):  # noqa: PT012
+        logits(model, inputs, use_cache=False)
+        raise RuntimeError("on purpose")
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert torch.equal(logits(model, inputs, use_cache=False), before)
+
+
+def test_gradient_checkpointing_changes_nothing(coverable):
+    model = attach(coverable.build()).train()
+    inputs = make_inputs(coverable, model, ONE_IMAGE)
+
+    def gradients():
+        model.zero_grad()
+        with blindfold(model):
+            model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again = gradients()
+    assert plain.keys() == again.keys()
+    assert any(g.abs().sum() > 0 for g in plain.values())
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_the_backward_may_come_after_the_block():
+    """Recomputation under gradient checkpointing uses the mask of its own forward."""
+    family = BY_NAME["qwen3_vl"]
+    model = attach(family.build()).train()
+    inputs = make_inputs(family, model, ONE_IMAGE)
+
+    def gradients(late):
+        model.zero_grad()
+        with blindfold(model):
+            loss = model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+            if not late:
+                loss.backward()
+        if late:
+            loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    early, late = gradients(False), gradients(True)
+    assert all(torch.equal(early[name], late[name]) for name in early)
+
+
+def test_other_threads_see():
+    family = BY_NAME["qwen3_vl"]
+    model = family.build()
+    inputs = make_inputs(family, model, ONE_IMAGE)
+    plain = logits(model, inputs, use_cache=False)
+    elsewhere = []
+    with blindfold(model):
+        thread = threading.Thread(target=lambda: elsewhere.append(logits(model, inputs, use_cache=False)))
+        thread.start()
+        thread.join()
+        covered = logits(model, inputs, use_cache=False)
+    assert torch.equal(elsewhere[0], plain)
+    assert not torch.equal(covered, plain)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.hybrid], ids=lambda family: family.name)
+def test_linear_attention_cannot_be_covered(family):
+    with pytest.raises(BlindfoldError, match=r"linear attention.*without the warm-up"), blindfold(family.build()):
+        pass
+
+
+def test_flash_attention_is_refused():
+    model = BY_NAME["qwen3_vl"].build()
+    Backbone.of(model).decoder.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(BlindfoldError, match="attn_implementation='sdpa'"), blindfold(model):
+        pass
+
+
+def test_continuing_a_cache_is_refused():
+    family = BY_NAME["qwen3_vl"]
+    model = family.build()
+    inputs = make_inputs(family, model, ONE_IMAGE)
+    cache = model(**inputs, use_cache=True).past_key_values
+    with pytest.raises(BlindfoldError, match="continues a cache"), blindfold(model):  # noqa: PT012
+        model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
+
+
+def test_the_mask_keeps_what_a_given_mask_hides():
+    visual = torch.tensor([[False, True, False, False]])
+    hidden = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    hidden[..., 3, 0] = False
+    additive = torch.zeros(1, 1, 4, 4).masked_fill(~hidden, float("-inf"))
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1]]
+    for given in (hidden, additive):
+        mask = blindfold_mask(visual, given, torch.float32)
+        assert (mask[0, 0] == 0).int().tolist() == expected
+    padded = blindfold_mask(visual, torch.tensor([[0, 1, 1, 1]]), torch.float32)
+    assert (padded[0, 0] == 0).int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]

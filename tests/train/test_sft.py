@@ -1,0 +1,357 @@
+"""Training end to end on a tiny VLM: only the memory learns, runs resume exactly, and nothing saved is ever lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import TinyFamily
+from safetensors.torch import load_file, save_file
+from tiny_training import FLAGS, QUICK, draw_digit, make_data, read_rows, write_rows
+
+import keepsight
+from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.train import sft
+from keepsight.train.output import OutputError, check_space, last_checkpoint
+from keepsight.train.sft import SftSettings, TrainingDivergedError, TrainReport, train_pvm
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def settings(**changes: Any) -> SftSettings:
+    return SftSettings(**(QUICK | changes))
+
+
+def answer_loss(model: Any, processor: Any, data: Path) -> float:
+    from keepsight.train.collate import ConversationCollator
+    from keepsight.train.data import check_dataset, load_dataset_any, read_sample
+
+    checked = check_dataset(load_dataset_any(data))
+    batch = ConversationCollator(processor)([read_sample(row, checked.source) for row in checked.dataset])
+    with torch.no_grad():
+        return float(model(**batch).loss)
+
+
+def test_the_loss_falls_and_only_the_memory_learns(
+    trained: tuple[Path, TrainReport], tiny_vlm: Path, data: Path
+) -> None:
+    adapter, report = trained
+    assert report.first_loss is not None
+    assert report.last_loss is not None
+    assert report.last_loss < report.first_loss - 0.3
+    assert report.base_unchanged is True
+    assert all(gate != 0 for gate in report.gates.values())
+    assert all("pvm_" in name for name in load_file(adapter / WEIGHTS))
+    assert sum(tensor.numel() for tensor in load_file(adapter / WEIGHTS).values()) == report.trainable
+
+    base, processor = keepsight.load(tiny_vlm)
+    model, _ = keepsight.load(adapter)
+    assert answer_loss(model, processor, data) < answer_loss(base, processor, data) - 0.3
+    on_disk = load_file(tiny_vlm / "model.safetensors")
+    for name, tensor in model.get_base_model().state_dict().items():
+        if "pvm_" not in name and name in on_disk:
+            assert torch.equal(tensor, on_disk[name].to(tensor.dtype)), name
+
+
+def family_folder(family: TinyFamily, folder: Path) -> Path:
+    """A tiny model of a family with a processor of that family, saved as any VLM is."""
+    from test_collate import internvl, llava_onevision
+
+    from keepsight.lab.reference import build_processor
+
+    makers = {"internvl_qwen2": internvl, "internvl_qwen3": internvl, "llava_onevision": llava_onevision}
+    processor = makers.get(family.name, build_processor)()
+    tokens = {name: getattr(processor, name, None) for name in ("image_token_id", "image_ids", "video_token_id")}
+    if family.marks:
+        for name in ("vision_start", "vision_end"):
+            tokens[f"{name}_token_id"] = processor.tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+    model = family.build(**{name: token for name, token in tokens.items() if isinstance(token, int)})
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_every_family_trains(family: TinyFamily, data: Path, tmp_path: Path) -> None:
+    base = family_folder(family, tmp_path / "base")
+    pvm = keepsight.PvmConfig(layers=[1, 3], width=32)
+    report = train_pvm(base, data, tmp_path / "out", pvm=pvm, settings=settings(max_steps=8, lr=1e-2))
+    assert report.base_unchanged is True
+    assert report.last_loss < report.first_loss
+    assert all(abs(gate) > 0.01 for gate in report.gates.values())
+    model, processor = keepsight.load(tmp_path / "out")
+    loss_on = answer_loss(model, processor, data)
+    with model.disable_adapter():
+        assert answer_loss(model, processor, data) > loss_on
+
+
+def test_the_adapter_names_its_base_as_the_user_did_and_generates(
+    trained: tuple[Path, TrainReport], tiny_vlm: Path
+) -> None:
+    adapter, _ = trained
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_vlm)
+    assert not (adapter / "training_args.bin").exists()
+    model, processor = keepsight.load(adapter)
+    inputs = processor(text=["<|vision_start|><|image_pad|><|vision_end|> describe :"], images=[[draw_digit(3)]])
+    inputs = {name: torch.as_tensor(value) for name, value in inputs.items()}
+    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    with model.disable_adapter():
+        without = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert not torch.equal(tokens, without)
+
+
+def test_gates_learn_at_their_own_rate(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    # One step with a constant rate: Adam's first step moves every parameter by exactly its learning rate.
+    report = train_pvm(
+        tiny_vlm,
+        data,
+        tmp_path / "out",
+        settings=settings(max_steps=1, lr=1e-3, gate_lr_multiplier=20, warmup_ratio=0, scheduler="constant"),
+    )
+    for gate in report.gates.values():
+        assert abs(gate) == pytest.approx(0.02, rel=1e-2)
+
+
+def test_logs_hold_gates_loss_rate_and_tokens(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    logs: list[dict[str, float]] = []
+    train_pvm(
+        tiny_vlm,
+        data,
+        tmp_path / "out",
+        pvm=keepsight.PvmConfig(layers=[1, 3], width=32),
+        eval_dataset=data,
+        settings=settings(max_steps=5, logging_steps=2, eval_steps=2),
+        on_log=lambda values, step, total: logs.append(values),
+    )
+    training = [values for values in logs if "loss" in values]
+    assert len(training) == 4  # the first step, every second, and the last
+    assert {"loss", "learning_rate", "num_tokens", "gate/1", "gate/3"} <= training[-1].keys()
+    assert "gate/2" not in training[-1]
+    assert len([values for values in logs if "eval_loss" in values]) >= 2
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = load_file(a / WEIGHTS), load_file(b / WEIGHTS)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 40, "save_steps": 10, "batch_size": 2, "blindfold_steps": 15}
+    train_pvm(tiny_vlm, data, tmp_path / "unbroken", settings=settings(**options))
+
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "keepsight.cli", "train", "pvm", str(tiny_vlm), "-d", str(data), "-o", str(out)]
+    flags = {"max-steps": 40, "save-steps": 10, "batch-size": 2, "grad-accum": 1, "lr": 3e-3, "blindfold-steps": 15}
+    command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint-10" / "trainer_state.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    assert not (out / WEIGHTS).exists()
+
+    said: list[str] = []
+    report = train_pvm(tiny_vlm, data, out, settings=settings(**options), resume=True, say=said.append)
+    assert report.resumed_from is not None
+    assert report.resumed_from >= 10
+    assert any(line.startswith("resuming from") for line in said)
+    assert same_weights(tmp_path / "unbroken", out)
+
+    # Resuming a finished run changes nothing.
+    before = (out / WEIGHTS).read_bytes()
+    assert train_pvm(tiny_vlm, data, out, settings=settings(**options), resume=True).steps == 40
+    assert (out / WEIGHTS).read_bytes() == before
+
+
+def test_broken_checkpoints_are_passed_over(trained: tuple[Path, TrainReport], tiny_vlm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(trained[0], out)
+    newest = out / "checkpoint-12"
+    assert last_checkpoint(out) == (newest, [])
+
+    weights = (newest / WEIGHTS).read_bytes()
+    (newest / WEIGHTS).write_bytes(weights[:-1000])
+    found, broken = last_checkpoint(out)
+    assert found == out / "checkpoint-6"
+    assert "not a whole safetensors file" in broken[0]
+
+    (newest / WEIGHTS).write_bytes(weights)
+    (newest / "trainer_state.json").unlink()
+    assert last_checkpoint(out)[1] == ["checkpoint-12: saving it was interrupted"]
+
+    tensors = load_file(out / "checkpoint-6" / WEIGHTS)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, out / "checkpoint-6" / WEIGHTS)
+    found, broken = last_checkpoint(out)
+    assert found is None
+    assert "NaN or infinite" in broken[1]
+
+
+def test_resuming_under_other_settings_is_refused(
+    trained: tuple[Path, TrainReport], tiny_vlm: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(trained[0], out)
+    source = make_data(tmp_path / "data")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(OutputError, match=r"other settings: width was 96, now 32; .*lr was 0.003, now 0.001"):
+        train_pvm(tiny_vlm, source, out, pvm=keepsight.PvmConfig(width=32), settings=settings(lr=1e-3), resume=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_full_folder_is_not_written_into(trained: tuple[Path, TrainReport], tiny_vlm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(trained[0], out)
+    source = make_data(tmp_path / "data")
+    with pytest.raises(OutputError, match="is not empty"):
+        train_pvm(tiny_vlm, source, out, settings=settings())
+    said: list[str] = []
+    train_pvm(tiny_vlm, source, out, settings=settings(max_steps=1), overwrite=True, say=said.append)
+    assert (tmp_path / "out.old" / WEIGHTS).read_bytes() == (trained[0] / WEIGHTS).read_bytes()
+    assert any("out.old" in line for line in said)
+    assert not (out / "checkpoint-12").exists()
+
+
+def test_a_failing_run_leaves_its_checkpoints(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Vanish(TrainerCallback):
+        """Takes the images away after the first checkpoint."""
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for image in data.parent.glob("*.png"):
+                image.unlink()
+
+    out = tmp_path / "out"
+    with pytest.raises(KeepsightError, match="no such image file"):
+        train_pvm(tiny_vlm, data, out, settings=settings(save_steps=2), callbacks=[Vanish()])
+    found, broken = last_checkpoint(out)
+    assert found == out / "checkpoint-2"
+    assert broken == []
+    keepsight.load(found)
+
+
+def test_a_diverging_run_stops_and_keeps_what_was_good(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Poison(TrainerCallback):
+        """Makes one weight infinite after the first checkpoint."""
+
+        def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            with torch.no_grad():
+                next(p for p in model.parameters() if p.requires_grad).fill_(float("inf"))
+
+    out = tmp_path / "out"
+    with pytest.raises(TrainingDivergedError, match="at step 3"):
+        train_pvm(tiny_vlm, data, out, settings=settings(save_steps=2), callbacks=[Poison()])
+    assert last_checkpoint(out)[0] == out / "checkpoint-2"
+    assert not (out / WEIGHTS).exists()
+
+
+def test_over_long_answers_are_cut_and_images_never(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    rows = read_rows(data)
+    rows[0]["messages"][1]["content"] = "a1 3 . " * 200
+    write_rows(data, rows)
+    with pytest.raises(KeepsightError, match=r"line 1, messages: \d+ tokens after processing"):
+        train_pvm(tiny_vlm, data, tmp_path / "out", settings=settings(max_steps=1, max_length=64))
+    report = train_pvm(
+        tiny_vlm, data, tmp_path / "out", settings=settings(max_steps=4, max_length=64, over_long="truncate")
+    )
+    assert report.data.longest is not None
+    assert report.steps == 4
+    assert report.tokens <= 64 * 16
+
+
+def test_text_only_samples_that_are_kept_train(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    rows = read_rows(data)
+    write_rows(data, [row | {"images": []} if i % 2 else row for i, row in enumerate(rows)])
+    report = train_pvm(
+        tiny_vlm, data, tmp_path / "out", settings=settings(max_steps=16, batch_size=1, text_only="keep")
+    )
+    assert report.data.text_only == 8
+    assert report.base_unchanged
+    assert all(gate != 0 for gate in report.gates.values())
+
+
+def test_gradient_checkpointing_and_accumulation_change_nothing(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    plain = train_pvm(tiny_vlm, data, tmp_path / "plain", settings=settings(max_steps=4))
+    options = {"batch_size": 2, "grad_accum": 2, "gradient_checkpointing": True}
+    other = train_pvm(tiny_vlm, data, tmp_path / "other", settings=settings(max_steps=4, **options))
+    for layer, gate in plain.gates.items():
+        assert other.gates[layer] == pytest.approx(gate, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "lesson"),
+    [
+        ({"pvm": keepsight.PvmConfig(layers=[9])}, "out of range; the model has layers 0 to 3"),
+        ({"pvm": keepsight.PvmConfig(width=50)}, "Try 48 or 64"),
+        ({"settings": settings(scheduler="banana")}, "scheduler='banana': expected one of"),
+        ({"settings": settings(report_to=("banana",))}, "report_to='banana' is not installed"),
+    ],
+)
+def test_bad_settings_are_refused_before_weights_are_read(
+    options: dict[str, Any], lesson: str, tiny_vlm: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sft, "load", lambda *args, **kwargs: pytest.fail("the weights were read"))
+    with pytest.raises(ValueError, match=lesson):
+        train_pvm(tiny_vlm, data, tmp_path / "out", **({"settings": settings()} | options))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch_size": 0}, {"lr": -1.0}, {"warmup_ratio": 1.5}, {"max_steps": 0}, {"workers": -1}]
+)
+def test_impossible_settings(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"expected|negative"):
+        SftSettings(**wrong)
+
+
+def test_a_setting_without_effect_warns() -> None:
+    with pytest.warns(KeepsightWarning, match="no effect without max_length"):
+        SftSettings(over_long="skip")
+
+
+def test_the_output_folder_is_checked_first(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        train_pvm(tiny_vlm, data, tmp_path / "file", settings=settings())
+    with pytest.raises(OutputError, match="cannot be written"):
+        train_pvm(tiny_vlm, data, "/proc/keepsight", settings=settings())
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OutputError, match="no training run that --resume could go on with"):
+        train_pvm(tiny_vlm, data, data.parent, settings=settings(), resume=True)
+    with pytest.raises(OutputError, match="MB are free, and the run needs about"):
+        check_space(tmp_path, 2**60, "the run")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_named() -> None:
+    import errno
+
+    from keepsight.cli.console import explain
+
+    with pytest.raises(OSError, match="No space left") as error:
+        os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+    assert error.value.errno == errno.ENOSPC
+    assert "the disk is full" in explain(error.value)
+
+
+def test_training_an_adapter_is_refused(trained: tuple[Path, TrainReport], data: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeepsightError, match="is an adapter"):
+        train_pvm(trained[0], data, tmp_path / "out", settings=settings())
+
+
+def test_flags_and_settings_agree() -> None:
+    # `FLAGS` and `QUICK` are two spellings of one run, on which the tests of the command line rely.
+    values = dict(zip(FLAGS[::2], FLAGS[1::2], strict=True))
+    for flag, value in values.items():
+        assert float(value) == QUICK[flag[2:].replace("-", "_")]
