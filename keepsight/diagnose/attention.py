@@ -47,6 +47,8 @@ class AttentionTrace:
             all text keys, the sequence's first token alone (the usual attention sink; part of text or of the image,
             wherever it stands) and the visual keys on image borders (where vision encoders put theirs).
         layouts: B layouts of the visual tokens.
+        where: [S, M] float32, mass on each visual token of row 0, mean over metered layers and heads; None unless the
+            meter was asked for it.
     """
 
     layers: np.ndarray
@@ -59,6 +61,7 @@ class AttentionTrace:
     log_first: np.ndarray
     log_edge: np.ndarray
     layouts: tuple[VisualLayout, ...]
+    where: np.ndarray | None = None
 
     @property
     def log_total(self) -> np.ndarray:
@@ -141,6 +144,7 @@ class AttentionMeter:
         layers: indices of decoder layers; default: every layer with softmax attention. "auto": up to twelve of them,
             evenly spread over the depth.
         every: measure every n-th generated position.
+        where: record also how the mass of row 0 spreads over the visual tokens (M more numbers per measured step).
 
     Raises:
         UnsupportedModelError: if the model's family is unknown.
@@ -152,11 +156,13 @@ class AttentionMeter:
         >>> meter.trace.mass.shape  # [S, L, B, H]
     """
 
-    def __init__(self, model: Any, layers: Sequence[int] | Literal["auto"] | None = None, every: int = 1):
+    def __init__(
+        self, model: Any, layers: Sequence[int] | Literal["auto"] | None = None, every: int = 1, where: bool = False
+    ):
         self.backbone = Backbone.of(model)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise KeepsightError(f"every={every!r}: expected a whole number of steps, 1 or more.")
-        self.every = every
+        self.every, self.where = every, where
         self.layers = _choose_layers(self.backbone, layers)
         self.traces: list[AttentionTrace] = []
         self._watch = PromptWatch(self.backbone)
@@ -206,7 +212,9 @@ class AttentionMeter:
         self._layouts: list[VisualLayout] = []
         self._slots, self._prompt, self._step = 0, 0, -1
         self._records: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # t -> ([L, 4, B, H], [2, B])
+        self._places: dict[int, torch.Tensor] = {}  # t -> [M], summed over layers
         self._now: list[torch.Tensor | None] = []
+        self._place: torch.Tensor | None = None
         self._counts: torch.Tensor | None = None
 
     def _before(self, decoder: Any, args: tuple, kwargs: dict) -> None:
@@ -237,7 +245,7 @@ class AttentionMeter:
         self._step = self._slots - self._prompt
         if self._step % self.every:
             return
-        self._now = [None] * len(self._modules)
+        self._now, self._place = [None] * len(self._modules), None
         self._configs = [module.config for module in self._modules]
         for row, (module, config) in enumerate(zip(self._modules, self._configs, strict=True)):
             module.config = _Probe(config, self, row)
@@ -251,6 +259,8 @@ class AttentionMeter:
             device = self._now[0].device  # type: ignore[union-attr]
             stacked = torch.stack([found.to(device) for found in self._now if found is not None])
             self._records[self._step] = stacked, self._counts
+            if self._place is not None:
+                self._places[self._step] = self._place / len(self._modules)
         elif output is not None and not any(found is not None for found in self._now):
             raise UnsupportedModelError(
                 f"{self.backbone.family.name}'s attention did not ask transformers' attention interface for its "
@@ -308,6 +318,10 @@ class AttentionMeter:
         parts = torch.stack([visual, open_ & ~visual, first, edge])  # [4, B, K]
         hidden = scores[None].masked_fill(~parts[:, :, None], float("-inf"))
         self._now[row] = torch.logsumexp(hidden, -1)  # [4, B, H]
+        if self.where:
+            share = (hidden[0, 0] - torch.logsumexp(hidden[:2, 0], (0, 2))[:, None]).exp().mean(0)  # [K]
+            share = share[visual[0]].to(self._visual.device)
+            self._place = share if self._place is None else self._place + share
         if row == 0:
             self._counts = torch.stack([parts[1].sum(1), visual.sum(1)])
 
@@ -326,10 +340,17 @@ class AttentionMeter:
                     visual_tokens=counts[-1, 1],
                     edge_tokens=edges if len(edges) else np.zeros(counts.shape[-1], np.int64),
                     layouts=tuple(self._layouts),
+                    where=self._stacked_places(steps),
                     **{f"log_{name}": values[:, :, i] for i, name in enumerate(_PARTS)},
                 )
             )
         self._begin()
+
+    def _stacked_places(self, steps: list[int]) -> np.ndarray | None:
+        found = [self._places.get(t) for t in steps]
+        if any(place is None for place in found) or len({len(p) for p in found if p is not None}) != 1:
+            return None
+        return torch.stack([place for place in found if place is not None]).float().cpu().numpy()
 
 
 def _choose_layers(backbone: Backbone, layers: Any) -> list[int]:

@@ -137,21 +137,29 @@ class Reader:
         return logits.float().log_softmax(-1)
 
     @torch.no_grad()
-    def write(self, inputs: dict[str, torch.Tensor], steps: int, exact: bool = True, **options: Any) -> torch.Tensor:
-        """What the model writes [n], greedily.
+    def write(
+        self,
+        inputs: dict[str, torch.Tensor],
+        steps: int,
+        exact: bool = True,
+        temperature: float = 0.0,
+        **options: Any,
+    ) -> torch.Tensor:
+        """What the model writes [n].
 
         Args:
             inputs: of the prompt (and text so far).
             steps: at most so many tokens.
             exact: exactly so many: the end token is held back, so that long outputs can be measured.
+            temperature: 0 always takes the likeliest token.
             options: further arguments of generate().
         """
         hold = list(self.backbone.visual_token_ids())  # a typed placeholder is no image and would confuse everything
         if exact:
             options["min_new_tokens"] = steps
-        out = self.model.generate(
-            **inputs, max_new_tokens=steps, do_sample=False, suppress_tokens=hold, **_no_sampling(self.model), **options
-        )
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        options |= sampling if temperature else sampling | _no_sampling(self.model)
+        out = self.model.generate(**inputs, max_new_tokens=steps, suppress_tokens=hold, **options)
         return out[0, inputs["input_ids"].shape[1] :].cpu()
 
     def tokens(self, text: str) -> torch.Tensor:

@@ -70,7 +70,8 @@ class RetrievalMeter:
         self._begin()
 
     def _begin(self) -> None:
-        self._prompt, self._now, self._layout = 0, 0, None
+        self._prompt, self._now = 0, 0
+        self._layout: VisualLayout | None = None
         self._weights: dict[int, dict[int, torch.Tensor]] = {}
         self._update: dict[int, dict[int, torch.Tensor]] = {}
 
@@ -101,7 +102,7 @@ class RetrievalMeter:
             self._begin()
         found = self._watch.take()
         if found is not None and self._layout is None:
-            self._layout: VisualLayout | None = found[1][0]
+            self._layout = found[1][0]
         if length > 1 or start == 0:
             self._prompt = start + length
         self._now = start + length - self._prompt
@@ -125,6 +126,11 @@ class RetrievalMeter:
             self._update.setdefault(self._now, {})[index] = update
 
         return note
+
+    @property
+    def seen(self) -> bool:
+        """Whether anything was retrieved."""
+        return bool(self._weights) and self._layout is not None
 
     @property
     def trace(self) -> RetrievalTrace:
