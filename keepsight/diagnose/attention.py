@@ -400,7 +400,7 @@ def _joined(
         return known
     joined = []
     for a, b in zip(known, new, strict=True):
-        columns = [np.concatenate([getattr(a, n), getattr(b, n)]) for n in ("frame", "y", "x")]
+        frame, y, x = (np.concatenate([getattr(a, n), getattr(b, n)]) for n in ("frame", "y", "x"))
         item = np.concatenate([a.item, b.item + len(a.items)])
-        joined.append(VisualLayout(a.items + b.items, item, *columns, slots=np.concatenate([a.slots, b.slots + start])))
+        joined.append(VisualLayout(a.items + b.items, item, frame, y, x, np.concatenate([a.slots, b.slots + start])))
     return joined

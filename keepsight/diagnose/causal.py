@@ -244,7 +244,7 @@ class Battery:
         """What other images leave in the memory: other samples' images, or stand-ins where there are none."""
         if not self._contents:
             self._contents = [None] * len(self.samples)
-        found = []
+        found: list[torch.Tensor] = []
         for step in range(1, len(self.samples)):
             other = (index + step) % len(self.samples)
             if self.samples[other].sees and len(found) < 8:

@@ -185,49 +185,47 @@ def visual_layouts(
         tokens = [] if input_ids is None else input_ids[row].tolist()
         kinds = ["video" if tokens and tokens[s] in video_ids else "image" for s in slots]
         found = _by_run(slots, kinds) if grids is None else _by_grid(kinds, queues, backbone.merge_side)
-        layouts.append(VisualLayout(tuple(found[0]), *found[1], slots=slots))
+        item, frame, y, x = found[1]
+        layouts.append(VisualLayout(tuple(found[0]), item, frame, y, x, slots))
     return layouts
 
 
-def _by_grid(kinds: list[str], grids: dict[str, Any], merge: int) -> tuple[list[Item], list[np.ndarray]]:
-    """Walk through the tokens of one row, taking one grid after the other from `grids` (consumed: rows share them)."""
+def _by_grid(kinds: list[str], grids: dict[str, Any], merge: int) -> tuple[list[Item], np.ndarray]:
+    """Items and places [4, M] (item, frame, y, x) of one row, taking one grid after the other from `grids`.
+
+    Rows share the grids, so they are consumed. A video's frames may have text between them.
+    """
     items: list[Item] = []
-    columns: list[list[int]] = [[], [], [], []]
+    places: list[np.ndarray] = []
     at = 0
     while at < len(kinds):
         kind = kinds[at]
-        queue = grids[kind]
-        if not queue:  # fewer grids than tokens ask for: a malformed prompt, which the model itself will refuse
-            items.append(Item(kind, 1, 0, 0))
-            rest = len(kinds) - at
-            for column, values in zip(columns, ([len(items) - 1] * rest, *[[-1] * rest] * 3), strict=True):
-                column += values
-            break
-        t, h, w = queue.pop(0)
-        # With several videos or images of one kind the order is the prompt's; a video's frames may have text between.
-        item = Item(kind, t, h // merge, w // merge)
+        if grids[kind]:
+            t, h, w = grids[kind].pop(0)
+            item = Item(kind, t, h // merge, w // merge)
+            count = min(item.frames * item.height * item.width, len(kinds) - at)
+            place = np.stack(np.unravel_index(np.arange(count), (item.frames, item.height, item.width)))
+        else:  # a chunk of a prompt, whose grids are not known
+            item, count = Item(kind, 1, 0, 0), len(kinds) - at
+            place = np.full((3, count), -1)
+        places.append(np.concatenate([np.full((1, count), len(items)), place]))
         items.append(item)
-        count = min(item.frames * item.height * item.width, len(kinds) - at)
-        frame, y, x = np.unravel_index(np.arange(count), (item.frames, item.height, item.width))
-        for column, values in zip(columns, ([len(items) - 1] * count, frame, y, x), strict=True):
-            column += list(values)
         at += count
-    return items, [np.asarray(column, np.int64) for column in columns]
+    return items, np.concatenate(places, 1).astype(np.int64) if places else np.zeros((4, 0), np.int64)
 
 
-def _by_run(slots: np.ndarray, kinds: list[str]) -> tuple[list[Item], list[np.ndarray]]:
-    """One unbroken run of tokens is one image; its grid is known where the run is a square."""
+def _by_run(slots: np.ndarray, kinds: list[str]) -> tuple[list[Item], np.ndarray]:
+    """The same for one unbroken run of tokens per image, whose grid is known where the run is a square."""
     items: list[Item] = []
-    columns: list[list[np.ndarray]] = [[], [], [], []]
+    places: list[np.ndarray] = []
     for run in np.split(np.arange(len(slots)), np.flatnonzero(np.diff(slots) > 1) + 1):
         if not len(run):
             continue
         side = math.isqrt(len(run))
         square = side * side == len(run)
-        items.append(Item(kinds[run[0]], 1, side if square else 0, side if square else 0))
         place = np.full((3, len(run)), -1)
         if square:
             place = np.stack(np.unravel_index(np.arange(len(run)), (1, side, side)))
-        for column, values in zip(columns, (np.full(len(run), len(items) - 1), *place), strict=True):
-            column.append(values)
-    return items, [np.concatenate(c).astype(np.int64) if c else np.zeros(0, np.int64) for c in columns]
+        places.append(np.concatenate([np.full((1, len(run)), len(items)), place]))
+        items.append(Item(kinds[run[0]], 1, side if square else 0, side if square else 0))
+    return items, np.concatenate(places, 1).astype(np.int64) if places else np.zeros((4, 0), np.int64)

@@ -71,7 +71,8 @@ class LengthScore:
 
     def run(self) -> Iterator[int]:
         """Measure; yields the number of finished cases after each."""
-        for done, item in enumerate(self.cases or self.samples, 1):
+        items: list[Case | Sample] = [*self.cases, *self.samples]
+        for done, item in enumerate(items, 1):
             found = {}
             for name in self._methods:
                 reader = self.control if name == "control" and self.control is not None else self.reader
