@@ -5,8 +5,10 @@ equal. Switching a memory off shows that it does something; only the contrast sh
 random, untrained block changes outputs too, but it helps no more with the right image than with a wrong one.
 
 What is compared: the task score where there are references. Where there are none, the log-probability of text that was
-written *without* the memory. Text written with it would favour it unfairly: greedy text is by construction likely
-under the very contents that it was written with, also where these are noise.
+written *without* the memory. Text written with it would favour it unfairly: a text is by construction likely under the
+very contents that it was written with, also where these are noise. That text is read twice, while the decoder itself
+sees the right image and while it sees the other one, and the two contrasts are averaged: in short outputs a decoder
+that sees the right image needs no memory, and a memory that could tell it everything would seem useless.
 """
 
 from __future__ import annotations
@@ -124,6 +126,8 @@ class CausalResult:
         units: what the intervals resample: samples, answers, or blocks of tokens.
         samples: how many samples were measured.
         intact_score: the task score with the memory intact.
+        blind: without references: right image minus other image in the memory, in nats per token of text written
+            without the memory, while the decoder itself sees the other image.
         conditions, half_way, verdict: the findings.
     """
 
@@ -131,6 +135,7 @@ class CausalResult:
     units: str
     samples: int
     intact_score: Estimate | None
+    blind: Estimate | None = None
     conditions: list[Condition] = field(default_factory=list)
     half_way: list[HalfWay] = field(default_factory=list)
     verdict: Verdict = field(default_factory=lambda: Verdict("not enough data", None, "", "nothing was measured"))
@@ -163,10 +168,10 @@ class Battery:
         self._logprob: dict[str, list[np.ndarray]] = {}
         self._content: dict[str, list[np.ndarray]] = {}
         self._changed: dict[str, list[float]] = {}
+        self._blind: list[np.ndarray] = []
         self._half: dict[str, list[dict[str, Any]]] = {}
         self._done = 0
-        self._others: dict[int, list[torch.Tensor]] = {}
-        self._contents: list[torch.Tensor | None] = []
+        self._contents: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -192,8 +197,10 @@ class Battery:
             if self.memory is not None:
                 with self.memory.off():
                     free = _whole(sample, self.reader.write(inputs, self.steps))
+        blind: np.ndarray | None = None
         if self.memory is not None and sample.sees:
-            for name, contexts in self._conditions(index).items():
+            others = self._others(index)
+            for name, contexts in self._conditions(index, [content for _, content in others]).items():
                 results = []
                 for context in contexts:
                     with context:
@@ -201,6 +208,8 @@ class Battery:
                 rows[name] = {
                     key: np.mean([r[key] for r in results], 0) for key in results[0] if results[0][key] is not None
                 }
+            if not self.cases:
+                blind = self._read_blind(index, others[:DONORS], free)
         half = self._half_way(index, inputs, own) if sample.sees else {}
         # Only now, when the sample is complete, it counts: an interrupted one leaves no unpaired figures.
         for name, row in rows.items():
@@ -209,6 +218,8 @@ class Battery:
                     store.setdefault(name, []).append(np.atleast_1d(row[key]))
             if "changed" in row:
                 self._changed.setdefault(name, []).append(float(row["changed"]))
+        if blind is not None:
+            self._blind.append(blind)
         for name, row in half.items():
             self._half.setdefault(name, []).append(row)
 
@@ -225,8 +236,8 @@ class Battery:
                 found["changed"] = _difference(own.text, self.reader.write(inputs, len(own.text)))
         return found
 
-    def _conditions(self, index: int) -> dict[str, list[AbstractContextManager[Any]]]:
-        memory, others = self.memory, self._other_memories(index)
+    def _conditions(self, index: int, others: list[torch.Tensor]) -> dict[str, list[AbstractContextManager[Any]]]:
+        memory = self.memory
         assert memory is not None
         seed = self.seed * 1000 + index
         return {
@@ -240,24 +251,31 @@ class Battery:
             "scaled x2": [memory.changed(scaled(2.0))],
         }
 
-    def _other_memories(self, index: int) -> list[torch.Tensor]:
-        """What other images leave in the memory: other samples' images, or stand-ins where there are none."""
-        if not self._contents:
-            self._contents = [None] * len(self.samples)
-        found: list[torch.Tensor] = []
-        for step in range(1, len(self.samples)):
-            other = (index + step) % len(self.samples)
-            if self.samples[other].sees and len(found) < 8:
-                found.append(self._content_of(other))
-        if found:
-            return found
-        return [self._recorded(sample) for sample in _stand_ins(self.samples[index], self.seed)]
+    def _read_blind(self, index: int, others: list[tuple[Sample, torch.Tensor]], free: Case) -> np.ndarray:
+        """Right image minus other image in the memory [n], while the decoder sees the other image."""
+        memory = self.memory
+        assert memory is not None
+        differences = []
+        for other, _ in others:
+            inputs = self.reader.inputs(replace(free.sample, images=other.images, videos=other.videos))
+            theirs = _per_answer(self.reader.read(inputs, free.text), free)
+            with memory.changed(taken_from(self._content_of(index))):
+                differences.append(_per_answer(self.reader.read(inputs, free.text), free) - theirs)
+        return np.mean(differences, 0)
+
+    def _others(self, index: int) -> list[tuple[Sample, torch.Tensor]]:
+        """Other samples with what they leave in the memory, or stand-ins where there are no other samples."""
+        found = [
+            (self.samples[other], self._content_of(other))
+            for step in range(1, min(len(self.samples), 9))
+            if self.samples[other := (index + step) % len(self.samples)].sees
+        ]
+        return found or [(s, self._recorded(s)) for s in _stand_ins(self.samples[index], self.seed)]
 
     def _content_of(self, index: int) -> torch.Tensor:
-        content = self._contents[index]
-        if content is None:
-            content = self._contents[index] = self._recorded(self.samples[index])
-        return content
+        if index not in self._contents:
+            self._contents[index] = self._recorded(self.samples[index])
+        return self._contents[index]
 
     def _recorded(self, sample: Sample) -> torch.Tensor:
         assert self.memory is not None
@@ -350,6 +368,8 @@ class Battery:
             pairs = [a - b for a, b in zip(store[name], store["intact"], strict=True)]
             return estimate(_units(pairs, few, not self.cases))
 
+        if self._blind:
+            result.blind = estimate(_units(self._blind, few, True))
         for name, what in CONDITIONS.items():
             logprob = difference(self._logprob, name)
             if logprob is None:
@@ -371,16 +391,19 @@ class Battery:
             return Verdict("no memory attached", None, "", "this model carries no visual memory that is switched on")
         if not any(sample.sees for sample in self.samples):
             return Verdict("not enough data", None, "", "no prompt has an image, so there is nothing to remember")
-        store, measure, enough = (
-            (self._score, "of task score", ENOUGH_SCORE)
-            if self.cases
-            else (self._content, "nats per token of text written without the memory", ENOUGH_LOGPROB)
-        )
-        other = difference(store, "other image")
-        if other is None or other.n < 3:
-            n = 0 if other is None else other.n
+        measure, enough = "of task score", ENOUGH_SCORE
+        figure = difference(self._score, "other image")
+        if figure is not None:
+            figure = Estimate(-figure.value, -figure.high, -figure.low, figure.n)
+        elif self._blind:
+            measure, enough = "nats per token of text written without the memory", ENOUGH_LOGPROB
+            sighted = [a - b for a, b in zip(self._content["intact"], self._content["other image"], strict=True)]
+            both = [(a + b) / 2 for a, b in zip(sighted, self._blind, strict=True)]
+            figure = estimate(_units(both, self._done < FEW, True))
+        if figure is None or figure.n < 3:
+            n = 0 if figure is None else figure.n
             return Verdict("not enough data", None, "", f"{n} units were measured; an interval needs 3 or more")
-        return verdict_from(Estimate(-other.value, -other.high, -other.low, other.n), measure, enough)
+        return verdict_from(figure, measure, enough)
 
 
 def verdict_from(figure: Estimate, measure: str, enough: float) -> Verdict:

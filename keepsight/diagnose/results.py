@@ -91,7 +91,8 @@ class Diagnosis:
             if self.written_off is not None and self.written_off.decay is not None:
                 lines.append("With the memory off: " + self.written_off.decay.sentence)
         if self.causal is not None:
-            lines.append("Memory " + self.causal.verdict.sentence)
+            verdict = self.causal.verdict
+            lines.append(verdict.sentence if self.causal.method is None else f"Memory {verdict.sentence}")
         return lines + self.notes
 
     def to_dict(self) -> dict[str, Any]:

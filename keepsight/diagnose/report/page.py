@@ -326,6 +326,12 @@ def _causal(causal: CausalResult | None) -> str:
             f"{causal.samples} samples with 95 % bootstrap intervals over {escape(causal.units)}; below 0 is worse.</p>"
             + _table(titles, rows)
         )
+        if causal.blind is not None:
+            parts.append(
+                "<p class=soft>While the model itself sees another image, a memory of the right one instead of that "
+                f"one changes the log-probability of text written without it by {_cell(causal.blind)} per token. The "
+                "verdict averages this with the same contrast while the model sees the right image.</p>"
+            )
     if causal.half_way:
         scored = any(h.follows is not None for h in causal.half_way)
         titles = [
