@@ -20,12 +20,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,12 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from measuring import OperationCounter, conditions, make_console, spread
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration, StaticCache
 
 import keepsight
@@ -49,7 +44,7 @@ from keepsight.pvm.memory import VisualCacheLayer
 
 VARIANTS = ("base", "pvm", "reprojected")
 RESULTS = Path(__file__).parent / "results" / "decode"
-MEASURED = ("keepsight/pvm", "keepsight/backbone.py", "benchmarks/decode.py")  # what the timed code consists of
+MEASURED = ("keepsight/pvm", "keepsight/backbone.py", "benchmarks/decode.py", "benchmarks/measuring.py")
 IMAGE, VIDEO, START, END = 10, 11, 12, 13
 GATE = 0.1  # any value but 0, at which the logits could not tell the variants apart
 CHECK_STEPS = 3
@@ -218,10 +213,13 @@ class Decoder:
     def _forward(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         if self.reproject:
             assert self.memory is not None
+            kept = self.memory.states
             self.memory.states = {name: block.project(self.packed) for name, block in self.blocks.items()}
         output = self.model(
             input_ids=token, position_ids=position, past_key_values=self.cache, use_cache=True, logits_to_keep=1
         )
+        if self.reproject:
+            self.memory.states = kept  # or the projections would be outputs of the compiled graph
         return output.logits
 
     @torch.no_grad()
@@ -309,20 +307,6 @@ def time_turns(
     return samples
 
 
-class OperationCounter(TorchDispatchMode):
-    """Counts the operations that reach the dispatcher and make or change a tensor (views are free)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        aliases = [r.alias_info for r in func._schema.returns]
-        if not any(a is not None and not a.is_write for a in aliases):
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 def count_operations(decoder: Decoder, device: torch.device) -> dict[str, int]:
     """Operations of one eager step: at the dispatcher, and on a GPU the kernels that ran."""
     with OperationCounter() as counter:
@@ -365,11 +349,6 @@ def bytes_moved(decoders: dict[str, Decoder], visual_tokens: int, length: int) -
         "pvm_over_base": (total + read + states) / total,
         "reprojected_over_base": (total + read + projecting) / total,
     }
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return {"min": min(values), "q1": lower, "median": median, "q3": upper, "max": max(values)}
 
 
 def summarise(samples: dict[str, list[float]]) -> dict[str, Any]:
@@ -415,40 +394,7 @@ def measure(models: tuple[Any, Any], visual_tokens: int, args: argparse.Namespac
     return result
 
 
-# --- conditions and output -------------------------------------------------------------------------------------------
-
-
-def conditions(device: torch.device, argv: Sequence[str], note: str) -> dict[str, Any]:
-    root = Path(__file__).parent.parent
-
-    def git(*arguments: str) -> str:
-        found = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-        return found.stdout.strip() if found.returncode == 0 else "unknown"
-
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        cpu = next(
-            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu
-        )
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "benchmarks/decode.py", *argv]),
-        "commit": git("rev-parse", "HEAD"),
-        "measured_code_changed_since_commit": bool(git("status", "--porcelain", "--", *MEASURED)),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "device_type": device.type,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "load_average_at_start": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "transformers": transformers.__version__,
-        "keepsight": keepsight.__version__,
-        "note": note,
-    }
+# --- output ------------------------------------------------------------
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -483,7 +429,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "floor: the ratio that reading weights and caches alone would give; computed from tensor sizes, not measured."
+        "floor: the ratio if reading weights and caches were all that takes time; computed from tensor sizes, not "
+        "measured. Where launches or arithmetic dominate, a ratio can fall below it."
     )
     for result in report["results"]:
         if "operations_per_step" in result:
@@ -507,6 +454,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", help="of the result file (default: DEVICE-SHAPE-DTYPE-MODE)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result file")
     parser.add_argument("--note", default="", help="a condition to record, e.g. that the machine was shared")
+    parser.add_argument(
+        "--show", type=Path, nargs="+", metavar="FILE", help="print earlier results instead of measuring"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shape, few steps: does it run? No result to quote")
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -531,16 +481,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Measure, write the result file, print the table; returns the file."""
     args = parse(argv)
+    if args.show:
+        for file in args.show:
+            show(json.loads(file.read_text()), make_console())
+        return args.show[-1]
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    shape, console = SHAPES[args.shape], Console()
-    if not console.is_terminal:
-        console = Console(width=180)  # a log file has no edge
+    shape, console = SHAPES[args.shape], make_console()
     report: dict[str, Any] = {
         "benchmark": "decode",
         "quick": args.quick,
-        "conditions": conditions(device, list(sys.argv[1:] if argv is None else argv), args.note),
+        "conditions": conditions(
+            "benchmarks/decode.py", list(sys.argv[1:] if argv is None else argv), MEASURED, device, args.note
+        ),
         "settings": {
             "shape": args.shape,
             "text_model": asdict(shape),

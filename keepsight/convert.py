@@ -13,15 +13,13 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import keepsight.pvm  # noqa: F401 - makes PVM known to PEFT
@@ -402,9 +400,6 @@ def _write_json(file: Path, value: Any) -> None:
 
 def _write_adapter(plan: _Plan, folder: Path) -> None:
     folder.mkdir()
-    tensors = {}
-    for name, stored in plan.block_tensors.items():
-        with safe_open(stored.file, "pt") as file:
-            tensors[name] = file.get_tensor(stored.name).reshape(plan.block_shapes[name])
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    tensors = [replace(stored, name=name, shape=plan.block_shapes[name]) for name, stored in plan.block_tensors.items()]
+    copy_tensors(tensors, folder / WEIGHTS)
     plan.adapter_config.save_pretrained(str(folder))

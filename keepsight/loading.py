@@ -13,6 +13,7 @@ from keepsight.adapters import AdapterInfo, find_adapter, inspect_adapter
 from keepsight.backbone import family_of
 from keepsight.errors import BrokenAdapterError
 from keepsight.pvm import PvmConfig
+from keepsight.shipped import resolve_base
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -79,7 +80,6 @@ def load(
     if "revision" not in model_kwargs and revision is not None and adapters[0] is None:
         model_kwargs["revision"] = revision
     model = AutoModelForImageTextToText.from_pretrained(base_path, dtype=dtype, **model_kwargs)
-    model.name_or_path = base_name
     if device is not None:
         model = model.to(device)
         if dtype == "auto" and torch.device(device).type == "cpu" and model.dtype == torch.float16:
@@ -107,15 +107,8 @@ def attach(model: Any, adapters: list[AdapterInfo], trainable: bool = False) -> 
     return result
 
 
-def resolve_base(name: str | Path) -> str | Path:
-    """Where a recorded base is: the shipped reference VLM by its name, else the name as it is."""
-    from keepsight.lab.reference import REFERENCE_NAME, reference_path
-
-    return reference_path() if str(name) == REFERENCE_NAME else name
-
-
 def _adapter(source: str | Path, revision: str | None) -> AdapterInfo | None:
-    if resolve_base(source) != source:
+    if resolve_base(source) != source:  # the shipped model
         return None
     path = find_adapter(source, revision)
     return None if path is None else inspect_adapter(path)

@@ -1,6 +1,6 @@
 """The benchmarks run, write what they promise, and time variants that compute the same. No timing is asserted."""
 
-import importlib.util
+import importlib
 import json
 import statistics
 import sys
@@ -13,17 +13,8 @@ import torch
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
-def load_script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-decode = load_script("decode")
+sys.path.insert(0, str(FOLDER))  # as Python does for `python benchmarks/decode.py`
+decode = importlib.import_module("decode")
 
 
 @pytest.fixture(scope="module", params=["dynamic", "static"])

@@ -88,7 +88,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, ImportError):
         missing = getattr(error, "name", None) or ""
         found = next(
-            (n for n in _EXTRA_OF if missing.partition(".")[0] == n or f"requires the {n}" in text.lower()), ""
+            (n for n in _EXTRA_OF if missing.partition(".")[0] == n or f"requires the {n.lower()}" in text.lower()), ""
         )
         if "pip install" in text and "keepsight[" in text:
             return text

@@ -43,9 +43,15 @@ def convert(
         errors.print(f"[bold red]Not converted:[/] {_plain(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from error
     gates = ", ".join(f"{layer}: {gate:+.4g}" for layer, gate in made.gates.items())
-    console.print(f"Base     {_plain(str(made.base))}: {made.base_tensors:,} tensors, {made.base_bytes / 1e9:.2f} GB")
-    console.print(f"Adapter  {_plain(str(made.adapter))}: {made.adapter_parameters:,} parameters, gates {{{gates}}}")
-    console.print(f"Use it:  keepsight.load({str(made.adapter)!r})", markup=False)
+    console.print(
+        f"Base     {_plain(str(made.base))}: {made.base_tensors:,} tensors, {made.base_bytes / 1e9:.2f} GB",
+        soft_wrap=True,
+    )
+    console.print(
+        f"Adapter  {_plain(str(made.adapter))}: {made.adapter_parameters:,} parameters, gates {{{gates}}}",
+        soft_wrap=True,
+    )
+    console.print(f"Use it:  keepsight.load({str(made.adapter)!r})", markup=False, soft_wrap=True)
 
 
 def _plain(text: str) -> str:

@@ -15,7 +15,7 @@ from keepsight.errors import AdapterMismatchError, BrokenAdapterError, Keepsight
 from keepsight.lab.reference import REFERENCE_NAME
 from keepsight.loading import resolve_base
 from keepsight.pvm import PvmConfig
-from keepsight.train.plan import base_config
+from keepsight.train.plan import base_config, check_weights
 
 
 def debugging() -> bool:
@@ -85,6 +85,7 @@ def check_sources(source: str, adapters: Sequence[str], base: str | None = None)
             f"{source} was made for {base_name}, which cannot be found ({str(error).rstrip('.')}). If the base is "
             "somewhere else, name it: --base FOLDER."
         ) from error
+    check_weights(base_name)
     for info in infos:
         _check_fit(info, base_name, config)
     return base_name, infos

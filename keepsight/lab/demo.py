@@ -109,6 +109,7 @@ def run_demo(
         results = assemble(jobs, settings, quick)
         results["seconds"] = round(time.perf_counter() - begin, 1)
         results["conditions"] = conditions(workers)
+        results = json.loads(json.dumps(results))  # what is returned is what is written, lists for tuples included
         write_folder(out, results, settings, Path(scratch))
     return results
 

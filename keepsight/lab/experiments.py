@@ -45,22 +45,24 @@ class TrainPlan:
         facts: facts per narration.
         max_gap: each gap is drawn from 0..max_gap filler words.
         layers, width: PVM's and the parallel MLP's.
-        pvm_lr, mlp_lr, lora_lr: peak learning rates, each the best of the same number of tries.
+        pvm_lr, mlp_lr, lora_lr: peak learning rates, chosen on validation glyphs (`benchmarks/lab_sweep.py`).
+        long_lr: peak learning rate of `lora_long`.
         gate_factor: a gate's learning rate is this times that of its branch; it starts at 0 and has far to go.
         lora_targets: the linear maps that LoRA changes, in every decoder layer.
     """
 
     warmup_steps: int = 120
-    steps: int = 120
+    steps: int = 200
     batch: int = 16
     facts: int = 12
     max_gap: int = 18
     layers: tuple[int, ...] = (1, 3)
     width: int = 64
-    pvm_lr: float = 6e-3
-    mlp_lr: float = 6e-3
-    lora_lr: float = 3e-3
-    gate_factor: float = 5.0
+    pvm_lr: float = 1.2e-2
+    mlp_lr: float = 1.5e-3
+    lora_lr: float = 1e-4
+    long_lr: float = 1e-3
+    gate_factor: float = 10.0
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     @property
@@ -199,4 +201,5 @@ def train(
 
 def at_length(plan: TrainPlan, length: int, steps: int, batch: int) -> TrainPlan:
     """The plan of `lora_long`: no warm-up, narrations of up to `length` generated tokens."""
-    return replace(plan, warmup_steps=0, steps=steps, batch=batch, max_gap=length // plan.facts - FACT_LENGTH)
+    gap = length // plan.facts - FACT_LENGTH
+    return replace(plan, warmup_steps=0, steps=steps, batch=batch, max_gap=gap, lora_lr=plan.long_lr)

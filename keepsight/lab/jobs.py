@@ -41,11 +41,11 @@ class Settings:
     seed: int = 0
     plan: TrainPlan = field(default_factory=TrainPlan)
     lengths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
-    rows: int = 96
+    rows: int = 64
     causal_lengths: tuple[int, ...] = (32, 1024)
     mass_length: int = 2048
     mass_rows: int = 8
-    long_steps: int = 160
+    long_steps: int = 120
     long_batch: int = 8
     methods: tuple[str, ...] = ("pvm", "lora", "mlp", "pvm_plain", "lora_long")
     split: Split = "test"
@@ -57,9 +57,9 @@ class Settings:
         return cls(
             seed=seed,
             base=base,
-            plan=TrainPlan(warmup_steps=100, steps=60),
-            lengths=(32, 128, 256, 512, 1024),
-            rows=48,
+            plan=TrainPlan(warmup_steps=100, steps=100),
+            lengths=(32, 128, 512, 1024, 2048),
+            rows=32,
             mass_length=1024,
             mass_rows=4,
             methods=("pvm", "lora", "mlp"),

@@ -11,8 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-REFERENCE_NAME = "keepsight/reference"
-"""Name under which adapters record the shipped model as their base, instead of a path on one machine."""
+from keepsight.shipped import REFERENCE_NAME, reference_path
+
+__all__ = ["REFERENCE_NAME", "build_model", "build_processor", "load_reference", "reference_path", "save_reference"]
 
 HEAD_DIM = 16
 """Width of an attention head. Queries and keys are normalised per head, so a logit is at most about sqrt(head_dim):
@@ -35,21 +36,6 @@ _CHAT_TEMPLATE = """{{- bos_token -}}
 {%- if add_generation_prompt -%}{{ ' :' }}{%- endif -%}"""
 
 
-def reference_path() -> Path:
-    """Folder of the shipped checkpoint.
-
-    Raises:
-        FileNotFoundError: the package was installed without its data.
-    """
-    folder = Path(__file__).parent / "weights" / "reference"
-    if not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError(
-            f"The reference VLM's weights are not at {folder}. Reinstall keepsight, or make one: keepsight lab "
-            f"pretrain --out DIR"
-        )
-    return folder
-
-
 def load_reference(path: str | Path | None = None) -> tuple[Any, Any]:
     """Load the reference VLM and its processor, in float32 on the CPU.
 
@@ -57,8 +43,8 @@ def load_reference(path: str | Path | None = None) -> tuple[Any, Any]:
         path: folder of another base made by `keepsight lab pretrain`. Default: the shipped one.
 
     Returns:
-        `(model, processor)`; the model is in eval mode. The shipped model calls itself `keepsight/reference`, so that
-        adapters trained on it name a base that exists on every machine.
+        `(model, processor)`; the model is in eval mode. A memory saved on the shipped model records its base as
+        `keepsight/reference`, a name that means the same on every machine.
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -70,9 +56,6 @@ def load_reference(path: str | Path | None = None) -> tuple[Any, Any]:
         )
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder)
-    if path is None:
-        model.name_or_path = REFERENCE_NAME
-        model.config.name_or_path = REFERENCE_NAME
     return model.eval(), processor
 
 

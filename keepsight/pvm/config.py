@@ -14,6 +14,7 @@ from peft.utils import PeftType
 from keepsight.backbone import Backbone
 from keepsight.errors import AdapterMismatchError
 from keepsight.pvm.module import BlockShape
+from keepsight.shipped import portable_name
 
 #: The layers the paper injects at, by (model_type, number of decoder layers, width). Elsewhere: the 8B model's stride.
 PAPER_LAYERS = {
@@ -183,7 +184,7 @@ class PvmConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as saved in `adapter_config.json`."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"base_model_name_or_path": portable_name(self.base_model_name_or_path)}
 
 
 def default_layers(model_type: str, depth: int, hidden_size: int) -> list[int]:

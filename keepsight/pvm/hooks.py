@@ -2,7 +2,8 @@
 
     vlm          pre-hook   if pixels came in: where they go ([B, T] mask) joins the keyword arguments
     decoder      pre-hook   the mask becomes a `VisualMemory` (with what the cache remembers), as a keyword argument
-      layer i      the decoder hands its keyword arguments to every layer, and the layer to its token mixer
+      layer i      the decoder hands its keyword arguments to every layer, and the layer to its token mixer; layers
+                   without a block ignore ours, as they ignore all they do not know
         mixer      pre-hook   takes the memory out
         norm       pre-hook   takes the residual stream x
         mlp        hook       adds gate * out
@@ -75,16 +76,11 @@ class PvmRoute:
             for child in vlm.children()
             if child is not decoder
         ]
-        self._strips = {
-            index: layer.register_forward_pre_hook(without_memory, with_kwargs=True)
-            for index, layer in enumerate(backbone.layers)
-        }
 
     def add(self, index: int, branch: Any) -> None:
         """Let the memory through to the branch of layer `index`."""
         layer: Any = self.backbone.layers[index]
         self.branches[index] = branch
-        self._strips.pop(index).remove()
         self._handles += [
             Backbone.mixer(layer).register_forward_pre_hook(branch.take_memory, with_kwargs=True),
             layer.post_attention_layernorm.register_forward_pre_hook(branch.take_residual),
@@ -93,7 +89,7 @@ class PvmRoute:
 
     def remove(self) -> None:
         """Take every hook off the model."""
-        for handle in (*self._handles, *self._strips.values()):
+        for handle in self._handles:
             handle.remove()
 
     def _find_images(self, vlm: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

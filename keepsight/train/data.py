@@ -79,7 +79,8 @@ class CheckedData:
         rows: how many samples.
         skipped: (where, why) of every sample that was left out.
         text_only: samples without an image that were kept.
-        longest: tokens of the longest sample after processing; None if lengths were not measured.
+        longest: tokens of the longest sample after processing, before cutting; None if lengths were not measured.
+        cut: samples whose answers training will cut.
     """
 
     dataset: Any
@@ -88,6 +89,7 @@ class CheckedData:
     skipped: tuple[tuple[str, str], ...] = ()
     text_only: int = 0
     longest: int | None = None
+    cut: int = 0
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -256,7 +258,7 @@ def check_dataset(
     problems: list[str] = []
     hints: dict[str, None] = {}  # an ordered set
     skipped: list[tuple[str, str]] = []
-    kept_text_only, longest = 0, 0
+    kept_text_only, longest, cut = 0, 0, 0
     for row, raw in enumerate(_undecoded(source.rows)):
         where = source.where(row)
         try:
@@ -276,6 +278,7 @@ def check_dataset(
                 length, needed = measure(sample)
                 if max_length is not None and length > max_length:
                     skip = _over_long(length, needed, max_length, over_long)
+                    cut += skip is None
                 longest = max(longest, length) if skip is None else longest
             if skip is None:
                 samples.append({"messages": json.dumps(sample["messages"]), "images": _cells(sample["images"], row)})
@@ -292,7 +295,7 @@ def check_dataset(
     if not samples:
         raise DataError(f"{source.name}: no sample is left; all {len(skipped)} were skipped ({skipped[0][1]}).")
     longest_seen = longest if max_length is not None else None
-    return CheckedData(_as_dataset(samples), source, len(samples), tuple(skipped), kept_text_only, longest_seen)
+    return CheckedData(_as_dataset(samples), source, len(samples), tuple(skipped), kept_text_only, longest_seen, cut)
 
 
 def _over_long(length: int, needed: int, limit: int, policy: str) -> str | None:

@@ -32,7 +32,7 @@ def check_output(folder: Path, resume: bool = False, overwrite: bool = False) ->
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; the output directory must be a folder.")
     held = sorted(path.name for path in folder.iterdir() if path.name != _PROBE) if folder.is_dir() else []
-    if held and not (resume or overwrite):
+    if held and held != [RECORD] and not (resume or overwrite):  # a run that saved nothing leaves its record alone
         more = ", ..." if len(held) > 4 else ""
         raise OutputError(
             f"{folder} is not empty ({', '.join(held[:4])}{more}). Go on with the run in it: --resume. Start anew and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,39 @@ def base_config(source: str | Path, revision: str | None = None) -> Any:
         ) from error
     family_of(config, str(source))
     return config
+
+
+def check_weights(source: str | Path) -> None:
+    """Find missing and truncated weight files of a local model by their headers, without reading the weights.
+
+    Raises:
+        KeepsightError: naming the file. A hub id is left to the hub's own checks.
+    """
+    folder = Path(resolve_base(source)).expanduser()
+    if not folder.is_dir():
+        return
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    except (ValueError, KeyError, AttributeError) as error:
+        raise KeepsightError(f"{index} is not a whole index of weight files. Copy it again.") from error
+    for name in sorted(names):
+        file = folder / name
+        if not file.is_file():
+            raise KeepsightError(f"{source}: the weights {name} are missing. (Pickled .bin weights are never read.)")
+        size = file.stat().st_size
+        try:
+            with file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                header: Any = json.loads(stream.read(length) if length < size else b"")
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise KeepsightError(f"{file} is not a whole safetensors file ({size:,} bytes). Copy it again.") from error
+        whole = 8 + length + max(ends, default=0)
+        if size != whole:
+            raise KeepsightError(
+                f"{file} is cut off or damaged: {size:,} bytes where its header tells of {whole:,}. Copy it again."
+            )
 
 
 def plan_memory(source: str | Path, pvm: PvmConfig | None = None, revision: str | None = None) -> MemoryPlan:

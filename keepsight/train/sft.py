@@ -9,6 +9,7 @@ for, the blindfold warm-up (see `keepsight.train.blindfold`).
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import tempfile
@@ -30,7 +31,7 @@ from keepsight.train import output
 from keepsight.train.blindfold import blindfold
 from keepsight.train.collate import ConversationCollator
 from keepsight.train.data import CheckedData, Policy, check_dataset, load_dataset_any, read_sample
-from keepsight.train.plan import MemoryPlan, plan_memory
+from keepsight.train.plan import MemoryPlan, check_weights, plan_memory
 
 
 class TrainingDivergedError(KeepsightError):
@@ -130,7 +131,7 @@ class TrainReport:
         base_unchanged: no bit of any frozen tensor changed; None where weights are partitioned over processes.
         first_loss, last_loss: first and last logged training loss.
         gates: decoder layer -> final gate.
-        tokens: tokens read in this run.
+        tokens: tokens read in all steps.
         seconds: of the training loop in this run.
         data: what was checked, skipped and kept.
     """
@@ -212,6 +213,7 @@ def train_pvm(
     if is_main:
         output.check_output(folder, resume, overwrite)
     plan = plan_memory(source, pvm)
+    check_weights(source)
     _check_settings(settings)
     if settings.blindfold_steps:
         with blindfold(plan.backbone.model):  # raises where it cannot work
@@ -228,12 +230,14 @@ def train_pvm(
     if len(checked.skipped) > 5:
         say(f"skipped {len(checked.skipped)} samples in all")
     longest = f", the longest of {checked.longest} tokens" if checked.longest else ""
-    say(f"{checked.rows:,} samples are good{longest}; loading {source}")
+    cut = f", {checked.cut:,} with answers to be cut at {settings.max_length}" if checked.cut else ""
+    say(f"{checked.rows:,} samples are good{longest}{cut}; loading {source}")
     record = _record(source, plan, settings, checked)
     if checkpoint is not None:
         output.check_record(folder, record)
     if is_main:
-        _check_space(folder, plan, settings, checked)
+        there = len(list(folder.glob("checkpoint-*"))) if checkpoint is not None else 0
+        _check_space(folder, plan, settings, checked, there)
 
     model, _ = load(source, dtype=_dtype(settings, plan), device=_device(settings))
     if is_main:
@@ -245,6 +249,8 @@ def train_pvm(
     trainer = _make_trainer(
         model, processor, pvm, settings, folder, checked, checked_eval, collator, on_log, callbacks or []
     )
+    if checkpoint is not None:
+        trainer._total_train_tokens = _tokens_until(checkpoint)
     before = _checksum(trainer.model)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
@@ -304,7 +310,10 @@ def _check_settings(settings: SftSettings) -> None:
     available = get_available_reporting_integrations()
     for tracker in settings.report_to:
         if tracker not in available:
-            raise ValueError(f"report_to={tracker!r} is not installed. Available: {', '.join(available) or 'none'}.")
+            raise ValueError(
+                f"report_to={tracker!r} is not installed (pip install {tracker}?). "
+                f"Available: {', '.join(available) or 'none'}."
+            )
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch finds no GPU.")
 
@@ -371,11 +380,13 @@ def _record(source: str | Path, plan: MemoryPlan, settings: SftSettings, data: C
     return {"base": str(source), "samples": data.rows, **memory, **chosen}
 
 
-def _check_space(folder: Path, plan: MemoryPlan, settings: SftSettings, data: CheckedData) -> None:
+def _check_space(folder: Path, plan: MemoryPlan, settings: SftSettings, data: CheckedData, there: int) -> None:
     """A checkpoint holds the memory and AdamW's two moments, in float32."""
     per_step = settings.batch_size * settings.grad_accum * int(os.environ.get("WORLD_SIZE", "1"))
     steps = settings.max_steps or math.ceil(settings.epochs * math.ceil(data.rows / per_step))
-    number = min(math.ceil(steps / settings.save_steps), settings.keep_checkpoints or steps)
+    # One more than are kept: the oldest goes after the newest is written.
+    number = min(math.ceil(steps / settings.save_steps), (settings.keep_checkpoints or steps) + 1) - there
+    number = max(number, 0)
     needed = 4 * plan.memory_parameters * (3 * number + 1) + 2**20
     output.check_space(folder, needed, f"the run ({number} checkpoint{'s' * (number != 1)} and the adapter)")
 
@@ -432,6 +443,11 @@ def _make_trainer(
             covered = self.state.global_step < settings.blindfold_steps
             with blindfold(self.accelerator.unwrap_model(model)) if covered else nullcontext():
                 loss = super().training_step(model, *args, **kwargs)
+            if not torch.isfinite(loss) and self.state.global_step == 0:
+                raise TrainingDivergedError(
+                    f"The loss is {loss.item()} at the very first step, before anything was learned: the base's "
+                    "weights are damaged, or the dtype overflows (try --dtype float32)."
+                )
             if not torch.isfinite(loss):
                 raise TrainingDivergedError(
                     f"The loss became {loss.item()} at step {self.state.global_step + 1}; training has stopped. "
@@ -451,7 +467,8 @@ def _make_trainer(
                 on_log(dict(logs), state.global_step, state.max_steps)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_log |= state.global_step >= state.max_steps  # the last step, too
+            # The last step, too; and every checkpoint, so that a resumed run knows the tokens so far.
+            control.should_log |= control.should_save or state.global_step >= state.max_steps
 
     gpu = _on_gpu(settings)
     checkpointing = gpu if settings.gradient_checkpointing is None else settings.gradient_checkpointing
@@ -475,6 +492,7 @@ def _make_trainer(
             f"{renamed}_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
         },
         use_cpu=not gpu,
+        ddp_find_unused_parameters=False,  # a memory without images gives gradients of zero, not none
         seed=settings.seed,
         logging_steps=settings.logging_steps,
         logging_first_step=True,
@@ -521,6 +539,11 @@ class _Reader:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         data = self.eval_data if row.get("is_eval") and self.eval_data is not None else self.data
         return read_sample(row, data.source)
+
+
+def _tokens_until(checkpoint: Path) -> int:
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return int(max((entry.get("num_tokens", 0) for entry in history), default=0))
 
 
 def _checksum(model: torch.nn.Module) -> dict[str, int] | None:

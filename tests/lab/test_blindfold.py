@@ -60,10 +60,11 @@ def test_rows_without_images_and_visual_positions_are_untouched(coverable):
 
 def test_a_batch_equals_its_rows(coverable):
     model = attach(coverable.build())
-    inputs = make_inputs(coverable, model, ONE_IMAGE + [Row(1, (2, 2), 2, seed=5)])
+    rows = [*ONE_IMAGE, Row(1, (2, 2), 2, seed=5)]
+    inputs = make_inputs(coverable, model, rows)
     with blindfold(model):
         together = logits(model, inputs, use_cache=False)
-        for index, row in enumerate([*ONE_IMAGE, Row(1, (2, 2), 2, seed=5)]):
+        for index, row in enumerate(rows):
             alone = logits(model, make_inputs(coverable, model, [row]), use_cache=False)[0]
             torch.testing.assert_close(together[index, -len(alone) :], alone, rtol=0, atol=2e-5)
 
@@ -152,7 +153,7 @@ def test_continuing_a_cache_is_refused():
     model = family.build()
     inputs = make_inputs(family, model, ONE_IMAGE)
     cache = model(**inputs, use_cache=True).past_key_values
-    with pytest.raises(BlindfoldError, match="continues a cache"), blindfold(model):  # noqa: PT012
+    with pytest.raises(BlindfoldError, match="continues a cache"), blindfold(model):
         model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
 
 

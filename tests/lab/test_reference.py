@@ -13,7 +13,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3VLForC
 from keepsight.lab.digits import CELLS, draw_grids
 from keepsight.lab.narration import prompt_messages
 from keepsight.lab.pretraining import PRETRAINING_RECORD, PretrainConfig, short_accuracy
-from keepsight.lab.reference import REFERENCE_NAME, load_reference, reference_path
+from keepsight.lab.reference import load_reference
+from keepsight.pvm import PvmConfig
+from keepsight.shipped import REFERENCE_NAME, reference_path, resolve_base
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +46,17 @@ def test_it_is_the_default_recipe():
     assert record["config"] == vars(PretrainConfig())
 
 
-def test_adapters_name_a_base_that_exists_everywhere(reference, tmp_path):
+def test_adapters_find_their_base_on_every_machine(reference, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    model, _ = load_reference()
-    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == REFERENCE_NAME
+    recorded = {}
+    for name, config in (("memory", PvmConfig()), ("lora", LoraConfig(target_modules=["q_proj"]))):
+        get_peft_model(load_reference()[0], config).save_pretrained(tmp_path / name)
+        recorded[name] = json.loads((tmp_path / name / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert recorded["memory"] == REFERENCE_NAME
+    elsewhere = "/somebody/site-packages/keepsight/lab/weights/reference"  # PEFT's own methods record a path
+    assert {resolve_base(name) for name in (*recorded.values(), elsewhere)} == {reference_path()}
+    assert resolve_base("somebody/else") == "somebody/else"
 
 
 @pytest.mark.parametrize("prompt", ["read", "Read the digits, please."])

@@ -145,7 +145,7 @@ def same_weights(a: Path, b: Path) -> bool:
 
 def test_a_killed_run_resumes_to_the_same_weights(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
     options = {"max_steps": 40, "save_steps": 10, "batch_size": 2, "blindfold_steps": 15}
-    train_pvm(tiny_vlm, data, tmp_path / "unbroken", settings=settings(**options))
+    unbroken = train_pvm(tiny_vlm, data, tmp_path / "unbroken", settings=settings(**options))
 
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "keepsight.cli", "train", "pvm", str(tiny_vlm), "-d", str(data), "-o", str(out)]
@@ -165,6 +165,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tiny_vlm: Path, data: Path, tm
     assert report.resumed_from >= 10
     assert any(line.startswith("resuming from") for line in said)
     assert same_weights(tmp_path / "unbroken", out)
+    assert (report.tokens, report.gates) == (unbroken.tokens, unbroken.gates)
 
     # Resuming a finished run changes nothing.
     before = (out / WEIGHTS).read_bytes()
@@ -221,6 +222,21 @@ def test_a_full_folder_is_not_written_into(trained: tuple[Path, TrainReport], ti
     assert not (out / "checkpoint-12").exists()
 
 
+def test_a_run_that_saved_nothing_is_no_obstacle(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        """Ctrl-C at the second step."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_pvm(tiny_vlm, data, tmp_path / "out", settings=settings(), callbacks=[Stop()])
+    assert train_pvm(tiny_vlm, data, tmp_path / "out", settings=settings(max_steps=1)).steps == 1
+
+
 def test_a_failing_run_leaves_its_checkpoints(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
     from transformers import TrainerCallback
 
@@ -267,6 +283,7 @@ def test_over_long_answers_are_cut_and_images_never(tiny_vlm: Path, data: Path, 
         tiny_vlm, data, tmp_path / "out", settings=settings(max_steps=4, max_length=64, over_long="truncate")
     )
     assert report.data.longest is not None
+    assert report.data.cut == 1
     assert report.steps == 4
     assert report.tokens <= 64 * 16
 
@@ -355,3 +372,35 @@ def test_flags_and_settings_agree() -> None:
     values = dict(zip(FLAGS[::2], FLAGS[1::2], strict=True))
     for flag, value in values.items():
         assert float(value) == QUICK[flag[2:].replace("-", "_")]
+
+
+def test_the_examples_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import runpy
+
+    examples = Path(__file__).parents[2] / "examples"
+    runpy.run_path(str(examples / "train_pvm.py"))["main"](tmp_path, 4)
+    adapter, image = tmp_path / "memory", tmp_path / "data" / "0.png"
+    recorded = json.loads((adapter / "adapter_config.json").read_text())
+    assert recorded["base_model_name_or_path"] == "keepsight/reference"
+    runpy.run_path(str(examples / "generate.py"))["main"](str(adapter), str(image), "describe")
+    printed = capsys.readouterr().out
+    assert "base unchanged: True" in printed
+    assert "without the memory:" in printed
+
+
+def test_the_reference_reads_on_the_command_line(tmp_path: Path) -> None:
+    import numpy as np
+    from typer.testing import CliRunner
+
+    from keepsight.cli import app
+    from keepsight.lab.digits import draw_grids
+
+    images, digits = draw_grids(1, "test", np.random.default_rng(0))
+    images[0].save(tmp_path / "digits.png")
+    result = CliRunner().invoke(
+        app, ["generate", "-i", str(tmp_path / "digits.png"), "-p", "read", "--max-new-tokens", "9"]
+    )
+    assert result.exit_code == 0, result.output
+    said = result.stdout.split()
+    assert said[::3] == ["a1", "b1", "c1"]
+    assert sum(int(word) == digit for word, digit in zip(said[1::3], digits[0], strict=False)) >= 2

@@ -1,0 +1,34 @@
+"""The model that ships with keepsight, by name: what adapters record instead of a path on one machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+REFERENCE_NAME = "keepsight/reference"
+_FOLDER = Path(__file__).parent / "lab" / "weights" / "reference"
+
+
+def reference_path() -> Path:
+    """Folder of the shipped reference VLM.
+
+    Raises:
+        FileNotFoundError: the package was installed without its data.
+    """
+    if not (_FOLDER / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"The reference VLM's weights are not at {_FOLDER}. Reinstall keepsight, or make one: "
+            "keepsight lab pretrain --out DIR"
+        )
+    return _FOLDER
+
+
+def resolve_base(name: str | Path) -> str | Path:
+    """Where a recorded base is: the shipped model by its name (on whatever machine it was recorded), else `name`."""
+    recorded = str(name)
+    is_shipped = recorded == REFERENCE_NAME or Path(recorded).parts[-4:] == ("keepsight", *_FOLDER.parts[-3:])
+    return reference_path() if is_shipped else name
+
+
+def portable_name(base: str | None) -> str | None:
+    """What to record for a base: the name of the shipped model for its folder, else `base`."""
+    return REFERENCE_NAME if base is not None and Path(base) == _FOLDER else base
