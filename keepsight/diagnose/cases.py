@@ -55,7 +55,7 @@ class Case:
         sample: where it comes from.
         text: [n] token ids after the prompt.
         scored: index into `text` of the first token of each reference answer, and one past its last.
-        digits, cells: of the lab's narrations: what each cell holds [16], and which cell each answer is about.
+        digits, cells: of the lab's narrations: what each cell holds [16], and which cell each scored answer is about.
     """
 
     sample: Sample
@@ -277,6 +277,7 @@ def lab_cases(processor: Any, count: int, length: int, seed: int = 0) -> list[Ca
     Raises:
         ImportError: without the lab extra, which has the glyphs.
     """
+    from keepsight.lab.evaluation import SCORED
     from keepsight.lab.narration import DESCRIBE, gaps_for_length, make_narrations
 
     gaps = gaps_for_length(length)
@@ -284,9 +285,9 @@ def lab_cases(processor: Any, count: int, length: int, seed: int = 0) -> list[Ca
     cases = []
     for row in range(count):
         text = batch.input_ids[row, batch.start : -1]
-        places = [int(a) - batch.start for a in batch.answers]
+        places = [int(a) - batch.start for a in batch.answers[-SCORED:]]
         sample = Sample(DESCRIBE, (batch.images[row],))
-        cases.append(Case(sample, text, [(p, p + 1) for p in places], digits=batch.digits[row], cells=batch.cells[row]))
+        cases.append(Case(sample, text, [(p, p + 1) for p in places], batch.digits[row], batch.cells[row, -SCORED:]))
     return cases
 
 
