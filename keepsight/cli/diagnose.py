@@ -110,6 +110,7 @@ def diagnose(
     )
     with _progress() as progress:
         found: Diagnosis = examine(model, processor, given, settings, other, progress)
+    found.model["name"] = source
     _write(found, folder)
     for line in found.headline:
         out.print(line, markup=False, highlight=False)

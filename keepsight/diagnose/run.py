@@ -241,7 +241,7 @@ class _Run:
 
     def lengths(self, control: Reader | None) -> None:
         """The score by length, where there are references."""
-        cases = self.by_length or [case for case in self.cases if case.sample.reply]
+        cases = self.by_length or (self.cases if any(case.sample.reply for case in self.cases) else [])
         free = [] if cases else [sample for sample in self.samples if sample.answer is not None]
         if not cases and not free:
             if control is not None:
