@@ -94,7 +94,7 @@ class LazyGroup(TyperGroup):
         words = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in words
         words = [word for word in words if word != "--debug"]
-        with error_border(debug):
+        with error_border(debug, extra="lab" if words[:1] in (["demo"], ["lab"]) else "train"):
             if debug:
                 os.environ["KEEPSIGHT_DEBUG"] = "1"
             try:

@@ -27,9 +27,8 @@ _EXTRA_OF = {
     "trl": "train",
     "datasets": "train",
     "accelerate": "train",
-    "PIL": "train",
-    "torchvision": "train",
 }
+_IMAGE_LIBRARIES = ("PIL", "torchvision")  # both extras bring them
 
 
 class Interrupted(Exception):
@@ -58,11 +57,12 @@ def fail(message: str) -> None:
 
 
 @contextmanager
-def error_border(debug: bool) -> Iterator[None]:
+def error_border(debug: bool, extra: str = "train") -> Iterator[None]:
     """Turn what commands raise into one clear message and an exit status.
 
     Args:
         debug: show the traceback as well.
+        extra: which extra to name where an image library is missing.
 
     Raises:
         SystemExit: 1 for errors, 130 for Ctrl-C.
@@ -78,23 +78,25 @@ def error_border(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        fail(explain(error))
+        fail(explain(error, extra))
         raise SystemExit(1) from error
 
 
-def explain(error: Exception) -> str:
-    """What to tell the user about an exception."""
+def explain(error: Exception, extra: str = "train") -> str:
+    """What to tell the user about an exception; `extra` is the one to name where an image library is missing."""
     text = str(error).strip()
+    if "Missing optional dependencies" in text and ("torchvision" in text or "Pillow" in text):
+        return f'this command needs Pillow and torchvision. Install them: pip install "keepsight[{extra}]"'
     if isinstance(error, ImportError):
-        missing = getattr(error, "name", None) or ""
-        found = next(
-            (n for n in _EXTRA_OF if missing.partition(".")[0] == n or f"requires the {n.lower()}" in text.lower()), ""
-        )
         if "pip install" in text and "keepsight[" in text:
             return text
-        if found:
-            extra = _EXTRA_OF[found]
-            return f'this command needs {found}, which is not installed. Install it: pip install "keepsight[{extra}]"'
+        missing = (getattr(error, "name", None) or "").partition(".")[0]
+        for name in (*_EXTRA_OF, *_IMAGE_LIBRARIES):
+            if missing == name or f"requires the {name.lower()}" in text.lower():
+                which = _EXTRA_OF.get(name, extra)
+                return (
+                    f'this command needs {name}, which is not installed. Install it: pip install "keepsight[{which}]"'
+                )
     if type(error).__name__ == "OutOfMemoryError" or "out of memory" in text.lower():
         return (
             "out of memory. Try fewer samples at once (--batch-size 1), --gradient-checkpointing, smaller images, a "
@@ -129,7 +131,7 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    if "datasets" in sys.modules:
+    if sys.modules.get("datasets") is not None:
         sys.modules["datasets"].disable_progress_bars()
 
 

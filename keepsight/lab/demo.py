@@ -200,7 +200,7 @@ def write_folder(out: Path, results: dict[str, Any], settings: Settings, workdir
         for index, (image, _) in enumerate(images, start=1):
             image.resize((256, 256), resample=0).save(part / f"example-{index}.png")  # 0: nearest, pixels stay pixels
         figures = plot_all(results, part)
-        narration = sample_narration(np.random.default_rng(settings.seed))
+        narration = sample_narration(np.random.default_rng(settings.seed), settings.seed)
         (part / "report.html").write_text(render_report(results, figures, images, narration), encoding="utf-8")
         if (workdir / "pvm").is_dir():
             shutil.copytree(workdir / "pvm", part / "adapter")

@@ -67,12 +67,11 @@ footer { color: var(--soft); font-size: 14px; margin-top: 40px; border-top: 1px 
 
 <h1>$headline</h1>
 <p class="lead">Digits read correctly after $far words of output, which is $times times as long as anything the three
-trained methods
-practised on. All three have the same number of parameters and saw the same data.</p>
+trained methods practised on. All three have the same number of parameters and saw the same data.</p>
 <div class="cards">$cards</div>
 <p class="note">Every number on this page was measured in the run that wrote it. The model is tiny (0.6 million
-parameters) and trained
-from nothing on handwritten digits; what that can and cannot show stands <a href="#limits">at the end</a>.</p>
+parameters) and trained from nothing on handwritten digits; what that can and cannot show stands <a href="#limits">at
+the end</a>.</p>
 $quick
 
 <h2>The image and the question</h2>
@@ -83,37 +82,31 @@ $image
 <div class="bubble"><small>It answers in facts, wrapped in filler</small>$narration</div>
 </div>
 </div>
-<p>$first_fact No cell is named
-twice, so a digit can never be copied from earlier words: <b>each one needs a look at the image.</b> The filler says
-nothing about the
-image. It is there to make the answer long.</p>
+<p>$first_fact No cell is named twice, so a digit can never be copied from earlier words: <b>each one needs a look at
+the image.</b> The filler says nothing about the image. It is there to make the answer long.</p>
 <p>We write the answer for the model and ask at each of the last six facts which digit it would say. One word is one
-token. The
-handwriting is real (1,797 digits that ship with scikit-learn), and the digits asked about here were in no training
-image.</p>
+token. The handwriting is real (1,797 digits that ship with scikit-learn), and the digits asked about here were in no
+training image. The picture is enlarged and has lines between its cells; the model sees 32 x 32 pixels without
+any.</p>
 
 <h2>What gets lost: dilution</h2>
 <p>A language model reads an image once, as a handful of tokens at the front (16 here). From then on each new word
-shares out its
-attention, one whole, between those and all words so far. The image's tokens stay 16; the words become thousands. The
-image's share is
-<em>diluted</em>.</p>
+shares out its attention, one whole, between those and all words so far. The image's tokens stay 16; the words become
+thousands. The image's share is <em>diluted</em>.</p>
 <p>The base model reads $base_short of the digits after $short words and <b>$base_far after $far</b>. $regime_note</p>
 $controls_table
-<p class="note">Two controls tell what the loss is made of. <b>Filler hidden</b>: the filler stays in place but may not
-be attended to, so
-there are few competitors at the same distances; the base then reads $masked_far after $far words. <b>Distances
-squeezed</b>: all
-competitors stay but are moved as near as in pretraining; it then reads $squeezed_far. A star marks lengths beyond the
-training length of
-the methods below.</p>
+<p class="note">Two controls tell what the loss is made of. <b>Filler hidden</b>: the filler stays in place but may
+not be attended to, so there are few competitors at the same distances; the base then reads $masked_far after $far
+words. <b>Distances squeezed</b>: all competitors stay but are moved as near as in pretraining; it then reads
+$squeezed_far. Where the first control dips, distance itself plays a part. A star marks lengths beyond the training
+length of the methods below.</p>
 $mass
 <p>$mass_words</p>
 
 <h2>Who competes</h2>
-<p>The base's own weights are frozen for everyone. All methods see the same images and outputs of at most $train_length
-words, in the same
-order, for the same number of steps (LoRA at full length, where listed, sees longer ones).</p>
+<p>The base's own weights are frozen for everyone. All methods see the same images and outputs of at most
+$train_length words, in the same order, for the same number of steps (LoRA at full length, where listed, sees longer
+ones).</p>
 $methods
 
 <h2>The result</h2>
@@ -124,32 +117,26 @@ $verdict
 
 <h2>Is the memory really used?</h2>
 <p>A good score is not yet proof that the memory did it. So we tamper with it. The language model is always shown the
-right image; only
-what the memory holds changes.</p>
+right image; only what the memory holds changes.</p>
 $causal
 <p>$causal_words</p>
 $causal_table
 <p class="note">In short outputs the model's own attention still sees the right image, so the two can disagree there;
-far out only the
-memory is left.</p>
+far out only the memory is left.</p>
 
 <h2 id="limits">What this does not show</h2>
 <ul>
 <li><b>Other models.</b> This is a 0.6-million-parameter model in a laboratory task made for the purpose. The adapters
-have $share of the
-size of its language model's layers; in the PVM paper (arXiv 2605.00814) it is 0.3&nbsp;% of an 8-billion model.
-Nothing here is a result on real
-models or benchmarks.</li>
+have $share of the size of its language model's layers; in the PVM paper (arXiv 2605.00814) it is 0.3&nbsp;% of an
+8-billion model. Nothing here is a result on real models or benchmarks.</li>
 <li><b>That falling attention is harm.</b> Attention on the image falls in any model, trained or not, as text grows
 (see the plot above).</li>
 <li><b>Dilution in general.</b> Many models fail in long outputs because they never saw such distances. This base was
-pretrained with
-randomised positions to take that reason away, and the filler-hidden row is there to check it.</li>
+pretrained with randomised positions to take that reason away, and the filler-hidden row is there to check it.</li>
 <li><b>That the paper's recipe is reliable.</b> $warmup_words</li>
 <li><b>That LoRA cannot do this.</b> $long_words</li>
-<li><b>That a memory is immune.</b> Its question to the image comes from the same stream of thought that drifts in long
-outputs. With some
-bases it falls too, though later.</li>
+<li><b>That a memory is immune.</b> Its question to the image comes from the same stream of thought that drifts in
+long outputs. With some bases it falls too, though later.</li>
 <li><b>Free speech.</b> The answers are scored within a given text. How well the model writes on its own is another
 question.</li>
 <li><b>Chance.</b> This is one seed ($seed). Results over several bases ship with keepsight, those that fall short
@@ -158,8 +145,8 @@ included.</li>
 
 <h2>Try it</h2>
 <p>The memory trained in this run is the folder <code>adapter</code> beside this page. Ask it about an image:</p>
-<pre><code>keepsight generate adapter --image example-1.png --prompt read</code></pre>
-<p>and put one on a model of your own:</p>
+<pre><code>keepsight generate adapter --image example-1.png --prompt read</code></pre> <p>and put one on a model of
+your own:</p>
 <pre><code>keepsight train pvm --help</code></pre>
 
 <footer>$conditions Raw numbers: <code>results.json</code>.</footer>

@@ -25,7 +25,7 @@ def example_images(count: int, seed: int) -> list[tuple[Image.Image, list[int]]]
     return [(image, row.tolist()) for image, row in zip(images, digits, strict=True)]
 
 
-def sample_narration(rng: np.random.Generator, seed: int = 0, facts: int = 3, gap: int = 7) -> list[Word]:
+def sample_narration(rng: np.random.Generator, seed: int, facts: int = 3, gap: int = 7) -> list[Word]:
     """The beginning of a narration about the first of `example_images(..., seed)`."""
     digits = example_images(1, seed)[0][1]
     words: list[Word] = []

@@ -8,114 +8,31 @@ for, the blindfold warm-up (see `keepsight.train.blindfold`).
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from keepsight.adapters import find_adapter
-from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.errors import KeepsightError
 from keepsight.loading import load, resolve_base
 from keepsight.pvm import PvmConfig
 from keepsight.train import output
 from keepsight.train.blindfold import blindfold
 from keepsight.train.collate import ConversationCollator
-from keepsight.train.data import CheckedData, Policy, check_dataset, load_dataset_any, read_sample
+from keepsight.train.data import CheckedData, check_dataset, load_dataset_any
 from keepsight.train.plan import MemoryPlan, check_weights, plan_memory
+from keepsight.train.settings import SftSettings
+from keepsight.train.trainer import TrainingDivergedError, gates_of, make_trainer
 
-
-class TrainingDivergedError(KeepsightError):
-    """The loss became NaN or infinite."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftSettings:
-    """How to train. Defaults are the paper's where it names them.
-
-    Attributes:
-        epochs: passes over the data. Ignored if `max_steps` is set.
-        max_steps: optimiser steps.
-        batch_size: samples per device and forward.
-        grad_accum: forwards per optimiser step. The paper's global batch is 64 = 1 x 8 accumulation x 8 GPUs.
-        lr: peak learning rate of everything but the gates.
-        gate_lr_multiplier: the gates' learning rate is this times `lr` (keepsight's own addition).
-        warmup_ratio: share of the steps over which the learning rate rises.
-        scheduler: name of a transformers schedule.
-        weight_decay: of matrices; never of gates and norms.
-        max_grad_norm: gradients are clipped to this norm.
-        max_length: longest sample in tokens; None for no limit.
-        over_long: what to do with a longer one.
-        text_only: what to do with a sample without an image.
-        blindfold_steps: for so many first steps the frozen backbone's text cannot see the image (keepsight's own).
-        bf16: autocast to bfloat16. None: on a GPU that has it.
-        gradient_checkpointing: trade time for memory. None: on a GPU.
-        dtype: of the base's weights; "auto" is the checkpoint's own.
-        device: "cpu" or "cuda"; None: the GPU if there is one.
-        seed: of initialisation and data order.
-        logging_steps, save_steps, eval_steps: how often to log, to save a checkpoint, and to evaluate
-            (None: as often as saving).
-        keep_checkpoints: how many checkpoints to keep; None keeps all.
-        workers: processes that read images.
-        report_to: trackers, e.g. ["tensorboard"].
-    """
-
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 1
-    grad_accum: int = 8
-    lr: float = 1e-4
-    gate_lr_multiplier: float = 10.0
-    warmup_ratio: float = 0.1
-    scheduler: str = "cosine"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_length: int | None = None
-    over_long: Literal["error", "skip", "truncate"] = "error"
-    text_only: Policy = "error"
-    blindfold_steps: int = 0
-    bf16: bool | None = None
-    gradient_checkpointing: bool | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    seed: int = 0
-    logging_steps: int = 10
-    save_steps: int = 200
-    eval_steps: int | None = None
-    keep_checkpoints: int | None = None
-    workers: int = 0
-    report_to: tuple[str, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "grad_accum", "logging_steps", "save_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number of at least 1.")
-        for name in ("max_steps", "max_length", "eval_steps", "keep_checkpoints"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected a whole number of at least 1, or leave it out.")
-        for name in ("epochs", "lr", "gate_lr_multiplier", "max_grad_norm"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0.")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio={self.warmup_ratio}: expected a share of the steps, from 0 to below 1.")
-        if self.blindfold_steps < 0 or self.workers < 0 or self.weight_decay < 0:
-            raise ValueError("blindfold_steps, workers and weight_decay cannot be negative.")
-        if self.over_long != "error" and self.max_length is None:
-            warnings.warn(
-                f"over_long={self.over_long!r} has no effect without max_length: no sample is too long.",
-                KeepsightWarning,
-                stacklevel=3,
-            )
+__all__ = ["SftSettings", "TrainReport", "TrainingDivergedError", "train_pvm"]
 
 
 @dataclass(frozen=True)
@@ -246,7 +163,7 @@ def train_pvm(
         folder.mkdir(parents=True, exist_ok=True)
         output.write_record(folder, record)
 
-    trainer = _make_trainer(
+    trainer = make_trainer(
         model, processor, pvm, settings, folder, checked, checked_eval, collator, on_log, callbacks or []
     )
     if checkpoint is not None:
@@ -279,15 +196,6 @@ def train_pvm(
         seconds=seconds,
         data=checked,
     )
-
-
-def gates_of(model: torch.nn.Module) -> dict[int, float]:
-    """Decoder layer -> value of the active memory's gate."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        if "pvm_blocks." in name and name.endswith(".gate"):
-            found[int(name.partition(".layers.")[2].partition(".")[0])] = parameter.detach().float().item()
-    return dict(sorted(found.items()))
 
 
 # ---------------------------------------------------------------------------------------------- before the model loads
@@ -398,147 +306,14 @@ def _dtype(settings: SftSettings, plan: MemoryPlan) -> str:
     stored = str(getattr(plan.backbone.model.config, "dtype", None)).removeprefix("torch.")
     if stored != "float16":
         return "auto"
-    return "bfloat16" if _on_gpu(settings) and torch.cuda.is_bf16_supported() else "float32"
-
-
-def _on_gpu(settings: SftSettings) -> bool:
-    return settings.device != "cpu" and torch.cuda.is_available()
+    return "bfloat16" if settings.on_gpu and torch.cuda.is_bf16_supported() else "float32"
 
 
 def _device(settings: SftSettings) -> str:
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if _on_gpu(settings) else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if settings.on_gpu else "cpu"
 
 
-# ------------------------------------------------------------------------------------------------------------ training
-
-
-def _make_trainer(
-    model: Any,
-    processor: Any,
-    pvm: PvmConfig | None,
-    settings: SftSettings,
-    folder: Path,
-    data: CheckedData,
-    eval_data: CheckedData | None,
-    collator: ConversationCollator,
-    on_log: Callable[[dict[str, float], int, int], None] | None,
-    callbacks: list[Any],
-) -> Any:
-    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    class PvmTrainer(SFTTrainer):
-        """TRL's trainer with a learning rate for the gates, the blindfold, and a stop at the first bad loss."""
-
-        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-            optimizer = super().create_optimizer(*args, **kwargs)
-            gates = [p for n, p in self.model.named_parameters() if n.endswith(".gate") and p.requires_grad]
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if all(p is not gate for gate in gates)]
-            lr = settings.lr * settings.gate_lr_multiplier
-            optimizer.add_param_group({"params": gates, "lr": lr, "weight_decay": 0.0})
-            return optimizer
-
-        def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-            covered = self.state.global_step < settings.blindfold_steps
-            with blindfold(self.accelerator.unwrap_model(model)) if covered else nullcontext():
-                loss = super().training_step(model, *args, **kwargs)
-            if not torch.isfinite(loss) and self.state.global_step == 0:
-                raise TrainingDivergedError(
-                    f"The loss is {loss.item()} at the very first step, before anything was learned: the base's "
-                    "weights are damaged, or the dtype overflows (try --dtype float32)."
-                )
-            if not torch.isfinite(loss):
-                raise TrainingDivergedError(
-                    f"The loss became {loss.item()} at step {self.state.global_step + 1}; training has stopped. "
-                    f"Checkpoints saved before are whole. Try a lower --lr (now {settings.lr:g}) or a smaller "
-                    f"--gate-lr-multiplier (now {settings.gate_lr_multiplier:g}), and --resume or start anew."
-                )
-            return loss
-
-        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            if "loss" in logs:
-                logs.update({f"gate/{layer}": value for layer, value in gates_of(self.model).items()})
-            super().log(logs, *args, **kwargs)
-
-    class Report(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if on_log is not None and state.is_world_process_zero:
-                on_log(dict(logs), state.global_step, state.max_steps)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # The last step, too; and every checkpoint, so that a resumed run knows the tokens so far.
-            control.should_log |= control.should_save or state.global_step >= state.max_steps
-
-    gpu = _on_gpu(settings)
-    checkpointing = gpu if settings.gradient_checkpointing is None else settings.gradient_checkpointing
-    # Newer transformers call it activation_checkpointing.
-    renamed = "activation" if any(f.name == "activation_checkpointing" for f in fields(SFTConfig)) else "gradient"
-    args = SFTConfig(
-        output_dir=str(folder),
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.grad_accum,
-        learning_rate=settings.lr,
-        lr_scheduler_type=settings.scheduler,
-        warmup_steps=settings.warmup_ratio,  # below 1, transformers 5 takes it as a share of the steps
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=(gpu and torch.cuda.is_bf16_supported()) if settings.bf16 is None else settings.bf16,
-        **{
-            f"{renamed}_checkpointing": checkpointing,
-            f"{renamed}_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
-        },
-        use_cpu=not gpu,
-        ddp_find_unused_parameters=False,  # a memory without images gives gradients of zero, not none
-        seed=settings.seed,
-        logging_steps=settings.logging_steps,
-        logging_first_step=True,
-        save_strategy="steps",
-        save_steps=settings.save_steps,
-        save_total_limit=settings.keep_checkpoints,
-        eval_strategy="no" if eval_data is None else "steps",
-        eval_steps=None if eval_data is None else settings.eval_steps or settings.save_steps,
-        report_to=list(settings.report_to) or "none",
-        dataloader_num_workers=settings.workers,
-        remove_unused_columns=False,
-        max_length=None,  # the collator cuts, and the check has made sure of what it cuts
-        disable_tqdm=True,
-        label_names=["labels"],
-    )
-    collator = copy.copy(collator)
-    collator.read = _Reader(data, eval_data)
-    trainer = PvmTrainer(
-        model=model,
-        args=args,
-        data_collator=collator,
-        train_dataset=data.dataset,
-        eval_dataset=None if eval_data is None else _Reader.marked(eval_data.dataset),
-        processing_class=processor,
-        peft_config=copy.deepcopy(pvm) if pvm is not None else PvmConfig(),
-        callbacks=[Report(), *callbacks],
-    )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    return trainer
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Reads rows of the training and the evaluation data, each with its own source's images. Goes to workers."""
-
-    data: CheckedData
-    eval_data: CheckedData | None
-
-    @staticmethod
-    def marked(dataset: Any) -> Any:
-        return dataset.add_column("is_eval", [True] * len(dataset))
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        data = self.eval_data if row.get("is_eval") and self.eval_data is not None else self.data
-        return read_sample(row, data.source)
+# -------------------------------------------------------------------------------------------------- after the last step
 
 
 def _tokens_until(checkpoint: Path) -> int:
