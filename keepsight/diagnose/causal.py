@@ -201,7 +201,7 @@ class Battery:
         if self.memory is not None and sample.sees:
             others = self._others(index)
             for name, contexts in self._conditions(index, [content for _, content in others]).items():
-                results = []
+                results: list[dict[str, Any]] = []
                 for context in contexts:
                     with context:
                         # writing again is the slow part, and one of several other images is enough for it

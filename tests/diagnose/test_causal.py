@@ -62,7 +62,7 @@ def test_random_block_with_an_open_gate_is_not_used(with_memory: tuple[Any, Any]
     model, processor = with_memory
     reader = Reader(forced_open(model), processor)
     cases = lab_cases(processor, 6 if references else 5, 1024 if references else 64)
-    given: dict[str, Any] = {"cases": cases} if references else {"samples": [c.sample for c in cases], "steps": 40}
+    given: dict[str, Any] = {"cases": cases} if references else {"samples": [c.sample for c in cases], "steps": 24}
     result = run(Battery(reader, **given))
     assert result.verdict.word == "not used", result.verdict.sentence
     off = next(c for c in result.conditions if c.name == "off")

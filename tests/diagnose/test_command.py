@@ -121,7 +121,7 @@ def test_ctrl_c_writes_what_was_measured(tmp_path: Path) -> None:
             break
     time.sleep(3)
     process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=180)[1]
     assert process.returncode == 130, errors
     assert "what was measured is in" in errors
     found = read_results(out / "results.json")
