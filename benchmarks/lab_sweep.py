@@ -1,4 +1,4 @@
-"""How the lab's learning rates were chosen: the same number of tries for PVM and both controls, on validation glyphs.
+"""How the lab's learning rates were chosen, on validation glyphs: four tries for PVM and the MLP, seven for LoRA.
 
     python benchmarks/lab_sweep.py --bases DIR DIR --out benchmarks/results/lab-seeds/sweep.json
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from keepsight.adapters import AdapterInfo, find_adapter, inspect_adapter
-from keepsight.backbone import family_of
-from keepsight.errors import BrokenAdapterError
-from keepsight.pvm import PvmConfig
+from keepsight.adapters import AdapterInfo
+from keepsight.errors import AdapterMismatchError
 from keepsight.shipped import resolve_base
+from keepsight.sources import check_sources
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -46,45 +45,33 @@ def load(
         (model, processor); the model in eval mode, a `PeftModel` if there is an adapter.
 
     Raises:
-        BrokenAdapterError: before the base is loaded, if an adapter's files are missing, truncated or not finite.
+        BrokenAdapterError: if an adapter's files are missing, truncated or not finite.
         AdapterMismatchError: if the adapter was made for another base.
         UnsupportedModelError: if keepsight does not know the model's family.
+        KeepsightError: if weight files of the base are missing or truncated. All this before any weight is read.
     """
-    adapters = [_adapter(name, revision if name == source else None) for name in (source, *more)]
-    if adapters[0] is None:
-        if base is not None:
-            raise ValueError(
-                f"{source} is no adapter (it has no adapter_config.json), so base={str(base)!r} has no use."
-            )
-        base_name = str(source)
-    else:
-        base_name = str(base) if base is not None else _recorded_base(adapters[0])
-    for name, found in zip(more, adapters[1:], strict=True):
-        if found is None:
-            raise BrokenAdapterError(f"{name} is no adapter: no adapter_config.json there or under that hub id.")
-
+    base_name, adapters = check_sources(source, more, base, revision)
     base_path = resolve_base(base_name)
-    if Path(base_path).is_dir() and not (Path(base_path) / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{base_path} holds neither adapter_config.json (an adapter) nor config.json (a model)."
-        )
-    config = AutoConfig.from_pretrained(base_path)
-    family_of(config, base_name)
-    for info in adapters:
-        if info is not None and info.method == "PVM":
-            PvmConfig.from_adapter(info.config).check_base(config)
-    processor_source = next((a.path for a in adapters if a is not None and _has_processor(a.path)), base_path)
+    processor_source = next((a.path for a in adapters if _has_processor(a.path)), base_path)
     processor = AutoProcessor.from_pretrained(processor_source)
     if device is None and "device_map" not in model_kwargs:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "revision" not in model_kwargs and revision is not None and adapters[0] is None:
+    if revision is not None and not adapters:
         model_kwargs["revision"] = revision
     model = AutoModelForImageTextToText.from_pretrained(base_path, dtype=dtype, **model_kwargs)
     if device is not None:
         model = model.to(device)
         if dtype == "auto" and torch.device(device).type == "cpu" and model.dtype == torch.float16:
             model = model.float()
-    model = attach(model, [a for a in adapters if a is not None], trainable=trainable)
+    try:
+        model = attach(model, adapters, trainable=trainable)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise AdapterMismatchError(
+            f"An adapter's tensors do not fit {base_name}: {str(error).strip().splitlines()[-1].strip()} It was made "
+            "for another model."
+        ) from error
     return model.eval(), processor
 
 
@@ -105,22 +92,6 @@ def attach(model: Any, adapters: list[AdapterInfo], trainable: bool = False) -> 
             )
         taken[name] = info.method
     return result
-
-
-def _adapter(source: str | Path, revision: str | None) -> AdapterInfo | None:
-    if resolve_base(source) != source:  # the shipped model
-        return None
-    path = find_adapter(source, revision)
-    return None if path is None else inspect_adapter(path)
-
-
-def _recorded_base(info: AdapterInfo) -> str:
-    if info.base is None:
-        raise BrokenAdapterError(
-            f"{info.path} does not say which base model it belongs to. Name it: keepsight.load(adapter, base=...)."
-        )
-    beside = info.path / info.base  # `keepsight convert` records a path relative to the adapter
-    return str(beside.resolve()) if info.base.startswith("..") and beside.is_dir() else info.base
 
 
 def _has_processor(path: Path) -> bool:

@@ -572,13 +572,9 @@ def test_unknown_memory_settings_are_named(single: Converted, tmp_path: Path) ->
 
 
 def command(*arguments: str) -> Any:
-    import typer
+    from keepsight.cli import app
 
-    from keepsight.cli.convert import convert as function
-
-    app = typer.Typer()
-    app.command()(function)
-    return CliRunner().invoke(app, list(arguments))
+    return CliRunner().invoke(app, ["convert", *arguments])
 
 
 def test_command(single: Converted, tmp_path: Path) -> None:

@@ -23,25 +23,20 @@ def convert(
     checked before anything is written, and OUT appears whole or not at all.
     """
     from keepsight.convert import convert as convert_checkpoint  # torch and transformers, not needed for --help
-    from keepsight.errors import KeepsightError
 
     # Asked to end, unwind: what was written so far is removed on the way.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    console, errors = Console(), Console(stderr=True)
+    console = Console()
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    try:
-        with Progress(*columns, console=console) as bar:
-            tasks: dict[str, int] = {}
+    with Progress(*columns, console=console) as bar:
+        tasks: dict[str, int] = {}
 
-            def show(task: str, done: int, total: int) -> None:
-                if task not in tasks:
-                    tasks[task] = bar.add_task(task, total=total)
-                bar.update(tasks[task], completed=done)  # type: ignore[arg-type]
+        def show(task: str, done: int, total: int) -> None:
+            if task not in tasks:
+                tasks[task] = bar.add_task(task, total=total)
+            bar.update(tasks[task], completed=done)  # type: ignore[arg-type]
 
-            made = convert_checkpoint(source, target, overwrite=overwrite, progress=show)
-    except (KeepsightError, OSError) as error:
-        errors.print(f"[bold red]Not converted:[/] {_plain(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from error
+        made = convert_checkpoint(source, target, overwrite=overwrite, progress=show)
     gates = ", ".join(f"{layer}: {gate:+.4g}" for layer, gate in made.gates.items())
     console.print(
         f"Base     {_plain(str(made.base))}: {made.base_tensors:,} tensors, {made.base_bytes / 1e9:.2f} GB",

@@ -66,7 +66,8 @@ def generate(
         raise KeepsightError("--prompt is empty; ask something.")
     _check_device(device)
 
-    from keepsight.cli.sources import check_sources, debugging, load_model
+    from keepsight.cli.sources import check_sources, debugging
+    from keepsight.loading import load
     from keepsight.train.collate import require_chat_template
 
     if not debugging():
@@ -87,7 +88,7 @@ def generate(
         )
     with status(f"loading {base_name}"):
         options: dict[str, Any] = {"dtype": dtype, "device": device}
-        model, processor = load_model(source, adapter or [], **options, **({"base": base} if base else {}))
+        model, processor = load(source, *(adapter or []), base=base, **options)
     require_chat_template(processor)
     switch = model.disable_adapter() if no_memory and has_memory else nullcontext()
     with switch:

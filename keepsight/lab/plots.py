@@ -81,7 +81,7 @@ def _render(draw: Any, results: dict[str, Any], theme: str) -> bytes:
 
     color = COLORS[theme]
     style = {
-        "font.size": 11,
+        "font.size": 12,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "text.color": color["ink"],
@@ -94,7 +94,7 @@ def _render(draw: Any, results: dict[str, Any], theme: str) -> bytes:
         "legend.frameon": False,
     }
     with matplotlib.rc_context(style):
-        figure = Canvas(figsize=(7.2, 4.3), dpi=150, layout="constrained")
+        figure = Canvas(figsize=(6.2, 4.2), dpi=170, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure, results, color)
         buffer = io.BytesIO()
@@ -136,18 +136,18 @@ def _accuracy(figure: Any, results: dict[str, Any], color: dict[str, str]) -> No
         rotation=90,
         va="bottom",
         ha="right",
-        fontsize=9,
+        fontsize=10,
         alpha=0.8,
     )
     axes.axhline(CHANCE, color=color["ink"], lw=0.8, ls=(0, (1, 3)), alpha=0.7)
-    axes.text(lengths[0], CHANCE + 0.015, "guessing", fontsize=9, alpha=0.8)
+    axes.text(lengths[0], CHANCE + 0.015, "guessing", fontsize=10, alpha=0.8)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.minorticks_off()
     axes.set_ylim(0, 1.04)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25%", "50%", "75%", "100%"])
     axes.set_xlabel("generated tokens before the answer")
-    axes.set_title("Digits read correctly", loc="left", fontsize=11)
+    axes.set_title("Digits read correctly", loc="left", fontsize=12)
     place = 2.0
     for value, label, ink in sorted(
         ends, reverse=True
@@ -163,7 +163,7 @@ def _accuracy(figure: Any, results: dict[str, Any], color: dict[str, str]) -> No
             fontweight="bold",
         )
     if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=10)
 
 
 def _mass(figure: Any, results: dict[str, Any], color: dict[str, str]) -> None:
@@ -184,13 +184,13 @@ def _mass(figure: Any, results: dict[str, Any], color: dict[str, str]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("generated tokens so far")
-    axes.set_title("Share of attention on the image", loc="left", fontsize=11)
+    axes.set_title("Share of attention on the image", loc="left", fontsize=12)
     ticks = [t for t in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1) if axes.get_ylim()[0] <= t <= axes.get_ylim()[1]]
     axes.set_yticks(ticks, [f"{t:.1%}" if t < 0.01 else f"{t:.0%}" for t in ticks])
     ticks = [t for t in (1, 3, 10, 30, 100, 300, 1000, 3000) if t <= mass["base"]["position"][-1]]
     axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
     axes.minorticks_off()
-    axes.legend(loc="lower left", fontsize=9)
+    axes.legend(loc="lower left", fontsize=10)
 
 
 def _causal(figure: Any, results: dict[str, Any], color: dict[str, str]) -> None:
@@ -211,6 +211,5 @@ def _causal(figure: Any, results: dict[str, Any], color: dict[str, str]) -> None
     axes.set_xlim(0, 1.1)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25%", "50%", "75%", "100%"])
     axes.tick_params(axis="y", length=0)
-    axes.set_title(
-        f"Digits read correctly after {causal['length']:,} tokens (dotted: guessing)", loc="left", fontsize=11
-    )
+    title = f"Digits read correctly after {causal['length']:,} tokens (dotted: guessing)"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)

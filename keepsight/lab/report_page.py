@@ -50,6 +50,8 @@ nowrap; }
 th .beyond { color: var(--ink); } th .beyond::after { content: "*"; }
 b.pvm, b.pvm_plain { color: var(--pvm); } b.lora, b.lora_long { color: var(--lora); } b.mlp { color: var(--mlp); }
 b.base { color: var(--base); }
+dl { margin: 14px 0; } dt { border-top: 1px solid var(--line); padding-top: 8px; }
+dt span { float: right; color: var(--soft); font-size: 15px; } dd { margin: 0 0 8px; font-size: 15px; clear: both; }
 .verdict { list-style: none; padding: 0; margin: 14px 0; } .verdict li { margin-bottom: 10px; }
 .yes, .no { font-size: 13px; font-weight: 700; padding: 1px 7px; border-radius: 9px; border: 1px solid currentColor;
 margin-right: 4px;
@@ -60,7 +62,8 @@ code, pre { background: var(--tint); border-radius: 5px; } code { padding: 1px 4
 pre { padding: 12px 14px; overflow-x: auto; } pre code { padding: 0; }
 footer { color: var(--soft); font-size: 14px; margin-top: 40px; border-top: 1px solid var(--line); padding-top: 16px; }
 @media (max-width: 560px) { body { font-size: 16px; } main { padding: 24px 16px 60px; } h1 { font-size: 25px; }
-  .cards { grid-template-columns: repeat(2, 1fr); } }
+  .cards { grid-template-columns: repeat(2, 1fr); } table { font-size: 14px; } th.n, td.n { padding-left: 7px; }
+  dt span { float: none; display: block; } }
 </style>
 </head>
 <body><main>

@@ -21,14 +21,16 @@ from typing import Any, Literal
 import torch
 
 from keepsight.adapters import find_adapter
+from keepsight.bases import check_weights
 from keepsight.errors import KeepsightError
-from keepsight.loading import load, resolve_base
+from keepsight.loading import load
 from keepsight.pvm import PvmConfig
+from keepsight.shipped import resolve_base
 from keepsight.train import output
 from keepsight.train.blindfold import blindfold
 from keepsight.train.collate import ConversationCollator
 from keepsight.train.data import CheckedData, check_dataset, load_dataset_any
-from keepsight.train.plan import MemoryPlan, check_weights, plan_memory
+from keepsight.train.plan import MemoryPlan, plan_memory
 from keepsight.train.settings import SftSettings
 from keepsight.train.trainer import TrainingDivergedError, gates_of, make_trainer
 
