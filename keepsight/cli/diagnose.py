@@ -78,7 +78,8 @@ def diagnose(
     writes what was measured.
     """
     from keepsight.cli.generate import _check_device
-    from keepsight.cli.sources import check_sources, debugging, load_model
+    from keepsight.cli.sources import check_sources, debugging
+    from keepsight.loading import load
 
     chosen = _layers(layers)
     folder = _writable(out_dir)
@@ -90,12 +91,9 @@ def diagnose(
     given = _samples(image or [], video, prompt, dataset)
     base_name, _ = check_sources(source, adapter or [], base)
     with status(f"loading {base_name}"):
-        options: dict[str, Any] = {"dtype": dtype, "device": device, **({"base": base} if base else {})}
-        model, processor = load_model(source, adapter or [], **options)
-        other = None
-        if control is not None:
-            options.pop("base", None)
-            other, _ = load_model(control, [], **options, **({"base": base_name} if base else {}))
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        model, processor = load(source, *(adapter or []), base=base, **options)
+        other = None if control is None else load(control, base=base, **options)[0]
     from keepsight.diagnose.results import Diagnosis
     from keepsight.diagnose.run import Settings, examine
 
