@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from keepsight.lab.experiments import TrainPlan, train
 from keepsight.lab.reference import load_reference
@@ -35,20 +33,3 @@ def with_memory(trained_folder: Path) -> tuple[Any, Any]:
     import keepsight
 
     return keepsight.load(trained_folder, device="cpu")
-
-
-def forced_open(model: Any, gate: float = 0.15, seed: int = 0) -> Any:
-    """The same memory with random weights and its gates as far open as training opens them."""
-    model = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "pvm_" not in name:
-                continue
-            if name.endswith(".gate"):
-                parameter.fill_(gate)
-            elif parameter.ndim == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
-            else:
-                parameter.fill_(1.0)
-    return model

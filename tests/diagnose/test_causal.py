@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import forced_open
 from families import Row, TinyFamily, make_inputs
+from forced import forced_open
 from helpers import attach, with_continuation
 
 from keepsight.diagnose import Battery, Reader, lab_cases, memory_of

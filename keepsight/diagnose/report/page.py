@@ -217,7 +217,7 @@ def _verdict(diagnosis: Diagnosis) -> str:
 
 
 def _how(diagnosis: Diagnosis, overlay: bool) -> str:
-    text = f'Prompt: "{diagnosis.prompt}" '
+    text = f'Prompt: "{diagnosis.prompt}". '
     if not overlay:
         return text + "There is nothing to lay over an image."
     what = (
@@ -385,6 +385,8 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, Estimate):
+        if value.n < 2:
+            return f"{value.value:.3f} <small>one sample, no interval</small>"
         return f"{value.value:.3f} <small>{value.low:.3f} to {value.high:.3f}</small>"
     return escape(str(value))
 
