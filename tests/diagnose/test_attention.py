@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -179,3 +182,24 @@ def test_text_only_prompt_has_no_visual_mass() -> None:
 def test_bad_settings_are_lessons(options: dict[str, Any], message: str) -> None:
     with pytest.raises(KeepsightError, match=message):
         AttentionMeter(BY_NAME["qwen3_5"].build(), **options)
+
+
+def test_the_instruments_need_no_extra() -> None:
+    """Neither the lab's nor the trainer's libraries, in a process of its own."""
+    code = """
+import sys
+for name in ("sklearn", "matplotlib", "trl", "datasets", "selenium"):
+    sys.modules[name] = None
+sys.path.insert(0, sys.argv[1])
+from families import BY_NAME, Row, make_inputs
+import keepsight
+family = BY_NAME["qwen3_vl"]
+model = family.build()
+inputs = make_inputs(family, model, [Row(2, (2, 2), 4)])
+with keepsight.diagnose.AttentionMeter(model) as meter:
+    model.generate(**inputs, max_new_tokens=3, do_sample=False)
+print(meter.trace.mass.shape, keepsight.diagnose.logit_lens(model, inputs, 3).kl.shape)
+"""
+    tests = str(Path(__file__).parents[1])
+    out = subprocess.run([sys.executable, "-c", code, tests], capture_output=True, text=True, check=False)
+    assert out.stdout.strip() == "(3, 4, 1, 4) (3, 4)", out.stderr
