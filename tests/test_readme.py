@@ -1,0 +1,71 @@
+"""The README keeps its promises: its code runs as printed, its links lead somewhere, its commands exist."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "LOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+]
+
+
+def test_python_of_the_readme_runs_as_printed(tmp_path):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    assert len([line for line in blocks[0].splitlines() if line.strip()]) <= 15
+    done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "trainable params" in done.stdout
+    assert (tmp_path / "my-memory" / "adapter_model.safetensors").is_file()
+    assert "KeepsightWarning" not in done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_commands_of_the_docs_exist():
+    from typer.main import get_command
+
+    from keepsight.cli import app
+
+    root = get_command(app)
+    for page in PAGES:
+        for line in re.findall(r"^(?:\$ )?keepsight ([a-z-]+(?: [a-z-]+)?)", page.read_text(), re.MULTILINE):
+            first, _, second = line.partition(" ")
+            assert first in root.commands, f"{page.name}: keepsight {line}"
+            group = root.commands[first]
+            if second and hasattr(group, "commands"):
+                assert second in group.commands, f"{page.name}: keepsight {line}"
+
+
+def test_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`?make ([a-z-]+)`?", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
+
+
+def test_nothing_committed_names_a_machine():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    suffixes = {".py", ".md", ".json", ".toml", ".html", ".yaml", ".sh", ""}
+    found = []
+    for name in listed.stdout.split("\0"):
+        path = ROOT / name
+        if name and path.suffix in suffixes and path.is_file() and path.name != "test_readme.py":
+            text = path.read_text(errors="ignore")
+            found += [name for pattern in (r"/work/(?!main)", r"/root/", r"/home/\w+/") if re.search(pattern, text)]
+    assert found == []
