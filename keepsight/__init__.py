@@ -1,5 +1,7 @@
 """keepsight: memory for what a vision-language model sees."""
 
+from typing import Any
+
 from keepsight.errors import (
     AdapterMismatchError,
     BrokenAdapterError,
@@ -24,3 +26,12 @@ __all__ = [
     "load",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`keepsight.diagnose` without an import of its own; it is read when first used."""
+    if name == "diagnose":
+        import importlib
+
+        return importlib.import_module("keepsight.diagnose")
+    raise AttributeError(f"module 'keepsight' has no attribute {name!r}")

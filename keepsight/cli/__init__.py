@@ -24,6 +24,12 @@ COMMANDS = {
         "Start",
     ),
     "generate": ("keepsight.cli.generate", "generate", "Ask a model about images, with or without its memory.", "Use"),
+    "diagnose": (
+        "keepsight.cli.diagnose",
+        "diagnose",
+        "Does a model lose its image? Is its memory really used?",
+        "Use",
+    ),
     "info": ("keepsight.cli.info", "info", "What is in an adapter, or what memory a model would get.", "Use"),
     "train": ("keepsight.cli.train", "train_app", "Teach a memory on your images and conversations.", "Make"),
     "convert": (

@@ -27,6 +27,7 @@ def _register() -> None:
 _register()
 
 from keepsight.pvm.config import PvmConfig  # noqa: E402
-from keepsight.pvm.memory import replace_memory  # noqa: E402
+from keepsight.pvm.memory import replace_memory, swap_memory  # noqa: E402
+from keepsight.pvm.tuner import memory_off  # noqa: E402
 
-__all__ = ["PvmConfig", "replace_memory"]
+__all__ = ["PvmConfig", "memory_off", "replace_memory", "swap_memory"]

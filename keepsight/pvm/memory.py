@@ -141,6 +141,35 @@ class VisualCacheLayer(_CacheLayerBase):
         return -1
 
 
+def swap_memory(cache: Any, donor: Any) -> None:
+    """From now on, the sequences in `cache` remember what those in `donor` saw: the tool of half-way experiments.
+
+    Only the PVM branches' memory changes hands; the KV cache of the decoder itself stays as it is. `donor` is left
+    unchanged. Row i gets row i's memory.
+
+    Args:
+        cache: the transformers cache of a generation under way, whose model carries a PVM.
+        donor: a cache in which the same model has read other images, for as many rows.
+
+    Raises:
+        ValueError: if one of them holds no visual memory, or the numbers of rows differ.
+    """
+    mine, theirs = VisualCacheLayer.of(cache), VisualCacheLayer.of(donor)
+    for name, layer in (("cache", mine), ("donor", theirs)):
+        if layer is None or layer.valid is None or layer.slots is None:
+            raise ValueError(f"swap_memory: {name} holds no visual memory; its model has no PVM or saw no image.")
+    assert mine is not None
+    assert mine.valid is not None
+    assert theirs is not None
+    assert theirs.valid is not None
+    assert theirs.slots is not None
+    if len(mine.valid) != len(theirs.valid):
+        raise ValueError(f"swap_memory: cache has {len(mine.valid)} rows and donor {len(theirs.valid)}.")
+    mine.states = {name: (key.clone(), value.clone()) for name, (key, value) in theirs.states.items()}
+    mine.valid, mine.is_full = theirs.valid.clone(), theirs.is_full
+    mine.slots = theirs.slots.clamp(max=mine.end - 1)  # a crop of this cache must not forget them by the donor's slots
+
+
 class VisualMemory:
     """What one decoder call carries: the new images' embeddings, and what the cache remembers of earlier ones.
 

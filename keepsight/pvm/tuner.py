@@ -6,8 +6,10 @@ model keeps every module and parameter name it had, so that LoRA adapters on the
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -133,6 +135,24 @@ def _no_update(block: nn.Module) -> torch.Tensor | None:
     if not (block.training and torch.is_grad_enabled() and parameters):
         return None
     return 0.0 * torch.stack([p.sum() for p in parameters]).sum()
+
+
+@contextlib.contextmanager
+def memory_off(model: nn.Module) -> Iterator[None]:
+    """Switch every visual memory of `model` off for the length of the block, and nothing else.
+
+    `PeftModel.disable_adapter()` switches off whatever method came first on the model, a LoRA perhaps, and touches
+    which parameters train; this does neither.
+    """
+    branches = [module for module in model.modules() if isinstance(module, PvmBranch)]
+    former = [branch._disable_adapters for branch in branches]
+    for branch in branches:
+        branch._disable_adapters = True
+    try:
+        yield
+    finally:
+        for branch, disabled in zip(branches, former, strict=True):
+            branch._disable_adapters = disabled
 
 
 class PvmModel(BaseTuner):

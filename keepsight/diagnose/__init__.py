@@ -1,0 +1,46 @@
+"""Does a VLM lose its image while it writes, and is its memory really used?
+
+`AttentionMeter`, `logit_lens` and `RetrievalMeter` are instruments to use by themselves; `examine` is the whole
+diagnosis, as `keepsight diagnose` makes it.
+"""
+
+from keepsight.diagnose.attention import AttentionMeter, AttentionTrace
+from keepsight.diagnose.cases import LONG_PROMPT, Case, Reader, Sample, lab_cases, read_dataset
+from keepsight.diagnose.causal import Battery, CausalResult, Verdict
+from keepsight.diagnose.decay import DecayFit, fit_decay, fit_trace
+from keepsight.diagnose.lengths import LengthResult, LengthScore
+from keepsight.diagnose.lens import LensTrace, logit_lens
+from keepsight.diagnose.memories import Memory, memory_of
+from keepsight.diagnose.results import Diagnosis, Written, read_results
+from keepsight.diagnose.retrieval import RetrievalMeter, RetrievalTrace
+from keepsight.diagnose.run import Settings, examine
+
+__all__ = [
+    "LONG_PROMPT",
+    "AttentionMeter",
+    "AttentionTrace",
+    "Battery",
+    "Case",
+    "CausalResult",
+    "DecayFit",
+    "Diagnosis",
+    "LengthResult",
+    "LengthScore",
+    "LensTrace",
+    "Memory",
+    "Reader",
+    "RetrievalMeter",
+    "RetrievalTrace",
+    "Sample",
+    "Settings",
+    "Verdict",
+    "Written",
+    "examine",
+    "fit_decay",
+    "fit_trace",
+    "lab_cases",
+    "logit_lens",
+    "memory_of",
+    "read_dataset",
+    "read_results",
+]

@@ -1,0 +1,129 @@
+"""The report in a real browser: tokens move the overlay, the console stays silent, nothing is fetched, phones fit."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keepsight.diagnose import Sample, Settings, examine
+from keepsight.diagnose.report import render_report
+
+OVERLAY = "return [...document.querySelectorAll('canvas')].map(c => c.toDataURL()).join()"
+
+
+@pytest.fixture(scope="module")
+def page(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import numpy as np
+
+    import keepsight
+    from keepsight.lab.digits import draw_grids
+
+    model, processor = keepsight.load(trained_folder, device="cpu")
+    images, _ = draw_grids(2, "test", np.random.default_rng(0))
+    sample = Sample("describe <b>&</b>", tuple(images))
+    diagnosis = examine(model, processor, [sample], Settings(steps=80, causal_steps=48))
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(render_report(diagnosis), encoding="utf-8")
+    return path
+
+
+def test_page_is_self_contained(page: Path) -> None:
+    text = page.read_text()
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)[^\"'#]", text)
+    assert "http" not in re.sub(r"http-equiv", "", text)
+    assert "describe &lt;b&gt;&amp;&lt;/b&gt;" in text
+    assert text.count("<canvas") == 2
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (the dev extra has it)")
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if found is None or driver is None:
+        pytest.skip("no chromium and chromedriver on this machine: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = found
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    window = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield window
+    window.quit()
+
+
+@pytest.fixture(params=[1200, 390])
+def opened(request: pytest.FixtureRequest, browser: Any, page: Path) -> Any:
+    metrics = {"width": request.param, "height": 900, "deviceScaleFactor": 1, "mobile": request.param < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get(page.as_uri())
+    return browser
+
+
+def test_hovering_a_token_changes_the_overlay(opened: Any) -> None:
+    from selenium.webdriver import ActionChains
+
+    tokens = opened.find_elements("css selector", ".tok")
+    assert len(tokens) == 80
+    seen = set()
+    for index in (3, 40):
+        ActionChains(opened).move_to_element(tokens[index]).perform()
+        about = opened.find_element("id", "about").text
+        assert f"token {index}:" in about
+        assert "of its attention" in about
+        assert "on the strongest spot" in about
+        seen.add((opened.execute_script(OVERLAY), about))
+    assert len({overlay for overlay, _ in seen}) == 2
+    painted = (
+        "return [...document.querySelectorAll('canvas')].some(c => c.getContext('2d')"
+        ".getImageData(0, 0, c.width, c.height).data.some(v => v > 0))"
+    )
+    assert opened.execute_script(painted)
+    assert opened.get_log("browser") == []
+
+
+def test_keyboard_walks_through_the_text(opened: Any) -> None:
+    from selenium.webdriver import Keys
+
+    text = opened.find_element("id", "text")
+    text.send_keys(Keys.END)
+    assert text.get_attribute("aria-activedescendant") == "t79"
+    last = opened.execute_script(OVERLAY)
+    text.send_keys(Keys.HOME, Keys.ARROW_RIGHT)
+    assert text.get_attribute("aria-activedescendant") == "t1"
+    chosen = opened.find_elements("css selector", "[aria-selected=true]")
+    assert [token.get_attribute("id") for token in chosen] == ["t1"]
+    assert opened.execute_script(OVERLAY) != last
+    assert opened.execute_script("return document.activeElement.id") == "text"
+
+
+def test_views_change_the_overlay(opened: Any) -> None:
+    before = opened.execute_script(OVERLAY)
+    radios = opened.find_elements("css selector", "input[name=view]")
+    assert len(radios) == 4  # the memory, its two layers, the model's own attention
+    opened.execute_script("arguments[0].click()", radios[-1])
+    assert opened.execute_script(OVERLAY) != before
+    assert "its own attention" in opened.find_element("id", "about").text
+
+
+def test_page_fits_and_fetches_nothing(opened: Any) -> None:
+    width, inner = opened.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+    assert width <= inner
+    requests = [entry for entry in opened.get_log("performance") if '"Network.requestWillBeSent"' in entry["message"]]
+    assert all("file:///" in entry["message"] or "data:" in entry["message"] for entry in requests)
+    assert opened.get_log("browser") == []
+
+
+def test_dark_and_light_differ(browser: Any, page: Path) -> None:
+    found = set()
+    for value in ("dark", "light"):
+        feature = {"features": [{"name": "prefers-color-scheme", "value": value}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
+        browser.get(page.as_uri())
+        found.add(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    assert len(found) == 2

@@ -1,0 +1,177 @@
+"""The whole diagnosis: built-in tasks, odd inputs, stopping early, results that can be read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keepsight.diagnose import LengthScore, Reader, Sample, Settings, examine, lab_cases, read_dataset, read_results
+from keepsight.diagnose.lengths import contains
+from keepsight.diagnose.plots import save_plots
+from keepsight.diagnose.report import render_report
+from keepsight.errors import KeepsightError
+
+QUICK = Settings(steps=24, causal_steps=16, samples=2)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def saved(diagnosis: Any, folder: Path) -> dict[str, Any]:
+    diagnosis.save(folder / "results.json")
+    assert "<html" in render_report(diagnosis)
+    return read_results(folder / "results.json")
+
+
+def test_base_falls_and_has_no_memory(reference: tuple[Any, Any], tmp_path: Path) -> None:
+    """With no arguments at all but fewer samples."""
+    found = examine(*reference, settings=Settings(steps=192, samples=2, curves=3))
+    assert found.written.decay.high < 0, found.written.decay.sentence
+    assert found.causal.verdict.word == "no memory attached"
+    assert found.written_off is None
+    assert found.retrieval is None
+    assert found.lengths is not None
+    assert len(found.lengths.quartiles) == 4
+    read = saved(found, tmp_path)
+    assert read["written"]["decay"]["slope"] == pytest.approx(found.written.decay.slope, rel=1e-5)
+    assert np.array(read["written"]["attention"][0]["mass"]).shape == (192, 4, 1)
+
+
+def test_memory_on_one_image(with_memory: tuple[Any, Any], tmp_path: Path) -> None:
+    sample = Sample("describe", (picture(40, 30),))
+    found = examine(*with_memory, [sample], QUICK)
+    assert found.written_off is not None
+    assert found.lens_off is not None
+    assert found.retrieval.weights.shape[:2] == (24, 2)
+    assert len(found.written.words) == len(found.written.ids) == 24
+    assert saved(found, tmp_path)["retrieval"]["layers"] == [1, 3]
+    assert {file.name for file in save_plots(found, tmp_path)} == {"decay.png", "layers.png", "lens.png", "causal.png"}
+    assert found.lengths is None
+
+
+ODD = {
+    "text only": Sample("describe the"),
+    "three images": Sample("describe", (picture(40, 30), picture(100, 200), picture(64, 64))),
+    "one pixel": Sample("describe", (picture(1, 1),)),
+    "very wide": Sample("describe", (picture(12000, 80),)),
+    "video": Sample("describe", (), (np.stack([np.asarray(picture(64, 48, i)) for i in range(6)]),)),
+    "image and video": Sample("describe", (picture(30, 50),), (np.zeros((4, 32, 32, 3), np.uint8),)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("memory", [False, True], ids=["base", "memory"])
+def test_odd_inputs(name: str, memory: bool, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    model, processor = request.getfixturevalue("with_memory" if memory else "reference")
+    found = examine(model, processor, [ODD[name]], QUICK)
+    sees = name != "text only"
+    assert (found.written.decay is not None) == sees
+    assert (found.retrieval is not None) == (sees and memory)
+    assert any("No prompt has an image" in note for note in found.notes) == (not sees)
+    if sees:
+        layout = found.written.attention[0].layouts[0]
+        assert len(layout.items) == len(ODD[name].images) + len(ODD[name].videos)
+        assert all(item.height and item.width for item in layout.items)
+        assert sum(i.frames * i.height * i.width for i in layout.items) == len(layout.slots)
+    saved(found, tmp_path)
+
+
+def test_what_no_processor_can_read_is_a_lesson(reference: tuple[Any, Any]) -> None:
+    with pytest.raises(KeepsightError, match="cannot read 12000x1"):
+        examine(*reference, [Sample("describe", (picture(12000, 1),))], QUICK)
+
+
+@pytest.mark.parametrize(
+    "stage", ["writing", "writing without the memory", "logit lens", "tampering", "score by length"]
+)
+def test_ctrl_c_keeps_what_was_measured(stage: str, with_memory: tuple[Any, Any], tmp_path: Path) -> None:
+    def stop(now: str, done: int, total: int) -> None:
+        if now == stage and done >= min(1, total):
+            raise KeyboardInterrupt
+
+    samples = [
+        Sample("describe", (picture(32, 32, i),), answer="a1 3", reply="the soft line " * (i + 1)) for i in range(2)
+    ]
+    found = examine(*with_memory, samples, QUICK, progress=stop)
+    assert found.interrupted
+    assert found.written is not None, "also the unfinished output is kept"
+    assert (found.written_off is None) == (stage in ("writing", "writing without the memory"))
+    assert (found.causal is None) == (stage not in ("tampering", "score by length"))
+    assert saved(found, tmp_path)["interrupted"] is True
+
+
+def test_measuring_does_not_change_the_random_state_or_the_model(with_memory: tuple[Any, Any]) -> None:
+    import torch
+
+    model, processor = with_memory
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    a = examine(model, processor, [Sample("describe", (picture(32, 32),))], QUICK)
+    assert torch.equal(state, torch.get_rng_state())
+    b = examine(model, processor, [Sample("describe", (picture(32, 32),))], QUICK)
+    assert a.written.words == b.written.words, "the same seed writes the same text"
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_score_by_length_finds_the_fall_and_the_gain(with_memory: tuple[Any, Any], reference: tuple[Any, Any]) -> None:
+    reader = Reader(*with_memory)
+    cases = [case for length in (32, 128, 1024, 2048) for case in lab_cases(reader.processor, 4, length, seed=3)]
+    score = LengthScore(reader, cases, control=Reader(*reference))
+    for _ in score.run():
+        pass
+    first, *_, last = score.result().quartiles
+    assert first.longest < last.shortest
+    assert first.accuracy["base"].low > last.accuracy["base"].high, "the base falls"
+    assert last.gain.low > 0, "the memory helps where it falls"
+    assert last.relative_gain > 0.2
+    for quartile in score.result().quartiles:
+        assert quartile.accuracy["control"] == quartile.accuracy["base"], "the base as its own control"
+
+
+def test_free_answers_are_scored_by_containment(reference: tuple[Any, Any]) -> None:
+    reader = Reader(*reference)
+    case = lab_cases(reader.processor, 1, 32)[0]
+    digit = str(int(case.digits[0]))
+    samples = [Sample("read", case.sample.images, answer=f"a1 {digit}")] * 4
+    samples += [Sample("read", case.sample.images, answer="d9")] * 4
+    score = LengthScore(reader, samples=samples, steps=64)
+    for _ in score.run():
+        pass
+    right = sum(q.accuracy["base"].value * q.accuracy["base"].n for q in score.result().quartiles)
+    assert right == 4
+    assert contains("It is A Cat.", "a cat")
+    assert not contains("It is a category", "a cat")
+
+
+def test_dataset(tmp_path: Path) -> None:
+    picture(8, 8).save(tmp_path / "a.png")
+    lines = [{"image": "a.png", "prompt": "read", "answer": 7}, {"images": ["a.png", "a.png"], "prompt": "read"}]
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    first, second = read_dataset(path)
+    assert (first.answer, len(second.images), second.answer) == ("7", 2, None)
+    for line, lesson in (
+        ("{", "line 1: not JSON"),
+        ('{"image": "a.png"}', "expected an object"),
+        ('{"prompt": "x", "picture": 1}', "unknown fields"),
+        ("", "no samples"),
+    ):
+        path.write_text(line)
+        with pytest.raises(KeepsightError, match=lesson):
+            read_dataset(path)
+
+
+def test_results_of_another_version_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text('{"schema": "keepsight.diagnose/99"}')
+    with pytest.raises(KeepsightError, match="diagnose/99"):
+        read_results(path)
+    path.write_text("[")
+    with pytest.raises(KeepsightError, match="no results"):
+        read_results(path)
