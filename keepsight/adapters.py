@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from keepsight.errors import BrokenAdapterError
+from keepsight.methods import config_from_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -118,7 +119,7 @@ def _check_pvm_tensors(info: AdapterInfo) -> None:
     from keepsight.pvm.config import PvmConfig
     from keepsight.pvm.tuner import make_block
 
-    config = PvmConfig.from_adapter(info.config)
+    config = config_from_adapter(PvmConfig, info.config)
     if config.base_hidden_size is None:
         raise BrokenAdapterError(
             f"{info.path / CONFIG} does not say which base the memory was made for; only adapters saved by "

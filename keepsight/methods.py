@@ -1,4 +1,4 @@
-"""What every memory needs to become a method of PEFT, and to refuse settings that it does not know."""
+"""What every memory shares as a method of PEFT: its name in the list, and a config that knows its settings and base."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import functools
 from typing import Any
 
 from peft.utils import PeftType
+
+from keepsight.errors import AdapterMismatchError
 
 
 def add_peft_type(name: str) -> None:
@@ -42,3 +44,29 @@ def refuse_unknown_keys(cls: type) -> type:
 
     setattr(cls, "__init__", checked)  # noqa: B010 - mypy refuses the plain assignment
     return cls
+
+
+def config_from_adapter(cls: type, saved: dict[str, Any]) -> Any:
+    """The config of class `cls` that an `adapter_config.json` holds, as a dictionary."""
+    return cls(**{name: value for name, value in saved.items() if name not in ("peft_type", "auto_mapping")})
+
+
+def check_base(config: Any, found: dict[str, Any]) -> None:
+    """Compare the base that a config was resolved for, if it was, with the one it is put on.
+
+    Args:
+        config: the memory's config, with fields of these names.
+        found: base_model_type, base_num_layers and so on, of the model at hand.
+
+    Raises:
+        AdapterMismatchError: if they differ.
+    """
+    recorded = {name: getattr(config, name) for name in found}
+    wrong = [name for name, value in recorded.items() if value is not None and value != found[name]]
+    if wrong:
+        raise AdapterMismatchError(
+            "This memory was made for another base model: "
+            + ", ".join(f"{name.removeprefix('base_')} {recorded[name]}, here {found[name]}" for name in wrong)
+            + f". Load it on {config.base_model_name_or_path or 'the model it was trained with'}, "
+            f"or train a new one with a fresh {type(config).__name__}()."
+        )

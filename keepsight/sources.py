@@ -12,8 +12,12 @@ import torch
 from keepsight.adapters import CONFIG, AdapterInfo, find_adapter, inspect_adapter
 from keepsight.bases import base_config, check_weights
 from keepsight.errors import AdapterMismatchError, BrokenAdapterError, KeepsightError, KeepsightWarning
+from keepsight.methods import config_from_adapter
 from keepsight.pvm import PvmConfig
 from keepsight.shipped import REFERENCE_NAME, resolve_base
+from keepsight.vismem import VisMemConfig
+
+_MEMORIES: dict[str, Any] = {"PVM": PvmConfig, "VISMEM": VisMemConfig}
 
 
 def as_adapter(source: str | Path, revision: str | None = None) -> AdapterInfo | None:
@@ -91,8 +95,8 @@ def check_sources(
 
 
 def _check_fit(info: AdapterInfo, base: str, config: Any) -> None:
-    if info.method == "PVM":
-        PvmConfig.from_adapter(info.config).check_base(config)
+    if info.method in _MEMORIES:
+        config_from_adapter(_MEMORIES[info.method], info.config).check_base(config)
     else:
         _check_shapes(info, base, config)
     if info.base is not None and not _same_base(info, base):

@@ -93,6 +93,18 @@ def test_wrong_base_is_refused_before_weights_are_read(memory, tmp_path):
         keepsight.load(folder, base=tmp_path)
 
 
+def test_a_latent_memory_of_another_base_is_refused_before_weights_are_read(base, tmp_path):
+    model, _ = keepsight.load(base)
+    get_peft_model(model, keepsight.VisMemConfig()).save_pretrained(tmp_path / "memory")
+    shutil.copytree(base, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["vision_config"]["hidden_size"] = 128
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "other" / "model.safetensors").unlink()  # would be missed if it were read
+    with pytest.raises(keepsight.AdapterMismatchError, match="vision_size 64, here 128"):
+        keepsight.load(tmp_path / "memory", base=tmp_path / "other")
+
+
 def test_unsupported_model_is_refused_before_weights_are_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(keepsight.UnsupportedModelError, match="model_type 'llama'"):

@@ -71,6 +71,7 @@ def generate(
 
     from keepsight.cli.sources import check_sources, debugging
     from keepsight.loading import load
+    from keepsight.pvm import memory_off
     from keepsight.train.collate import require_chat_template
 
     if not debugging():
@@ -98,13 +99,12 @@ def generate(
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         model, processor = load(source, *(adapter or []), base=base, **options)
     require_chat_template(processor)
-    switch = model.disable_adapter() if no_memory and has_memory else nullcontext()
     latent: dict[str, Any] = {}
-    if has_latent and no_memory and "PVM" in methods:  # the switch above reaches PVM's memory only
+    if has_latent and no_memory:
         latent["memory"] = "off"
-    if has_latent and not no_memory and show_memory:
+    elif has_latent and show_memory:
         latent["return_dict_in_generate"] = True
-    with switch:
+    with memory_off(model) if no_memory else nullcontext():
         _answer(model, processor, images, prompt, max_new_tokens, temperature, seed, latent)
 
 

@@ -138,7 +138,7 @@ def _method_job(name: str, settings: Settings, workdir: Path, report: Report) ->
     )
     result: dict[str, Any] = {
         "trainable_parameters": trained.parameters,
-        "training_seconds": round(trained.seconds, 1),
+        "training_seconds": round(trained.seconds, 2),
         "train_length": plan.train_length,
         "training_accuracy": round(trained.final_accuracy, 4),
         "gates": trained.gates,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +10,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from keepsight.backbone import Backbone
-from keepsight.errors import AdapterMismatchError
+from keepsight.methods import check_base, refuse_unknown_keys
 from keepsight.pvm.module import BlockShape
 from keepsight.shipped import portable_name
 
@@ -24,6 +22,7 @@ PAPER_LAYERS = {
 PAPER_WIDTH = 512
 
 
+@refuse_unknown_keys
 @dataclass
 class PvmConfig(PeftConfig):
     """Configuration of PVM, persistent visual memory (arXiv 2605.00814).
@@ -86,11 +85,6 @@ class PvmConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected a positive whole number.")
-
-    @classmethod
-    def from_adapter(cls, saved: dict[str, Any]) -> PvmConfig:
-        """The config that an `adapter_config.json` holds, as a dictionary."""
-        return cls(**{name: value for name, value in saved.items() if name not in ("peft_type", "auto_mapping")})
 
     @property
     def block_shape(self) -> BlockShape:
@@ -171,15 +165,7 @@ class PvmConfig(PeftConfig):
             "base_num_layers": text.num_hidden_layers,
             "base_hidden_size": text.hidden_size,
         }
-        recorded = {name: getattr(self, name) for name in found}
-        wrong = [name for name, value in recorded.items() if value is not None and value != found[name]]
-        if wrong:
-            raise AdapterMismatchError(
-                "This memory was made for another base model: "
-                + ", ".join(f"{name.removeprefix('base_')} {recorded[name]}, here {found[name]}" for name in wrong)
-                + f". Load it on {self.base_model_name_or_path or 'the model it was trained with'}, "
-                "or train a new one with a fresh PvmConfig()."
-            )
+        check_base(self, found)
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,27 +185,3 @@ def _intermediate_size(text: Any) -> int:
     """Width of the backbone's feed-forward network; of its active experts where it has experts only."""
     size = getattr(text, "intermediate_size", None)
     return size or text.moe_intermediate_size * text.num_experts_per_tok
-
-
-def _refuse_unknown_keys(cls: type) -> None:
-    """Make `cls(**kwargs)` raise ValueError for unknown names.
-
-    A dataclass raises TypeError, which PEFT takes as "a newer config" when it reads one from disk: it drops the key
-    with a warning, and the user's setting silently has no effect.
-    """
-    init = vars(cls)["__init__"]
-    names = [f.name for f in dataclasses.fields(cls)]
-
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, 1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{cls.__name__} has no setting {name!r}.{hint} Known: {', '.join(sorted(names))}.")
-        init(self, *args, **kwargs)
-
-    setattr(cls, "__init__", checked)  # noqa: B010 - mypy refuses the plain assignment
-
-
-_refuse_unknown_keys(PvmConfig)

@@ -10,8 +10,9 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from keepsight.backbone import Backbone
-from keepsight.errors import AdapterMismatchError, UnsupportedModelError
-from keepsight.methods import refuse_unknown_keys
+from keepsight.errors import UnsupportedModelError
+from keepsight.methods import check_base, refuse_unknown_keys
+from keepsight.shipped import portable_name
 
 PolicyName = Literal["free", "off", "forced", "random", "only_short", "only_long", "reversed"]
 #: What the low-rank adapters can be put on, in either former.
@@ -145,21 +146,7 @@ class VisMemConfig(PeftConfig):
                 incremental form is asked of a model with linear attention.
         """
         text = backbone.text_config
-        found = {
-            "base_model_type": backbone.model.config.model_type,
-            "base_num_layers": len(backbone.layers),
-            "base_hidden_size": text.hidden_size,
-            "base_vision_size": backbone.vision_size,
-        }
-        recorded = {name: getattr(self, name) for name in found}
-        wrong = [name for name, value in recorded.items() if value is not None and value != found[name]]
-        if wrong:
-            raise AdapterMismatchError(
-                "This memory was made for another base model: "
-                + ", ".join(f"{name.removeprefix('base_')} {recorded[name]}, here {found[name]}" for name in wrong)
-                + f". Load it on {self.base_model_name_or_path or 'the model it was trained with'}, "
-                "or train a new one with a fresh VisMemConfig()."
-            )
+        found = self.check_base(backbone.model.config)
         for name, value in found.items():
             setattr(self, name, value)
         if self.form == "incremental" and not all(backbone.has_softmax_attention(layer) for layer in backbone.layers):
@@ -173,6 +160,25 @@ class VisMemConfig(PeftConfig):
             table = backbone.model.get_input_embeddings().weight
             self.token_ids = list(range(table.shape[0], table.shape[0] + 4))
 
+    def check_base(self, model_config: Any) -> dict[str, Any]:
+        """Compare the base this config was resolved for, if it was, with a model's configuration.
+
+        Returns:
+            The `base_*` settings as they would be for that model.
+
+        Raises:
+            AdapterMismatchError: if they differ.
+        """
+        text = model_config.get_text_config()
+        found = {
+            "base_model_type": model_config.model_type,
+            "base_num_layers": text.num_hidden_layers,
+            "base_hidden_size": text.hidden_size,
+            "base_vision_size": int(model_config.vision_config.hidden_size),
+        }
+        check_base(self, found)
+        return found
+
     @property
     def has_bound_tokens(self) -> bool:
         """Whether `add_memory_tokens` has told which tokens are delimiters."""
@@ -180,7 +186,7 @@ class VisMemConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as saved in `adapter_config.json`."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"base_model_name_or_path": portable_name(self.base_model_name_or_path)}
 
 
 def _positive(name: str, value: Any) -> None:

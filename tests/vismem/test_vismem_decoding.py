@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 from families import BY_NAME, FAMILIES, Row, make_inputs
-from vismem_helpers import CLOSE, PLAN, ROWS, at_choices, built, forced, generate, uncached
+from vismem_helpers import CLOSE, PLAN, ROWS, WordsAndMemory, at_choices, built, forced, generate, uncached
 
-from keepsight.vismem import MemoryPolicy, Replay
+from keepsight.vismem import MemoryPolicy, Replay, VisMemBranch
 
 
 def assert_is_uncached(model, inputs, out):
@@ -45,6 +45,22 @@ def test_batch_equals_its_rows(name):
         )
         for a, b in zip(alone.invocations[0], together.invocations[i], strict=True):
             torch.testing.assert_close(a.latents, b.latents, **CLOSE)
+
+
+def test_log_probs_of_a_rollout_are_those_of_one_forward(name):
+    """What a trainer recomputes: log-probabilities with every ban in the normaliser, from one forward."""
+    model, inputs = built(name)
+    torch.manual_seed(1)
+    out = generate(model, inputs, n=40, memory="free", do_sample=True, top_k=0, output_scores=True)
+    assert any(out.invocations)
+    scores = WordsAndMemory()(None, uncached(model, inputs, out).flatten(0, 1)).view(*out.sampled.shape, -1)
+    short, short_end, long, long_end = VisMemBranch.of(model).config.token_ids
+    scores[..., [short_end, long_end]] = -torch.inf
+    for column, invoke in enumerate((short, long)):
+        scores[..., invoke] = scores[..., invoke].masked_fill(~out.allowed[..., column], -torch.inf)
+    chosen = out.sequences[:, inputs["input_ids"].shape[1] :, None]
+    rollout, again = (s.log_softmax(-1).gather(-1, chosen)[..., 0] for s in (torch.stack(out.scores, 1), scores))
+    torch.testing.assert_close(at_choices(out, again), at_choices(out, rollout), **CLOSE)
 
 
 def test_static_cache_equals_dynamic(name):
