@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
+from torch import nn
 
-from keepsight.errors import AdapterMismatchError
+from keepsight.errors import AdapterMismatchError, KeepsightError, MergeError
 
 
 def add_peft_type(name: str) -> None:
@@ -70,3 +72,79 @@ def check_base(config: Any, found: dict[str, Any]) -> None:
             + f". Load it on {config.base_model_name_or_path or 'the model it was trained with'}, "
             f"or train a new one with a fresh {type(config).__name__}()."
         )
+
+
+class MemoryTuner(BaseTuner):
+    """PEFT's tuner, as all memories need it: beside other methods on one model, and never merged.
+
+    A memory's branch hangs *beside* the model's modules, so that other adapters keep their parameters' names; and its
+    tuner acts on its own branches only, so that they keep their switches.
+
+    Attributes:
+        config_cls: the method's config.
+        container: the branch's ModuleDict of adapters.
+        no_merge: why it cannot be merged.
+    """
+
+    target_module_mapping = {}  # noqa: RUF012 - an instance variable to PEFT
+    config_cls: ClassVar[type]
+    container: ClassVar[str]
+    no_merge: ClassVar[str]
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
+        taken = {
+            name
+            for module in model.modules()
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, self.tuner_layer_cls)
+            for name in module._get_available_adapters()
+        }
+        if adapter_name in taken:
+            raise KeepsightError(
+                f"The model already carries an adapter named {adapter_name!r} of another method. Name the memory "
+                f"differently: get_peft_model(model, {self.config_cls.__name__}(), adapter_name='memory')."
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def _detach(self) -> None:
+        """Take the method's branches and hooks off the model."""
+        raise NotImplementedError
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        return peft_config
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        for branch in self.model.modules():
+            if isinstance(branch, self.tuner_layer_cls):
+                branch.enable_adapters(enabled)
+
+    def _check_merge_allowed(self) -> None:
+        raise MergeError(
+            f"{self.no_merge} Save it with save_pretrained and load it beside the base; unload() removes it."
+        )
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raises MergeError: there is nothing that could be merged."""
+        self._check_merge_allowed()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = True,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge_allowed()
+        self._detach()
+        remaining = {n: c for n, c in self.peft_config.items() if not isinstance(c, self.config_cls)}
+        if remaining:
+            self.model.peft_config = remaining
+        else:
+            self.model.__dict__.pop("peft_config", None)
+        return self.model
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # The name sits in the middle of the key (pvm_blocks.<name>.cross_attn.q_proj.weight), where PEFT's own rule,
+        # made for names at the end, does not find it.
+        return key.replace(f".{cls.container}.{adapter_name}.", f".{cls.container}.", 1)

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from keepsight.backbone import Backbone
-from keepsight.errors import KeepsightError, KeepsightWarning, MergeError
+from keepsight.errors import KeepsightWarning
+from keepsight.methods import MemoryTuner
 from keepsight.pvm.config import PvmConfig
 from keepsight.pvm.hooks import MEMORY, PvmRoute, in_flight, without_memory
 from keepsight.pvm.kernels import attention_for
@@ -155,29 +156,17 @@ def memory_off(model: nn.Module) -> Iterator[None]:
             branch._disable_adapters = disabled
 
 
-class PvmModel(BaseTuner):
+class PvmModel(MemoryTuner):
     """PEFT's tuner for PVM. Use it through `peft.get_peft_model(vlm, PvmConfig())`."""
 
     prefix = "pvm_"
     tuner_layer_cls = PvmBranch
-    target_module_mapping = {}  # noqa: RUF012 - an instance variable to PEFT
-
-    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
-        taken = {
-            name
-            for module in model.modules()
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, PvmBranch)
-            for name in module._get_available_adapters()
-        }
-        if adapter_name in taken:
-            raise KeepsightError(
-                f"The model already carries an adapter named {adapter_name!r} of another method. Name the memory "
-                "differently: get_peft_model(model, PvmConfig(), adapter_name='memory')."
-            )
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        return peft_config
+    config_cls = PvmConfig
+    container = "pvm_blocks"
+    no_merge = (
+        "A persistent visual memory cannot be merged: it is a branch with an attention of its own, not a change of the "
+        "base weights."
+    )
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         backbone = Backbone.of(model)
@@ -206,45 +195,10 @@ class PvmModel(BaseTuner):
             getattr(backbone.decoder, _ROUTE).add(int(target_name), branch)
         branch.add_block(adapter_name, peft_config)
 
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        for branch in self.model.modules():
-            if isinstance(branch, PvmBranch):  # a LoRA on the same model keeps its own switch
-                branch.enable_adapters(enabled)
-
-    def _check_merge_allowed(self) -> None:
-        raise MergeError(
-            "A persistent visual memory cannot be merged: it is a branch with an attention of its own, not a change "
-            "of the base weights. Save it with save_pretrained and load it beside the base; unload() removes it."
-        )
-
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Raises MergeError: PVM has nothing that could be merged."""
-        self._check_merge_allowed()
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = True,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:
-        if merge:
-            self._check_merge_allowed()
+    def _detach(self) -> None:
         decoder = Backbone.of(self.model).decoder
         getattr(decoder, _ROUTE).remove()
         delattr(decoder, _ROUTE)
         for layer in decoder.layers:
             if hasattr(layer, BRANCH):
                 delattr(layer, BRANCH)
-        remaining = {n: c for n, c in self.peft_config.items() if not isinstance(c, PvmConfig)}
-        if remaining:
-            self.model.peft_config = remaining
-        else:
-            self.model.__dict__.pop("peft_config", None)
-        return self.model
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # The name sits in the middle of the key (…pvm_blocks.<name>.cross_attn.q_proj.weight), where PEFT's own rule,
-        # made for names at the end, does not find it.
-        return key.replace(f".pvm_blocks.{adapter_name}.", ".pvm_blocks.", 1)

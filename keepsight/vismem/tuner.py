@@ -11,11 +11,12 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from keepsight.backbone import Backbone
-from keepsight.errors import BrokenAdapterError, KeepsightError, KeepsightWarning, MergeError
+from keepsight.errors import BrokenAdapterError, KeepsightError, KeepsightWarning
+from keepsight.methods import MemoryTuner
 from keepsight.vismem import scope
 from keepsight.vismem.config import VisMemConfig
 from keepsight.vismem.formers import Formers
@@ -197,29 +198,17 @@ class VisMemBranch(nn.Module, BaseTunerLayer):
         return generate(self, *args, **kwargs)
 
 
-class VisMemModel(BaseTuner):
+class VisMemModel(MemoryTuner):
     """PEFT's tuner for VisMem. Use it through `peft.get_peft_model(vlm, VisMemConfig())`."""
 
     prefix = "vismem_"
     tuner_layer_cls = VisMemBranch
-    target_module_mapping = {}  # noqa: RUF012 - an instance variable to PEFT
-
-    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
-        taken = {
-            name
-            for module in model.modules()
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, VisMemBranch)
-            for name in module._get_available_adapters()
-        }
-        if adapter_name in taken:
-            raise KeepsightError(
-                f"The model already carries an adapter named {adapter_name!r} of another method. Name the memory "
-                "differently: get_peft_model(model, VisMemConfig(), adapter_name='latent')."
-            )
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        return peft_config
+    config_cls = VisMemConfig
+    container = _CONTAINER
+    no_merge = (
+        "A latent vision memory cannot be merged: its adapters work only while a memory is formed, and its tokens are "
+        "not the base's."
+    )
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         backbone = Backbone.of(model)
@@ -249,60 +238,11 @@ class VisMemModel(BaseTuner):
         if bound is not None and not peft_config.has_bound_tokens and bound.token_names == peft_config.token_names:
             peft_config.token_ids, peft_config.delimiter_ids = bound.token_ids, bound.delimiter_ids
 
-    # The tuner acts on its own branch only, so that other adapters beside it keep their own switches and gradients.
-    def _own_branches(self) -> list[VisMemBranch]:
-        return [module for module in self.model.modules() if isinstance(module, VisMemBranch)]
-
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        for branch in self._own_branches():
-            branch.enable_adapters(enabled)
-
-    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        trainable_elsewhere = [
-            p
-            for module in model.modules()
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, VisMemBranch)
-            for p in module.parameters()
-            if p.requires_grad
-        ]
-        super()._mark_only_adapters_as_trainable(model)
-        for p in trainable_elsewhere:
-            p.requires_grad = True
-
-    def _check_merge_allowed(self) -> None:
-        raise MergeError(
-            "A latent vision memory cannot be merged: its adapters work only while a memory is formed, and its tokens "
-            "are not the base's. Save it with save_pretrained and load it beside the base; unload() removes it."
-        )
-
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Raises MergeError: VisMem has nothing that could be merged."""
-        self._check_merge_allowed()
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = True,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:
-        if merge:
-            self._check_merge_allowed()
+    def _detach(self) -> None:
         decoder = Backbone.of(self.model).decoder
-        branch = getattr(decoder, BRANCH)
-        branch.route.remove()
+        getattr(decoder, BRANCH).route.remove()
         delattr(decoder, BRANCH)
         self.model.__dict__.pop("generate", None)
-        remaining = {n: c for n, c in self.peft_config.items() if not isinstance(c, VisMemConfig)}
-        if remaining:
-            self.model.peft_config = remaining
-        else:
-            self.model.__dict__.pop("peft_config", None)
-        return self.model
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return key.replace(f".{_CONTAINER}.{adapter_name}.", f".{_CONTAINER}.", 1)
 
 
 def parameter_groups(model: Any, lr: float, end_lr: float | None = None) -> list[dict[str, Any]]:

@@ -136,7 +136,7 @@ def test_another_base_and_other_names_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(keepsight.AdapterMismatchError, match="model_type qwen3_vl, here qwen2_5_vl"):
         PeftModel.from_pretrained(BY_NAME["qwen2_5_vl"].build(), tmp_path)
-    with pytest.raises(keepsight.KeepsightError, match="adapter_name='latent'"):
+    with pytest.raises(keepsight.KeepsightError, match="adapter_name='memory'"):
         attach(attach_pvm(BY_NAME["qwen3_vl"].build()).get_base_model())
 
 
