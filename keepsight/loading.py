@@ -52,13 +52,26 @@ def load(
         KeepsightError: if weight files of the base are missing or truncated. All this before any weight is read.
     """
     base_name, adapters = check_sources(source, more, base, revision)
+    if revision is not None and not adapters:
+        model_kwargs["revision"] = revision
+    return load_checked(base_name, adapters, dtype=dtype, device=device, trainable=trainable, **model_kwargs)
+
+
+def load_checked(
+    base_name: str,
+    adapters: list[AdapterInfo],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    trainable: bool = False,
+    **model_kwargs: Any,
+) -> tuple[Any, Any]:
+    """`load`, for what `keepsight.sources.check_sources` has checked and found."""
     base_path = resolve_base(base_name)
     processor_source = next((a.path for a in adapters if _has_processor(a.path)), base_path)
     processor = AutoProcessor.from_pretrained(processor_source)
     if device is None and "device_map" not in model_kwargs:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if revision is not None and not adapters:
-        model_kwargs["revision"] = revision
     model = AutoModelForImageTextToText.from_pretrained(base_path, dtype=dtype, **model_kwargs)
     if device is not None:
         model = model.to(device)

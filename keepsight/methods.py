@@ -53,16 +53,27 @@ def config_from_adapter(cls: type, saved: dict[str, Any]) -> Any:
     return cls(**{name: value for name, value in saved.items() if name not in ("peft_type", "auto_mapping")})
 
 
-def check_base(config: Any, found: dict[str, Any]) -> None:
-    """Compare the base that a config was resolved for, if it was, with the one it is put on.
+def check_base(config: Any, model_config: Any, **more: Any) -> dict[str, Any]:
+    """Compare the base that a memory's config was resolved for, if it was, with a model's configuration.
 
     Args:
         config: the memory's config, with fields of these names.
-        found: base_model_type, base_num_layers and so on, of the model at hand.
+        model_config: the configuration of the model at hand.
+        more: further `base_*` settings of the method, as they are for that model.
+
+    Returns:
+        The `base_*` settings as they would be for that model.
 
     Raises:
         AdapterMismatchError: if they differ.
     """
+    text = model_config.get_text_config()
+    found = {
+        "base_model_type": model_config.model_type,
+        "base_num_layers": text.num_hidden_layers,
+        "base_hidden_size": text.hidden_size,
+        **more,
+    }
     recorded = {name: getattr(config, name) for name in found}
     wrong = [name for name, value in recorded.items() if value is not None and value != found[name]]
     if wrong:
@@ -72,6 +83,7 @@ def check_base(config: Any, found: dict[str, Any]) -> None:
             + f". Load it on {config.base_model_name_or_path or 'the model it was trained with'}, "
             f"or train a new one with a fresh {type(config).__name__}()."
         )
+    return found
 
 
 class MemoryTuner(BaseTuner):

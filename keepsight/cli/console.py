@@ -150,3 +150,27 @@ def with_examples(*examples: tuple[str, str]) -> Any:
         return command
 
     return add
+
+
+def debugging() -> bool:
+    """Whether `--debug` was given."""
+    return "KEEPSIGHT_DEBUG" in os.environ
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a --device that nothing can be computed on, before anything is loaded."""
+    import torch
+
+    from keepsight.errors import KeepsightError
+
+    if device is None:
+        return
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise KeepsightError(f"--device {device}: not a device; write cpu, cuda, cuda:1 or mps.") from error
+    if kind not in ("cpu", "cuda", "mps", "xpu", "npu", "hpu"):
+        raise KeepsightError(f"--device {device}: nothing can be computed there; write cpu, cuda, cuda:1 or mps.")
+    there: dict[str, Any] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if kind in there and not there[kind]():
+        raise KeepsightError(f"--device {device}: torch finds none on this machine. Leave --device out to use the CPU.")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import Interrupted, err, out, quiet, say, status, with_examples
+from keepsight.cli.console import Interrupted, check_device, debugging, err, out, quiet, say, status, with_examples
 from keepsight.errors import KeepsightError, KeepsightWarning
 
 
@@ -77,22 +77,21 @@ def diagnose(
     Writes report.html (open it in a browser; it needs no network), results.json and PNGs. Ctrl-C stops it and still
     writes what was measured.
     """
-    from keepsight.cli.generate import _check_device
-    from keepsight.cli.sources import check_sources, debugging
-    from keepsight.loading import load
+    from keepsight.loading import load, load_checked
+    from keepsight.sources import check_sources
 
     chosen = _layers(layers)
     folder = _writable(out_dir)
-    _check_device(device)
+    check_device(device)
     if dataset is not None and (image or video or prompt):
         raise KeepsightError("--dataset brings its own images and prompts; leave --image, --video and --prompt out.")
     if not debugging():
         quiet()
     given = _samples(image or [], video, prompt, dataset)
-    base_name, _ = check_sources(source, adapter or [], base)
+    base_name, infos = check_sources(source, adapter or [], base)
     with status(f"loading {base_name}"):
         options: dict[str, Any] = {"dtype": dtype, "device": device}
-        model, processor = load(source, *(adapter or []), base=base, **options)
+        model, processor = load_checked(base_name, infos, **options)
         other = None if control is None else load(control, base=base, **options)[0]
     from keepsight.diagnose.results import Diagnosis
     from keepsight.diagnose.run import Settings, examine

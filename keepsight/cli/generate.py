@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import quiet, say, status, with_examples
+from keepsight.cli.console import check_device, debugging, quiet, say, status, with_examples
 from keepsight.errors import KeepsightError, KeepsightWarning
 
 
@@ -67,11 +67,11 @@ def generate(
     images = [open_image(path) for path in image or []]
     if not prompt.strip():
         raise KeepsightError("--prompt is empty; ask something.")
-    _check_device(device)
+    check_device(device)
 
-    from keepsight.cli.sources import check_sources, debugging
-    from keepsight.loading import load
+    from keepsight.loading import load_checked
     from keepsight.pvm import memory_off
+    from keepsight.sources import check_sources
     from keepsight.train.collate import require_chat_template
 
     if not debugging():
@@ -96,8 +96,7 @@ def generate(
             "No --image is given, so the visual memory has nothing to remember.", KeepsightWarning, stacklevel=2
         )
     with status(f"loading {base_name}"):
-        options: dict[str, Any] = {"dtype": dtype, "device": device}
-        model, processor = load(source, *(adapter or []), base=base, **options)
+        model, processor = load_checked(base_name, infos, dtype=dtype, device=device)
     require_chat_template(processor)
     latent: dict[str, Any] = {}
     if has_latent and no_memory:
@@ -106,22 +105,6 @@ def generate(
         latent["return_dict_in_generate"] = True
     with memory_off(model) if no_memory else nullcontext():
         _answer(model, processor, images, prompt, max_new_tokens, temperature, seed, latent)
-
-
-def _check_device(device: str | None) -> None:
-    import torch
-
-    if device is None:
-        return
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise KeepsightError(f"--device {device}: not a device; write cpu, cuda, cuda:1 or mps.") from error
-    if kind not in ("cpu", "cuda", "mps", "xpu", "npu", "hpu"):
-        raise KeepsightError(f"--device {device}: nothing can be computed there; write cpu, cuda, cuda:1 or mps.")
-    there: dict[str, Any] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if kind in there and not there[kind]():
-        raise KeepsightError(f"--device {device}: torch finds none on this machine. Leave --device out to use the CPU.")
 
 
 def _answer(

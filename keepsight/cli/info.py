@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from keepsight.adapters import WEIGHTS, AdapterInfo
-from keepsight.cli.console import out, quiet, with_examples
+from keepsight.cli.console import debugging, out, quiet, with_examples
 
 
 @with_examples(
@@ -25,7 +25,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """What is in an adapter, or what memory a model would get. Reads no base weights."""
-    from keepsight.cli.sources import as_adapter, debugging
+    from keepsight.sources import as_adapter
 
     if not debugging():
         quiet()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import Interrupted, out, quiet, say, warn, with_examples
+from keepsight.cli.console import Interrupted, debugging, out, quiet, say, warn, with_examples
 from keepsight.errors import KeepsightError
 
 train_app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, no_args_is_help=True)
@@ -167,8 +167,6 @@ def pvm(
     """
     if resume and overwrite:
         raise KeepsightError("--resume goes on with a run and --overwrite starts anew; give one of them.")
-    from keepsight.cli.sources import debugging
-
     if not debugging():
         quiet()
     from keepsight.pvm import PvmConfig

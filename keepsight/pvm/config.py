@@ -159,14 +159,7 @@ class PvmConfig(PeftConfig):
         Raises:
             AdapterMismatchError: if they differ.
         """
-        text = model_config.get_text_config()
-        found = {
-            "base_model_type": model_config.model_type,
-            "base_num_layers": text.num_hidden_layers,
-            "base_hidden_size": text.hidden_size,
-        }
-        check_base(self, found)
-        return found
+        return check_base(self, model_config)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as saved in `adapter_config.json`."""

@@ -169,15 +169,7 @@ class VisMemConfig(PeftConfig):
         Raises:
             AdapterMismatchError: if they differ.
         """
-        text = model_config.get_text_config()
-        found = {
-            "base_model_type": model_config.model_type,
-            "base_num_layers": text.num_hidden_layers,
-            "base_hidden_size": text.hidden_size,
-            "base_vision_size": int(model_config.vision_config.hidden_size),
-        }
-        check_base(self, found)
-        return found
+        return check_base(self, model_config, base_vision_size=int(model_config.vision_config.hidden_size))
 
     @property
     def has_bound_tokens(self) -> bool:

@@ -588,3 +588,9 @@ def test_ctrl_c_ends_training_with_one_line(tiny_vlm: Path, data: Path, tmp_path
     assert len(lines) == 1
     assert lines[0].startswith("interrupted: stopped by Ctrl-C.")
     assert "--resume" in lines[0]
+
+
+@pytest.mark.parametrize(("device", "lesson"), [("gpu7", "not a device"), ("meta", "nothing can be computed there")])
+def test_a_device_that_is_none_is_refused_before_anything_loads(device: str, lesson: str) -> None:
+    result = keepsight_cli("generate", "--device", device, "--prompt", "read")
+    assert lesson in message(result)
