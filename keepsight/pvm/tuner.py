@@ -24,6 +24,7 @@ from keepsight.pvm.hooks import MEMORY, PvmRoute, in_flight, without_memory
 from keepsight.pvm.kernels import attention_for
 from keepsight.pvm.memory import VisualMemory
 from keepsight.pvm.module import ParallelMlpBlock, PvmBlock
+from keepsight.pvm.scope import is_silent
 
 BRANCH = "visual_memory"  # name of the branch in its decoder layer; must not contain PEFT's prefix "pvm_"
 _ROUTE = "_keepsight_pvm_route"
@@ -73,7 +74,7 @@ class PvmBranch(nn.Module, BaseTunerLayer):
     @property
     def active_blocks(self) -> list[tuple[str, Any]]:
         """(adapter name, block) of every adapter that is switched on."""
-        if self.disable_adapters:
+        if self.disable_adapters or is_silent():
             return []
         return [(name, self.pvm_blocks[name]) for name in self.active_adapters if name in self.pvm_blocks]
 
