@@ -110,6 +110,7 @@ class _Row:
     count: int = 0  # invocations, replayed ones included
     is_done: bool = False
     plan: dict[int, str] = field(default_factory=dict)
+    draws: torch.Tensor | None = None  # [room, 3], see `MemoryPolicy.draws`
 
 
 class MemoryDecoder:
@@ -150,17 +151,23 @@ class MemoryDecoder:
         output = model._prefill(input_ids, generation_config, model_kwargs)
         rows = self._start(input_ids, copies)
         prompt = input_ids.shape[1]
+        draws = self.policy.draws(None if max_length is None else max_length - prompt)
+        for index, row in enumerate(rows):
+            row.draws = None if draws is None else draws[index]
         while True:
+            step = input_ids.shape[1] - prompt
             logits = output.logits[:, -1].float()
             self._form_waiting(rows, input_ids.shape[1])
             allowed = self._allowed(rows, input_ids.shape[1], max_length)
             seen = self._hidden(input_ids, pad) if any(row.count for row in rows) else input_ids
             scores = self._constrained(logits_processor(seen, logits.clone()), allowed)
-            if generation_config.do_sample:
+            if generation_config.do_sample and draws is not None:
+                chosen = pick(scores.softmax(-1), draws[:, step, 0])
+            elif generation_config.do_sample:
                 chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0]
             else:
                 chosen = scores.argmax(-1)
-            ids, latents, sampled = self._next(rows, chosen.tolist(), allowed, pad)
+            ids, latents, sampled = self._next(rows, chosen.tolist(), allowed, pad, step)
             new = torch.tensor(ids, device=input_ids.device)
             record.add(new, sampled, allowed, scores, logits)
             input_ids = torch.cat([input_ids, new], 1)
@@ -270,7 +277,7 @@ class MemoryDecoder:
         return scope.only_words()
 
     def _next(
-        self, rows: list[_Row], chosen: list[int], allowed: torch.Tensor, pad: Any
+        self, rows: list[_Row], chosen: list[int], allowed: torch.Tensor, pad: Any, step: int
     ) -> tuple[list[list[int]], list[list[torch.Tensor | None]], torch.Tensor]:
         """The next positions of all rows: ids [B, c], their latents, and where the model chose: bool [B, c]."""
         living = [row for row in rows if not row.is_done]
@@ -289,7 +296,7 @@ class MemoryDecoder:
                     row.waiting, row.was_sampled = self._kind(last), False
                 row.words += sum(i not in self.tokens.ids for i, _ in own)
             else:
-                kind = self._inserted(row, allowed[index])
+                kind = self._inserted(row, allowed[index], step)
                 was_sampled = kind is None
                 token = chosen[index] if kind is None else self.tokens.invoke[kind]
                 own = [(token, None)]
@@ -308,7 +315,7 @@ class MemoryDecoder:
     def _kind(self, token: int) -> str:
         return SHORT if token == self.tokens.invoke[SHORT] else LONG
 
-    def _inserted(self, row: _Row, allowed: torch.Tensor) -> str | None:
+    def _inserted(self, row: _Row, allowed: torch.Tensor, step: int) -> str | None:
         """The type that the policy, not the model, invokes now."""
         can = {kind for kind, ok in zip(TYPES, allowed.tolist(), strict=True) if ok}
         if self.policy.name == "forced":
@@ -316,14 +323,15 @@ class MemoryDecoder:
             if kind in can:
                 del row.plan[row.words]
                 return kind
-        if self.policy.name == "random" and row.after_delimiter and can:
+        is_place = row.after_delimiter or (self.policy.places == "anywhere" and bool(row.text))  # no memory on memory
+        if self.policy.name == "random" and is_place and can:
             probability = self.policy.probability
             if probability is None:
                 probability = self.branch.config.random_probability
             row.after_delimiter = False
-            if torch.rand(()) < probability:
-                ordered = sorted(can)
-                return ordered[int(torch.randint(len(ordered), ()))]
+            whether, which = (torch.rand(2) if row.draws is None else row.draws[step, 1:]).tolist()
+            if whether < probability:
+                return sorted(can)[int(which * len(can))]
         return None
 
     def _stream(self, new: torch.Tensor, rows: list[_Row]) -> None:
@@ -368,3 +376,12 @@ class MemoryDecoder:
                     KeepsightWarning,
                     stacklevel=2,
                 )
+
+
+def pick(probabilities: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """One sample per row of probabilities [B, V], by uniform random numbers [B]: the first token above the draw."""
+    above = probabilities.cumsum(-1)
+    total = above[:, -1:]
+    # Rounding must neither reach the end nor a token of probability 0.
+    target = (draws.to(above)[:, None] * total).minimum(total * (1 - 1e-6))
+    return torch.searchsorted(above, target, right=True)[:, 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -40,8 +40,12 @@ class MemoryPolicy:
         at: "forced": number of text tokens written -> type, e.g. `{0: "short", 20: "long"}`; one mapping for all rows
             or one per row.
         probability: "random"; default: the config's `random_probability`.
+        places: "random": an invocation is drawn after every delimiter, or "anywhere" (after every word that
+            is written).
         max_invocations: at most so many per sequence; default: the config's.
         replay: per row, what to write first.
+        seeds: per row, the seed of all that is drawn at random in it, tokens and invocations. The row is then the same
+            whatever rows are beside it. Default: torch's own generator draws for all.
     """
 
     name: PolicyName = "free"
@@ -49,6 +53,8 @@ class MemoryPolicy:
     probability: float | None = None
     max_invocations: int | None = None
     replay: Sequence[Replay | None] | None = None
+    places: Literal["delimiters", "anywhere"] = "delimiters"
+    seeds: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.name not in get_args(PolicyName):
@@ -67,6 +73,10 @@ class MemoryPolicy:
                 raise KeepsightError(f"probability={self.probability} has no effect under policy {self.name!r}.")
             if not 0 <= self.probability <= 1:
                 raise KeepsightError(f"probability={self.probability}: expected a number from 0 to 1.")
+        if self.places not in ("delimiters", "anywhere"):
+            raise KeepsightError(f"places={self.places!r}: expected 'delimiters' or 'anywhere'.")
+        if self.places == "anywhere" and self.name != "random":
+            raise KeepsightError(f"places={self.places!r} has no effect under policy {self.name!r}.")
 
     @staticmethod
     def of(given: MemoryPolicy | str | None, config: VisMemConfig) -> MemoryPolicy:
@@ -94,9 +104,21 @@ class MemoryPolicy:
             return {}
         return self.at if isinstance(self.at, Mapping) else self.at[row]
 
+    def draws(self, room: int | None) -> torch.Tensor | None:
+        """Uniform random numbers [B, room, 3] of every row's own seed: for a token, an invocation, and its type.
+
+        Args:
+            room: how many positions can be written.
+        """
+        if self.seeds is None:
+            return None
+        if room is None:
+            raise KeepsightError("seeds: the length must be bounded; pass max_new_tokens.")
+        return torch.stack([torch.rand(room, 3, generator=torch.Generator().manual_seed(s)) for s in self.seeds])
+
     def check_rows(self, rows: int) -> None:
         """Raise unless per-row settings fit the number of rows."""
-        for name, value in (("at", self.at), ("replay", self.replay)):
+        for name, value in (("at", self.at), ("replay", self.replay), ("seeds", self.seeds)):
             if value is not None and not isinstance(value, Mapping) and len(value) != rows:
                 raise KeepsightError(
                     f"{name} holds {len(value)} entries for {rows} rows (num_return_sequences counts)."
