@@ -25,6 +25,7 @@ from keepsight.vismem.decoding import splice  # noqa: E402
 from keepsight.vismem.memory import Invocation  # noqa: E402
 from keepsight.vismem.output import VisMemOutput  # noqa: E402
 from keepsight.vismem.policy import MemoryPolicy, Replay  # noqa: E402
+from keepsight.vismem.scope import replace_latents  # noqa: E402
 from keepsight.vismem.tokens import add_memory_tokens, decode  # noqa: E402
 from keepsight.vismem.tuner import VisMemBranch, parameter_groups  # noqa: E402
 
@@ -38,5 +39,6 @@ __all__ = [
     "add_memory_tokens",
     "decode",
     "parameter_groups",
+    "replace_latents",
     "splice",
 ]

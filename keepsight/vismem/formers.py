@@ -22,7 +22,7 @@ from keepsight.backbone import Backbone
 from keepsight.vismem import layout
 from keepsight.vismem.memory import Formation, Sight
 from keepsight.vismem.module import LatentMemory, match_rms
-from keepsight.vismem.scope import base_only, low_rank
+from keepsight.vismem.scope import base_only, current_change, low_rank
 from keepsight.vismem.tokens import SHORT
 from keepsight.vismem.vision import Rotary, VisionWalk
 
@@ -62,7 +62,9 @@ class Formers:
             formed = (
                 self._short(formations, queries) if kind == SHORT else self._long(formations, text, text_valid, queries)
             )
-        return self.memory.as_embeddings(formed.to(self.memory.dtype), kind == SHORT)
+        latents = self.memory.as_embeddings(formed.to(self.memory.dtype), kind == SHORT)
+        change = current_change()
+        return latents if change is None else change(kind, latents)
 
     @property
     def _is_incremental(self) -> bool:
@@ -97,9 +99,12 @@ class Formers:
     # Short-term: vision encoder
 
     def _short(self, formations: Sequence[Formation], queries: torch.Tensor) -> torch.Tensor:
-        walk = VisionWalk(self.backbone, self.memory.short_bank)
+        walk = self._walk()
         formed = [self._short_row(walk, f.sight, q) for f, q in zip(formations, queries, strict=True)]
         return torch.stack(formed)
+
+    def _walk(self) -> VisionWalk:
+        return VisionWalk(self.backbone, self.memory.short_bank)
 
     def _short_row(self, walk: VisionWalk, sight: Sight, queries: torch.Tensor) -> torch.Tensor:
         patches, count = sight.patches, self.config.num_queries

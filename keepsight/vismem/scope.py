@@ -7,7 +7,7 @@ other threads that use the same model at the same time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +51,10 @@ _splice: ContextVar[Splice | None] = ContextVar("keepsight_vismem_splice", defau
 _watch: ContextVar[Watch | None] = ContextVar("keepsight_vismem_watch", default=None)
 _only_words: ContextVar[bool] = ContextVar("keepsight_vismem_only_words", default=False)
 _silent: ContextVar[bool] = ContextVar("keepsight_vismem_silent", default=False)
+#: What stands in for the memories that are formed.
+_change: ContextVar[Callable[[str, torch.Tensor], torch.Tensor] | None] = ContextVar(
+    "keepsight_vismem_change", default=None
+)
 
 
 @contextlib.contextmanager
@@ -95,6 +99,22 @@ def are_only_words() -> bool:
 def silent() -> contextlib.AbstractContextManager[bool]:
     """The model is its base: no special tokens, no memory."""
     return _setting(_silent, True)
+
+
+def replace_latents(
+    change: Callable[[str, torch.Tensor], torch.Tensor],
+) -> contextlib.AbstractContextManager[Callable[[str, torch.Tensor], torch.Tensor]]:
+    """Other contents: whenever memories are formed, `change` says what is spliced in instead.
+
+    Args:
+        change: (kind, latents [B, N, D]) -> latents of the same shape.
+    """
+    return _setting(_change, change)
+
+
+def current_change() -> Callable[[str, torch.Tensor], torch.Tensor] | None:
+    """What stands in for memories, or None."""
+    return _change.get()
 
 
 def is_base_only() -> bool:

@@ -142,7 +142,7 @@ class VisionWalk:
             own = attend(own_query, own_key, own_value)
         else:
             seen = attend_inside(query, key, value, patches.images, own_key, own_value)
-            own = attend(own_query, torch.cat([key, own_key]), torch.cat([value, own_value]))
+            own = self._look(index, own_query, torch.cat([key, own_key]), torch.cat([value, own_value]))
         return self._finish(index, x, seen), self._finish(index, extra, own)
 
     def _patch_block(self, index: int, x: torch.Tensor, patches: Patches) -> tuple[torch.Tensor, BlockStates]:
@@ -156,7 +156,11 @@ class VisionWalk:
         query, key, value = self._qkv(index, extra, rotary)
         if kept is not None:
             key, value = torch.cat([kept[0], key]), torch.cat([kept[1], value])
-        return self._finish(index, extra, attend(query, key, value))
+        return self._finish(index, extra, self._look(index, query, key, value))
+
+    def _look(self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The appended positions [E, H, d] look at all patches and at each other [S + E, H, d], in one block."""
+        return attend(query, key, value)
 
     def _qkv(self, index: int, x: torch.Tensor, rotary: Rotary | None) -> tuple[torch.Tensor, ...]:
         block = self.blocks[index]
