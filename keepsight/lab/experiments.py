@@ -1,6 +1,6 @@
 """Training a memory and its controls on the reference VLM: the same data, steps and number of parameters.
 
-The language model is frozen throughout and adapters go on by PEFT's public route, so the model that trains is the
+The language model is frozen (but for `sft`) and adapters go on by PEFT's public route, so the model that trains is the
 model that answers. Every method sees the same batches in the same order; what differs is what its parameters can reach:
 
     pvm         a branch that attends to the image alone, with keepsight's blindfold warm-up (not in the paper)
@@ -8,6 +8,7 @@ model that answers. Every method sees the same batches in the same order; what d
     lora        low-rank changes of the language model's own linear maps
     mlp         a parallel feed-forward branch of PVM's size at PVM's layers, which sees no image (the paper's control)
     lora_long   LoRA trained at the length it is asked at
+    sft         full fine-tuning: every weight of the language model and no adapter, thus several times the parameters
 """
 
 from __future__ import annotations
@@ -17,21 +18,26 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 
+from keepsight.backbone import Backbone
 from keepsight.lab.narration import FACT_LENGTH, Narrations, make_narrations
 from keepsight.lab.pretraining import narration_loss
 from keepsight.pvm import PvmConfig
+from keepsight.pvm.hooks import MEMORY
+from keepsight.pvm.memory import VisualMemory
+from keepsight.pvm.module import PvmBlock
 from keepsight.train.blindfold import blindfold
 
 Progress = Callable[[int, int], None]
 """Called as `progress(done, total)` after every optimiser step."""
 
 METHODS = ("pvm", "pvm_plain", "lora", "mlp", "lora_long")
+"""Adapters of equal size."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,12 @@ class TrainPlan:
         facts: facts per narration.
         max_gap: each gap is drawn from 0..max_gap filler words.
         layers, width: PVM's and the parallel MLP's.
+        causal: PVM's rule; False is the published one.
+        source: what PVM retrieves from: the raw visual "embeddings", or the "hidden" states that the visual positions
+            have reached at its layer (the paper's control).
         pvm_lr, mlp_lr, lora_lr: peak learning rates, chosen on validation glyphs (`benchmarks/lab_sweep.py`).
         long_lr: peak learning rate of `lora_long`.
+        sft_lr: peak learning rate of `sft`.
         gate_factor: a gate's learning rate is this times that of its branch; it starts at 0 and has far to go.
         lora_targets: the linear maps that LoRA changes, in every decoder layer.
     """
@@ -58,10 +68,13 @@ class TrainPlan:
     max_gap: int = 18
     layers: tuple[int, ...] = (1, 3)
     width: int = 64
+    causal: bool = True
+    source: Literal["embeddings", "hidden"] = "embeddings"
     pvm_lr: float = 1.2e-2
     mlp_lr: float = 1.5e-3
     lora_lr: float = 1e-4
     long_lr: float = 1e-3
+    sft_lr: float = 1e-4
     gate_factor: float = 10.0
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -80,7 +93,7 @@ class Trained:
     """An adapter after training.
 
     Attributes:
-        model: the PEFT model, in eval mode.
+        model: the PEFT model (for `sft` the model itself), in eval mode.
         parameters: number of trainable parameters.
         seconds: wall-clock seconds of the training loop, data included.
         final_accuracy: mean accuracy of the answers over the last 20 training steps.
@@ -100,18 +113,40 @@ def attach(model: Any, method: str, plan: TrainPlan, seed: int) -> Any:
         torch.manual_seed(1000 + seed)
         if method in ("pvm", "pvm_plain", "mlp"):
             branch: Any = "mlp" if method == "mlp" else "memory"
-            config = PvmConfig(layers=list(plan.layers), width=plan.width, branch=branch)
-            return get_peft_model(model, config)
+            config = PvmConfig(layers=list(plan.layers), width=plan.width, branch=branch, causal=plan.causal)
+            wrapped = get_peft_model(model, config)
+            if plan.source == "hidden":
+                retrieve_hidden_states(wrapped, plan.layers)
+            return wrapped
         if method in ("lora", "lora_long"):
             return get_peft_model(model, lora_config(model, pvm_size(model, plan), plan.lora_targets))
-    raise ValueError(f"method={method!r}: expected one of {', '.join(METHODS)}.")
+    if method == "sft":
+        model.requires_grad_(False)
+        model.model.language_model.requires_grad_(True)
+        return model
+    raise ValueError(f"method={method!r}: expected one of {', '.join(METHODS)}, sft.")
+
+
+def retrieve_hidden_states(model: Any, layers: tuple[int, ...]) -> None:
+    """The paper's control for the retrieval source: blocks look at processed states instead of raw embeddings.
+
+    From now on, the block of each layer reads the hidden states that enter its layer at the visual positions. For whole
+    sequences only (training, teacher forcing); a cache would remember the wrong thing.
+    """
+    for index in layers:
+        Backbone.of(model).layers[index].register_forward_pre_hook(_hidden_states_as_memory, with_kwargs=True)
+
+
+def _hidden_states_as_memory(layer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    memory = kwargs.get(MEMORY)
+    if memory is None or memory.visual_mask is None:
+        return None
+    states = args[0] if args else kwargs["hidden_states"]
+    return args, {**kwargs, MEMORY: VisualMemory(states, memory.visual_mask)}
 
 
 def pvm_size(model: Any, plan: TrainPlan) -> int:
     """Parameters of the plan's PVM on this model, counted without building it in memory."""
-    from keepsight.backbone import Backbone
-    from keepsight.pvm.module import PvmBlock
-
     config = PvmConfig(layers=list(plan.layers), width=plan.width)
     config.resolve(Backbone.of(model))
     with torch.device("meta"):
@@ -124,8 +159,6 @@ def lora_config(model: Any, budget: int, targets: tuple[str, ...]) -> LoraConfig
     The common rank is the largest that fits; single maps get one rank more while that brings the count closer to the
     budget.
     """
-    from keepsight.backbone import Backbone
-
     backbone = Backbone.of(model)
     cost = {
         f"{backbone.decoder_path}.layers.{i}.{name}": module.in_features + module.out_features
@@ -159,7 +192,7 @@ def train(
     Args:
         model: a reference VLM; it is wrapped in place, so give each method its own copy.
         processor: its processor.
-        method: one of `METHODS`.
+        method: one of `METHODS`, or "sft".
         plan: data and steps.
         seed: of initial weights and data; methods with the same plan and seed see the same batches.
         progress: called after every step.
@@ -167,7 +200,8 @@ def train(
     peft_model = attach(model, method, plan, seed).train()
     gates = [p for n, p in peft_model.named_parameters() if p.requires_grad and n.endswith(".gate")]
     others = [p for n, p in peft_model.named_parameters() if p.requires_grad and not n.endswith(".gate")]
-    peak = {"pvm": plan.pvm_lr, "mlp": plan.mlp_lr, "lora": plan.lora_lr}[method.partition("_")[0]]
+    peaks = {"pvm": plan.pvm_lr, "mlp": plan.mlp_lr, "lora": plan.lora_lr, "sft": plan.sft_lr}
+    peak = peaks[method.partition("_")[0]]
     groups = [{"params": others, "peak": peak}, {"params": gates, "peak": plan.gate_factor * peak}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=peak, weight_decay=0.0, betas=(0.9, 0.99))
     rng = np.random.default_rng([seed, 5000])
