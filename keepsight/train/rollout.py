@@ -1,0 +1,317 @@
+"""Rollouts with memory: trajectories written by the model's own decoding, and their counterfactuals.
+
+A prompt is what the processor makes of one conversation: a dict of model inputs with one row. A trajectory is what the
+model wrote after it. Every trajectory is drawn from a seed of its own, so it does not depend on which others are
+beside it: one process or eight, one call or ten, the same trajectories (up to rounding of the model itself).
+
+Counterfactuals replay a trajectory up to its first invocation, and then go on without memory, or with the other type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from keepsight.backbone import Backbone
+from keepsight.errors import KeepsightWarning
+from keepsight.vismem import Invocation, MemoryPolicy, Replay, VisMemBranch
+from keepsight.vismem.tokens import LONG, SHORT, TYPES, MemoryTokens
+
+#: Model inputs of one conversation: `input_ids` [1, T] and what belongs to it.
+Prompt = Mapping[str, torch.Tensor]
+#: Draws nothing, writes what it is told, and never invokes.
+NO_MEMORY = MemoryPolicy("forced", at={})
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What the model wrote after one prompt.
+
+    Attributes:
+        prompt: index of the prompt among those given.
+        ids: [T], memories included (as `<invoke> <end> ... <end>`), up to the last chosen token.
+        chosen: bool [T], where the model chose the token (so, what it is trained on).
+        admitted: bool [T, 2], where the model could have chosen to invoke a short / a long memory.
+        invocations: its memories; `position` is an index into `ids`.
+        log_probs: [T], of what the model chose, if they were asked for; 0 elsewhere.
+    """
+
+    prompt: int
+    ids: torch.Tensor
+    chosen: torch.Tensor
+    admitted: torch.Tensor
+    invocations: list[Invocation] = field(repr=False)
+    log_probs: torch.Tensor | None = field(default=None, repr=False)
+
+    @property
+    def invoked(self) -> bool:
+        """Whether it holds a memory."""
+        return bool(self.invocations)
+
+    def count(self, kind: str) -> int:
+        """How many memories of a type it holds."""
+        return sum(invocation.kind == kind for invocation in self.invocations)
+
+
+class _WordLimit(StoppingCriteria):
+    """Stops a row after so many tokens of text, its memories not counted."""
+
+    def __init__(self, tokens: MemoryTokens, prompt: int, limit: int):
+        self.tokens, self.prompt, self.limit = tokens, prompt, limit
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        words = ~self.tokens.memory_mask(input_ids[:, self.prompt :])
+        return words.sum(1) >= self.limit
+
+
+def row_seed(*parts: Any) -> int:
+    """A seed made of names and numbers: the same on every machine, in every process."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def banned_ids(model: Any) -> tuple[int, ...]:
+    """Ids that are never drawn, and have no share in any log-probability: placeholders of images, ends of memories.
+
+    A placeholder in the text would be taken for an image whose pixels are missing.
+    """
+    branch = VisMemBranch.of(model)
+    return (*branch.backbone.visual_token_ids(), *MemoryTokens(branch.config.token_ids or []).end.values())
+
+
+def stack_prompts(prompts: Sequence[Prompt], pad: int) -> dict[str, torch.Tensor]:
+    """Prompts of one row each as one batch, padded on the left.
+
+    Args:
+        prompts: model inputs with one row each; some may have no image.
+        pad: id of the padding token.
+    """
+    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    names = dict.fromkeys(name for prompt in prompts for name in prompt)
+    batch = {}
+    for name in names:
+        values = [prompt[name] for prompt in prompts if name in prompt]
+        if is_tokenwise(name, prompts):
+            values = [prompt.get(name, torch.zeros_like(prompt["input_ids"])) for prompt in prompts]
+            values = [F.pad(v, (longest - v.shape[1], 0), value=pad if name == "input_ids" else 0) for v in values]
+        elif values[0].ndim == 5:  # LLaVA: [images, tiles, 3, H, W], with as many tiles as the largest image has
+            tiles = max(v.shape[1] for v in values)
+            values = [F.pad(v, (0,) * 6 + (0, tiles - v.shape[1])) for v in values]
+        batch[name] = torch.cat(values)
+    return batch
+
+
+def is_tokenwise(name: str, prompts: Sequence[Prompt]) -> bool:
+    """Whether an input has one value per token."""
+    prompt = next(p for p in prompts if name in p)
+    return prompt[name].shape == prompt["input_ids"].shape
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    policy: MemoryPolicy,
+    *,
+    copies: int = 1,
+    max_words: int,
+    temperature: float = 1.0,
+    rows_per_call: int | None = None,
+    replays: Sequence[Replay | None] | None = None,
+    with_log_probs: bool = False,
+) -> list[Trajectory]:
+    """Write trajectories, with KV cache, in batches.
+
+    Drawn from the model's whole distribution at `temperature`: whatever the model's generation config says of top-k,
+    top-p or penalties is left out, since the log-probabilities in training know nothing of it.
+
+    Args:
+        model: carries VisMem; in eval mode.
+        prompts: model inputs of one row each.
+        seeds: one per trajectory: `len(prompts) * copies`.
+        policy: when memory is invoked. Its `seeds` and `replay` are set here.
+        copies: trajectories per prompt, next to each other in the result.
+        max_words: longest text, in tokens; memories do not count.
+        temperature: of sampling.
+        rows_per_call: at most so many trajectories at once; None: all.
+        replays: one per trajectory, what to write first.
+        with_log_probs: keep the log-probabilities of what was chosen. That holds all logits of a call at once; training
+            computes them anew in small batches.
+    """
+    assert len(seeds) == len(prompts) * copies
+    limit = rows_per_call or len(seeds)
+    if copies > limit:  # a group in several calls
+        spread = [index for index in range(len(prompts)) for _ in range(copies)]
+        rows = sample(
+            model,
+            [prompts[i] for i in spread],
+            seeds,
+            policy,
+            max_words=max_words,
+            temperature=temperature,
+            rows_per_call=rows_per_call,
+            replays=replays,
+            with_log_probs=with_log_probs,
+        )
+        return [dataclasses.replace(row, prompt=i) for row, i in zip(rows, spread, strict=True)]
+    found: list[Trajectory] = []
+    step = max(1, limit // copies)
+    for start in range(0, len(prompts), step):
+        part = slice(start * copies, (start + step) * copies)
+        own = dataclasses.replace(
+            policy, seeds=list(seeds[part]), replay=None if replays is None else list(replays[part])
+        )
+        found += _call(model, prompts[start : start + step], own, copies, max_words, temperature, start, with_log_probs)
+    return found
+
+
+def _call(
+    model: Any,
+    prompts: Sequence[Prompt],
+    policy: MemoryPolicy,
+    copies: int,
+    words: int,
+    temperature: float,
+    first: int,
+    with_log_probs: bool,
+) -> list[Trajectory]:
+    branch, base = VisMemBranch.of(model), Backbone.of(model).model
+    config, tokens = branch.config, MemoryTokens(branch.config.token_ids or [])
+    pad = padding_id(base)
+    inputs = {n: v.to(base.device) for n, v in stack_prompts(prompts, pad).items()}
+    length = inputs["input_ids"].shape[1]
+    memories = config.max_invocations if policy.max_invocations is None else policy.max_invocations
+    room = words + memories * (2 + max(config.num_short, config.num_long))
+    with warnings.catch_warnings():
+        # A memory in training is untrained at first; `generate` warns of it at every call.
+        warnings.filterwarnings("ignore", message=".*never trained", category=KeepsightWarning)
+        out = model.generate(
+            **inputs,
+            memory=policy,
+            num_return_sequences=copies,
+            max_new_tokens=room,
+            min_new_tokens=0,
+            stopping_criteria=StoppingCriteriaList([_WordLimit(tokens, length, words)]),
+            suppress_tokens=list(branch.backbone.visual_token_ids()),
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+            output_scores=with_log_probs,
+        )
+    chosen_log_probs = None
+    if with_log_probs:
+        scores = torch.stack([s.log_softmax(-1) for s in out.scores], 1)
+        chosen_log_probs = scores.gather(-1, out.sequences[:, length:, None]).squeeze(-1)
+    admits = torch.tensor([policy.admits(kind) for kind in TYPES])
+    result = []
+    for row, ids in enumerate(out.sequences[:, length:]):
+        places = out.sampled[row].nonzero()
+        end = int(places[-1]) + 1 if len(places) else len(ids)
+        invocations = [dataclasses.replace(i, position=i.position - length) for i in out.invocations[row]]
+        chosen, admitted = out.sampled[row, :end], out.allowed[row, :end] & admits
+        own = None if chosen_log_probs is None else chosen_log_probs[row, :end]
+        result.append(Trajectory(first + row // copies, ids[:end], chosen, admitted, invocations, own))
+    return result
+
+
+def padding_id(model: Any) -> int:
+    """The id that fills up batches."""
+    for config in (model.generation_config, model.config.get_text_config(), model.config):
+        value = getattr(config, "pad_token_id", None)
+        if value is not None:
+            return int(value)
+    return 0
+
+
+def counterfactuals(
+    model: Any,
+    prompts: Sequence[Prompt],
+    trajectories: Sequence[Trajectory],
+    seeds: Sequence[int],
+    kind: str,
+    *,
+    max_words: int,
+    max_invocations: int | None = None,
+    temperature: float = 1.0,
+    rows_per_call: int | None = None,
+) -> list[Trajectory]:
+    """For every trajectory: the same beginning up to its first invocation, and then another continuation.
+
+    A trajectory that invoked nothing is its own counterfactual and costs nothing.
+
+    Args:
+        model: carries VisMem.
+        prompts: as the trajectories were written after.
+        trajectories: each with a memory or without.
+        seeds: one per trajectory, for the new continuations.
+        kind: "without": no memory from there on. "other": the first memory, and all that the model invokes after it,
+            are of the other type. (A trajectory whose prompt has no image is its own counterfactual where the other
+            type is the short-term memory, which needs one.)
+        max_words: as in `sample`.
+        max_invocations: as the trajectories' policy has it.
+        temperature: as in `sample`.
+        rows_per_call: as in `sample`.
+    """
+    others = {"without": NO_MEMORY, "other": MemoryPolicy("reversed", max_invocations=max_invocations)}
+    policy, where, replays = others[kind], [], []
+    for index, trajectory in enumerate(trajectories):
+        if not trajectory.invoked:
+            continue
+        first = trajectory.invocations[0]
+        if kind == "other" and first.kind == LONG and first.formation.sight.patches is None:
+            continue
+        where.append(index)
+        replays.append(Replay(trajectory.ids[: first.position + (kind == "other")]))
+    result = list(trajectories)
+    if where:
+        written = sample(
+            model,
+            [prompts[trajectories[i].prompt] for i in where],
+            [seeds[i] for i in where],
+            policy,
+            max_words=max_words,
+            temperature=temperature,
+            rows_per_call=rows_per_call,
+            replays=replays,
+        )
+        for index, trajectory in zip(where, written, strict=True):
+            result[index] = dataclasses.replace(trajectory, prompt=trajectories[index].prompt)
+    return result
+
+
+def texts(model: Any, processor: Any, trajectories: Sequence[Trajectory]) -> list[str]:
+    """What stands in the trajectories, without memories and special tokens."""
+    tokens = MemoryTokens(VisMemBranch.of(model).config.token_ids or [])
+    tokenizer = getattr(processor, "tokenizer", processor)
+    rows = [t.ids[~tokens.memory_mask(t.ids)].tolist() for t in trajectories]
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+
+__all__ = [
+    "LONG",
+    "NO_MEMORY",
+    "SHORT",
+    "Prompt",
+    "Trajectory",
+    "banned_ids",
+    "counterfactuals",
+    "padding_id",
+    "row_seed",
+    "sample",
+    "stack_prompts",
+    "texts",
+]

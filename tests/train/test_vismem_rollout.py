@@ -1,0 +1,207 @@
+"""Rollouts are what they say, and the training pass sees the very distribution they were drawn from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vismem_training import FAMILY_NAMES, RANDOM, ROWS, model_and_prompts, seeds, written
+
+from keepsight.train.rollout import counterfactuals, sample
+from keepsight.train.vismem_replay import (
+    chosen_mask,
+    formed_latents,
+    log_probs,
+    log_probs_without_memory,
+    pad_right,
+    recorded_latents,
+)
+from keepsight.vismem import MemoryPolicy, VisMemBranch
+from keepsight.vismem.tokens import MemoryTokens
+
+CLOSE = {"rtol": 0.0, "atol": 3e-5}
+
+
+@pytest.fixture(params=FAMILY_NAMES)
+def name(request):
+    return request.param
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x.ids, y.ids) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("policy", [RANDOM, MemoryPolicy("free", max_invocations=2)], ids=["random", "free"])
+def test_training_sees_the_distribution_of_the_rollout(name, policy):
+    """Log-probs of one uncached forward equal those of cached decoding, with ragged rows and memories in them."""
+    model, prompts = model_and_prompts(name)
+    with torch.no_grad():
+        VisMemBranch.of(model).active.rows.invoke_bias.fill_(3.0)
+    # What the generation config says of sampling is not in the log-probs, so it must not be in the rollout.
+    model.get_base_model().generation_config.update(top_k=3, repetition_penalty=1.4, temperature=0.01, top_p=0.3)
+    trajectories = written(model, prompts, policy, temperature=1.3, with_log_probs=True)
+    assert {i.kind for t in trajectories for i in t.invocations} == {"short", "long"}
+    assert any(not t.invoked for t in trajectories) or policy.name == "free"
+    rolled = pad_right([t.log_probs for t in trajectories])
+    rolled = torch.where(chosen_mask(trajectories), rolled, 0)
+    with torch.no_grad():
+        recorded, formed = recorded_latents(model, trajectories), formed_latents(model, trajectories)
+        torch.testing.assert_close(formed, recorded, **CLOSE)
+        torch.testing.assert_close(log_probs(model, prompts, trajectories, formed, 1.3), rolled, **CLOSE)
+        # The bound can fail: other latents, or another temperature, are a thousand times further off.
+        assert (log_probs(model, prompts, trajectories, recorded.flip(0), 1.3) - rolled).abs().max() > 0.03
+        assert (log_probs(model, prompts, trajectories, recorded, 1.0) - rolled).abs().max() > 0.03
+
+
+def test_a_trajectory_does_not_depend_on_those_beside_it(name):
+    model, prompts = model_and_prompts(name)
+    together = written(model, prompts)
+    for rows in (1, 2, 3):
+        assert same(written(model, prompts, rows_per_call=rows), together)
+    alone = sample(model, prompts[1:2], seeds(9)[3:6], RANDOM, copies=3, max_words=14)
+    assert same(alone, together[3:6])
+    assert [t.prompt for t in together] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    other = sample(model, prompts, seeds(9, "other"), RANDOM, copies=3, max_words=14)
+    assert not any(same([a], [b]) for a, b in zip(together, other, strict=True))
+
+
+def test_memories_cost_no_words(name):
+    """Every trajectory has as many words as another, however many memories it holds."""
+    model, prompts = model_and_prompts(name)
+    tokens = MemoryTokens(VisMemBranch.of(model).config.token_ids)
+    for t in written(model, prompts):
+        assert int((~tokens.memory_mask(t.ids)).sum()) == 14
+        assert int(t.chosen.sum()) == 14  # invocations were the policy's
+        assert (~t.chosen).sum() == sum(len(i.latents) + 2 for i in t.invocations)
+
+
+def test_random_places():
+    """At delimiters, or anywhere; never straight after a memory; the types in equal shares."""
+    model, prompts = model_and_prompts("qwen3_vl")
+    branch = VisMemBranch.of(model)
+    delimiters, ends = branch.config.delimiter_ids, MemoryTokens(branch.config.token_ids).end.values()
+    for places in ("delimiters", "anywhere"):
+        policy = MemoryPolicy("random", probability=1.0, places=places)
+        found = sample(model, prompts[:2], seeds(60), policy, copies=30, max_words=30)
+        before = [int(t.ids[i.position - 1]) for t in found for i in t.invocations if i.position]
+        assert before
+        assert not set(before) & set(ends)
+        assert (set(before) <= set(delimiters)) == (places == "delimiters")
+        kinds = [i.kind for t in found for i in t.invocations]
+        assert 0.35 < kinds.count("short") / len(kinds) < 0.65
+    assert all(
+        i.kind == "long"
+        for t in sample(model, prompts[2:], seeds(9), policy, copies=9, max_words=30)
+        for i in t.invocations
+    )
+
+
+@pytest.mark.parametrize("kind", ["without", "other"])
+def test_counterfactuals_share_the_beginning(name, kind):
+    model, prompts = model_and_prompts(name)
+    trajectories = written(model, prompts)
+    found = counterfactuals(model, prompts, trajectories, seeds(9, kind), kind, max_words=14)
+    tokens = MemoryTokens(VisMemBranch.of(model).config.token_ids)
+    assert any(t.invoked for t in trajectories)
+    for before, after in zip(trajectories, found, strict=True):
+        assert after.prompt == before.prompt
+        if not before.invoked:
+            assert after is before
+            continue
+        first = before.invocations[0]
+        if kind == "other" and not ROWS[before.prompt].images:
+            assert after is before  # the other type would be short, and there is no image
+            continue
+        start = first.position
+        assert torch.equal(after.ids[:start], before.ids[:start])
+        assert not after.chosen[:start].any()
+        assert int((~tokens.memory_mask(after.ids)).sum()) == 14
+        if kind == "without":
+            assert not after.invoked
+        else:
+            assert after.invocations[0].kind != first.kind
+            assert after.invocations[0].invoked_as == first.kind
+            assert torch.allclose(after.invocations[0].formation.text, first.formation.text, **CLOSE)
+
+
+def test_the_reference_is_the_model_without_memory(name):
+    """Words get the log-probs that the bare base gives them in the text without memories."""
+    model, prompts = model_and_prompts(name)
+    trajectories = written(model, prompts)
+    tokens = MemoryTokens(VisMemBranch.of(model).config.token_ids)
+    with torch.no_grad():
+        found = log_probs_without_memory(model, prompts, trajectories)
+        for row, t in enumerate(trajectories):
+            words = t.ids[~tokens.memory_mask(t.ids)]
+            prompt = dict(prompts[t.prompt])
+            length = prompt["input_ids"].shape[1]
+            for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+                if key in prompt:
+                    added = words if key == "input_ids" else torch.full_like(words, key == "attention_mask")
+                    prompt[key] = torch.cat([prompt[key], added[None].to(prompt[key])], 1)
+            with model.disable_adapter():
+                logits = model(**prompt).logits[0, length - 1 : -1]
+            logits[:, [120, 121] if name != "internvl_qwen3" else [120]] = -torch.inf
+            expected = logits.log_softmax(-1).gather(1, words[:, None])[:, 0]
+            torch.testing.assert_close(found[row][: len(t.ids)][t.chosen], expected, **CLOSE)
+            assert not found[row][: len(t.ids)][~t.chosen].any()
+
+
+def test_gradients_of_stage_one_reach_the_formers_and_only_them(name):
+    model, prompts = model_and_prompts(name)
+    model.requires_grad_(True)
+    trajectories = written(model, prompts)
+    memory = VisMemBranch.of(model).active
+    base = {n: p for n, p in model.named_parameters() if "latent_memory" not in n}
+    for parameter in base.values():
+        parameter.requires_grad_(False)
+    log_probs(model, prompts, trajectories, formed_latents(model, trajectories)).sum().backward()
+    for path, parameter in memory.named_parameters():
+        if not path.startswith("rows.") and "layers.1.down.bias" not in path:
+            assert parameter.grad is not None, path
+            assert parameter.grad.abs().max() > 0, path
+    model.zero_grad()
+    log_probs(model, prompts, trajectories, recorded_latents(model, trajectories)).sum().backward()
+    with_gradient = {path for path, p in memory.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert with_gradient
+    assert all(path.startswith("rows.") for path in with_gradient)
+
+
+def test_gradients_equal_finite_differences():
+    """Of the trained quantity, with the hidden states as recorded, along random directions."""
+    model, prompts = model_and_prompts("qwen2_5_vl")
+    trajectories = written(model, prompts, copies=2)
+    model = model.double()
+    prompts = [{n: v.double() if v.is_floating_point() else v for n, v in p.items()} for p in prompts]
+    for t in trajectories:
+        for i in t.invocations:
+            f = i.formation
+            f.text, f.sight.visual = f.text.double(), f.sight.visual.double()
+            patches = f.sight.patches
+            if patches is not None and patches.x.dtype != torch.float64:
+                rotary = patches.rotary and tuple(r.double() for r in patches.rotary)
+                f.sight.patches = type(patches)(
+                    patches.x.double(), patches.images, patches.windows, rotary, patches.extent
+                )
+    weights = torch.randn(len(trajectories), max(len(t.ids) for t in trajectories)).double()
+
+    def objective():
+        return (log_probs(model, prompts, trajectories, formed_latents(model, trajectories)) * weights).sum()
+
+    memory = VisMemBranch.of(model).active
+    objective().backward()
+    for path in ("builder.queries", "short_slots", "long_slots", "short_gain", "long_gain", "to_vision.weight"):
+        parameter = memory.get_parameter(path)
+        torch.manual_seed(0)
+        direction = torch.randn_like(parameter)
+        step = 3e-3 * parameter.norm() / direction.norm()
+        with torch.no_grad():
+            parameter += step * direction
+            up = objective()
+            parameter -= 2 * step * direction
+            down = objective()
+            parameter += step * direction
+        slope, expected = (up - down) / (2 * step), (parameter.grad * direction).sum()
+        # The base's own norms compute in float32, which limits what a difference can resolve.
+        noise = 1e-2 * parameter.grad.norm() * direction.norm()
+        assert abs(slope - expected) <= 2e-2 * abs(expected) + noise, path
+        assert expected != 0
