@@ -3,7 +3,8 @@
 Letters: n trajectories, in groups of G with one prompt, one group after the other; T written positions; V tokens.
 
     A_i  = (S_i - mean S) / (std S + eps)                          over the group
-    L    = mean_i mean_t [ -min(r A_i, clip(r, 1 - c, 1 + c) A_i) + beta (e^(ref - p) - (ref - p) - 1) ],  r = e^(p - old)
+    L    = mean_i mean_t [ -min(r A_i, clip(r, 1 - c, 1 + c) A_i) + beta (e^d - d - 1) ]
+           r = e^(p - old), d = ref - p                            p, old, ref: log-probabilities of a token
     dS   = S(trajectory) - S(the same beginning, without memory)
     I    : dS                                                      stage I, formation
     II   : dS - alpha (p_type + p_neg) - cost * invocations        stage II, invocation; cost is keepsight's own

@@ -1,8 +1,8 @@
 """The teacher-forced pass: log-probabilities of written trajectories, memories spliced in, with gradients.
 
 Stage I forms every memory again, all of them in parallel, from the hidden states that were recorded when it was
-written; those are constants. So gradients reach the query builder, both formers, M_init and the gains, and nothing else.
-Stage II takes the recorded latents as constants of the trajectory; gradients reach whatever of the policy requires one.
+written; those are constants. So gradients reach the query builder, both formers, M_init and the gains, nothing else.
+Stage II takes the recorded latents as constants of the trajectory; gradients reach what of the policy requires one.
 """
 
 from __future__ import annotations

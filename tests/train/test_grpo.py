@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_objectives_by_hand():
 def test_learning_rate(schedule):
     rates = [grpo.learning_rate(step, 20, 0.2, schedule) for step in range(20)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[3:]))
     assert rates[4] == 1.0
     assert (rates[-1] < 0.1) == (schedule != "constant")
     assert all(rate > 0 for rate in rates)
