@@ -38,6 +38,7 @@ COMMANDS = {
         "Turn a checkpoint in the PVM authors' layout into base + adapter.",
         "Make",
     ),
+    "export": ("keepsight.cli.export", "export_app", "Make a folder that vLLM serves, memory and all.", "Serve"),
     "lab": ("keepsight.cli.lab", "lab_app", "Make the small reference VLM that the demo runs on.", "Make"),
 }
 

