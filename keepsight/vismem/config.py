@@ -64,6 +64,8 @@ class VisMemConfig(PeftConfig):
         token_ids: their ids. Set by `add_memory_tokens`; without it, the four ids after the embedding matrix.
         delimiter_ids: ids of the delimiters. Set by `add_memory_tokens`.
         perturbation: how far the new rows start from the delimiter's, relative to its norm.
+        untied_rows: give the special tokens head rows of their own also where the base ties head and embedding, so
+            that whether to invoke can be learned without changing what an invocation token is as an input.
 
     Raises:
         ValueError: for unknown names, and for values no model could use.
@@ -94,6 +96,7 @@ class VisMemConfig(PeftConfig):
     token_ids: list[int] | None = field(default=None)
     delimiter_ids: list[int] | None = field(default=None)
     perturbation: float = field(default=0.1)
+    untied_rows: bool = field(default=False)
     # Which base the sizes were resolved for; filled in when the config meets its model.
     base_model_type: str | None = field(default=None)
     base_num_layers: int | None = field(default=None)

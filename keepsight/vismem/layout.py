@@ -28,14 +28,19 @@ def strip(num_memories: int, side: int, extent: tuple[int, int]) -> torch.Tensor
 def grid(num_memories: int, side: int, extent: tuple[int, int]) -> torch.Tensor:
     """Coordinates [N, s * s, 2] of squares spread evenly over the image, as near to its shape as N divides."""
     height, width = max(extent[0] // side, 1), max(extent[1] // side, 1)
+    rows, columns = grid_shape(num_memories, height, width)
+    row = ((torch.arange(rows) + 0.5) * height / rows).long()
+    column = ((torch.arange(columns) + 0.5) * width / columns).long()
+    return _squares(row.repeat_interleave(columns), column.repeat(rows), side)
+
+
+def grid_shape(num_memories: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a grid of N, as near to the shape of an image of height x width as N divides."""
     rows = min(
         (n for n in range(1, num_memories + 1) if num_memories % n == 0),
         key=lambda n: abs(math.log(n * n / num_memories * width / height)),
     )
-    columns = num_memories // rows
-    row = ((torch.arange(rows) + 0.5) * height / rows).long()
-    column = ((torch.arange(columns) + 0.5) * width / columns).long()
-    return _squares(row.repeat_interleave(columns), column.repeat(rows), side)
+    return rows, num_memories // rows
 
 
 def learned_positions(table: torch.Tensor, coordinates: torch.Tensor, extent: tuple[int, int]) -> torch.Tensor:

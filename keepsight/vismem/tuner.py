@@ -47,7 +47,7 @@ def make_memory(config: VisMemConfig, backbone: Backbone) -> LatentMemory:
         LowRankBank(
             long_shapes(backbone, config.long_targets), config.long_rank, config.long_alpha, config.long_dropout
         ),
-        TokenRows(size, tied=is_tied(backbone.model)),
+        TokenRows(size, tied=is_tied(backbone.model) and not config.untied_rows),
         vision,
         config.num_short * backbone.merge_side**2,
         config.num_long,
