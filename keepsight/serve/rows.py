@@ -1,0 +1,145 @@
+"""A request while it is served, and its answers while they are written. Plain data; the engine moves it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from keepsight.serve.errors import ApiError
+from keepsight.serve.sampling import Sampling
+from keepsight.serve.text import TextStream
+
+
+@dataclass
+class Invocation:
+    """One latent memory in an answer, as the client is told of it.
+
+    Attributes:
+        kind: "short" or "long": what was formed.
+        invoked_as: the token that was written; differs under policy "reversed".
+        text_offset: characters of the answer before it.
+        latents: N.
+        was_sampled: the model chose it itself.
+    """
+
+    kind: str
+    invoked_as: str
+    text_offset: int
+    latents: int
+    was_sampled: bool
+
+
+@dataclass
+class Piece:
+    """News of one answer: text, and what goes with its tokens."""
+
+    index: int
+    text: str
+    logprobs: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class Finished:
+    """One answer is complete.
+
+    Attributes:
+        index: which of the request's answers.
+        reason: "stop" or "length".
+        tokens: positions written, memories included.
+        memory_tokens: how many of them are memories.
+        invocations: in order.
+    """
+
+    index: int
+    reason: str
+    tokens: int
+    memory_tokens: int
+    invocations: list[Invocation]
+
+
+@dataclass
+class Failed:
+    """The request as a whole has failed."""
+
+    error: ApiError
+
+
+Event = Piece | Finished | Failed
+
+
+@dataclass(eq=False)
+class Job:
+    """One request, ready to be computed.
+
+    Attributes:
+        inputs: what the processor returned, one row; freed once the prompt has been read.
+        prompt_tokens: length of the prompt.
+        sampling: how tokens are chosen.
+        choices: how many answers.
+        memory: whether memories are on.
+        send: takes events; called from the engine's thread, must not wait.
+        is_cancelled: the engine drops it before its next step.
+        error: why it failed, if it did.
+        open_choices: answers that are not complete.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    prompt_tokens: int
+    sampling: Sampling
+    choices: int
+    memory: bool
+    send: Callable[[Event], None]
+    arrived: float = field(default_factory=time.monotonic)
+    is_cancelled: bool = False
+    error: ApiError | None = None
+    open_choices: int = 0
+
+
+@dataclass(eq=False)
+class Row:
+    """One answer while it is written.
+
+    Attributes:
+        job: its request.
+        index: which of the request's answers.
+        ids: token ids of the prompt and of what has been fed of the answer.
+        position: position of the newest token, [P] for P rotary dimensions; None if the model takes none.
+        text: its text.
+        processors: transformers' logits processors for this row.
+        do_sample: draw, or take the likeliest.
+        generator: draws.
+        ends: ids that end the answer.
+        latent: state of latent memory, if the model has one and it is on.
+        written: positions after the prompt, memories included.
+        memory_tokens: how many of them are memories.
+    """
+
+    job: Job
+    index: int
+    ids: list[int]
+    position: torch.Tensor | None
+    text: TextStream
+    processors: Any
+    do_sample: bool
+    generator: torch.Generator
+    ends: frozenset[int]
+    latent: Any = None
+    written: int = 0
+    memory_tokens: int = 0
+    invocations: list[Invocation] = field(default_factory=list)
+    reason: str | None = None
+    error: ApiError | None = None
+
+    @property
+    def room(self) -> int:
+        """Positions that may still be written."""
+        return self.job.sampling.max_tokens - self.written
+
+    @property
+    def is_over(self) -> bool:
+        """Finished, failed, or nobody waits for it."""
+        return self.reason is not None or self.error is not None or self.job.is_cancelled

@@ -1,0 +1,71 @@
+"""What a server may be told: its limits, and where images may come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MB = 1_000_000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request, and all together, may use. Every excess has its own 4xx answer.
+
+    Attributes:
+        max_batch: rows (answers) that are written at the same time.
+        max_queue: requests that wait; further ones get 429.
+        max_choices: largest `n`.
+        max_output_tokens: largest `max_tokens`, and its default.
+        max_prompt_tokens: longest prompt, visual tokens included.
+        max_images: images per request.
+        max_image_bytes: size of one encoded image.
+        max_image_pixels: width x height of one decoded image, known from its header before it is decoded.
+        max_body_bytes: size of a request.
+        max_upload_bytes: all uploaded files together; the oldest are dropped.
+        upload_seconds: how long an uploaded file is kept.
+        read_seconds: how long a client may take to send its request.
+        write_seconds: how long a client may take to read one piece of a stream.
+        fetch_seconds: how long fetching a remote image may take.
+    """
+
+    max_batch: int = 8
+    max_queue: int = 64
+    max_choices: int = 8
+    max_output_tokens: int = 2048
+    max_prompt_tokens: int = 32_768
+    max_images: int = 16
+    max_image_bytes: int = 20 * MB
+    max_image_pixels: int = 50 * MB
+    max_body_bytes: int = 64 * MB
+    max_upload_bytes: int = 256 * MB
+    upload_seconds: float = 3600.0
+    read_seconds: float = 60.0
+    write_seconds: float = 60.0
+    fetch_seconds: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0 and name != "max_queue":
+                raise ValueError(f"{name}={value}: expected a number above 0.")
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How a server behaves.
+
+    Attributes:
+        name: what clients call the model.
+        limits: see `Limits`.
+        api_key: what clients must send as a bearer token; None: nothing.
+        local_folders: folders that image paths may point into; by default none.
+        remote_hosts: hosts that images may be fetched from; by default none.
+        trusted_hosts: `Host` headers that are answered; empty: any.
+    """
+
+    name: str
+    limits: Limits = field(default_factory=Limits)
+    api_key: str | None = field(default=None, repr=False)
+    local_folders: tuple[Path, ...] = ()
+    remote_hosts: tuple[str, ...] = ()
+    trusted_hosts: tuple[str, ...] = ()
