@@ -24,7 +24,7 @@ class DataError(KeepsightError):
         self.hint = hint
 
 
-def normalise_messages(messages: Any, num_images: int) -> list[dict[str, Any]]:
+def normalise_messages(messages: Any, num_images: int, answered: bool = True) -> list[dict[str, Any]]:
     """A chat in which every content is a list of parts, with one image part per image.
 
     Contents that are plain text may mark images by `<image>`; without any mark, the images stand before the text of the
@@ -33,6 +33,7 @@ def normalise_messages(messages: Any, num_images: int) -> list[dict[str, Any]]:
     Args:
         messages: list of {"role", "content"}; content is text or a list of parts.
         num_images: how many images the sample has.
+        answered: whether the last message must be the assistant's (to learn from), or the user's (to answer).
 
     Raises:
         DataError: naming the message, if the chat has no such form.
@@ -47,7 +48,12 @@ def normalise_messages(messages: Any, num_images: int) -> list[dict[str, Any]]:
         if role not in _ROLES:
             raise DataError(f"messages[{index}]: role {role!r}; expected one of {', '.join(_ROLES)}")
         result.append({"role": role, "content": list(_parts(content, index))})
-    if result[-1]["role"] != "assistant":
+    if not answered and result[-1]["role"] != "user":
+        raise DataError(
+            f"messages: the last message is the {result[-1]['role']}'s; it must be the user's, whose question the "
+            "model will answer"
+        )
+    if answered and result[-1]["role"] != "assistant":
         raise DataError(
             f"messages: the last message is the {result[-1]['role']}'s; it must be the assistant's, whose words are "
             "what training teaches"

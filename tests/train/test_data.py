@@ -332,3 +332,48 @@ def test_images_are_turned_upright(tmp_path: Path) -> None:
     exif[0x0112] = 6  # "rotate 90 degrees clockwise to view"
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
     assert open_image(tmp_path / "a.jpg").size == (20, 40)
+
+
+def prompts(source: Any, **options: Any) -> list[dict[str, Any]]:
+    result = check_dataset(load_dataset_any(source), kind="prompt", **options)
+    return [read_sample(row, result.source) for row in result.dataset]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": "0.png", "prompt": "read", "answer": "B", "level": 3},
+        {"images": ["0.png"], "prompt": [{"role": "user", "content": "read"}], "solution": "B", "level": 3},
+        {"images": ["0.png"], "messages": [{"role": "user", "content": "<image>read"}], "answer": "B", "level": 3},
+        {"images": ["0.png"], "messages": [{"role": "user", "content": "read"}, ANSWER | {"content": "B"}], "level": 3},
+        {
+            "images": ["0.png"],
+            "messages": [{"role": "user", "content": "read"}, ANSWER],
+            "answer": "B",
+            "level": 3,
+        },
+    ],
+)
+def test_prompts_end_with_the_question_and_keep_the_answer_and_other_columns(row: dict[str, Any], data: Path) -> None:
+    (sample,) = prompts(write_rows(data, [row]), need_answer=True)
+    assert sample["messages"] == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "read"}]}]
+    assert (sample["answer"], sample["level"]) == ("B", 3)
+    assert [image.size for image in sample["images"]] == [(32, 32)]
+
+
+def test_prompts_of_stored_images(data: Path, tmp_path: Path) -> None:
+    samples = prompts(as_saved_dataset(data, tmp_path))
+    assert [sample["answer"] for sample in samples[:2]] == ["a1 0 . b1 0 .", "a1 1 . b1 1 ."]
+    assert all(sample["images"] for sample in samples)
+
+
+def test_a_missing_answer_and_a_missing_question_are_named(data: Path) -> None:
+    write_rows(
+        data, [{"image": "0.png", "prompt": "read", "answer": ""}, {"image": "0.png", "prompt": "", "answer": 1}]
+    )
+    with pytest.raises(DataError, match="2 samples that cannot be used") as error:
+        prompts(data, need_answer=True)
+    assert "line 1, answer: empty; the reward compares with it" in str(error.value)
+    assert "line 2, messages: empty" in str(error.value)
+    write_rows(data, [{"image": "0.png", "prompt": "read"}])
+    assert prompts(data)[0]["answer"] is None
