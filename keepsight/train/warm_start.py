@@ -170,7 +170,8 @@ def look(branch: Any, inputs: Mapping[str, Any], max_text_states: int | None = N
     ids, valid = arguments["input_ids"], arguments["attention_mask"].bool()
     with scope.watching() as watch, watch_visual_embeddings(backbone) as seen:
         backbone.vlm(**arguments, use_cache=False)
-        assert (hidden := watch.hidden) is not None
+        hidden = watch.hidden
+        assert hidden is not None
         sights: list[Sight] = read_sights(backbone, watch.vision_calls, ids, hidden, arguments)
     visual = backbone.visual_mask(ids)
     limit = branch.config.max_text_states if max_text_states is None else max_text_states
