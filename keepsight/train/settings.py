@@ -96,3 +96,8 @@ class SftSettings:
     def on_gpu(self) -> bool:
         """Whether training will run on a GPU."""
         return self.device != "cpu" and torch.cuda.is_available()
+
+    @property
+    def checkpoints_gradients(self) -> bool:
+        """Whether activations are recomputed in the backward pass."""
+        return self.on_gpu if self.gradient_checkpointing is None else self.gradient_checkpointing

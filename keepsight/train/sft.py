@@ -30,6 +30,7 @@ from keepsight.train import output
 from keepsight.train.blindfold import blindfold
 from keepsight.train.collate import ConversationCollator
 from keepsight.train.data import CheckedData, check_dataset, load_dataset_any
+from keepsight.train.engines import Engine, check_engine, current_engine, whole
 from keepsight.train.plan import MemoryPlan, plan_memory
 from keepsight.train.settings import SftSettings
 from keepsight.train.trainer import TrainingDivergedError, gates_of, make_trainer
@@ -123,7 +124,8 @@ def train_pvm(
         ImportError: if the `train` extra is not installed.
     """
     _require_trl()
-    settings, folder, is_main = settings or SftSettings(), Path(output_dir), int(os.environ.get("RANK", "0")) == 0
+    settings, folder, engine = settings or SftSettings(), Path(output_dir), current_engine()
+    is_main = engine.is_main
     if find_adapter(source) is not None:
         raise KeepsightError(
             f"{source} is an adapter. Training puts a new memory on a plain VLM: name the base model. To go on with an "
@@ -144,6 +146,14 @@ def train_pvm(
     checked_eval = None
     if eval_dataset is not None:
         checked_eval = _check_data(eval_dataset, eval_split or split, collator, settings, check, None)
+    check_engine(
+        engine,
+        "pvm",
+        on_gpu=settings.on_gpu,
+        text_only=checked.text_only + (checked_eval.text_only if checked_eval else 0),
+        reentrant_works=plan.pvm.detach_visual,
+        checkpointing=settings.checkpoints_gradients,
+    )
     for where, why in checked.skipped[:5]:
         say(f"skipped {where}: {why}")
     if len(checked.skipped) > 5:
@@ -158,7 +168,7 @@ def train_pvm(
         there = len(list(folder.glob("checkpoint-*"))) if checkpoint is not None else 0
         _check_space(folder, plan, settings, checked, there)
 
-    model, _ = load(source, dtype=_dtype(settings, plan), device=_device(settings))
+    model, _ = load(source, dtype=_dtype(settings, plan), device=_device(settings, engine))
     if is_main:
         if overwrite and (moved := output.move_aside(folder)) is not None:
             say(f"{folder} held something; it is now {moved}")
@@ -311,8 +321,10 @@ def _dtype(settings: SftSettings, plan: MemoryPlan) -> str:
     return "bfloat16" if settings.on_gpu and torch.cuda.is_bf16_supported() else "float32"
 
 
-def _device(settings: SftSettings) -> str:
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if settings.on_gpu else "cpu"
+def _device(settings: SftSettings, engine: Engine) -> str:
+    """Where the base is read to. Weights that will be sharded need not fit on one GPU."""
+    on_gpu = settings.on_gpu and not engine.shards_weights
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"
 
 
 # -------------------------------------------------------------------------------------------------- after the last step
@@ -331,7 +343,7 @@ def _checksum(model: torch.nn.Module) -> dict[str, int] | None:
             continue
         if tensor.numel() == 0:
             return None
-        sums[name] = int(tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64))
+        sums[name] = int(whole(tensor).contiguous().view(torch.uint8).sum(dtype=torch.int64))
     return sums
 
 

@@ -16,6 +16,7 @@ from keepsight.pvm import PvmConfig
 from keepsight.train.blindfold import blindfold
 from keepsight.train.collate import ConversationCollator
 from keepsight.train.data import CheckedData, read_sample
+from keepsight.train.engines import keep_vision_whole, whole
 from keepsight.train.settings import SftSettings
 
 
@@ -28,7 +29,7 @@ def gates_of(model: torch.nn.Module) -> dict[int, float]:
     found = {}
     for name, parameter in model.named_parameters():
         if "pvm_blocks." in name and name.endswith(".gate"):
-            found[int(name.partition(".layers.")[2].partition(".")[0])] = parameter.detach().float().item()
+            found[int(name.partition(".layers.")[2].partition(".")[0])] = whole(parameter).float().item()
     return dict(sorted(found.items()))
 
 
@@ -105,7 +106,7 @@ def make_trainer(
             control.should_log |= control.should_save or state.global_step >= state.max_steps
 
     gpu = settings.on_gpu
-    checkpointing = gpu if settings.gradient_checkpointing is None else settings.gradient_checkpointing
+    checkpointing = settings.checkpoints_gradients
     # Newer transformers call it activation_checkpointing.
     renamed = "activation" if any(f.name == "activation_checkpointing" for f in fields(SFTConfig)) else "gradient"
     args = SFTConfig(
@@ -156,6 +157,7 @@ def make_trainer(
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    keep_vision_whole(trainer.accelerator, trainer.model)
     return trainer
 
 

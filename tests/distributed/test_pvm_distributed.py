@@ -1,0 +1,111 @@
+"""Two processes train the same memory as one: the same gradients, weights and files, images on every rank or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import make_data, read_rows, write_rows
+from worker import main
+
+import keepsight
+
+ROOT = Path(__file__).parents[2]
+WEIGHTS = "adapter_model.safetensors"
+# One sample per forward, so that every second forward has no image; an open gate, so that every tensor has a gradient.
+SETTINGS = {"max_steps": 4, "save_steps": 2, "batch_size": 1, "lr": 1e-3, "text_only": "keep", "device": "cpu"}
+
+
+def launch(engine: str, jobs: Path) -> None:
+    """Run the worker in two CPU processes, with the shipped config file of an engine."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file"]
+    command += [str(ROOT / "recipes" / "accelerate" / f"{engine}.yaml"), str(Path(__file__).parent / "worker.py")]
+    alone = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*command, str(jobs)], env=os.environ | alone, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def job(tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What all runs of this module share: every second sample has no image."""
+    data = make_data(tmp_path_factory.mktemp("data") / "data")
+    rows = read_rows(data)
+    write_rows(data, [row | {"images": []} if index % 2 else row for index, row in enumerate(rows)])
+    return {"base": str(tiny_vlm), "data": str(data), "pvm": {"init_gate": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def single(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, four samples per step."""
+    out = tmp_path_factory.mktemp("single") / "out"
+    file = out.with_suffix(".jobs")
+    file.write_text(json.dumps([job | {"output": str(out), "settings": SETTINGS | {"grad_accum": 4}}]))
+    main(str(file))
+    return out
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def double(request: pytest.FixtureRequest, job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes with two samples per step each: an unbroken run, and one broken off half-way and resumed."""
+    out = tmp_path_factory.mktemp(request.param) / request.param
+    job = job | {"settings": SETTINGS | {"grad_accum": 2}}
+    unbroken = job | {"output": str(out)}
+    resumed = job | {"output": f"{out}-resumed", "resume_from": str(out)}
+    out.with_suffix(".jobs").write_text(json.dumps([unbroken, resumed]))
+    launch(request.param, out.with_suffix(".jobs"))
+    return out
+
+
+def facts(out: Path, rank: int = 0) -> dict[str, Any]:
+    return json.loads(Path(f"{out}-rank{rank}.json").read_text())
+
+
+def test_gradients_and_weights_are_those_of_one_process(double: Path, single: Path) -> None:
+    gradients, expected = (load_file(f"{out}-gradients.safetensors") for out in (double, single))
+    assert gradients.keys() == expected.keys()
+    assert {name.partition(".")[0] for name in expected} == {"0", "1", "2", "3"}
+    for name, tensor in expected.items():
+        assert tensor.abs().max() > 0, name
+        torch.testing.assert_close(gradients[name], tensor, rtol=0, atol=3e-5 * float(tensor.abs().max()), msg=name)
+    weights, expected = load_file(double / WEIGHTS), load_file(single / WEIGHTS)
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_process_without_an_image_kept_step_with_one_that_had_some(double: Path, single: Path) -> None:
+    ranks = [facts(double, rank)["saw_image"] for rank in (0, 1)]
+    assert [len(seen) for seen in ranks] == [8, 8]
+    assert sum(one != other for one, other in zip(*ranks, strict=True)) >= 2
+    assert facts(double)["sharded"] is double.name.startswith("fsdp")
+    assert facts(double)["base_unchanged"] is True
+    # The same samples in the same order, dealt out to two.
+    assert [image for pair in zip(*ranks, strict=True) for image in pair] == facts(single)["saw_image"]
+
+
+def test_a_run_that_was_broken_off_ends_with_the_same_weights(double: Path) -> None:
+    resumed = Path(f"{double}-resumed")
+    assert facts(resumed)["resumed_from"] == 2
+    assert facts(resumed)["sharded"] is facts(double)["sharded"]
+    weights, expected = load_file(resumed / WEIGHTS), load_file(double / WEIGHTS)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_the_folder_is_that_of_one_process(double: Path, single: Path) -> None:
+    assert {path.name for path in double.iterdir()} == {path.name for path in single.iterdir()}
+    for file in ("adapter_config.json", "tokenizer_config.json", "processor_config.json"):
+        assert (double / file).read_text() == (single / file).read_text()
+    model, _ = keepsight.load(double)
+    stored = load_file(double / WEIGHTS)
+    loaded = {name: p for name, p in model.named_parameters() if ".pvm_blocks.default." in name}
+    assert len(loaded) == len(stored)
+    for name, parameter in loaded.items():
+        assert torch.equal(parameter, stored[name.replace(".default.", ".")]), name
