@@ -115,8 +115,8 @@ def check_engine(
     if engine.name == "zero3" and text_only:
         raise KeepsightError(
             f"{text_only:,} samples have no image, and ZeRO-3 spreads the vision encoder too: a process whose batch "
-            "has no image would leave the others waiting for ever. Leave such samples out (--text-only skip), or launch "
-            "with FSDP2, DDP or ZeRO-2, where every process keeps the whole vision encoder."
+            "has no image would leave the others waiting for ever. Leave such samples out (--text-only skip), or "
+            "launch with FSDP2, DDP or ZeRO-2, where every process keeps the whole vision encoder."
         )
     if engine.name == "zero3" and checkpointing and not reentrant_works:
         raise KeepsightError(
