@@ -1,0 +1,111 @@
+"""What a VisMem run leaves on disk: checkpoints that are whole or absent, the final adapter, its card, its metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from keepsight.atomic import new_folder
+from keepsight.errors import KeepsightError
+from keepsight.train import output
+from keepsight.train.vismem_stages import POLICY
+
+TRAINED = "trained.safetensors"
+STATE = "trainer_state.json"
+METRICS = "metrics.jsonl"
+
+
+def save_adapter(model: Any, policy: Any, processor: Any, folder: Path) -> None:
+    """Write the memory, the policy's LoRA (in the folder `policy`) if there is one, and the processor."""
+    model.save_pretrained(str(folder))
+    processor.save_pretrained(str(folder))
+    if policy is not None:
+        policy.save_pretrained(str(folder), selected_adapters=[POLICY])
+    for card in folder.rglob("README.md"):
+        card.unlink()  # PEFT's, which says nothing
+
+
+def save_checkpoint(trainer: Any, policy: Any, folder: Path, keep: int | None) -> Path:
+    """Write `checkpoint-<step>`, which appears whole, and delete the oldest ones over `keep`."""
+    target = folder / f"checkpoint-{trainer.progress.step}"
+    tensors, rest = trainer.state()
+    with new_folder(target) as fresh:
+        save_adapter(trainer.model, policy, trainer.processor, fresh)
+        save_file(tensors, fresh / TRAINED)
+        (fresh / STATE).write_text(
+            json.dumps({"global_step": trainer.progress.step, "progress": rest}, indent=2) + "\n"
+        )
+    if keep is not None:
+        found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        for old in found[: max(0, len(found) - keep)]:
+            shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def restore(trainer: Any, checkpoint: Path) -> None:
+    """Go on from a checkpoint.
+
+    Raises:
+        KeepsightError: if its tensors are not those that this run trains.
+    """
+    try:
+        tensors = load_file(checkpoint / TRAINED)
+        progress = json.loads((checkpoint / STATE).read_text())["progress"]
+    except (OSError, ValueError, KeyError) as error:
+        raise KeepsightError(
+            f"{checkpoint} cannot be resumed from ({type(error).__name__}: {error}). Delete it, and --resume takes the "
+            "one before."
+        ) from error
+    trainer.restore(tensors, progress)
+
+
+def save_final(model: Any, policy: Any, processor: Any, folder: Path, card: str) -> None:
+    """Write adapter, processor and card into the output folder, every file in one step."""
+    with new_folder(folder / ".final") as fresh:
+        save_adapter(model, policy, processor, fresh)
+        (fresh / "README.md").write_text(card)
+    final = folder / ".final"
+    if (final / POLICY).is_dir():
+        shutil.rmtree(folder / POLICY, ignore_errors=True)
+        os.replace(final / POLICY, folder / POLICY)
+    output.put_in_place(final, folder)
+
+
+def clear_halves(folder: Path) -> None:
+    """Delete what killed runs left half-written."""
+    for half in (*folder.glob(".checkpoint-*.part"), *folder.glob("..final.*.part"), folder / ".final"):
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def append_metrics(folder: Path, step: int, values: dict[str, float]) -> None:
+    """Add one line to metrics.jsonl."""
+    with (folder / METRICS).open("a") as file:
+        file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def cut_metrics(folder: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, which a resumed run takes again."""
+    file = folder / METRICS
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # the last line of a killed run
+    temporary = folder / f".{METRICS}.tmp"
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(temporary, file)
+
+
+def trained_size(parameters: list[torch.nn.Parameter]) -> int:
+    """Bytes of one checkpoint's `trained.safetensors`: values and two moments, in float32."""
+    return 12 * sum(p.numel() for p in parameters)

@@ -1,0 +1,301 @@
+"""What differs between the two stages of VisMem's training: what is trained, what is rewarded, what is held against it.
+
+stage I, formation     trains the query builder, both formers, M_init and the gains; memory is invoked at random;
+                       rewards dS; the reference is the same policy had it never had a memory
+stage II, invocation   trains the special tokens' rows (and, if asked for, a LoRA on the policy); the model invokes;
+                       rewards dS - alpha (p_type + p_neg) - cost * invocations; the reference is the policy as it
+                       was before stage II
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from keepsight.errors import KeepsightError
+from keepsight.train import grpo
+from keepsight.train.rollout import Prompt, Trajectory, counterfactuals, row_seed
+from keepsight.train.vismem_replay import formed_latents, log_probs, log_probs_without_memory, recorded_latents
+from keepsight.train.vismem_settings import FormationSettings, InvocationSettings
+from keepsight.vismem import MemoryPolicy, VisMemBranch, parameter_groups
+from keepsight.vismem.tokens import TYPES
+
+#: The tuner prefix of the LoRA that stage II may train.
+POLICY = "policy"
+#: Trajectories -> their scores [n].
+Score = Callable[[Sequence[Trajectory]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The trajectories of one step, as one process has them.
+
+    Attributes:
+        prompts: model inputs of one row each.
+        trajectories: G per prompt, next to each other.
+        scores: [n].
+        seeds: one per trajectory; counterfactuals derive theirs from them.
+        score: how to score others.
+    """
+
+    prompts: Sequence[Prompt]
+    trajectories: list[Trajectory]
+    scores: torch.Tensor
+    seeds: Sequence[int]
+    score: Score
+
+    @property
+    def invoked(self) -> torch.Tensor:
+        """Bool [n]."""
+        return torch.tensor([t.invoked for t in self.trajectories])
+
+
+class Stage:
+    """One stage of training.
+
+    Args:
+        model: carries VisMem.
+        settings: of the stage.
+        written: called with every counterfactual rollout, for the accounts.
+    """
+
+    name: str
+    title: str
+    reference_name: str
+    objective_name: str
+
+    def __init__(self, model: Any, settings: Any, written: Callable[[list[Trajectory]], None] | None = None):
+        self.model, self.settings, self.written = model, settings, written
+        branch = VisMemBranch.of(model)
+        if branch.active is None:
+            raise KeepsightError("No VisMem adapter is active, so there is nothing to train: model.set_adapter(name).")
+        self.memory = branch.active
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.trained().values():
+            parameter.requires_grad_(True)
+
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """Name in the model -> parameter."""
+        raise NotImplementedError
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups."""
+        raise NotImplementedError
+
+    def policy(self, progress: float) -> MemoryPolicy:
+        """When memory is invoked, after `progress` (0 to 1) of the steps."""
+        raise NotImplementedError
+
+    def objective(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What advantages are made of [n], and values to log, each [n]."""
+        raise NotImplementedError
+
+    def depends(self, trajectory: Trajectory) -> bool:
+        """Whether a trajectory's log-probabilities depend on what is trained."""
+        raise NotImplementedError
+
+    def log_probs(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+        """[n, T], with gradients."""
+        raise NotImplementedError
+
+    def reference(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+        """[n, T], of the reference of the KL penalty."""
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, list[torch.nn.Parameter]]:
+        """What is trained, by the names under which gradient norms are logged."""
+        raise NotImplementedError
+
+    def _gain(self, batch: Batch) -> torch.Tensor | None:
+        """dS [n], by prefix replay; None if the settings leave it out."""
+        if self.settings.gain == "score":
+            return None
+        return grpo.memory_gain(batch.scores, self._scores_of(batch, "without"))
+
+    def _scores_of(self, batch: Batch, kind: str) -> torch.Tensor:
+        """Scores [n] of the counterfactuals; a trajectory that is its own keeps its score."""
+        settings = self.settings
+        others = counterfactuals(
+            self.model,
+            batch.prompts,
+            batch.trajectories,
+            [row_seed(seed, kind) for seed in batch.seeds],
+            kind,
+            max_words=settings.max_words,
+            max_invocations=settings.max_invocations,
+            temperature=settings.temperature,
+            rows_per_call=settings.rows_per_rollout,
+        )
+        where = [i for i, (a, b) in enumerate(zip(batch.trajectories, others, strict=True)) if a is not b]
+        scores = batch.scores.clone()
+        if where:
+            new = [others[i] for i in where]
+            scores[where] = batch.score(new)
+            if self.written is not None:
+                self.written(new)
+        return scores
+
+    def _named(self) -> dict[str, torch.nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def _in_memory(self, wanted: Callable[[str], bool]) -> dict[str, torch.nn.Parameter]:
+        own = {id(p): name for name, p in self.memory.named_parameters()}
+        return {name: p for name, p in self._named().items() if id(p) in own and wanted(own[id(p)])}
+
+
+class Formation(Stage):
+    """Stage I."""
+
+    name = "formation"
+    title = "stage I, formation"
+    reference_name = "the policy without memory"
+    objective_name = "dS"
+    settings: FormationSettings
+
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """All of the memory but the special tokens' rows."""
+        return self._in_memory(lambda name: not name.startswith("rows."))
+
+    def groups(self) -> list[dict[str, Any]]:
+        """One group."""
+        return [{"params": list(self.trained().values()), "lr": self.settings.lr}]
+
+    def policy(self, progress: float) -> MemoryPolicy:
+        """The curriculum: after delimiters first, then anywhere."""
+        settings = self.settings
+        if progress < settings.delimiter_share:
+            return MemoryPolicy(
+                "random", probability=settings.delimiter_probability, max_invocations=settings.max_invocations
+            )
+        return MemoryPolicy(
+            "random",
+            probability=settings.anywhere_probability,
+            places="anywhere",
+            max_invocations=settings.max_invocations,
+        )
+
+    def objective(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """dS; or the score."""
+        gain = self._gain(batch)
+        return (batch.scores, {}) if gain is None else (gain, {"dS": gain})
+
+    def depends(self, trajectory: Trajectory) -> bool:
+        """Without a memory in it, nothing of it depends on the memory modules."""
+        return trajectory.invoked
+
+    def log_probs(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+        """Memories are formed anew, with gradients."""
+        latents = formed_latents(self.model, trajectories)
+        return log_probs(self.model, prompts, trajectories, latents, self.settings.temperature)
+
+    def reference(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+        """The policy without memory."""
+        return log_probs_without_memory(self.model, prompts, trajectories, self.settings.temperature)
+
+    def parts(self) -> dict[str, list[torch.nn.Parameter]]:
+        """Query builder, short-term former, long-term former, gains."""
+        prefixes = {
+            "query_builder": ("builder.",),
+            "short_former": ("short_bank.", "short_slots", "to_vision."),
+            "long_former": ("long_bank.", "long_slots"),
+            "gains": ("short_gain", "long_gain"),
+        }
+        named = list(self.memory.named_parameters())
+        return {part: [p for n, p in named if n.startswith(starts)] for part, starts in prefixes.items()}
+
+
+class Invocation(Stage):
+    """Stage II."""
+
+    name = "invocation"
+    title = "stage II, invocation"
+    reference_name = "the policy before stage II"
+    objective_name = "dS - alpha (p_type + p_neg) - cost * invocations"
+    settings: InvocationSettings
+
+    def __init__(self, model: Any, settings: Any, written: Callable[[list[Trajectory]], None] | None = None):
+        super().__init__(model, settings, written)
+        if settings.start_bias:
+            with torch.no_grad():
+                self.memory.rows.invoke_bias += settings.start_bias
+        self._start = {name: p.detach().clone() for name, p in self.trained().items()}
+
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The special tokens' rows and biases, and the policy's LoRA."""
+        rows = self._in_memory(lambda name: name.startswith("rows."))
+        if self.settings.train == "tokens":
+            return rows
+        adapters = {n: p for n, p in self._named().items() if ".lora_" in n and f".{POLICY}." in n}
+        if not adapters:
+            raise KeepsightError(
+                f"train='lora': the model carries no LoRA named {POLICY!r}; train_vismem_invocation adds one."
+            )
+        return rows | adapters
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The end tokens' rows at a lower rate."""
+        groups = parameter_groups(self.model, self.settings.lr, self.settings.end_lr)
+        adapters = [p for name, p in self.trained().items() if ".lora_" in name]
+        return [*groups, {"params": adapters, "lr": self.settings.lr}] if adapters else groups
+
+    def policy(self, progress: float) -> MemoryPolicy:
+        """The model decides."""
+        return MemoryPolicy("free", max_invocations=self.settings.max_invocations)
+
+    def objective(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """dS - alpha (p_type + p_neg) - cost * invocations."""
+        settings, scores = self.settings, batch.scores
+        gain = self._gain(batch)
+        values = {} if gain is None else {"dS": gain}
+        p_type = p_neg = torch.zeros_like(scores)
+        if settings.alpha:
+            p_type = grpo.type_penalty(scores, self._scores_of(batch, "other"), batch.invoked)
+            p_neg = grpo.negative_penalty(scores, settings.group_size, batch.invoked)
+            values |= {"p_type": p_type, "p_neg": p_neg}
+        count = torch.tensor([sum(t.count(kind) for kind in TYPES) for t in batch.trajectories])
+        paid = scores if gain is None else gain
+        return (
+            grpo.invocation_objective(paid, p_type, p_neg, count, settings.alpha, settings.invocation_cost),
+            values,
+        )
+
+    def depends(self, trajectory: Trajectory) -> bool:
+        """Not to invoke is a choice, too."""
+        return True
+
+    def log_probs(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+        """Latents are constants of the trajectory."""
+        latents = recorded_latents(self.model, trajectories)
+        return log_probs(self.model, prompts, trajectories, latents, self.settings.temperature)
+
+    def reference(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+        """The policy before stage II, on the same latents."""
+        with self._as_at_start():
+            return self.log_probs(prompts, trajectories)
+
+    @contextlib.contextmanager
+    def _as_at_start(self) -> Iterator[None]:
+        now = self.trained()
+        kept = {name: p.data for name, p in now.items()}
+        try:
+            for name, parameter in now.items():
+                parameter.data = self._start[name]
+            yield
+        finally:
+            for name, parameter in now.items():
+                parameter.data = kept[name]
+
+    def parts(self) -> dict[str, list[torch.nn.Parameter]]:
+        """Invocation rows, end rows, LoRA."""
+        named = list(self.memory.named_parameters())
+        found = {
+            "invoke_rows": [p for n, p in named if n.startswith("rows.invoke")],
+            "end_rows": [p for n, p in named if n.startswith("rows.end")],
+            "lora": [p for n, p in self.trained().items() if ".lora_" in n],
+        }
+        return {name: values for name, values in found.items() if values}
