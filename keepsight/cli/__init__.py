@@ -24,6 +24,7 @@ COMMANDS = {
         "Start",
     ),
     "generate": ("keepsight.cli.generate", "generate", "Ask a model about images, with or without its memory.", "Use"),
+    "serve": ("keepsight.cli.serve", "serve", "Answer OpenAI clients, images and streaming included.", "Use"),
     "diagnose": (
         "keepsight.cli.diagnose",
         "diagnose",

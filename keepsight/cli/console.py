@@ -27,6 +27,9 @@ _EXTRA_OF = {
     "trl": "train",
     "datasets": "train",
     "accelerate": "train",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
 }
 _IMAGE_LIBRARIES = ("PIL", "torchvision")  # both extras bring them
 

@@ -33,6 +33,7 @@ class Engine:
         self.model, self.max_batch, self.metrics = model, max_batch, metrics or Metrics()
         # Decoding while another thread encodes with the same tokenizer is not safe.
         self.tokenizer = copy.deepcopy(tokenizer)
+        self.names = copy.deepcopy(tokenizer)  # another, for whoever builds answers
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._batches: list[Batch] = []

@@ -1,0 +1,333 @@
+"""The routes: chat completions, models, files, health, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from keepsight.serve import protocol
+from keepsight.serve.engine import Engine
+from keepsight.serve.errors import ApiError, bad
+from keepsight.serve.fetch import Fetcher
+from keepsight.serve.http import EventStream, Gone, Guard, discard_body, error_response, read_body, until_gone
+from keepsight.serve.images import decode_image
+from keepsight.serve.prompts import Prompts
+from keepsight.serve.protocol import ChatRequest
+from keepsight.serve.rows import Failed, Finished, Job, Piece
+from keepsight.serve.sampling import Sampling
+from keepsight.serve.served import Served
+from keepsight.serve.settings import ServeSettings
+from keepsight.serve.sources import ImageSources
+from keepsight.serve.uploads import Uploads
+
+_UNHEALTHY_AFTER = 600.0  # seconds without a sign of the engine
+
+
+class Api:
+    """One model behind OpenAI's routes.
+
+    Args:
+        served: the model and what is known about it.
+        settings: limits and permissions.
+        engine: computes; made if not given.
+    """
+
+    def __init__(self, served: Served, settings: ServeSettings, engine: Engine | None = None):
+        self.served, self.settings = served, settings
+        limits = settings.limits
+        self.engine = engine or Engine(served.model, served.tokenizer, limits.max_batch)
+        self.metrics = self.engine.metrics
+        self.uploads = Uploads(limits)
+        fetcher = Fetcher(settings.remote_hosts, limits) if settings.remote_hosts else None
+        sources = ImageSources(limits, self.uploads, fetcher, settings.local_folders)
+        self.prompts = Prompts(served.processor, limits, sources, served.context, served.reserved)
+        self._open = 0
+
+    def app(self) -> Any:
+        """The ASGI application."""
+        app = FastAPI(title="keepsight", docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
+        app.post("/v1/chat/completions")(self.chat)
+        app.get("/v1/models")(self.models)
+        app.get("/v1/models/{name:path}")(self.model)
+        app.post("/v1/files")(self.upload)
+        app.get("/v1/files/{name}")(self.file)
+        app.delete("/v1/files/{name}")(self.delete)
+        app.get("/health")(self.health)
+        app.get("/metrics")(self.page)
+
+        @app.exception_handler(ApiError)
+        async def api_error(request: Request, error: ApiError) -> Response:
+            return error_response(error)
+
+        @app.exception_handler(HTTPException)
+        async def http_error(request: Request, error: HTTPException) -> Response:
+            return error_response(ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
+
+        @app.exception_handler(Gone)
+        async def client_gone(request: Request, error: Gone) -> Response:
+            return Response(status_code=499)  # nobody reads it; nginx counts such requests under this number
+
+        @app.exception_handler(Exception)
+        async def unexpected(request: Request, error: Exception) -> Response:
+            return error_response(ApiError(500, "Something went wrong on the server.", code="internal_error"))
+
+        return Guard(app, self.settings, self.metrics)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Any) -> AsyncIterator[None]:
+        self.engine.start()
+        yield
+        await asyncio.to_thread(self.engine.close)
+
+    @contextlib.contextmanager
+    def _slot(self) -> Any:
+        """A place among the requests that are here, from before the body is read until the last byte is sent."""
+        limits = self.settings.limits
+        if self._open >= limits.max_batch + limits.max_queue:
+            raise ApiError(
+                429,
+                f"{self._open} requests are open, which is all that this server takes. Try again in a moment.",
+                code="too_many_requests",
+                headers={"Retry-After": "1"},
+            )
+        self._open += 1
+        self.metrics.open.set(self._open)
+        try:
+            yield
+        finally:
+            self._open -= 1
+            self.metrics.open.set(self._open)
+
+    # Chat
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # which no web page can send to another host without asking first
+            raise ApiError(415, "Send JSON, with Content-Type: application/json.", code="unsupported_media_type")
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._slot())
+            except ApiError:
+                await discard_body(request, self.settings.limits)
+                raise
+            asked = await asyncio.to_thread(protocol.parse, await read_body(request, self.settings.limits))
+            events = _Events()
+            job = await asyncio.to_thread(self._prepare, asked, events)
+            self.engine.submit(job)
+            stack.callback(self.engine.cancel, job)
+            gone = asyncio.create_task(events.watch(request.receive))
+            stack.callback(gone.cancel)
+            answer = protocol.Answer(f"chatcmpl-{secrets.token_hex(12)}", self.settings.name)
+            if not asked.stream:
+                return JSONResponse(await self._whole(asked, job, events, answer))
+            # An error before the first token still gets a status of its own.
+            first = await events.next()
+            stream = self._stream(asked, job, events, answer, first)
+            return EventStream(stream, self.settings.limits.write_seconds, stack.pop_all().close)
+
+    def _prepare(self, asked: ChatRequest, events: _Events) -> Job:
+        """Everything that must be known before the engine is asked. In a worker thread."""
+        limits, served = self.settings.limits, self.served
+        if asked.model != self.settings.name:
+            raise ApiError(
+                404, f"This server has one model, {self.settings.name!r}.", param="model", code="model_not_found"
+            )
+        most = min(limits.max_choices, limits.max_batch)
+        if asked.n > most:
+            raise bad(f"n={asked.n}; this server writes {most} answers to a request at most.", "n", "invalid_value")
+        wants = asked.keepsight.memory
+        if wants and not served.has_memory:
+            raise bad("keepsight.memory: this model carries no memory.", "keepsight.memory", "no_memory")
+        wrong = [token for token in asked.logit_bias if not 0 <= token < served.vocabulary]
+        if wrong:
+            raise bad(f"logit_bias: {wrong[0]} is no token id of this model.", "logit_bias", "invalid_value")
+        images = self.prompts.load_images(asked)
+        inputs = self.prompts.encode(asked, images)
+        length = inputs["input_ids"].shape[1]
+        self.metrics.images.inc(len(images))
+        sampling = Sampling(
+            max_tokens=self.prompts.room(length, asked.max_completion_tokens or asked.max_tokens),
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            frequency_penalty=asked.frequency_penalty,
+            presence_penalty=asked.presence_penalty,
+            logit_bias=asked.logit_bias,
+            seed=asked.seed,
+            logprobs=asked.top_logprobs if asked.logprobs else None,
+            stop=tuple(asked.stop),
+        )
+        return Job(inputs, length, sampling, asked.n, served.has_memory and wants is not False, events.send)
+
+    async def _whole(self, asked: ChatRequest, job: Job, events: _Events, answer: protocol.Answer) -> dict[str, Any]:
+        texts = [""] * asked.n
+        entries: list[list[Any]] = [[] for _ in range(asked.n)]
+        finished: dict[int, Finished] = {}
+        while len(finished) < asked.n:
+            event = await events.next()
+            if isinstance(event, Piece):
+                texts[event.index] += event.text
+                entries[event.index] += event.logprobs
+            else:
+                finished[event.index] = event
+        choices = [
+            {
+                "index": i,
+                "message": {"role": "assistant", "content": texts[i], "refusal": None},
+                "logprobs": self._logprobs(asked, entries[i]),
+                "finish_reason": finished[i].reason,
+                "keepsight": protocol.describe_memory(job.memory, finished[i]),
+            }
+            for i in range(asked.n)
+        ]
+        return answer.whole(choices, protocol.usage(job.prompt_tokens, list(finished.values())))
+
+    async def _stream(
+        self,
+        asked: ChatRequest,
+        job: Job,
+        events: _Events,
+        answer: protocol.Answer,
+        event: Piece | Finished,
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        more = {"usage": None} if asked.include_usage else {}
+        finished: list[Finished] = []
+
+        def choice(index: int, delta: dict[str, Any], reason: str | None = None, **extra: Any) -> dict[str, Any]:
+            one = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason} | extra
+            return answer.chunk([one], **more)
+
+        for i in range(asked.n):
+            yield choice(i, {"role": "assistant", "content": "", "refusal": None})
+        try:
+            while True:
+                if isinstance(event, Piece):
+                    logprobs = self._logprobs(asked, event.logprobs)
+                    yield choice(event.index, {"content": event.text}, logprobs=logprobs)
+                else:
+                    finished.append(event)
+                    memory = protocol.describe_memory(job.memory, event)
+                    yield choice(event.index, {}, event.reason, keepsight=memory)
+                if len(finished) == asked.n:
+                    break
+                event = await events.next()
+        except ApiError as error:
+            yield error.body
+            return
+        if asked.include_usage:
+            yield answer.chunk([], usage=protocol.usage(job.prompt_tokens, finished))
+
+    def _logprobs(self, asked: ChatRequest, entries: list[Any]) -> dict[str, Any] | None:
+        if not asked.logprobs:
+            return None
+        return {"content": protocol.logprob_entries(entries, self.engine.names), "refusal": None}
+
+    # Models and files
+
+    async def models(self) -> Any:
+        """GET /v1/models."""
+        return {"object": "list", "data": [self._describe()]}
+
+    async def model(self, name: str) -> Any:
+        """GET /v1/models/{name}."""
+        if name != self.settings.name:
+            raise ApiError(404, f"This server has one model, {self.settings.name!r}.", code="model_not_found")
+        return self._describe()
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "id": self.settings.name,
+            "object": "model",
+            "created": self.served.created,
+            "owned_by": "keepsight",
+            "keepsight": {"memories": list(self.served.memories)},
+        }
+
+    async def upload(self, request: Request) -> Any:
+        """POST /v1/files: an image, as multipart/form-data with purpose "vision"."""
+        limits = self.settings.limits
+        with self._slot():
+            body = await read_body(request, limits)
+
+            async def stream() -> Any:
+                yield body
+
+            parser = MultiPartParser(request.headers, stream(), max_files=1, max_fields=8)
+            parser.spool_max_size = limits.max_body_bytes + 1  # in memory, never on disk
+            try:
+                form = await parser.parse()
+            except (MultiPartException, KeyError, ValueError):
+                raise bad("Send multipart/form-data with a file and purpose=vision.", code="invalid_form") from None
+            try:
+                if form.get("purpose") != "vision":
+                    raise bad("purpose: expected 'vision'; this server keeps images only.", "purpose", "invalid_value")
+                file: Any = form.get("file")
+                if file is None or isinstance(file, str):
+                    raise bad("There is no file in the form.", "file", "missing_file")
+                content = await file.read()
+                await asyncio.to_thread(decode_image, content, limits, "file")
+                return self.uploads.add(content, str(file.filename or "image")[:256]).describe(limits.upload_seconds)
+            finally:
+                await form.close()
+
+    async def file(self, name: str) -> Any:
+        """GET /v1/files/{id}."""
+        return self.uploads.get(name).describe(self.settings.limits.upload_seconds)
+
+    async def delete(self, name: str) -> Any:
+        """DELETE /v1/files/{id}."""
+        self.uploads.delete(name)
+        return {"id": name, "object": "file", "deleted": True}
+
+    # For those who watch
+
+    async def health(self) -> Response:
+        """GET /health: 200 while the engine moves, 503 otherwise."""
+        silence = self.engine.silence()
+        if silence is None or silence > _UNHEALTHY_AFTER:
+            return JSONResponse({"status": "the engine does not move", "seconds": silence}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def page(self) -> Response:
+        """GET /metrics."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+class _Events:
+    """Carries events from the engine's thread to the task that waits for them."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+
+    def send(self, event: Any) -> None:
+        """From any thread; never waits."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+    async def watch(self, receive: Any) -> None:
+        """Tell the task when its client leaves."""
+        await until_gone(receive)
+        self._queue.put_nowait(Gone())
+
+    async def next(self) -> Piece | Finished:
+        """The next event.
+
+        Raises:
+            ApiError: if the request failed.
+            Gone: if the client left.
+        """
+        event = await self._queue.get()
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Gone):
+            raise event
+        return event

@@ -1,0 +1,87 @@
+"""Running the application: one process, uvicorn, an orderly end."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from keepsight.errors import KeepsightError
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take the address before any model is loaded; connections are accepted only once `run` listens.
+
+    Raises:
+        KeepsightError: if it cannot be had.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        taken = socket.socket(family, kind)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+    except OSError as error:
+        raise KeepsightError(
+            f"{host}:{port} cannot be listened on ({error.strerror or error}). Choose another with --host and --port."
+        ) from error
+    return taken
+
+
+def address_of(taken: socket.socket) -> str:
+    """host:port, as it goes into a URL."""
+    host, port = taken.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def run(app: Any, taken: socket.socket, shutdown_seconds: float, ready: Callable[[], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C; then take no more connections, finish what runs, and return.
+
+    Args:
+        app: the ASGI application.
+        taken: a bound socket.
+        shutdown_seconds: how long what runs may take to finish; after that it is cut off.
+        ready: called once requests are answered.
+
+    Raises:
+        KeyboardInterrupt: after an orderly end by Ctrl-C.
+    """
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,  # ours is written by the guard, without anything of the request
+        server_header=False,
+        ws="none",
+        lifespan="on",
+        timeout_graceful_shutdown=max(1, round(shutdown_seconds)),
+    )
+
+    class Server(uvicorn.Server):
+        """Says when it listens."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                ready()
+
+    # uvicorn raises the signal that ended it once more; SIGTERM was what we were asked to do, and no failure.
+    former = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        Server(config).run(sockets=[taken])
+    finally:
+        signal.signal(signal.SIGTERM, former)
+        taken.close()
+
+
+def log_to_stderr() -> None:
+    """Log requests (method, route, status, time) and where errors happened; never what was asked or answered."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in ("keepsight.serve", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO if name == "keepsight.serve" else logging.WARNING)
