@@ -38,14 +38,14 @@ _QWEN_PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
 def tokenizer(**special: str) -> Any:
     backend = Tokenizer(WordLevel(dict(TOKEN), unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(SPECIAL)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",
         bos_token="<s>",
-        additional_special_tokens=SPECIAL[4:],
-        extra_special_tokens=special or None,
+        extra_special_tokens=special or SPECIAL[4:],
         model_max_length=4096,
         clean_up_tokenization_spaces=False,
     )
@@ -130,15 +130,35 @@ def _qwen3_5() -> tuple[Any, Any]:
             head_dim=32,
             rope_parameters=_MROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25, "mrope_interleaved": True},
             layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"],
-            linear_key_head_dim=32,
-            linear_value_head_dim=32,
+            linear_key_head_dim=128,  # the CPU kernel knows no other
+            linear_value_head_dim=128,
             linear_num_key_heads=2,
             linear_num_value_heads=2,
         ),
         vision_config=_VISION | {"num_position_embeddings": 64},
         **_TOKENS,
     )
-    return config, _qwen3_vl()[1]
+    processor = _qwen3_vl()[1]
+    processor.tokenizer = _qwen3_5_tokenizer()
+    return config, processor
+
+
+def _qwen3_5_tokenizer() -> Any:
+    """Transformers gives every Qwen3.5 checkpoint its own byte-level class, whatever the checkpoint says."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda letter: (not letter.isascii(), letter))
+    # "\u0120" is how byte-level tokenizers write a space
+    letters = ["\u0120", *(letter for letter in alphabet if letter != "\u0120")][: VOCAB - FIRST_WORD]
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters])}
+    return transformers.Qwen3_5Tokenizer(
+        vocab=vocabulary,
+        merges=[],
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        extra_special_tokens=SPECIAL[4:],
+        model_max_length=4096,
+    )
 
 
 def _internvl() -> tuple[Any, Any]:

@@ -19,7 +19,8 @@ def _with_memory(served: Served) -> type:
     except (ImportError, AttributeError) as error:
         raise UnsupportedVllmError(f"vLLM keeps no {served.name} at {served.module} ({error}).") from error
     check_architecture(base)
-    return type(served.architecture, (WithMemory, base), {"__module__": __name__, "__doc__": WithMemory.__doc__})
+    members = {"__module__": __name__, "__doc__": WithMemory.__doc__, "rename_weights": served.rename}
+    return type(served.architecture, (WithMemory, base), members)
 
 
 def __getattr__(name: str) -> type:

@@ -36,6 +36,7 @@ class WithMemory:
     """Mixin: `class KeepsightX(WithMemory, X)` is vLLM's model X with the memory that its config.json describes."""
 
     supports_pp = False
+    rename_weights: tuple[str, str] | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         config = memory_config(vllm_config.model_config.hf_config)
@@ -93,7 +94,7 @@ class WithMemory:
             for name, tensor in weights:
                 match = _OURS.search(name)
                 if match is None:
-                    yield name, tensor
+                    yield (re.sub(*self.rename_weights, name) if self.rename_weights else name), tensor
                 else:
                     ours.add(self._load_memory(int(match[1]), f"block.{match[2]}", name, tensor))
 

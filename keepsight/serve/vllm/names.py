@@ -23,12 +23,14 @@ class Served:
         base: vLLM's architecture, as `architectures` of the base's config.json names it.
         module: where vLLM keeps its class.
         class_name: that class, where it is called otherwise.
+        rename: (pattern, replacement) for names of weights that transformers 5 saves and vLLM does not know.
     """
 
     name: str
     base: str
     module: str
     class_name: str = ""
+    rename: tuple[str, str] | None = None
 
     @property
     def architecture(self) -> str:
@@ -46,5 +48,10 @@ SERVED: dict[str, Served] = {
     "internvl": Served(
         "InternVL", "InternVLForConditionalGeneration", _MODELS + "interns1", "InternS1ForConditionalGeneration"
     ),
-    "llava_onevision": Served("LLaVA-OneVision", "LlavaOnevisionForConditionalGeneration", _MODELS + "llava_onevision"),
+    "llava_onevision": Served(
+        "LLaVA-OneVision",
+        "LlavaOnevisionForConditionalGeneration",
+        _MODELS + "llava_onevision",
+        rename=(r"^((?:model\.)?vision_tower)\.(?!vision_model\.)", r"\1.vision_model."),
+    ),
 }
