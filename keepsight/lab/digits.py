@@ -74,16 +74,24 @@ def draw_grids(
     Returns:
         B RGB images of 32 x 32 pixels, and the digits [B, 16] int64 in reading order.
     """
-    glyphs = load_glyphs()
-    pool = split_indices()[split]
-    index = pool[rng.integers(0, len(pool), (count, GRID * GRID))]
-    pixels = glyphs.pixels[index]  # [B, 16, 8, 8]
-    if augment if augment is not None else split == "train":
-        pixels = _augmented(pixels, rng)
+    pixels, digits = draw_glyphs(count, split, rng, augment)
     canvas = pixels.reshape(count, GRID, GRID, GLYPH, GLYPH).transpose(0, 1, 3, 2, 4)
     canvas = canvas.reshape(count, GRID * GLYPH, GRID * GLYPH)
     levels = np.clip(np.rint(canvas * 255.0), 0, 255).astype(np.uint8)
-    return [Image.fromarray(level).convert("RGB") for level in levels], glyphs.digits[index]
+    return [Image.fromarray(level).convert("RGB") for level in levels], digits
+
+
+def draw_glyphs(
+    count: int, split: Split, rng: np.random.Generator, augment: bool | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random digits for `count` images, as `draw_grids`: ink [B, 16, 8, 8] float32, about 0..1, and digits [B, 16]."""
+    glyphs = load_glyphs()
+    pool = split_indices()[split]
+    index = pool[rng.integers(0, len(pool), (count, GRID * GRID))]
+    pixels = glyphs.pixels[index]
+    if augment if augment is not None else split == "train":
+        pixels = _augmented(pixels, rng)
+    return pixels, glyphs.digits[index]
 
 
 def _augmented(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

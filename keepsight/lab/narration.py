@@ -114,6 +114,11 @@ class Narrations:
         """[F] generated tokens that stand before each answer."""
         return self.answers - self.start
 
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Indices into T at which a fact (its filler first) begins: the start, and behind each full stop."""
+        return (self.start, *(self.answers[:-1] + 2).tolist())
+
     def truth(self, roll: int = 0) -> torch.Tensor:
         """[B, F] token ids of the right answers; with `roll`, those of the image `roll` rows further up."""
         return torch.roll(self.digits, roll, 0).gather(1, self.cells) + _DIGIT0

@@ -29,9 +29,11 @@ import transformers
 from keepsight.lab.digits import CELLS, draw_grids
 from keepsight.lab.narration import DIGITS, FILLER, READ, TOKEN, Narrations, make_narrations
 from keepsight.lab.reference import HEAD_DIM, build_model, build_processor, load_reference, save_reference
+from keepsight.lab.tasks import TaskBatch
 
 PRETRAINING_RECORD = "pretraining.json"
 """File in a base's folder that says how it was made."""
+AnyBatch = Narrations | TaskBatch
 Progress = Callable[[str, int, int], None]
 """Called as `progress(stage, done, total)`."""
 
@@ -124,7 +126,7 @@ def _align(model: Any, processor: Any, config: PretrainConfig, rng: np.random.Ge
         return decoder.norm(visual_tokens(model, pixels)), torch.from_numpy(digits.reshape(-1))
 
     for step in range(config.align_steps):
-        _set_lr(optimizer, 3e-3 * min(1.0, (step + 1) / 30) * max(0.05, 1 - step / config.align_steps))
+        set_lr(optimizer, 3e-3 * min(1.0, (step + 1) / 30) * max(0.05, 1 - step / config.align_steps))
         states, digits = decode(32, "train")
         cells = torch.arange(len(CELLS)).repeat(32)
         loss = F.cross_entropy(states @ words[digit_rows].T, digits) + F.cross_entropy(
@@ -148,7 +150,7 @@ def visual_tokens(model: Any, pixels: Any) -> torch.Tensor:
 
 def _dense(model: Any, processor: Any, config: PretrainConfig, rng: np.random.Generator, progress: Progress) -> int:
     """Stage 2. Returns the number of steps that it took."""
-    step_on = _make_step(model)
+    step_on = optimiser_step(model)
     recent: list[float] = []
     for step in range(config.dense_steps):
         lr = 1e-3 * min(1.0, (step + 1) / 100)
@@ -165,7 +167,7 @@ def _dense(model: Any, processor: Any, config: PretrainConfig, rng: np.random.Ge
 
 def _short(model: Any, processor: Any, config: PretrainConfig, rng: np.random.Generator, progress: Progress) -> None:
     """Stage 3."""
-    step_on = _make_step(model)
+    step_on = optimiser_step(model)
     for step in range(config.short_steps):
         lr = 1e-3 * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / config.short_steps)))
         if ordered := rng.random() < 0.2:
@@ -187,7 +189,9 @@ def _in_reading_order(processor: Any, rows: int, rng: np.random.Generator) -> Na
     return make_narrations(processor, [0] * len(CELLS), rows, "train", rng, prompt=prompt, ordered=True)
 
 
-def jumping_positions(model: Any, batch: Narrations, rng: np.random.Generator, max_jump: int) -> torch.Tensor:
+def jumping_positions(
+    model: Any, batch: Narrations | TaskBatch, rng: np.random.Generator, max_jump: int
+) -> torch.Tensor:
     """Position ids [3, B, T] that jump ahead before a fact with probability one half, by 1 to `max_jump`
     (log-uniform)."""
     positions, _ = model.model.get_rope_index(
@@ -196,13 +200,15 @@ def jumping_positions(model: Any, batch: Narrations, rng: np.random.Generator, m
         image_grid_thw=batch.inputs["image_grid_thw"],
     )
     jumps = torch.zeros(batch.input_ids.shape[1], dtype=torch.long)
-    for start in [batch.start, *(batch.answers[:-1] + 2).tolist()]:  # behind each full stop
+    for start in batch.boundaries:
         if rng.random() < 0.5:
             jumps[start] += int(math.exp(rng.uniform(0.0, math.log(max_jump))))
     return positions + jumps.cumsum(0)
 
 
-def narration_loss(logits: torch.Tensor, batch: Narrations, text_weight: float) -> tuple[torch.Tensor, float]:
+def narration_loss(
+    logits: torch.Tensor, batch: Narrations | TaskBatch, text_weight: float
+) -> tuple[torch.Tensor, float]:
     """Cross-entropy of the answers plus `text_weight` times that of all generated tokens; and the answers' accuracy.
 
     Args:
@@ -218,14 +224,16 @@ def narration_loss(logits: torch.Tensor, batch: Narrations, text_weight: float) 
     return each[:, at].mean() + text_weight * each.mean(), accuracy
 
 
-def _make_step(model: Any) -> Callable[..., float]:
+def optimiser_step(model: Any) -> Callable[..., float]:
     """One optimiser over what is trainable; the returned function makes one step and gives the accuracy of the
     answers."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-3, weight_decay=0.0, betas=(0.9, 0.99))
 
-    def step(batch: Narrations, lr: float, text_weight: float, position_ids: torch.Tensor | None = None) -> float:
-        _set_lr(optimizer, lr)
+    def step(
+        batch: Narrations | TaskBatch, lr: float, text_weight: float, position_ids: torch.Tensor | None = None
+    ) -> float:
+        set_lr(optimizer, lr)
         logits = model(**batch.model_inputs(), position_ids=position_ids, use_cache=False).logits
         loss, accuracy = narration_loss(logits, batch, text_weight)
         loss.backward()
@@ -237,7 +245,8 @@ def _make_step(model: Any) -> Callable[..., float]:
     return step
 
 
-def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 

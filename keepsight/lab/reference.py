@@ -8,6 +8,7 @@ shipped as package data. Importing this file needs only torch and transformers, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,11 @@ def load_reference(path: str | Path | None = None) -> tuple[Any, Any]:
     return model.eval(), processor
 
 
-def build_model(seed: int = 0, head_dim: int = HEAD_DIM) -> Any:
-    """An untrained reference VLM: 4 decoder layers of width 96, a vision tower of 2 layers of width 64."""
+def build_model(seed: int = 0, head_dim: int = HEAD_DIM, words: Sequence[str] | None = None) -> Any:
+    """An untrained reference VLM: 4 decoder layers of width 96, a vision tower of 2 layers of width 64.
+
+    `words` is its vocabulary if it is not the narrations'; it begins with theirs.
+    """
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -70,7 +74,7 @@ def build_model(seed: int = 0, head_dim: int = HEAD_DIM) -> Any:
     section = [half - 2 * (half // 3), half // 3, half // 3] if head_dim > 16 else [half // 2, half // 4, half // 4]
     config = Qwen3VLConfig(
         text_config={
-            "vocab_size": len(VOCABULARY),
+            "vocab_size": len(words or VOCABULARY),
             "hidden_size": 96,
             "intermediate_size": 256,
             "num_hidden_layers": 4,
@@ -112,7 +116,7 @@ def build_model(seed: int = 0, head_dim: int = HEAD_DIM) -> Any:
         return Qwen3VLForConditionalGeneration(config)
 
 
-def build_processor() -> Any:
+def build_processor(words: Sequence[str] | None = None) -> Any:
     """The reference VLM's processor: a real `Qwen3VLProcessor` with patch 4, merge 2 and a word-level tokenizer.
 
     Any image is resized to about 1,024 pixels (32 x 32 when square), which is the size of a lab image.
@@ -123,21 +127,22 @@ def build_processor() -> Any:
     geometry |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 1024, "longest_edge": 1024}}
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(**geometry),
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(words),
         video_processor=Qwen3VLVideoProcessor(**geometry),
         chat_template=_CHAT_TEMPLATE,
     )
 
 
-def build_tokenizer() -> Any:
-    """A word-level tokenizer of some eighty words; what it does not know becomes `<unk>`."""
+def build_tokenizer(words: Sequence[str] | None = None) -> Any:
+    """A word-level tokenizer of some eighty words, or of `words`; what it does not know becomes `<unk>`."""
     from tokenizers import Tokenizer, normalizers, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    from keepsight.lab.narration import BOS, EOS, PAD, SPECIAL, TOKEN, UNK
+    from keepsight.lab.narration import BOS, EOS, PAD, SPECIAL, UNK, VOCABULARY
 
-    backend = Tokenizer(WordLevel(dict(TOKEN), unk_token=UNK))
+    table = {word: index for index, word in enumerate(words or VOCABULARY)}
+    backend = Tokenizer(WordLevel(table, unk_token=UNK))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -153,7 +158,7 @@ def build_tokenizer() -> Any:
     )
 
 
-def save_reference(model: Any, folder: str | Path) -> None:
+def save_reference(model: Any, folder: str | Path, processor: Any = None) -> None:
     """Write a checkpoint folder: weights rounded to float16 on disk (1.4 MB), loaded as float32 by default."""
     from transformers import GenerationConfig
 
@@ -169,4 +174,4 @@ def save_reference(model: Any, folder: str | Path) -> None:
     )
     model.save_pretrained(folder, state_dict={name: tensor.half() for name, tensor in model.state_dict().items()})
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
-    build_processor().save_pretrained(folder)
+    (processor or build_processor()).save_pretrained(folder)

@@ -1,0 +1,435 @@
+"""VisMem's questions to the lab: rows, claims and judges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keepsight.lab.pvm_studies import LENGTHS, READING, length_columns
+from keepsight.lab.study import Claim, Column, Plot, Row, Study
+from keepsight.lab.study_results import Results, Verdict, judged
+from keepsight.lab.vismem_cells import policy_cell, read_cell
+from keepsight.lab.vismem_when import labels, when_cell
+
+PAPER = "VisMem paper"
+FAR = "1024"
+"""Where memories are compared: four times the length at which the base begins to fall."""
+SCRATCH: dict[str, Any] = {"warm_steps": 0, "steps": 240}
+WARM: dict[str, Any] = {"steps": 0}
+
+# --- one memory before the answers ------------------------------------------------------------------------------------
+
+
+def _compare(column: str, *pairs: tuple[str, str]) -> Any:
+    """Holds if each first row is surely ahead of its second."""
+
+    def judge(results: Results) -> Verdict:
+        gaps = [(a, b, results.difference(a, b, column)) for a, b in pairs]
+        where = "averaged over lengths" if column == "mean" else f"at {int(column):,} tokens"
+        words = "; ".join(f"{a} minus {b}: {gap.points()}" for a, b, gap in gaps)
+        return judged(all(gap.low > 0 for _, _, gap in gaps), f"{where.capitalize()}, {words}.")
+
+    return judge
+
+
+def _scratch(results: Results) -> Verdict:
+    gain = results.difference("scratch_long", "base", FAR)
+    short = results.difference("scratch_short", "base", FAR)
+    own = results.difference("scratch_long", "scratch_other", FAR)
+    return judged(
+        gain.low > 0 and own.low > 0.05,
+        f"At 1,024 tokens, twice the steps: long {gain.points()} over the base, short {short.points()}; with another "
+        f"image's latents in its place long loses {own.points()}, so what it learnt is "
+        f"{'partly the image' if own.low > 0.05 else 'not the image'}.",
+    )
+
+
+def _copy(results: Results) -> Verdict:
+    gap = results.difference("long", "embeddings", FAR)
+    mean = results.difference("long", "embeddings", "mean")
+    return judged(
+        gap.low > 0,
+        f"Long memory minus plain re-insertion: {gap.points()} at 1,024 tokens, {mean.points()} averaged over lengths. "
+        "Re-insertion needs no training; with as many latents as visual tokens a memory cannot compress.",
+    )
+
+
+def _noise(results: Results) -> Verdict:
+    gaps = {row: results.difference(row, "base", "mean") for row in ("short_noise", "long_noise", "embeddings_noise")}
+    words = ", ".join(f"{row} {gap.points()}" for row, gap in gaps.items())
+    return judged(all(gap.high < 0.02 for gap in gaps.values()), f"Against the base, averaged over lengths: {words}.")
+
+
+def _follows(results: Results) -> Verdict:
+    parts, ok = [], True
+    for row in ("short", "long"):
+        lost = results.difference(row, f"{row}_other", FAR)
+        follows = results.at(f"{row}_other", f"follows_{FAR}")
+        ok &= lost.low > 0
+        parts.append(
+            f"{row}: own image read {lost.points()} better than with another image's latents, and then "
+            f"{follows.percent()} of the answers are right for the other image (chance: 10 %)"
+        )
+    return judged(ok, f"At 1,024 tokens, {'; '.join(parts)}. The model still sees its own image.")
+
+
+MEMORY = Study(
+    name="vismem-memory",
+    method="VisMem",
+    title="One memory, formed just before the answers",
+    setting=(
+        "Narrations as in PVM's study; one memory is invoked at the full stop before the six facts that are scored. "
+        "The base is frozen throughout. K = 8, N_s = N_l = 16 (as many as the image has visual tokens), 151 k memory "
+        "parameters. **The warm start (400 steps, label-free latent distillation) and the cap of 8 text states in H "
+        "are ours and not the paper's**; stage I is GRPO on the reward alone (120 steps, groups of 16, either type in"
+        " turn, narrations of 200 to 1,024 tokens). From scratch it gets 240 steps."
+    ),
+    cell=read_cell,
+    rows=(
+        Row("base", "base = never", same_as=("pvm-length", "base")),
+        Row("sft", "SFT (full fine-tuning, texts of at most 252 tokens)", same_as=("pvm-length", "sft")),
+        Row(
+            "embeddings",
+            "plain re-insertion of the visual embeddings (training-free)",
+            {"content": "embeddings", "untrained": True},
+        ),
+        Row("embeddings_other", "the same, of another image", {"content": "embeddings_other", "untrained": True}),
+        Row("embeddings_noise", "random vectors of equal norm", {"content": "embeddings_noise", "untrained": True}),
+        Row("warm_short", "short, warm start only", {"kind": "short", "plan": WARM}),
+        Row("warm_long", "long, warm start only", {"kind": "long", "plan": WARM}),
+        Row("short", "short, warm start + stage I", {"kind": "short"}),
+        Row("long", "long, warm start + stage I", {"kind": "long"}),
+        Row("short_other", "short, latents of another image", {"kind": "short", "content": "other"}),
+        Row("long_other", "long, latents of another image", {"kind": "long", "content": "other"}),
+        Row("short_noise", "short, random latents of equal norm", {"kind": "short", "content": "noise"}),
+        Row("long_noise", "long, random latents of equal norm", {"kind": "long", "content": "noise"}),
+        Row("scratch_short", "short, stage I from scratch (the paper)", {"kind": "short", "plan": SCRATCH}),
+        Row("scratch_long", "long, stage I from scratch (the paper)", {"kind": "long", "plan": SCRATCH}),
+        Row(
+            "scratch_other",
+            "the same, latents of another image",
+            {"kind": "long", "plan": SCRATCH, "content": "other"},
+        ),
+    ),
+    columns=(*length_columns(), Column(f"follows_{FAR}", "other image's answers at 1,024")),
+    claims=(
+        Claim(
+            "A frozen model that is given a memory reads better than without (7B, 12 benchmarks: 65.5 against 54.5).",
+            f"{PAPER}, main table",
+            ("short", "long", "base"),
+            _compare(FAR, ("short", "base"), ("long", "base")),
+        ),
+        Claim(
+            "It is better than fine-tuning (65.5 against 56.5).",
+            f"{PAPER}, main table",
+            ("long", "sft"),
+            _compare(FAR, ("long", "sft")),
+        ),
+        Claim(
+            "Stage I learns to form memories from rewards alone.",
+            f"{PAPER}, two-stage training",
+            ("scratch_long", "scratch_short", "scratch_other", "base"),
+            _scratch,
+        ),
+        Claim(
+            "Stage I improves on the warm start.",
+            "ours",
+            ("short", "warm_short", "long", "warm_long"),
+            _compare(FAR, ("short", "warm_short"), ("long", "warm_long")),
+        ),
+        Claim(
+            "A learned memory is better than putting the visual embeddings in again.",
+            "ours (the reader's question)",
+            ("long", "embeddings"),
+            _copy,
+        ),
+        Claim("What helps is the image in the latents.", "ours (control)", ("short_other", "long_other"), _follows),
+        Claim(
+            "Random latents of equal norm do not help.",
+            "ours (control)",
+            ("short_noise", "long_noise", "embeddings_noise", "base"),
+            _noise,
+        ),
+    ),
+    settings={**READING, "content": "own", "kind": "long", "plan": {}},
+    plot=Plot("lines", ("long", "short", "embeddings", "warm_long", "scratch_long", "base"), tuple(map(str, LENGTHS))),
+)
+
+# --- memories at random -----------------------------------------------------------------------------------------------
+
+
+def _too_much(results: Results) -> Verdict:
+    rows = ("random_25", "random_50", "random_75", "random_100")
+    best = results.best(rows, "mean")
+    gap = results.difference("random_100", best, "mean") if best != "random_100" else None
+    words = ", ".join(f"{row.partition('_')[2]} %: {results.at(row, 'mean').percent()}" for row in rows)
+    return judged(
+        gap is not None and gap.high < 0,
+        f"Averaged over lengths, {words}" + ("." if gap is None else f"; 100 % minus the best: {gap.points()}."),
+    )
+
+
+def _types(results: Results) -> Verdict:
+    gap = results.difference("only_short_100", "only_long_100", "mean")
+    return Verdict(
+        "cannot be tested at this scale",
+        "The only question asked here is perception (which digit is where), so the claim's other half has no task. "
+        f"Only short minus only long, at every full stop: {gap.points()}.",
+    )
+
+
+EVERYWHERE: dict[str, Any] = {"probability": 1.0, "types": ["short", "long"]}
+
+RANDOM = Study(
+    name="vismem-random",
+    method="VisMem",
+    title="Memories at random full stops",
+    setting=(
+        "The trained memories of the study above, invoked with a probability at every full stop (11 in a narration), "
+        "without a budget; either type equally likely unless said otherwise. Each memory adds 18 positions, so always"
+        " invoking adds 198."
+    ),
+    cell=policy_cell,
+    rows=(
+        Row("base", "never", same_as=("pvm-length", "base")),
+        *(
+            Row(f"random_{int(100 * p)}", "always" if p == 1 else f"{p:.0%}", {"probability": p})
+            for p in (0.25, 0.5, 0.75, 1.0)
+        ),
+        Row("only_short_100", "always, only short", {"types": ["short"]}),
+        Row("only_long_100", "always, only long", {"types": ["long"]}),
+    ),
+    columns=(
+        Column("512", "512"),
+        Column("1024", "1,024"),
+        Column("2048", "2,048"),
+        Column("mean", "mean"),
+        Column("invocations", "memories", percent=False),
+    ),
+    claims=(
+        Claim(
+            "Too much invocation hurts: 100 % at random is worse than less (MV-Math 29.8, 26.1, 21.9, 17.5 for 25 to "
+            "100 %).",
+            f"{PAPER}, ablation",
+            ("random_25", "random_50", "random_75", "random_100"),
+            _too_much,
+        ),
+        Claim(
+            "Short memory helps perception, long memory helps reasoning.",
+            f"{PAPER}, ablation",
+            ("only_short_100", "only_long_100"),
+            _types,
+        ),
+    ),
+    settings={**READING, "lengths": [512, 1024, 2048], "plan": {}, **EVERYWHERE},
+    plot=Plot("bars", columns=("mean",)),
+)
+
+# --- when to invoke ---------------------------------------------------------------------------------------------------
+
+RANDOM_ROWS = ("random_25", "random_50", "random_75", "random_100")
+
+
+def _beats_random(results: Results) -> Verdict:
+    gaps = {row: results.difference("learned", row, "score") for row in (*RANDOM_ROWS, "long_50", "long_75")}
+    words = ", ".join(f"{row} {gap.points()}" for row, gap in gaps.items())
+    return judged(all(gap.low > 0 for gap in gaps.values()), f"Learned minus random, by rate and type: {words}.")
+
+
+def _beats_clock(results: Results) -> Verdict:
+    clock, schedule = (results.difference("learned", row, "score") for row in ("clock", "schedule"))
+    room = results.difference("hindsight", "learned", "score")
+    return judged(
+        clock.low > 0 and schedule.low > 0,
+        f"Learned minus the clock {clock.points()}, minus the schedule {schedule.points()}. With hindsight there is "
+        f"room for {room.points()} more.",
+    )
+
+
+def _both_stages(results: Results) -> Verdict:
+    gap = results.difference("learned", "random_50", "score")
+    always = results.difference("learned", "always", "score")
+    return judged(
+        gap.low > 0 and always.low > 0,
+        f"Stage I and II minus stage I only (invoked at random, 50 %): {gap.points()}; minus always: "
+        f"{always.points()}.",
+    )
+
+
+def _penalties(results: Results) -> Verdict:
+    score = results.difference("learned", "no_penalties", "score")
+    count = results.difference("learned", "no_penalties", "invocations")
+    return judged(
+        score.low > 0,
+        f"With minus without p_type and p_neg: {score.points()}, {count.mean:+.2f} memories a sequence.",
+    )
+
+
+def _cost(results: Results) -> Verdict:
+    saved = results.difference("learned", "costly", "invocations")
+    lost = results.difference("costly", "learned", "score")
+    used = results.at("learned", "invocations")
+    return judged(
+        saved.low > 0,
+        f"By the literal reward {used.mean:.2f} memories a sequence of at most 2; a cost of .05 saves "
+        f"{saved.mean:.2f} of them and changes the score by {lost.points()}.",
+    )
+
+
+LEARNED: dict[str, Any] = {"policy": "learned", "invocation": {}}
+
+WHEN = Study(
+    name="vismem-when",
+    method="VisMem",
+    title="When to invoke (stage II)",
+    setting=(
+        "Sequences of four blocks: 20 to 400 words of filler, a first fact, a decision at its full stop (short, long "
+        "or no memory; at most two memories a sequence), two scored facts. Memories are the trained ones of the study"
+        " above. All 33 outcomes of each script were computed with real memories, so counterfactuals are exact. Stage"
+        " II trains the invocation tokens' head rows and biases (194 numbers) on 48 train scripts; scores are of 48 "
+        "test scripts, by the most probable action. The clock's threshold and type and the fixed schedule were chosen"
+        " on the train scripts; hindsight takes each test script's best outcome and is a bound that no policy can "
+        "know. **The cost of an invocation is ours and not the paper's.**"
+    ),
+    cell=when_cell,
+    rows=(
+        Row("never", "never", {"policy": "never"}),
+        Row("always", "always (until the budget is spent), either type", {"policy": "always"}),
+        *(
+            Row(f"random_{p}", f"random, {p} %, either type", {"policy": "random", "probability": p / 100})
+            for p in (25, 50, 75, 100)
+        ),
+        *(
+            Row(f"long_{p}", f"random, {p} %, only long", {"policy": "random", "probability": p / 100, "types": [2]})
+            for p in (25, 50, 75)
+        ),
+        Row("only_short", "always, only short", {"policy": "always", "types": [1]}),
+        Row("only_long", "always, only long", {"policy": "always", "types": [2]}),
+        Row("learned", "learned (stage II, the paper's reward)", LEARNED),
+        Row("no_penalties", "learned without p_type, p_neg", LEARNED | {"invocation": {"alpha": 0.0}}),
+        Row("costly", "learned with a cost of .05 (ours)", LEARNED | {"invocation": {"cost": 0.05}}),
+        Row("clock", "a hand clock", {"policy": "clock"}),
+        Row("schedule", "a fixed schedule", {"policy": "schedule"}),
+        Row("hindsight", "hindsight (bound)", {"policy": "hindsight"}),
+    ),
+    columns=(
+        Column("score", "score"),
+        Column("invocations", "memories", percent=False),
+        Column("long", "of them long"),
+        *(Column(key, label) for key, label in labels().items()),
+    ),
+    claims=(
+        Claim(
+            "Learned invocation beats random invocation at any rate (MMVet 75.1 against 69.2 to 73.6).",
+            f"{PAPER}, ablation",
+            ("learned", *RANDOM_ROWS),
+            _beats_random,
+        ),
+        Claim(
+            "Both stages are needed: formation alone, invoked at random, is worse.",
+            f"{PAPER}, ablation",
+            ("learned", "random_50", "always"),
+            _both_stages,
+        ),
+        Claim(
+            "Learned invocation beats a clock and a fixed schedule.",
+            "ours (the reader's question)",
+            ("learned", "clock", "schedule", "hindsight"),
+            _beats_clock,
+        ),
+        Claim("The penalties p_type and p_neg matter.", PAPER, ("learned", "no_penalties"), _penalties),
+        Claim(
+            "Without a cost the literal reward spends what it may; a cost makes it choose.",
+            "ours",
+            ("learned", "costly"),
+            _cost,
+        ),
+    ),
+    settings={
+        "plan": {},
+        "split": "test",
+        "scripts": {"train": 12, "test": 12, "rows": 4, "max_gap": 400},
+    },
+    seeds=(0, 1, 2),
+    plot=Plot("bars", columns=("score",)),
+)
+
+# --- sizes, forms -----------------------------------------------------------------------------------------------------
+
+
+def _longer(results: Results) -> Verdict:
+    steps = (("long_4", "long_8"), ("long_8", "long_16"))
+    gaps = {f"{a} -> {b}": results.difference(b, a, FAR) for a, b in steps}
+    words = ", ".join(f"{name.replace('long_', '')} {gap.points()}" for name, gap in gaps.items())
+    return judged(all(gap.mean > 0 for gap in gaps.values()), f"N_l at 1,024 tokens: {words} (mean over seeds).")
+
+
+def _only(kind: str, **config: int) -> dict[str, Any]:
+    return {"kind": kind, "config": config, "plan": {"kinds": [kind], "warm_steps": 300, "steps": 50}}
+
+
+SIZE = Study(
+    name="vismem-size",
+    method="VisMem",
+    title="K, N_s and N_l",
+    setting=(
+        "One type of memory at a time: 300 steps of warm start and 50 of stage I. An image has 16 visual tokens, so "
+        "fewer latents must compress. The warm start's target is then the embeddings pooled over the image's grid."
+    ),
+    cell=read_cell,
+    rows=(
+        Row("base", "base", same_as=("pvm-length", "base")),
+        *(Row(f"long_{n}", f"long, N = {n}, K = 8", _only("long", num_long=n)) for n in (4, 8, 16, 32)),
+        *(Row(f"queries_{k}", f"long, N = 16, K = {k}", _only("long", num_queries=k)) for k in (2, 32)),
+        *(Row(f"short_{n}", f"short, N = {n}, K = 8", _only("short", num_short=n)) for n in (4, 16)),
+    ),
+    columns=length_columns(),
+    claims=(
+        Claim(
+            "Longer memories help, up to 16 or 32 latents.",
+            f"{PAPER}, length ablation",
+            ("long_4", "long_8", "long_16"),
+            _longer,
+        ),
+    ),
+    settings={**READING, "content": "own"},
+    seeds=(0, 1),
+    plot=Plot("bars", columns=(FAR,)),
+)
+
+FORM = Study(
+    name="vismem-form",
+    method="VisMem",
+    title="Literal and incremental form",
+    setting=(
+        "The incremental form keeps an image's keys and values, so that a further memory costs only its own "
+        "positions. It is a different function and is trained by itself, by the same recipe."
+    ),
+    cell=read_cell,
+    rows=(
+        Row("short_literal", "short, literal", same_as=("vismem-memory", "short")),
+        Row("short_incremental", "short, incremental", {"kind": "short"}),
+        Row("long_literal", "long, literal", same_as=("vismem-memory", "long")),
+        Row("long_incremental", "long, incremental", {"kind": "long"}),
+    ),
+    columns=length_columns(),
+    claims=(
+        Claim(
+            "The incremental form is no worse.",
+            "ours",
+            ("short_literal", "short_incremental", "long_literal", "long_incremental"),
+            lambda results: _no_worse(results),
+        ),
+    ),
+    settings={**READING, "content": "own", "config": {"form": "incremental"}, "plan": {}},
+    seeds=(0, 1, 2),
+    plot=Plot("bars", columns=(FAR,)),
+)
+
+
+def _no_worse(results: Results) -> Verdict:
+    gaps = {kind: results.difference(f"{kind}_incremental", f"{kind}_literal", "mean") for kind in ("short", "long")}
+    words = ", ".join(f"{kind} {gap.points()}" for kind, gap in gaps.items())
+    return judged(all(gap.high >= 0 for gap in gaps.values()), f"Incremental minus literal, over lengths: {words}.")
+
+
+STUDIES = (MEMORY, RANDOM, WHEN, SIZE, FORM)
