@@ -56,6 +56,11 @@ class Trajectory:
         """Whether it holds a memory."""
         return bool(self.invocations)
 
+    @property
+    def words(self) -> int:
+        """Tokens of text that the model chose."""
+        return int(self.chosen.sum()) - sum(invocation.was_sampled for invocation in self.invocations)
+
     def count(self, kind: str) -> int:
         """How many memories of a type it holds."""
         return sum(invocation.kind == kind for invocation in self.invocations)

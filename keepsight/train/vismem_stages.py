@@ -65,6 +65,7 @@ class Stage:
 
     name: str
     title: str
+    forms_again: bool  # memories are formed anew in the teacher-forced pass
     reference_name: str
     objective_name: str
 
@@ -153,6 +154,7 @@ class Formation(Stage):
 
     name = "formation"
     title = "stage I, formation"
+    forms_again = True
     reference_name = "the policy without memory"
     objective_name = "dS"
     settings: FormationSettings
@@ -214,6 +216,7 @@ class Invocation(Stage):
 
     name = "invocation"
     title = "stage II, invocation"
+    forms_again = False
     reference_name = "the policy before stage II"
     objective_name = "dS - alpha (p_type + p_neg) - cost * invocations"
     settings: InvocationSettings

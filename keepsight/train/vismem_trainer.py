@@ -33,7 +33,7 @@ from keepsight.train.vismem_prompts import Order, Question, Questions, Samples
 from keepsight.train.vismem_replay import chosen_mask
 from keepsight.train.vismem_settings import RlSettings
 from keepsight.train.vismem_stages import Batch, Stage
-from keepsight.vismem.tokens import TYPES
+from keepsight.vismem.tokens import LONG, TYPES
 
 OnLog = Callable[[dict[str, float], int, int], None]
 """Called as `on_log(values, step, total steps)`."""
@@ -66,13 +66,13 @@ class Means:
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
-        self.counts: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
 
-    def add(self, name: str, values: torch.Tensor | Sequence[float], weight: float | None = None) -> None:
-        """Values to average over; or, with a weight, their weighted mean."""
-        values = torch.as_tensor(values, dtype=torch.float64).detach().cpu().flatten()
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.sum()) * (1.0 if weight is None else weight)
-        self.counts[name] = self.counts.get(name, 0.0) + len(values) * (1.0 if weight is None else weight)
+    def add(self, name: str, values: torch.Tensor | Sequence[float]) -> None:
+        """Values to average over."""
+        found = torch.as_tensor(values).detach().cpu().double().flatten()
+        self.sums[name] = self.sums.get(name, 0.0) + float(found.sum())
+        self.counts[name] = self.counts.get(name, 0) + len(found)
 
     def merged(self, accelerator: Any) -> dict[str, float]:
         """Name -> mean over all processes."""
@@ -83,7 +83,7 @@ class Means:
             parts = gather_object(parts)
         names = dict.fromkeys(name for sums, _ in parts for name in sums)
         total = {name: sum(sums.get(name, 0.0) for sums, _ in parts) for name in names}
-        count = {name: sum(counts.get(name, 0.0) for _, counts in parts) for name in names}
+        count = {name: sum(counts.get(name, 0) for _, counts in parts) for name in names}
         return {name: total[name] / count[name] for name in names if count[name]}
 
 
@@ -132,6 +132,7 @@ class VisMemTrainer:
         self.stage.written = self._count_written
         self._means = Means()
         self._lengths: list[int] = []
+        self._patches: list[int] = []
 
     @property
     def _parameters(self) -> list[torch.nn.Parameter]:
@@ -171,6 +172,7 @@ class VisMemTrainer:
         questions = [self.questions[everyone[place]] for place in places]
         seeds = [row_seed(settings.seed, step, place, copy) for place in places for copy in range(settings.group_size)]
         self._lengths = [q.inputs["input_ids"].shape[1] for q in questions]
+        self._patches = [self.meter.shape.patches(q.inputs) for q in questions] if self.meter is not None else []
         with _seeded(row_seed(settings.seed, step, "other draws")):
             batch = self._rollout(questions, seeds, step)
             advantages = self._advantages(batch)
@@ -209,7 +211,7 @@ class VisMemTrainer:
             for reward, column in zip(self.rewards, each.T, strict=True):
                 self._means.add(f"reward/{reward.__name__}", column)
         self._means.add("reward", scores)
-        self._means.add("words", [float(t.chosen.sum()) for t in trajectories])
+        self._means.add("words", [float(t.words) for t in trajectories])
         for kind in TYPES:
             self._means.add(f"invocations/{kind}", [float(t.count(kind)) for t in trajectories])
         self._means.add("invoked", [float(t.invoked) for t in trajectories])
@@ -250,7 +252,7 @@ class VisMemTrainer:
             for index, part in enumerate(parts):
                 own = [batch.trajectories[i] for i in part]
                 with torch.no_grad():
-                    if iteration == 0:
+                    if iteration == 0 and settings.kl:
                         reference[index] = self.stage.reference(batch.prompts, own)
                         self._count_read(own)
                     if iteration == 0 and settings.iterations > 1:
@@ -276,9 +278,12 @@ class VisMemTrainer:
             before = log_probs.detach() if old is None else old
             advantages = advantages.to(log_probs.device, log_probs.dtype)
             policy = grpo.trajectory_mean(grpo.clipped_loss(log_probs, before, advantages, settings.clip), mask)
-            assert reference is not None
-            penalty = grpo.kl_to(log_probs, reference.to(log_probs))
-            loss = (policy + self.progress.kl_coefficient * grpo.trajectory_mean(penalty, mask)).sum() / total
+            losses = policy
+            if reference is not None:
+                penalty = grpo.kl_to(log_probs, reference.to(log_probs))
+                losses = policy + self.progress.kl_coefficient * grpo.trajectory_mean(penalty, mask)
+                self._means.add("kl", penalty[mask])
+            loss = losses.sum() / total
             if not torch.isfinite(loss):
                 raise TrainingDivergedError(
                     f"The loss is {loss.item()} in step {self.progress.step + 1}; training has stopped. Checkpoints "
@@ -286,11 +291,9 @@ class VisMemTrainer:
                 )
             if loss.requires_grad:
                 loss.backward()
-        self._means.add("loss", policy + self.progress.kl_coefficient * grpo.trajectory_mean(penalty, mask))
-        tokens = float(mask.sum())
-        self._means.add("kl", [float(penalty.detach()[mask].mean())], tokens)
+        self._means.add("loss", losses)
         ratio = (log_probs.detach() - before).exp()
-        self._means.add("clipped", [float(((ratio - 1).abs() > settings.clip)[mask].double().mean())], tokens)
+        self._means.add("clipped", ((ratio - 1).abs() > settings.clip)[mask])
         self._count_trained(own)
 
     def _apply(self) -> dict[str, float]:
@@ -333,18 +336,36 @@ class VisMemTrainer:
         self.progress.tokens_generated += self._everywhere(sum(new))
         if self.meter is not None and trajectories:
             lengths = [self._lengths[t.prompt] for t in trajectories]
-            self.meter.generated(len(new), max(lengths), max(new), tokens=sum(new))
+            patches = sum(self._patches[prompt] for prompt in {t.prompt for t in trajectories})
+            self.meter.generated(len(new), max(lengths), max(new), tokens=sum(new), patches=patches)
+            self._count_formed(trajectories, backwards=0)
 
     def _count_trained(self, trajectories: Sequence[Trajectory]) -> None:
         lengths = [self._lengths[t.prompt] + len(t.ids) for t in trajectories]
         self.progress.tokens_trained += self._everywhere(sum(lengths))
         if self.meter is not None:
-            checkpoints = self.uses_checkpointing
-            self.meter.trained(len(lengths), max(lengths), tokens=sum(lengths), checkpointing=checkpoints)
+            again = self.uses_checkpointing
+            patches = sum(self._patches[t.prompt] for t in trajectories)
+            self.meter.trained(len(lengths), max(lengths), tokens=sum(lengths), patches=patches, checkpointing=again)
+            if self.stage.forms_again:
+                self._count_formed(trajectories, backwards=1 + again)
 
     def _count_read(self, trajectories: Sequence[Trajectory]) -> None:
         if self.meter is not None:
-            self.meter.read(len(trajectories), max(self._lengths[t.prompt] + len(t.ids) for t in trajectories))
+            longest = max(self._lengths[t.prompt] + len(t.ids) for t in trajectories)
+            patches = sum(self._patches[t.prompt] for t in trajectories)
+            self.meter.read(len(trajectories), longest, patches=patches)
+
+    def _count_formed(self, trajectories: Sequence[Trajectory], backwards: int) -> None:
+        """A long-term memory is a pass of the decoder over what it is formed from, a short-term one of the encoder."""
+        for invocation in (i for t in trajectories for i in t.invocations):
+            formation, shape = invocation.formation, self.meter.shape
+            if invocation.kind == LONG:
+                seen = len(formation.sight.visual) + len(formation.text) + len(invocation.latents)
+                self.meter.add(shape.decoder(1, seen) * (1 + backwards))
+            else:
+                assert formation.sight.patches is not None
+                self.meter.add(2.0 * shape.vision * len(formation.sight.patches.x) * (1 + backwards))
 
     def _everywhere(self, count: int) -> int:
         """Other processes are taken to have done as much: exact counts would need all of them at the same place."""
