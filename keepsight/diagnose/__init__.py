@@ -4,16 +4,19 @@
 diagnosis, as `keepsight diagnose` makes it.
 """
 
-from keepsight.diagnose.attention import AttentionMeter, AttentionTrace
-from keepsight.diagnose.cases import LONG_PROMPT, Case, Reader, Sample, lab_cases, read_dataset
-from keepsight.diagnose.causal import Battery, CausalResult, Verdict
+from keepsight.diagnose.attention import AttentionMeter
+from keepsight.diagnose.attention_trace import AttentionTrace
+from keepsight.diagnose.cases import LONG_PROMPT, Case, Sample, lab_cases, read_dataset
+from keepsight.diagnose.causal import Battery
 from keepsight.diagnose.decay import DecayFit, fit_decay, fit_trace
 from keepsight.diagnose.lengths import LengthResult, LengthScore
 from keepsight.diagnose.lens import LensTrace, logit_lens
 from keepsight.diagnose.memories import Memory, memory_of
+from keepsight.diagnose.reader import Output, Reader
 from keepsight.diagnose.results import Diagnosis, Written, read_results
 from keepsight.diagnose.retrieval import RetrievalMeter, RetrievalTrace
 from keepsight.diagnose.run import Settings, examine
+from keepsight.diagnose.verdict import CausalResult, Verdict
 
 __all__ = [
     "LONG_PROMPT",
@@ -28,6 +31,7 @@ __all__ = [
     "LengthScore",
     "LensTrace",
     "Memory",
+    "Output",
     "Reader",
     "RetrievalMeter",
     "RetrievalTrace",

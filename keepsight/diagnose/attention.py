@@ -6,136 +6,33 @@ At decode step t a head splits its softmax between the visual keys V and the tex
 
 Flash and SDPA kernels never show these sums. The meter takes, at the steps and layers that it was asked for, the query
 of the last position and the keys exactly as the layer hands them to its attention function (after norms, rotary
-embedding and cache update) and computes the four log-sum-exps again; the kernel's own result is passed on untouched.
-
-How it gets between: transformers' layers look their attention function up by the name in their `config`. For the length
-of one measured decoder call, the metered layers' `config` is a stand-in that gives our name; everything else it takes
-from the real one. Between measured calls the model is exactly as it was.
+embedding and cache update) and computes the log-sum-exps again; the kernel's own result is passed on untouched (see
+`metering.py`). Between measured calls the model is exactly as it was.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from keepsight.backbone import Backbone
+from keepsight.diagnose.attention_trace import AttentionTrace
 from keepsight.diagnose.layout import PromptWatch, VisualLayout
+from keepsight.diagnose.metering import Metered, scores_of
 from keepsight.errors import KeepsightError, UnsupportedModelError
+from keepsight.vismem import scope as vismem_scope
 
-METERED = "keepsight_metered"
-_PARTS = ("visual", "text", "first", "edge")
-
-
-@dataclass(frozen=True)
-class AttentionTrace:
-    """What one generation looked at. S measured steps, L metered layers, B rows, H heads.
-
-    Attributes:
-        layers: [L] int64, indices of the metered decoder layers.
-        steps: [S] int64, t of each measurement: tokens generated before it (0 is the prompt's last position).
-        text_tokens: [S, B] int64, text keys that a head could see.
-        visual_tokens: [B] int64, visual keys.
-        edge_tokens: [B] int64, visual keys on the border of their image (0 where the grid is unknown).
-        log_visual, log_text, log_first, log_edge: [S, L, B, H] float32, log-sum-exp of the scores over the visual keys,
-            all text keys, the sequence's first token alone (the usual attention sink; part of text or of the image,
-            wherever it stands) and the visual keys on image borders (where vision encoders put theirs).
-        layouts: B layouts of the visual tokens.
-        where: [S, M] float32, mass on each visual token of row 0, mean over metered layers and heads; None unless the
-            meter was asked for it.
-    """
-
-    layers: np.ndarray
-    steps: np.ndarray
-    text_tokens: np.ndarray
-    visual_tokens: np.ndarray
-    edge_tokens: np.ndarray
-    log_visual: np.ndarray
-    log_text: np.ndarray
-    log_first: np.ndarray
-    log_edge: np.ndarray
-    layouts: tuple[VisualLayout, ...]
-    where: np.ndarray | None = None
-
-    @property
-    def log_total(self) -> np.ndarray:
-        """Log of the whole partition function [S, L, B, H]."""
-        return np.logaddexp(self.log_visual, self.log_text)
-
-    @property
-    def mass(self) -> np.ndarray:
-        """Visual attention mass Omega_V [S, L, B, H], in 0..1."""
-        return np.exp(self.log_visual - self.log_total)
-
-    @property
-    def tvr(self) -> np.ndarray:
-        """Text-to-visual ratio Z_T / Z_V [S, L, B, H]; infinite for a row without visual tokens."""
-        with np.errstate(over="ignore"):
-            return np.exp(self.log_text - self.log_visual)
-
-    @property
-    def first_token_mass(self) -> np.ndarray:
-        """Mass on the sequence's first token [S, L, B, H]: the attention sink of most decoders."""
-        return np.exp(self.log_first - self.log_total)
-
-    @property
-    def edge_mass(self) -> np.ndarray:
-        """Mass on visual tokens at image borders [S, L, B, H]; a part of `mass`."""
-        return np.exp(self.log_edge - self.log_total)
-
-    @property
-    def mass_without_sinks(self) -> np.ndarray:
-        """Share of the mass that is left without the first token [S, L, B, H] that goes to the image.
-
-        NaN where the first token takes everything.
-        """
-        first = self.first_token_mass
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(first < 1, np.minimum(self.mass / (1 - first), 1.0), np.nan)
-
-
-class _Probe:
-    """A layer's configuration with one answer changed: which attention function to use."""
-
-    def __init__(self, config: Any, meter: AttentionMeter, row: int):
-        self._config, self._meter, self._row = config, meter, row
-
-    @property
-    def _attn_implementation(self) -> str:
-        return METERED
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_config"), name)
-
-
-def _metered_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
-) -> tuple[torch.Tensor, Any]:
-    """transformers' attention function for metered layers: the layer's own one, and a look at its query and keys."""
-    probe = module.config
-    module.config = probe._config  # kernels read their own name there
-    name = probe._config._attn_implementation
-    if name in ALL_ATTENTION_FUNCTIONS:
-        function = ALL_ATTENTION_FUNCTIONS[name]
-    else:  # "eager" is a function of each modelling file
-        function = sys.modules[type(module).__module__].eager_attention_forward
-    probe._meter._look(probe._row, query, key, mask, kwargs)
-    return function(module, query, key, value, mask, **kwargs)
-
-
-ALL_ATTENTION_FUNCTIONS.register(METERED, _metered_attention)
+_PARTS = ("visual", "text", "first", "edge", "memory")
 
 
 class AttentionMeter:
     """Measures the visual attention mass of everything that `model` generates inside the `with` block.
 
-    SDPA and flash attention stay on, no attention matrix is made, and what is stored is four numbers per measured step,
+    SDPA and flash attention stay on, no attention matrix is made, and what is stored is five numbers per measured step,
     layer, row and head. Works with batches, left padding, grouped queries, sampling, beams (rows are then beam slots)
     and static caches. Layers with linear attention have no attention mass and are left out.
 
@@ -166,8 +63,7 @@ class AttentionMeter:
         self.layers = _choose_layers(self.backbone, layers)
         self.traces: list[AttentionTrace] = []
         self._watch = PromptWatch(self.backbone)
-        self._modules: list[Any] = [Backbone.mixer(self.backbone.layers[i]) for i in self.layers]
-        self._configs: list[Any] = []
+        self._metered = Metered([Backbone.mixer(self.backbone.layers[i]) for i in self.layers], self._look)
         self._handles: list[Any] = []
         self._thread: int | None = None
         self._begin()
@@ -202,16 +98,17 @@ class AttentionMeter:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._disarm()
+        self._metered.off()
         self._finish()
 
     # -- one generation -------------------------------------------------------------------------------------------
     def _begin(self) -> None:
         self._visual: torch.Tensor | None = None  # bool [B, slots seen]
         self._edge: torch.Tensor | None = None
+        self._memory: torch.Tensor | None = None
         self._layouts: list[VisualLayout] = []
         self._slots, self._prompt, self._step = 0, 0, -1
-        self._records: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # t -> ([L, 4, B, H], [2, B])
+        self._records: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # t -> ([L, 5, B, H], [2, B])
         self._places: dict[int, torch.Tensor] = {}  # t -> [M], summed over layers
         self._now: list[torch.Tensor | None] = []
         self._place: torch.Tensor | None = None
@@ -219,7 +116,7 @@ class AttentionMeter:
 
     def _before(self, decoder: Any, args: tuple, kwargs: dict) -> None:
         """Pre-hook of the decoder: which step this is; if it is one to measure, the layers are metered."""
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or vismem_scope.is_base_only():  # a latent memory is being formed
             return
         cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
         if embeds is None:
@@ -239,28 +136,29 @@ class AttentionMeter:
                 edge[row, torch.as_tensor(layout.slots[layout.edge], device=edge.device)] = True
             self._visual, self._edge = _extended(self._visual, mask, start), _extended(self._edge, edge, start)
             self._layouts = _joined(self._layouts, layouts, start, batch, self._visual)
-        if length > 1 or start == 0:
-            self._prompt = start + length  # a prompt may come in several chunks
+        splice = vismem_scope.current_splice()
+        if splice is not None and splice.mask.shape == (batch, length):
+            self._memory = _extended(self._memory, splice.mask.to(embeds.device), start)
+        if start == 0 or (length > 1 and vismem_scope.current_watch() is None):
+            self._prompt = start + length  # a prompt may come in several chunks; later ones of VisMem are memories
         self._slots = start + length
         self._step = self._slots - self._prompt
         if self._step % self.every:
             return
-        self._now, self._place = [None] * len(self._modules), None
-        self._configs = [module.config for module in self._modules]
-        for row, (module, config) in enumerate(zip(self._modules, self._configs, strict=True)):
-            module.config = _Probe(config, self, row)
+        self._now, self._place = [None] * len(self.layers), None
+        self._metered.on()
 
     def _after(self, decoder: Any, args: tuple, output: Any) -> None:
         """Hook of the decoder, called also when it failed: the layers get their configuration back."""
-        if threading.get_ident() != self._thread or not self._configs:
+        if threading.get_ident() != self._thread or vismem_scope.is_base_only() or not self._metered.is_on:
             return
-        self._disarm()
+        self._metered.off()
         if self._now and all(found is not None for found in self._now) and self._counts is not None:
             device = self._now[0].device  # type: ignore[union-attr]
             stacked = torch.stack([found.to(device) for found in self._now if found is not None])
             self._records[self._step] = stacked, self._counts
             if self._place is not None:
-                self._places[self._step] = self._place / len(self._modules)
+                self._places[self._step] = self._place / len(self.layers)
         elif output is not None and not any(found is not None for found in self._now):
             raise UnsupportedModelError(
                 f"{self.backbone.family.name}'s attention did not ask transformers' attention interface for its "
@@ -268,14 +166,9 @@ class AttentionMeter:
                 "measure the uncompiled model)."
             )
 
-    def _disarm(self) -> None:
-        for module, config in zip(self._modules, self._configs, strict=False):
-            module.config = config
-        self._configs = []
-
     @torch.no_grad()
     def _look(self, row: int, query: torch.Tensor, key: torch.Tensor, mask: Any, kwargs: dict) -> None:
-        """Record the last query's four log-sum-exps.
+        """Record the last query's five log-sum-exps.
 
         Args:
             row: index into the metered layers.
@@ -287,14 +180,8 @@ class AttentionMeter:
             return
         assert self._visual is not None
         assert self._edge is not None
-        batch, heads, _, width = query.shape
-        keys = key.shape[2]
-        grouped = query[:, :, -1].reshape(batch, key.shape[1], -1, width)
-        scale = kwargs.get("scaling")
-        scores = torch.matmul(grouped, key.transpose(2, 3)).float() * (width**-0.5 if scale is None else scale)
-        if kwargs.get("softcap"):
-            scores = kwargs["softcap"] * torch.tanh(scores / kwargs["softcap"])
-        scores = scores.reshape(batch, heads, keys)
+        batch, keys = query.shape[0], key.shape[2]
+        scores = scores_of(query[:, :, -1:], key, kwargs)[:, :, 0]
 
         # Slot of every key. A sliding cache has dropped the oldest; a static cache holds room for later ones.
         slots = torch.arange(keys, device=key.device) + max(self._slots - keys, 0)
@@ -315,9 +202,10 @@ class AttentionMeter:
         visual, edge = _at(self._visual, slots), _at(self._edge, slots)
         visual, edge = visual.to(key.device) & open_, edge.to(key.device) & open_
         first = torch.zeros_like(visual).scatter(1, open_.int().argmax(1, keepdim=True), True) & open_
-        parts = torch.stack([visual, open_ & ~visual, first, edge])  # [4, B, K]
+        memory = torch.zeros_like(visual) if self._memory is None else _at(self._memory, slots).to(key.device) & open_
+        parts = torch.stack([visual, open_ & ~visual, first, edge, memory])  # [5, B, K]
         hidden = scores[None].masked_fill(~parts[:, :, None], float("-inf"))
-        self._now[row] = torch.logsumexp(hidden, -1)  # [4, B, H]
+        self._now[row] = torch.logsumexp(hidden, -1)  # [5, B, H]
         if self.where:
             share = (hidden[0, 0] - torch.logsumexp(hidden[:2, 0], (0, 2))[:, None]).exp().mean(0)  # [K]
             share = share[visual[0]].to(self._visual.device)
@@ -329,7 +217,7 @@ class AttentionMeter:
         """Turn what was recorded into a trace."""
         if self._records:
             steps = sorted(self._records)
-            values = torch.stack([self._records[t][0] for t in steps]).float().cpu().numpy()  # [S, L, 4, B, H]
+            values = torch.stack([self._records[t][0] for t in steps]).float().cpu().numpy()  # [S, L, 5, B, H]
             counts = torch.stack([self._records[t][1] for t in steps]).cpu().numpy()  # [S, 2, B]
             edges = np.array([int(layout.edge.sum()) for layout in self._layouts], np.int64)
             self.traces.append(

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightError
 
 #: Asks for a look at the image at every step of a long answer (the paper's "blind painter").
@@ -33,6 +32,7 @@ class Sample:
         videos: videos, each uint8 [F, H, W, 3].
         answer: the reference, if there is one.
         reply: how the reply begins; the answer follows it. It makes an answer stand at any length of output.
+        dataset: the name of the data it comes from; invocations are told apart by it.
     """
 
     prompt: str
@@ -40,6 +40,7 @@ class Sample:
     videos: tuple[np.ndarray, ...] = ()
     answer: str | None = None
     reply: str = ""
+    dataset: str = ""
 
     @property
     def sees(self) -> bool:
@@ -64,6 +65,11 @@ class Case:
     digits: torch.Tensor | None = None
     cells: torch.Tensor | None = None
 
+    @property
+    def whole(self) -> bool:
+        """The text has no references in it and is scored as a whole."""
+        return self.sample.answer is None and self.scored == [(0, len(self.text))]
+
     def answers_for(self, other: Case) -> list[int] | None:
         """First token of each answer if the image were `other`'s; None if that is not known."""
         if self.digits is not None and self.cells is not None and other.digits is not None:
@@ -76,140 +82,6 @@ class Case:
         return None
 
 
-class Reader:
-    """A model with its processor: makes inputs, reads texts, writes texts. Batch size 1, so nothing is padded.
-
-    Args:
-        model: a supported VLM, with or without adapters.
-        processor: its processor.
-    """
-
-    def __init__(self, model: Any, processor: Any):
-        from keepsight.train.collate import require_chat_template
-
-        require_chat_template(processor)
-        self.model, self.processor, self.backbone = model, processor, Backbone.of(model)
-
-    def inputs(self, sample: Sample) -> dict[str, torch.Tensor]:
-        """Model inputs of the prompt, one row.
-
-        Raises:
-            KeepsightError: if the processor cannot read the images (it says why).
-        """
-        content: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
-        content += [{"type": "video"} for _ in sample.videos]
-        content.append({"type": "text", "text": sample.prompt})
-        prompt = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        given: dict[str, Any] = {"text": [prompt], "add_special_tokens": False, "return_tensors": "pt"}
-        if sample.images:
-            given["images"] = [list(sample.images)]
-        if sample.videos:
-            frames = [torch.from_numpy(np.ascontiguousarray(v.transpose(0, 3, 1, 2))) for v in sample.videos]
-            given |= {"videos": frames, "do_sample_frames": False}
-        try:
-            inputs = self.processor(**given)
-        except (ValueError, TypeError, RuntimeError, IndexError) as error:
-            sizes = [f"{image.width}x{image.height}" for image in sample.images]
-            sizes += [f"{v.shape[0]} frames of {v.shape[2]}x{v.shape[1]}" for v in sample.videos]
-            raise KeepsightError(
-                f"This model's processor ({type(self.processor).__name__}) cannot read {', '.join(sizes) or 'the text'}"
-                f": {error}"
-            ) from error
-        return dict(inputs.to(self.model.device))
-
-    def with_text(self, inputs: dict[str, torch.Tensor], text: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The inputs with token ids [n] after the prompt."""
-        longer = dict(inputs)
-        tail = text.to(inputs["input_ids"].device)[None]
-        longer["input_ids"] = torch.cat([inputs["input_ids"], tail], 1)
-        for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
-            if name in longer:
-                longer[name] = torch.cat([longer[name], torch.full_like(tail, value, dtype=longer[name].dtype)], 1)
-        return longer
-
-    @torch.no_grad()
-    def read(self, inputs: dict[str, torch.Tensor], text: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [n, V] float32 at which the model would write each next token of `text` [n]."""
-        longer = self.with_text(inputs, text)
-        logits = self.model(**longer, use_cache=False, logits_to_keep=len(text) + 1).logits[0, -len(text) - 1 : -1]
-        return logits.float().log_softmax(-1)
-
-    @torch.no_grad()
-    def write(
-        self,
-        inputs: dict[str, torch.Tensor],
-        steps: int,
-        exact: bool = True,
-        temperature: float = 0.0,
-        **options: Any,
-    ) -> torch.Tensor:
-        """What the model writes [n].
-
-        Args:
-            inputs: of the prompt (and text so far).
-            steps: at most so many tokens.
-            exact: exactly so many: the end token is held back, so that long outputs can be measured.
-            temperature: 0 always takes the likeliest token.
-            options: further arguments of generate().
-        """
-        hold = list(self.backbone.visual_token_ids())  # a typed placeholder is no image and would confuse everything
-        if exact:
-            options["min_new_tokens"] = steps
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        options |= sampling if temperature else sampling | _no_sampling(self.model)
-        out = self.model.generate(**inputs, max_new_tokens=steps, suppress_tokens=hold, **options)
-        return out[0, inputs["input_ids"].shape[1] :].cpu()
-
-    def tokens(self, text: str) -> torch.Tensor:
-        """Token ids [n] of a piece of a reply."""
-        return torch.tensor(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
-
-    def words(self, ids: torch.Tensor) -> list[str]:
-        """Each token as the text it adds."""
-        tokenizer = self.processor.tokenizer
-        texts = [tokenizer.decode([int(i)]) for i in ids]
-        whole = tokenizer.decode(ids.tolist())
-        joined = "".join(texts)
-        if joined == whole:
-            return texts
-        return _aligned(texts, whole)
-
-    def case(self, sample: Sample) -> Case:
-        """A sample with a reference as a case: the reply, then the answer, which is what is scored."""
-        assert sample.answer is not None
-        gap = " " if sample.reply and not (sample.reply[-1].isspace() or sample.answer[:1].isspace()) else ""
-        before, whole = self.tokens(sample.reply), self.tokens(sample.reply + gap + sample.answer)
-        start = 0
-        while start < min(len(before), len(whole)) and before[start] == whole[start]:
-            start += 1
-        if start == len(whole):
-            raise KeepsightError(f"The answer {sample.answer!r} has no tokens; give a reference with text in it.")
-        return Case(sample, whole, [(start, len(whole))])
-
-
-def _no_sampling(model: Any) -> dict[str, Any]:
-    """Greedy generation without warnings about the sampling settings that many checkpoints ship."""
-    config = getattr(Backbone.of(model).model, "generation_config", None)
-    names = ("temperature", "top_p", "top_k", "min_p", "typical_p")
-    return {name: None for name in names if getattr(config, name, None) is not None}
-
-
-def _aligned(texts: list[str], whole: str) -> list[str]:
-    """Give each token the blanks that the whole text shows before it (word-level tokenizers drop them)."""
-    found, at = [], 0
-    for text in texts:
-        stripped = text.strip()
-        place = whole.find(stripped, at) if stripped else -1
-        if place < 0 or place > at + 2:
-            found.append(text if text else "")
-            continue
-        found.append(whole[at:place] + stripped)
-        at = place + len(stripped)
-    return found
-
-
 def without_images(sample: Sample) -> Sample:
     """The same question about nothing."""
     return replace(sample, images=(), videos=())
@@ -218,7 +90,7 @@ def without_images(sample: Sample) -> Sample:
 def read_dataset(path: str | Path) -> list[Sample]:
     """Samples of a JSONL file: per line "prompt", "image" or "images", and, if known, "answer" and "reply".
 
-    Image paths are relative to the file.
+    Image paths are relative to the file. A "dataset" in a line names the data it comes from; default: the file's name.
 
     Raises:
         KeepsightError: naming the line that cannot be used.
@@ -239,11 +111,11 @@ def read_dataset(path: str | Path) -> list[Sample]:
                 f"{path}, line {number}: expected an object such as "
                 '{"image": "a.png", "prompt": "What is it?", "answer": "a cat"}.'
             )
-        unknown = set(entry) - {"prompt", "image", "images", "answer", "reply", "id"}
+        unknown = set(entry) - {"prompt", "image", "images", "answer", "reply", "dataset", "id"}
         if unknown:
             raise KeepsightError(
                 f"{path}, line {number}: unknown fields {sorted(unknown)}; known are prompt, image, images, answer, "
-                "reply and id."
+                "reply, dataset and id."
             )
         images = entry.get("images", entry.get("image", []))
         images = images if isinstance(images, list) else [images]
@@ -254,6 +126,7 @@ def read_dataset(path: str | Path) -> list[Sample]:
                 images=tuple(open_image(image, path.parent) for image in images),
                 answer=None if answer is None else str(answer),
                 reply=str(entry.get("reply", "")),
+                dataset=str(entry.get("dataset", path.stem)),
             )
         )
     if not samples:
@@ -286,7 +159,7 @@ def lab_cases(processor: Any, count: int, length: int, seed: int = 0) -> list[Ca
     for row in range(count):
         text = batch.input_ids[row, batch.start : -1]
         places = [int(a) - batch.start for a in batch.answers[-SCORED:]]
-        sample = Sample(DESCRIBE, (batch.images[row],))
+        sample = Sample(DESCRIBE, (batch.images[row],), dataset="digits")
         cases.append(Case(sample, text, [(p, p + 1) for p in places], batch.digits[row], batch.cells[row, -SCORED:]))
     return cases
 

@@ -9,36 +9,29 @@ written *without* the memory. Text written with it would favour it unfairly: a t
 very contents that it was written with, also where these are noise. That text is read twice, while the decoder itself
 sees the right image and while it sees the other one, and the two contrasts are averaged: in short outputs a decoder
 that sees the right image needs no memory, and a memory that could tell it everything would seem useless.
+
+A memory that comes at some places only (VisMem) is formed at the same places of the same text in all readings.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from keepsight.diagnose.cases import Case, Reader, Sample, stand_in_images, without_images
-from keepsight.diagnose.memories import (
-    Memory,
-    matched_noise,
-    memory_of,
-    mixed_from,
-    remembered,
-    scaled,
-    taken_from,
-    zeroed,
-)
+from keepsight.diagnose.cases import Case, Sample, stand_in_images
+from keepsight.diagnose.halfway import difference, half_way, summarised
+from keepsight.diagnose.memories import Inputs, Memory, Plan, memory_of
+from keepsight.diagnose.reader import Reader
 from keepsight.diagnose.statistics import Estimate, estimate
+from keepsight.diagnose.tampering import Contents, matched_noise, mixed_from, scaled, taken_from, zeroed
+from keepsight.diagnose.verdict import ENOUGH_LOGPROB, ENOUGH_SCORE, CausalResult, Condition, Verdict, verdict_from
 
-#: Smallest contrast that counts as "used" rather than "barely used".
-ENOUGH_SCORE = 0.05
-ENOUGH_LOGPROB = 0.02  # nats per token
 DONORS = 3
+MOST_OTHERS = 8  # other images that a mixture draws from
 BLOCK = 16  # tokens per unit where samples are too few to be the units
 FEW = 5  # below so many samples, answers or blocks of tokens are the units
 
@@ -46,99 +39,22 @@ CONDITIONS = {
     "off": "the memory is switched off",
     "zeroed": "its contents are zero",
     "matched noise": "its contents are noise with the same mean and spread",
-    "shuffled across samples": "every visual token comes from another sample's image, each from a different one",
+    "shuffled across samples": "every token of it comes from another sample's image, each from a different one",
     "other image": "it remembers another image",
     "scaled x0.5": "its contents at half size",
     "scaled x2": "its contents at double size",
+    "other type": "short-term memory in place of long-term memory and the reverse, at the same places",
 }
 
 
 @dataclass(frozen=True)
-class Condition:
-    """What one change did, as paired differences to the intact memory (negative: worse than intact).
+class _Text:
+    """A text with the places of its memories, what they hold, and what they would hold for other images."""
 
-    Attributes:
-        name, what: the change.
-        score: difference in task score (share of right answers); None without references.
-        logprob: difference in log-probability per token, of the references or else of the model's own answer.
-        content: difference in log-probability per token of text written without the memory; None with references.
-        changed: share of the answer's tokens that change when the model answers again; None with references.
-    """
-
-    name: str
-    what: str
-    score: Estimate | None
-    logprob: Estimate
-    content: Estimate | None = None
-    changed: Estimate | None = None
-
-
-@dataclass(frozen=True)
-class HalfWay:
-    """What happened after the image changed half-way through an output.
-
-    Attributes:
-        name, what: the change.
-        stays: share of later answers that are right for the first image; None without references.
-        follows: share of later answers that are right for the new image; None without references.
-        logprob: difference in log-probability per token of the second half, to the unchanged image.
-        changed: share of the second half's tokens that change when the model writes it again; None with references.
-    """
-
-    name: str
-    what: str
-    stays: Estimate | None
-    follows: Estimate | None
-    logprob: Estimate
-    changed: Estimate | None = None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether the memory is used, in words.
-
-    Attributes:
-        word: "used", "barely used", "not used", "no memory attached" or "not enough data".
-        figure: the contrast right image minus other image; None where there is none.
-        measure: what `figure` is measured in.
-        rule: how the word follows from the figure.
-    """
-
-    word: str
-    figure: Estimate | None
-    measure: str
-    rule: str
-
-    @property
-    def sentence(self) -> str:
-        """The verdict in one line, with the figure it rests on."""
-        if self.figure is None:
-            return f"{self.word}: {self.rule}"
-        return f"{self.word}: right image minus other image = {self.figure} {self.measure} ({self.rule})"
-
-
-@dataclass
-class CausalResult:
-    """All of the battery.
-
-    Attributes:
-        method: the memory's method, or None.
-        units: what the intervals resample: samples, answers, or blocks of tokens.
-        samples: how many samples were measured.
-        intact_score: the task score with the memory intact.
-        blind: without references: right image minus other image in the memory, in nats per token of text written
-            without the memory, while the decoder itself sees the other image.
-        conditions, half_way, verdict: the findings.
-    """
-
-    method: str | None
-    units: str
-    samples: int
-    intact_score: Estimate | None
-    blind: Estimate | None = None
-    conditions: list[Condition] = field(default_factory=list)
-    half_way: list[HalfWay] = field(default_factory=list)
-    verdict: Verdict = field(default_factory=lambda: Verdict("not enough data", None, "", "nothing was measured"))
+    case: Case
+    plan: Plan
+    contents: Contents
+    others: list[Contents]
 
 
 class Battery:
@@ -150,6 +66,7 @@ class Battery:
         samples: without references; give either these or `cases`.
         steps: tokens that the model writes per sample where there are no references.
         seed: of noise and choices.
+        memory: which memory to tamper with; default: the one the model carries.
     """
 
     def __init__(
@@ -159,19 +76,21 @@ class Battery:
         samples: Sequence[Sample] = (),
         steps: int = 128,
         seed: int = 0,
+        memory: Memory | None = None,
     ):
         assert bool(cases) != bool(samples), "either cases with references or samples without"
         self.reader, self.cases, self.steps, self.seed = reader, list(cases), steps, seed
         self.samples = [case.sample for case in cases] or list(samples)
-        self.memory: Memory | None = memory_of(reader.model)
+        self.memory: Memory | None = memory or memory_of(reader.model)
         self._score: dict[str, list[np.ndarray]] = {}
         self._logprob: dict[str, list[np.ndarray]] = {}
         self._content: dict[str, list[np.ndarray]] = {}
         self._changed: dict[str, list[float]] = {}
         self._blind: list[np.ndarray] = []
         self._half: dict[str, list[dict[str, Any]]] = {}
+        self._formed: dict[str, int] = {}
         self._done = 0
-        self._contents: dict[int, torch.Tensor] = {}
+        self._kept: dict[int, Contents] = {}  # by image, of memories that depend on nothing else
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -185,35 +104,27 @@ class Battery:
 
     # -- one sample -----------------------------------------------------------------------------------------------
     def _measure(self, index: int) -> None:
-        sample = self.samples[index]
+        sample, memory = self.samples[index], self.memory
         inputs = self.reader.inputs(sample)
+        own, plan, free = self._texts(index, inputs)
         rows: dict[str, dict[str, Any]] = {}
-        if self.cases:
-            case = self.cases[index]
-            own = free = case
-        else:
-            own = _whole(sample, self.reader.write(inputs, self.steps))
-            free = own
-            if self.memory is not None:
-                with self.memory.off():
-                    free = _whole(sample, self.reader.write(inputs, self.steps))
         blind: np.ndarray | None = None
-        if self.memory is not None and sample.sees:
+        if memory is not None and sample.sees:
             others = self._others(index)
-            for name, contexts in self._conditions(index, [content for _, content in others]).items():
-                results: list[dict[str, Any]] = []
-                for context in contexts:
-                    with context:
-                        # writing again is the slow part, and one of several other images is enough for it
-                        results.append(self._read(inputs, own, free, name != "intact" and not results))
-                rows[name] = {
-                    key: np.mean([r[key] for r in results if r[key] is not None], 0)
-                    for key in results[0]
-                    if results[0][key] is not None
-                }
+            texts = [self._with_contents(own, plan, inputs, others)]
+            if free is not own:
+                free_plan = memory.plan(self.reader, inputs, free.text, free.scored)
+                texts.append(self._with_contents(free, free_plan, inputs, others))
+            for name in ("intact", *CONDITIONS):
+                row = self._row(name, inputs, texts, self.seed * 1000 + index)
+                if row is not None:
+                    rows[name] = row
             if not self.cases:
-                blind = self._read_blind(index, others[:DONORS], free)
-        half = self._half_way(index, inputs, own) if sample.sees else {}
+                blind = self._read_blind(texts[-1], others[:DONORS])
+        half: dict[str, dict[str, Any]] = {}
+        if sample.sees:
+            other, images = self._other_case(index)
+            half = half_way(self.reader, memory, own, plan, inputs, other, images)
         # Only now, when the sample is complete, it counts: an interrupted one leaves no unpaired figures.
         for name, row in rows.items():
             for store, key in ((self._score, "score"), (self._logprob, "logprob"), (self._content, "content")):
@@ -225,91 +136,144 @@ class Battery:
             self._blind.append(blind)
         for name, row in half.items():
             self._half.setdefault(name, []).append(row)
+        for _, kind in plan:
+            self._formed[kind] = self._formed.get(kind, 0) + 1
 
-    def _read(self, inputs: dict[str, torch.Tensor], own: Case, free: Case, again: bool) -> dict[str, Any]:
-        found: dict[str, Any] = {"score": None, "content": None, "changed": None}
-        logp = self.reader.read(inputs, own.text)
+    def _texts(self, index: int, inputs: Inputs) -> tuple[Case, Plan, Case]:
+        """The text that is scored or that the model wrote, where its memories stand, and text written without them."""
+        if self.cases:
+            case = self.cases[index]
+            plan = self.memory.plan(self.reader, inputs, case.text, case.scored) if self.memory is not None else ()
+            return case, plan, case
+        sample = self.samples[index]
+        if self.memory is None:
+            own = _whole(sample, self.reader.write(inputs, self.steps))
+            return own, (), own
+        text, plan = self.memory.write(self.reader, inputs, self.steps)
+        with self.memory.off():
+            free = _whole(sample, self.reader.write(inputs, self.steps))
+        if not plan:  # it came nowhere by itself: have it come where it would be put into a text that is only read
+            plan = self.memory.plan(self.reader, inputs, free.text, free.scored)
+            if plan:
+                text, plan = self.memory.write(self.reader, inputs, self.steps, plan)
+        return _whole(sample, text), plan, free
+
+    def _with_contents(self, case: Case, plan: Plan, inputs: Inputs, others: list[Sample]) -> _Text:
+        return _Text(
+            case,
+            plan,
+            self._contents(case, plan, case.sample, inputs),
+            [self._contents(case, plan, other) for other in others],
+        )
+
+    def _contents(self, case: Case, plan: Plan, image: Sample, inputs: Inputs | None = None) -> Contents:
+        """What is remembered of another image (or the sample's own) while the text of `case` is read."""
+        assert self.memory is not None
+        key = id(image)
+        if not self.memory.depends_on_text and key in self._kept:
+            return self._kept[key]
+        if inputs is None:
+            sample = replace(case.sample, images=image.images, videos=image.videos)
+            inputs = self.reader.inputs(sample if self.memory.depends_on_text else image)
+        found = self.memory.contents(self.reader, inputs, case.text, plan)
+        if not self.memory.depends_on_text and any(image is sample for sample in self.samples):
+            self._kept[key] = found
+        return found
+
+    def _row(self, name: str, inputs: Inputs, texts: list[_Text], seed: int) -> dict[str, Any] | None:
+        """What one change does to the texts; None if it cannot be made."""
+        memory, reader = self.memory, self.reader
+        assert memory is not None
+        if name == "off":
+            with memory.off():
+                return self._figures(texts, lambda text: reader.read(inputs, text.case.text), self._again(inputs))
+        if name == "other type":
+            plans = [memory.other_type(text.plan) for text in texts]
+            if not texts[0].plan or any(plan is None for plan in plans):
+                return None
+            exchanged = dict(zip(map(id, texts), plans, strict=True))
+            return self._figures(
+                texts,
+                lambda text: memory.read(reader, inputs, text.case.text, exchanged[id(text)]),
+                self._again(inputs, plans[0]),
+            )
+        versions = [self._versions(name, text, seed) for text in texts]
+        found = []
+        for which in range(len(versions[0])):
+            contents = {id(text): version[which] for text, version in zip(texts, versions, strict=True)}
+            # writing again is the slow part, and one of several other images is enough for it
+            again = self._again(inputs, texts[0].plan, versions[0][which]) if name != "intact" and not which else None
+            found.append(
+                self._figures(
+                    texts,
+                    lambda text, contents=contents: memory.read(
+                        reader, inputs, text.case.text, text.plan, contents[id(text)]
+                    ),
+                    again,
+                )
+            )
+        return {key: np.mean([row[key] for row in found if key in row], 0) for key in found[0]}
+
+    def _versions(self, name: str, text: _Text, seed: int) -> list[Contents]:
+        """The contents under one change; several for several other images."""
+        depends = self.memory is not None and self.memory.depends_on_text
+        changes = {
+            "intact": [lambda contents: contents],
+            "zeroed": [zeroed],
+            "matched noise": [matched_noise(seed, text.others if depends else ())],
+            "shuffled across samples": [mixed_from(text.others, seed)],
+            "other image": [taken_from(other) for other in text.others[:DONORS]],
+            "scaled x0.5": [scaled(0.5)],
+            "scaled x2": [scaled(2.0)],
+        }[name]
+        return [change(text.contents) if text.contents else [] for change in changes]
+
+    def _again(self, inputs: Inputs, plan: Plan | None = None, contents: Contents | None = None) -> Any:
+        """Writes the answer again: (tokens) -> text [n]. The memory is off if no plan is given."""
+        assert self.memory is not None
+        memory = self.memory
+        if plan is None:
+            return lambda steps: self.reader.write(inputs, steps)
+        return lambda steps: memory.write(self.reader, inputs, steps, plan, contents)[0]
+
+    def _figures(self, texts: list[_Text], read: Any, again: Any) -> dict[str, Any]:
+        """Score, log-probability, content and change of one reading."""
+        own, free = texts[0].case, texts[-1].case
+        logp = read(texts[0])
+        found: dict[str, Any] = {"logprob": _per_answer(logp, own)}
         if self.cases:
             right = logp.argmax(-1).cpu() == own.text
             found["score"] = np.array([bool(right[a:b].all()) for a, b in own.scored], float)
-        found["logprob"] = _per_answer(logp, own)
-        if not self.cases:
-            found["content"] = _per_answer(self.reader.read(inputs, free.text), free)
-            if again:
-                found["changed"] = _difference(own.text, self.reader.write(inputs, len(own.text)))
+        else:
+            found["content"] = _per_answer(read(texts[-1]), free)
+            if again is not None:
+                found["changed"] = difference(own.text, again(len(own.text)))
         return found
 
-    def _conditions(self, index: int, others: list[torch.Tensor]) -> dict[str, list[AbstractContextManager[Any]]]:
-        memory = self.memory
-        assert memory is not None
-        seed = self.seed * 1000 + index
-        return {
-            "intact": [nullcontext()],
-            "off": [memory.off()],
-            "zeroed": [memory.changed(zeroed)],
-            "matched noise": [memory.changed(matched_noise(seed))],
-            "shuffled across samples": [memory.changed(mixed_from(others, seed))],
-            "other image": [memory.changed(taken_from(other)) for other in others[:DONORS]],
-            "scaled x0.5": [memory.changed(scaled(0.5))],
-            "scaled x2": [memory.changed(scaled(2.0))],
-        }
-
-    def _read_blind(self, index: int, others: list[tuple[Sample, torch.Tensor]], free: Case) -> np.ndarray:
+    def _read_blind(self, free: _Text, others: list[Sample]) -> np.ndarray:
         """Right image minus other image in the memory [n], while the decoder sees the other image."""
-        memory = self.memory
+        memory, case = self.memory, free.case
         assert memory is not None
         differences = []
-        for other, _ in others:
-            inputs = self.reader.inputs(replace(free.sample, images=other.images, videos=other.videos))
-            theirs = _per_answer(self.reader.read(inputs, free.text), free)
-            with memory.changed(taken_from(self._content_of(index))):
-                differences.append(_per_answer(self.reader.read(inputs, free.text), free) - theirs)
+        for other, theirs in zip(others, free.others, strict=False):
+            inputs = self.reader.inputs(replace(case.sample, images=other.images, videos=other.videos))
+            read = [
+                _per_answer(memory.read(self.reader, inputs, case.text, free.plan, contents), case)
+                for contents in (taken_from(free.contents)(theirs), theirs)
+            ]
+            differences.append(read[0] - read[1])
         return np.mean(differences, 0)
 
-    def _others(self, index: int) -> list[tuple[Sample, torch.Tensor]]:
-        """Other samples with what they leave in the memory, or stand-ins where there are no other samples."""
+    def _others(self, index: int) -> list[Sample]:
+        """Other samples, or stand-ins where there are none. Contents that depend on the text are dear: few of them."""
+        assert self.memory is not None
+        most = DONORS if self.memory.depends_on_text else MOST_OTHERS
         found = [
-            (self.samples[other], self._content_of(other))
-            for step in range(1, min(len(self.samples), 9))
+            self.samples[other]
+            for step in range(1, len(self.samples))
             if self.samples[other := (index + step) % len(self.samples)].sees
         ]
-        return found or [(s, self._recorded(s)) for s in _stand_ins(self.samples[index], self.seed)]
-
-    def _content_of(self, index: int) -> torch.Tensor:
-        if index not in self._contents:
-            self._contents[index] = self._recorded(self.samples[index])
-        return self._contents[index]
-
-    def _recorded(self, sample: Sample) -> torch.Tensor:
-        assert self.memory is not None
-        inputs = self.reader.inputs(sample)
-        with remembered(self.memory) as seen:
-            self.reader.read(inputs, inputs["input_ids"][0, -1:].cpu())
-        return torch.cat(seen, 1)
-
-    # -- half-way -------------------------------------------------------------------------------------------------
-    def _half_way(self, index: int, inputs: dict[str, torch.Tensor], own: Case) -> dict[str, dict[str, Any]]:
-        cut = len(own.text) // 2
-        if cut < 1:
-            return {}
-        other, images = self._other_case(index)
-        new = self.reader.inputs(replace(own.sample, images=images.images, videos=images.videos))
-        gone = self.reader.inputs(without_images(own.sample))
-        whole = {"unchanged": inputs, "image swapped": new, "image removed": gone}
-        found = {}
-        intact: torch.Tensor | None = None
-        for name, given in whole.items():
-            logp = self.reader.read(given, own.text)[cut:]
-            intact = logp if intact is None else intact
-            found[name] = self._half_row(own, other, cut, logp, intact)
-            if not self.cases and name != "unchanged":
-                again = self.reader.write(self.reader.with_text(given, own.text[:cut]), len(own.text) - cut)
-                found[name]["changed"] = _difference(own.text[cut:], again)
-        if self.memory is not None:
-            logp = self._read_swapped(inputs, new, own.text, cut)
-            assert intact is not None
-            found["memory swapped"] = self._half_row(own, other, cut, logp, intact)
-        return found
+        return found[:most] or _stand_ins(self.samples[index], self.seed)
 
     def _other_case(self, index: int) -> tuple[Case | None, Sample]:
         for step in range(1, len(self.samples)):
@@ -317,40 +281,6 @@ class Battery:
             if self.samples[other].sees:
                 return (self.cases[other] if self.cases else None), self.samples[other]
         return None, _stand_ins(self.samples[index], self.seed)[0]
-
-    @staticmethod
-    def _half_row(own: Case, other: Case | None, cut: int, logp: torch.Tensor, intact: torch.Tensor) -> dict[str, Any]:
-        text = own.text[cut:].to(logp.device)[:, None]
-        row: dict[str, Any] = {"logprob": (logp - intact).gather(1, text).mean().item()}
-        new = own.answers_for(other) if other is not None else None
-        if new is None:
-            return row
-        first = logp.argmax(-1).cpu()
-        asked = [(a, int(own.text[a]), b) for (a, _), b in zip(own.scored, new, strict=True)]
-        asked = [(a, mine, b) for a, mine, b in asked if a >= cut and mine != b]
-        if asked:
-            row["stays"] = np.mean([int(first[a - cut]) == mine for a, mine, _ in asked])
-            row["follows"] = np.mean([int(first[a - cut]) == b for a, _, b in asked])
-        return row
-
-    @torch.no_grad()
-    def _read_swapped(
-        self, inputs: dict[str, torch.Tensor], new: dict[str, torch.Tensor], text: torch.Tensor, cut: int
-    ) -> torch.Tensor:
-        """Log-probabilities [n - cut, V] of the second half when only the memory in the cache is exchanged."""
-        model = self.reader.model
-        donor = model(**new, use_cache=True, logits_to_keep=1).past_key_values
-        # the new image first: some models keep the position offset of the last prompt that they read
-        begun = model(**self.reader.with_text(inputs, text[:cut]), use_cache=True, logits_to_keep=1)
-        assert self.memory is not None
-        self.memory.swap(begun.past_key_values, donor)
-        logits = [begun.logits[0, -1:]]
-        rest = text[cut:-1].to(logits[0].device)[None]
-        if rest.shape[1]:
-            # no attention mask: a single row has no padding, and Qwen would take a mask of all slots for all positions
-            out = model(input_ids=rest, past_key_values=begun.past_key_values, use_cache=True)
-            logits.append(out.logits[0])
-        return torch.cat(logits).float().log_softmax(-1)
 
     # -- summing up -----------------------------------------------------------------------------------------------
     def result(self) -> CausalResult:
@@ -363,10 +293,11 @@ class Battery:
             units=units,
             samples=self._done,
             intact_score=estimate(_units(intact, few, False)) if intact else None,
+            formed=dict(self._formed),
         )
 
-        def difference(store: dict[str, list[np.ndarray]], name: str) -> Estimate | None:
-            if name not in store:
+        def paired(store: dict[str, list[np.ndarray]], name: str) -> Estimate | None:
+            if name not in store or len(store[name]) != len(store["intact"]):
                 return None
             pairs = [a - b for a, b in zip(store[name], store["intact"], strict=True)]
             return estimate(_units(pairs, few, not self.cases))
@@ -374,28 +305,24 @@ class Battery:
         if self._blind:
             result.blind = estimate(_units(self._blind, few, True))
         for name, what in CONDITIONS.items():
-            logprob = difference(self._logprob, name)
+            logprob = paired(self._logprob, name)
             if logprob is None:
                 continue
             changed = estimate(np.array(self._changed[name])) if name in self._changed else None
             result.conditions.append(
-                Condition(name, what, difference(self._score, name), logprob, difference(self._content, name), changed)
+                Condition(name, what, paired(self._score, name), logprob, paired(self._content, name), changed)
             )
-        for name, rows in self._half.items():
-            columns = {key: np.array([r[key] for r in rows if key in r]) for key in ("stays", "follows", "changed")}
-            found = {key: estimate(values) if len(values) else None for key, values in columns.items()}
-            logprob = estimate(np.array([r["logprob"] for r in rows]))
-            result.half_way.append(HalfWay(name, _HALF_WAY[name], logprob=logprob, **found))
-        result.verdict = self._verdict(difference)
+        result.half_way = summarised(self._half)
+        result.verdict = self._verdict(paired)
         return result
 
-    def _verdict(self, difference: Any) -> Verdict:
+    def _verdict(self, paired: Any) -> Verdict:
         if self.memory is None:
             return Verdict("no memory attached", None, "", "this model carries no visual memory that is switched on")
         if not any(sample.sees for sample in self.samples):
             return Verdict("not enough data", None, "", "no prompt has an image, so there is nothing to remember")
         measure, enough = "of task score", ENOUGH_SCORE
-        figure = difference(self._score, "other image")
+        figure = paired(self._score, "other image")
         if figure is not None:
             figure = Estimate(-figure.value, -figure.high, -figure.low, figure.n)
         elif self._blind:
@@ -407,22 +334,6 @@ class Battery:
             n = 0 if figure is None else figure.n
             return Verdict("not enough data", None, "", f"{n} units were measured; an interval needs 3 or more")
         return verdict_from(figure, measure, enough)
-
-
-def verdict_from(figure: Estimate, measure: str, enough: float) -> Verdict:
-    """The rule: used if the whole interval is above 0 and the value is `enough`; barely used if it is less."""
-    rule = f"used: 95 % interval above 0 and at least {enough:g}; barely used: above 0 but less; else not used"
-    if figure.low > 0:
-        return Verdict("used" if figure.value >= enough else "barely used", figure, measure, rule)
-    return Verdict("not used", figure, measure, rule)
-
-
-_HALF_WAY = {
-    "unchanged": "the same image all along",
-    "image swapped": "the first half was written about one image; then another stands in its place",
-    "image removed": "the first half was written about the image; then there is none",
-    "memory swapped": "the model still sees the first image; only the memory in its cache is exchanged",
-}
 
 
 def _whole(sample: Sample, text: torch.Tensor) -> Case:
@@ -442,7 +353,7 @@ def _stand_ins(sample: Sample, seed: int, count: int = 4) -> list[Sample]:
 def _per_answer(logp: torch.Tensor, case: Case) -> np.ndarray:
     """Log-probability per token: [answers], or [n] for a text that is scored as a whole."""
     found = logp.gather(1, case.text.to(logp.device)[:, None]).squeeze(1).cpu().numpy()
-    if case.scored == [(0, len(case.text))] and case.sample.answer is None:
+    if case.whole:
         return found
     return np.array([found[a:b].mean() for a, b in case.scored])
 
@@ -454,8 +365,3 @@ def _units(rows: Sequence[np.ndarray], few: bool, blocks: bool) -> np.ndarray:
     if not blocks:
         return np.concatenate(rows)
     return np.concatenate([[part.mean() for part in np.array_split(row, max(1, len(row) // BLOCK))] for row in rows])
-
-
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Share of tokens that differ, 0 for equal texts."""
-    return 1 - difflib.SequenceMatcher(None, a.tolist(), b.tolist(), autojunk=False).ratio()

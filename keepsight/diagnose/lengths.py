@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keepsight.diagnose.cases import Case, Reader, Sample
-from keepsight.diagnose.memories import memory_of
+from keepsight.diagnose.cases import Case, Sample
+from keepsight.diagnose.latents import VisMemHandle
+from keepsight.diagnose.memories import Memory, memory_of
+from keepsight.diagnose.reader import Reader
 from keepsight.diagnose.statistics import Estimate, estimate
 
 
@@ -77,8 +79,13 @@ class LengthScore:
             for name in self._methods:
                 reader = self.control if name == "control" and self.control is not None else self.reader
                 off = self.memory.off() if name == "base" and self.memory is not None else nullcontext()
+                memory = self.memory if name == "memory" else memory_of(reader.model) if name == "control" else None
                 with off:
-                    found[name] = _read(reader, item) if isinstance(item, Case) else _answer(reader, item, self.steps)
+                    found[name] = (
+                        _read(reader, memory, item)
+                        if isinstance(item, Case)
+                        else _answer(reader, memory, item, self.steps)
+                    )
             self._lengths += found["base"][0]
             for name, (_, right) in found.items():
                 self._right.setdefault(name, []).extend(right)
@@ -111,13 +118,19 @@ class LengthScore:
         return LengthResult("given replies" if self.cases else "written freely", quartiles)
 
 
-def _read(reader: Reader, case: Case) -> tuple[list[int], list[bool]]:
-    right = reader.read(reader.inputs(case.sample), case.text).argmax(-1).cpu() == case.text
+def _read(reader: Reader, memory: Memory | None, case: Case) -> tuple[list[int], list[bool]]:
+    inputs = reader.inputs(case.sample)
+    if memory is None:
+        logp = reader.read(inputs, case.text)
+    else:
+        logp = memory.read(reader, inputs, case.text, memory.plan(reader, inputs, case.text, case.scored))
+    right = logp.argmax(-1).cpu() == case.text
     return [a for a, _ in case.scored], [bool(right[a:b].all()) for a, b in case.scored]
 
 
-def _answer(reader: Reader, sample: Sample, steps: int) -> tuple[list[int], list[bool]]:
-    text = reader.write(reader.inputs(sample), steps, exact=False)
+def _answer(reader: Reader, memory: Memory | None, sample: Sample, steps: int) -> tuple[list[int], list[bool]]:
+    how = {"memory": memory.policy, "seed": memory.seed} if isinstance(memory, VisMemHandle) else {}
+    text = reader.write(reader.inputs(sample), steps, exact=False, **how)
     words = reader.processor.tokenizer.decode(text.tolist(), skip_special_tokens=True)
     assert sample.answer is not None
     return [len(text)], [contains(words, sample.answer)]

@@ -1,39 +1,82 @@
-"""The one interface through which the causal battery handles a memory, whatever its method. PVM implements it here.
+"""The one interface through which the diagnosis handles a memory, whatever its method. PVM implements it here.
 
-Another method joins by a class with the same members and one line in `memory_of`.
+VisMem implements it in `latents.py`. Another method joins by a class with the same members and one line in `memory_of`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
+from keepsight.diagnose.tampering import Contents, stretched
 from keepsight.pvm import memory_off, replace_memory, swap_memory
 from keepsight.pvm.tuner import PvmBranch
 
-#: (remembered [B, M, D], validity [B, M]) -> what is remembered instead, same shape
-Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+if TYPE_CHECKING:
+    from keepsight.diagnose.cases import Reader
+
+#: Where memories are formed in a text: (text tokens before it, type) of each, in order. Empty for PVM, which is
+#: always there. Comparisons are paired because all of them have their memories at the same places.
+Plan = tuple[tuple[int, str], ...]
+Inputs = dict[str, torch.Tensor]
 
 
 class Memory(Protocol):
-    """What the battery asks of a memory. All context managers act on the model they were made for, and undo it."""
+    """What the diagnosis asks of a memory. All context managers act on the model it was made for, and undo it.
+
+    Attributes:
+        method: its name.
+        layers: decoder layers that it works in; empty if it works between them.
+        depends_on_text: its contents depend on the text as well as on the image.
+    """
 
     method: str
     layers: list[int]
+    depends_on_text: bool
 
     def off(self) -> AbstractContextManager[Any]:
         """The model as if it had no memory."""
         ...
 
-    def changed(self, change: Change) -> AbstractContextManager[Any]:
-        """Other contents: whenever something is remembered, `change` says what instead."""
+    def plan(self, reader: Reader, inputs: Inputs, text: torch.Tensor, scored: Sequence[tuple[int, int]]) -> Plan:
+        """Where memories should be formed in a text [n] that is only read, given which of its tokens are scored."""
         ...
 
-    def swap(self, cache: Any, donor: Any) -> None:
-        """In the middle of a generation, remember what `donor`'s sequences saw."""
+    def contents(self, reader: Reader, inputs: Inputs, text: torch.Tensor, plan: Plan) -> Contents:
+        """What is remembered of `inputs` while `text` [n] is read."""
+        ...
+
+    def read(
+        self, reader: Reader, inputs: Inputs, text: torch.Tensor, plan: Plan, contents: Contents | None = None
+    ) -> torch.Tensor:
+        """Log-probabilities [n, V] of a text, with the memory's own contents or with others in their place."""
+        ...
+
+    def write(
+        self, reader: Reader, inputs: Inputs, steps: int, plan: Plan | None = None, contents: Contents | None = None
+    ) -> tuple[torch.Tensor, Plan]:
+        """What the model writes [n] with its memory, and where memories were formed.
+
+        Args:
+            reader: the model.
+            inputs: of the prompt.
+            steps: text tokens.
+            plan: form memories there and nowhere else; None leaves it to the model.
+            contents: in place of what is remembered.
+        """
+        ...
+
+    def read_swapped(
+        self, reader: Reader, inputs: Inputs, new: Inputs, text: torch.Tensor, cut: int, plan: Plan
+    ) -> torch.Tensor:
+        """Log-probabilities [n - cut, V] of the text from `cut` on, if from there only the memory is of `new`."""
+        ...
+
+    def other_type(self, plan: Plan) -> Plan | None:
+        """The plan with every memory of the other type; None if there is but one type."""
         ...
 
 
@@ -45,6 +88,7 @@ class PvmHandle:
     """
 
     method = "PVM"
+    depends_on_text = False
 
     def __init__(self, model: Any):
         self.model = model
@@ -54,13 +98,66 @@ class PvmHandle:
         """See `Memory.off`."""
         return memory_off(self.model)
 
-    def changed(self, change: Change) -> AbstractContextManager[Any]:
-        """See `Memory.changed`."""
-        return replace_memory(change)
+    def plan(self, reader: Reader, inputs: Inputs, text: torch.Tensor, scored: Sequence[tuple[int, int]]) -> Plan:
+        """Nowhere: it is there all along."""
+        return ()
 
-    def swap(self, cache: Any, donor: Any) -> None:
-        """See `Memory.swap`."""
-        swap_memory(cache, donor)
+    def contents(self, reader: Reader, inputs: Inputs, text: torch.Tensor, plan: Plan) -> Contents:
+        """See `Memory.contents`; the text has no part in it."""
+        with remembered() as seen:
+            reader.read(inputs, inputs["input_ids"][0, -1:].cpu())
+        return seen
+
+    def read(
+        self, reader: Reader, inputs: Inputs, text: torch.Tensor, plan: Plan, contents: Contents | None = None
+    ) -> torch.Tensor:
+        """See `Memory.read`."""
+        with self._given(contents):
+            return reader.read(inputs, text)
+
+    def write(
+        self, reader: Reader, inputs: Inputs, steps: int, plan: Plan | None = None, contents: Contents | None = None
+    ) -> tuple[torch.Tensor, Plan]:
+        """See `Memory.write`."""
+        with self._given(contents):
+            return reader.write(inputs, steps), ()
+
+    @torch.no_grad()
+    def read_swapped(
+        self, reader: Reader, inputs: Inputs, new: Inputs, text: torch.Tensor, cut: int, plan: Plan
+    ) -> torch.Tensor:
+        """See `Memory.read_swapped`: only the memory in the cache is exchanged."""
+        model = self.model
+        donor = model(**new, use_cache=True, logits_to_keep=1).past_key_values
+        # the new image first: some models keep the position offset of the last prompt that they read
+        begun = model(**reader.with_text(inputs, text[:cut]), use_cache=True, logits_to_keep=1)
+        swap_memory(begun.past_key_values, donor)
+        logits = [begun.logits[0, -1:]]
+        rest = text[cut:-1].to(logits[0].device)[None]
+        if rest.shape[1]:
+            # no attention mask: a single row has no padding, and Qwen would take a mask of all slots for all positions
+            out = model(input_ids=rest, past_key_values=begun.past_key_values, use_cache=True)
+            logits.append(out.logits[0])
+        return reader.log_probabilities(torch.cat(logits))
+
+    def other_type(self, plan: Plan) -> Plan | None:
+        """None: there is one type."""
+        return None
+
+    @contextmanager
+    def _given(self, contents: Contents | None) -> Any:
+        if contents is None:
+            yield
+            return
+        calls = [0]  # a prompt may bring its images in several calls
+
+        def change(embeds: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+            part = contents[calls[0] % len(contents)]
+            calls[0] += 1
+            return stretched(part, embeds.shape[1]).to(embeds).expand_as(embeds)
+
+        with replace_memory(change):
+            yield
 
 
 def reading_branches(model: Any) -> list[PvmBranch]:
@@ -69,74 +166,30 @@ def reading_branches(model: Any) -> list[PvmBranch]:
     return [branch for branch in found if any(block.reads_memory for _, block in branch.active_blocks)]
 
 
-def memory_of(model: Any) -> Memory | None:
-    """The memory that a model carries, or None."""
-    return PvmHandle(model) if reading_branches(model) else None
+def memory_of(model: Any, method: Literal["auto", "PVM", "VisMem"] = "auto") -> Memory | None:
+    """The memory that a model carries, or None.
+
+    Args:
+        model: a supported VLM.
+        method: which one to look for; "auto" takes PVM of a model that carries both.
+    """
+    from keepsight.diagnose.latents import VisMemHandle, active_latent_memory
+
+    if method in ("auto", "PVM") and reading_branches(model):
+        return PvmHandle(model)
+    if method in ("auto", "VisMem") and active_latent_memory(model) is not None:
+        return VisMemHandle(model)
+    return None
 
 
 @contextmanager
-def remembered(memory: Memory) -> Any:
-    """Collects what the model remembers inside the block: a list of tensors [B, M, D]."""
-    seen: list[torch.Tensor] = []
+def remembered() -> Any:
+    """Collects what a PVM remembers inside the block: a list of tensors [B, M, D]."""
+    seen: Contents = []
 
     def note(embeds: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         seen.append(embeds.detach().clone())
         return embeds
 
-    with memory.changed(note):
+    with replace_memory(note):
         yield seen
-
-
-def zeroed(embeds: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Nothing in it."""
-    return torch.zeros_like(embeds)
-
-
-def scaled(factor: float) -> Change:
-    """The same contents, louder or quieter."""
-    return lambda embeds, valid: embeds * factor
-
-
-def matched_noise(seed: int) -> Change:
-    """Gaussian noise with the mean and spread that each dimension has over the visual tokens."""
-
-    def change(embeds: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(embeds.shape, generator=generator).to(embeds.device, embeds.dtype)
-        weight = valid[..., None].to(embeds.dtype)
-        count = weight.sum(1, keepdim=True).clamp(min=1)
-        mean = (embeds * weight).sum(1, keepdim=True) / count
-        spread = (((embeds - mean) ** 2 * weight).sum(1, keepdim=True) / count).sqrt()
-        return mean + noise * spread
-
-    return change
-
-
-def taken_from(other: torch.Tensor) -> Change:
-    """What another image [1, M', D] left, stretched to the same number of visual tokens."""
-
-    def change(embeds: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        return stretched(other, embeds.shape[1]).to(embeds.device, embeds.dtype).expand_as(embeds)
-
-    return change
-
-
-def mixed_from(others: list[torch.Tensor], seed: int) -> Change:
-    """Every visual token from the same place of some other image, drawn anew for each: no image is left whole."""
-
-    def change(embeds: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        pool = torch.cat([stretched(other, embeds.shape[1]) for other in others])  # [K, M, D]
-        pick = torch.randint(len(pool), (embeds.shape[1],), generator=generator).to(pool.device)
-        mixed = pool[pick, torch.arange(embeds.shape[1], device=pool.device)]
-        return mixed[None].to(embeds.device, embeds.dtype).expand_as(embeds)
-
-    return change
-
-
-def stretched(memory: torch.Tensor, length: int) -> torch.Tensor:
-    """[B, M, D] -> [B, length, D], by repeating or leaving out tokens evenly."""
-    if memory.shape[1] == length:
-        return memory
-    index = torch.linspace(0, memory.shape[1] - 1, length).round().long()
-    return memory[:, index.to(memory.device)]

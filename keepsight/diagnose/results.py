@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from keepsight.diagnose.attention import AttentionTrace
-from keepsight.diagnose.causal import CausalResult
+from keepsight.diagnose.attention_trace import AttentionTrace
 from keepsight.diagnose.decay import DecayFit
 from keepsight.diagnose.lengths import LengthResult
 from keepsight.diagnose.lens import LensTrace
 from keepsight.diagnose.retrieval import RetrievalTrace
+from keepsight.diagnose.verdict import CausalResult
 from keepsight.errors import KeepsightError
 
 SCHEMA = "keepsight.diagnose/1"

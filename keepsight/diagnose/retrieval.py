@@ -17,6 +17,7 @@ from keepsight.backbone import Backbone
 from keepsight.diagnose.layout import PromptWatch, VisualLayout
 from keepsight.diagnose.memories import reading_branches
 from keepsight.errors import KeepsightError
+from keepsight.vismem import scope as vismem_scope
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class RetrievalMeter:
     def _before(self, decoder: Any, args: tuple, kwargs: dict) -> None:
         if threading.get_ident() != self._thread or kwargs.get("inputs_embeds") is None:
             return
+        if vismem_scope.is_base_only():  # a latent memory is being formed beside this one
+            return
         cache = kwargs.get("past_key_values")
         start = int(cache.get_seq_length()) if cache is not None else 0
         length = kwargs["inputs_embeds"].shape[1]
@@ -103,7 +106,7 @@ class RetrievalMeter:
         found = self._watch.take()
         if found is not None and self._layout is None:
             self._layout = found[1][0]
-        if length > 1 or start == 0:
+        if start == 0 or (length > 1 and vismem_scope.current_watch() is None):
             self._prompt = start + length
         self._now = start + length - self._prompt
 

@@ -13,13 +13,15 @@ import torch
 import transformers
 
 import keepsight
-from keepsight.diagnose.attention import AttentionMeter, AttentionTrace
-from keepsight.diagnose.cases import LONG_PROMPT, Case, Reader, Sample, lab_cases, speaks_lab, stand_in_images
+from keepsight.diagnose.attention import AttentionMeter
+from keepsight.diagnose.attention_trace import AttentionTrace
+from keepsight.diagnose.cases import LONG_PROMPT, Case, Sample, lab_cases, speaks_lab, stand_in_images
 from keepsight.diagnose.causal import Battery
 from keepsight.diagnose.decay import DecayFit, fit_decay
 from keepsight.diagnose.lengths import LengthScore
 from keepsight.diagnose.lens import logit_lens
 from keepsight.diagnose.memories import memory_of
+from keepsight.diagnose.reader import Reader
 from keepsight.diagnose.results import Diagnosis, Written
 from keepsight.diagnose.retrieval import RetrievalMeter
 from keepsight.errors import KeepsightError

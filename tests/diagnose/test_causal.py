@@ -12,9 +12,10 @@ from forced import forced_open
 from helpers import attach, with_continuation
 
 from keepsight.diagnose import Battery, Reader, lab_cases, memory_of
-from keepsight.diagnose.causal import verdict_from
-from keepsight.diagnose.memories import matched_noise, mixed_from, remembered, taken_from
+from keepsight.diagnose.memories import remembered
 from keepsight.diagnose.statistics import Estimate, estimate
+from keepsight.diagnose.tampering import matched_noise, mixed_from, taken_from
+from keepsight.diagnose.verdict import verdict_from
 from keepsight.pvm import memory_off, replace_memory, swap_memory
 
 LONG = 2048
@@ -141,7 +142,7 @@ def test_swap_acts_on_the_memory_in_the_cache(family: TinyFamily) -> None:
     memory = memory_of(model)
     assert memory is not None
     with torch.no_grad():
-        with remembered(memory) as seen:
+        with remembered() as seen:
             donor = model(**theirs, use_cache=True).past_key_values
         caches = [model(**mine, use_cache=True).past_key_values for _ in range(3)]
         swap_memory(caches[1], donor)
@@ -191,12 +192,12 @@ def test_control_branch_is_no_memory() -> None:
 
 def test_changes_keep_what_they_promise() -> None:
     embeds = torch.randn(1, 200, 8) * 3 + 1
-    valid = torch.ones(1, 200, dtype=torch.bool)
-    noise = matched_noise(0)(embeds, valid)
+    [noise] = matched_noise(0)([embeds])
     torch.testing.assert_close(noise.mean(1), embeds.mean(1), rtol=0, atol=0.8)
     torch.testing.assert_close(noise.std(1), embeds.std(1), rtol=0.2, atol=0)
     assert not torch.equal(noise, embeds)
-    others = [torch.full((1, 200, 8), float(k)) for k in range(3)]
-    mixed = mixed_from(others, 1)(embeds, valid)
+    others = [[torch.full((1, 200, 8), float(k))] for k in range(3)]
+    [mixed] = mixed_from(others, 1)([embeds])
     assert set(mixed.unique().tolist()) == {0.0, 1.0, 2.0}
-    assert taken_from(torch.arange(4.0)[None, :, None].expand(1, 4, 8))(embeds, valid).shape == embeds.shape
+    [taken] = taken_from([torch.arange(4.0)[None, :, None].expand(1, 4, 8)])([embeds])
+    assert taken.shape == embeds.shape

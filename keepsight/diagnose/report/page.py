@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from keepsight.diagnose.causal import CausalResult
 from keepsight.diagnose.layout import VisualLayout
 from keepsight.diagnose.lengths import LengthResult
 from keepsight.diagnose.report.svg import Line, heat_map, line_chart
 from keepsight.diagnose.results import Diagnosis, Written
 from keepsight.diagnose.statistics import Estimate
+from keepsight.diagnose.verdict import CausalResult
 
 PICTURE = 640  # longest side of an embedded picture, in pixels
 BINS = 96  # columns of the layer-by-time map
