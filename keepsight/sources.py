@@ -17,6 +17,9 @@ from keepsight.pvm import PvmConfig
 from keepsight.shipped import REFERENCE_NAME, resolve_base
 from keepsight.vismem import VisMemConfig
 
+#: In a memory's folder: the language model that was trained with it, as a LoRA (loaded beside it) or whole (its base).
+POLICY = "policy"
+
 _MEMORIES: dict[str, Any] = {"PVM": PvmConfig, "VISMEM": VisMemConfig}
 
 
@@ -60,6 +63,8 @@ def check_sources(
     """
     first = as_adapter(source, revision)
     infos = [] if first is None else [first]
+    if first is not None and (first.path / POLICY / CONFIG).is_file():
+        infos.append(inspect_adapter(first.path / POLICY))
     for name in adapters:
         info = as_adapter(name)
         if info is None:
@@ -77,7 +82,7 @@ def check_sources(
                 "or --base MODEL on the command line."
             )
         beside = first.path / base_name
-        if base is None and base_name.startswith("..") and beside.is_dir():
+        if base is None and base_name.startswith(".") and beside.is_dir():
             base_name = str(beside.resolve())
     try:
         config = base_config(base_name, revision if first is None else None)

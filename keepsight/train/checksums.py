@@ -7,6 +7,8 @@ from collections.abc import Collection
 
 import torch
 
+from keepsight.train.engines import whole
+
 
 def checksums(model: torch.nn.Module, skip: Collection[str] = ()) -> dict[str, str] | None:
     """Name of every parameter and buffer -> a digest of its bits. (About a second per GB.)
@@ -24,7 +26,7 @@ def checksums(model: torch.nn.Module, skip: Collection[str] = ()) -> dict[str, s
             continue
         if tensor.numel() == 0:
             return None
-        bits = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
+        bits = whole(tensor).contiguous().view(-1).view(torch.uint8).cpu().numpy()
         found[name] = hashlib.blake2b(memoryview(bits), digest_size=16).hexdigest()
     return found
 

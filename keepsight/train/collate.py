@@ -86,6 +86,14 @@ class ConversationCollator:
         last_visual = int(visual.max()) + 1 if len(visual) else 0
         return batch["input_ids"].shape[1], max(last_visual, int(learned.min()))
 
+    def prompt_length(self, messages: list[dict[str, Any]], images: list[Any]) -> int:
+        """Tokens of a prompt, as the model reads it before it answers."""
+        text = self._render(messages, add_generation_prompt=True)
+        encoded = self.processor(
+            text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt"
+        )
+        return int(encoded["input_ids"].shape[1])
+
     def _visual_positions(self, ids: torch.Tensor) -> torch.Tensor:
         names = ("image_token_id", "image_ids", "video_token_id")
         tokens = [getattr(self.processor, name, None) for name in names]

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.adapters import inspect_adapter
-from keepsight.errors import BrokenAdapterError, KeepsightError
+from keepsight.bases import check_weights
+from keepsight.errors import KeepsightError
+from keepsight.sources import POLICY
 
 RECORD = "keepsight_run.json"
+TRACES = (RECORD, "keepsight_frozen.json", "cost.json")
+"""What a run leaves that has saved nothing yet."""
 _PROBE = ".keepsight_probe"
 
 
@@ -32,7 +36,8 @@ def check_output(folder: Path, resume: bool = False, overwrite: bool = False) ->
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; the output directory must be a folder.")
     held = sorted(path.name for path in folder.iterdir() if path.name != _PROBE) if folder.is_dir() else []
-    if held and held != [RECORD] and not (resume or overwrite):  # a run that saved nothing leaves its record alone
+    saved = [name for name in held if name not in TRACES]
+    if saved and not (resume or overwrite):
         more = ", ..." if len(held) > 4 else ""
         raise OutputError(
             f"{folder} is not empty ({', '.join(held[:4])}{more}). Go on with the run in it: --resume. Start anew and "
@@ -113,9 +118,17 @@ def _what_is_wrong(checkpoint: Path) -> str | None:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return "saving it was interrupted"
+    policy = checkpoint / POLICY
     try:
-        inspect_adapter(checkpoint)
-    except BrokenAdapterError as error:
+        if (checkpoint / "config.json").is_file():
+            check_weights(checkpoint)
+        else:
+            inspect_adapter(checkpoint)
+        if (policy / "config.json").is_file():
+            check_weights(policy)
+        elif policy.is_dir():
+            inspect_adapter(policy)
+    except KeepsightError as error:
         return str(error)
     optimizer = checkpoint / "optimizer.pt"
     if optimizer.exists() and not zipfile.is_zipfile(optimizer):
@@ -152,8 +165,10 @@ def check_record(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def put_in_place(source: Path, folder: Path) -> None:
-    """Move files from `source` into `folder`, each in one step, so that a reader never sees half a file."""
-    for path in sorted(source.iterdir()):
-        if path.is_file():
-            os.replace(path, folder / path.name)
+    """Move files and folders from `source` into `folder`, each in one step, so that a reader never sees half of one."""
+    for path in sorted(source.iterdir(), key=lambda path: (path.is_file(), path.name)):
+        target = folder / path.name
+        if path.is_dir() and target.exists():
+            target.rename(source / f".{path.name}.replaced")
+        os.replace(path, target)
     shutil.rmtree(source)

@@ -1,4 +1,4 @@
-"""TRL's SFT trainer for a memory: gates with a rate of their own, the blindfold, a stop at the first bad loss."""
+"""What keepsight's trainers have in common, and the one for supervised fine-tuning; the steps are TRL's own."""
 
 from __future__ import annotations
 
@@ -7,50 +7,194 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from keepsight.errors import KeepsightError
-from keepsight.pvm import PvmConfig
+from keepsight.train.accounting import CostMeter
 from keepsight.train.blindfold import blindfold
 from keepsight.train.collate import ConversationCollator
 from keepsight.train.data import CheckedData, read_sample
-from keepsight.train.engines import keep_vision_whole, whole
-from keepsight.train.settings import SftSettings
+from keepsight.train.engines import keep_vision_whole
+from keepsight.train.learner import Learner
+from keepsight.train.monitor import Speed, gates_of, memory_gradient_norm, memory_used
+from keepsight.train.settings import RunSettings, SftSettings
+
+__all__ = ["OnLog", "TrainingDivergedError", "gates_of", "make_trainer"]
+
+OnLog = Callable[[dict[str, float], int, int], None]
+"""Called as `on_log(values, step, total steps)`."""
 
 
 class TrainingDivergedError(KeepsightError):
     """The loss became NaN or infinite."""
 
 
-def gates_of(model: torch.nn.Module) -> dict[int, float]:
-    """Decoder layer -> value of the active memory's gate."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        if "pvm_blocks." in name and name.endswith(".gate"):
-            found[int(name.partition(".layers.")[2].partition(".")[0])] = whole(parameter).float().item()
-    return dict(sorted(found.items()))
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class LearnerTrainer(_Base):
+    """Comes before a trainer of TRL among a class's bases: gates with a rate of their own, checkpoints that hold all
+    that is trained, a stop at the first bad loss, and logs of what the memory does. Set `setup` before training.
+    """
+
+    setup: Setup
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's optimiser, with the gates in a group of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        gates = [p for n, p in self.model.named_parameters() if n.endswith(".gate") and p.requires_grad]
+        if gates:
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if all(p is not gate for gate in gates)]
+            lr = self.setup.settings.lr * self.setup.settings.gate_lr_multiplier
+            optimizer.add_param_group({"params": gates, "lr": lr, "weight_decay": 0.0})
+        return optimizer
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's step; a loss that is not finite ends the run."""
+        with self.cover(model):
+            loss = super().training_step(model, *args, **kwargs)
+        settings = self.setup.settings
+        if not torch.isfinite(loss) and self.state.global_step == 0:
+            raise TrainingDivergedError(
+                f"The loss is {loss.item()} at the very first step, before anything was learned: the base's "
+                "weights are damaged, or the dtype overflows (try --dtype float32)."
+            )
+        if not torch.isfinite(loss):
+            raise TrainingDivergedError(
+                f"The loss became {loss.item()} at step {self.state.global_step + 1}; training has stopped. "
+                f"Checkpoints saved before are whole. Try a lower --lr (now {settings.lr:g}) or a smaller "
+                f"--gate-lr-multiplier (now {settings.gate_lr_multiplier:g}), and --resume or start anew."
+            )
+        return loss
+
+    def cover(self, model: Any) -> Any:
+        """What a training step happens under."""
+        return nullcontext()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self.setup.gradient = memory_gradient_norm(self.model)  # before it is clipped
+        return super()._clip_grad_norm(model)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """TRL's log, with gates, the memory's gradients, speed and memory used."""
+        setup = self.setup
+        if "loss" in logs:
+            logs.update({f"gate/{layer}": value for layer, value in gates_of(self.model).items()})
+            speed = setup.speed(max(getattr(self, "_total_train_tokens", 0), self.state.num_input_tokens_seen))
+            more = {"memory_grad_norm": setup.gradient, "tokens_per_second": speed, **memory_used()}
+            logs.update({name: value for name, value in more.items() if value is not None})
+            if setup.meter is not None:
+                setup.meter.steps = self.state.global_step - setup.first_step
+                setup.meter.write()
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            self.setup.learner.save_policy(model, Path(output_dir or self.args.output_dir), state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        learner = self.setup.learner
+        if learner.policy == "full" and learner.memory is None:
+            return None  # read when the model was
+        if not learner.policy_beside:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.is_fsdp_enabled:
+            raise KeepsightError(
+                "A run that trains a memory and its language model cannot be resumed under FSDP: transformers reads "
+                "back the memory alone. Resume it with recipes/accelerate/ddp.yaml or a DeepSpeed one, or start anew."
+            )
+        # The policy was read when the model was; transformers would take its folder for one more adapter.
+        self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+        return None
+
+
+@dataclass
+class Setup:
+    """What a `LearnerTrainer` knows beside its arguments.
+
+    Attributes:
+        settings: of the run.
+        learner: what is trained.
+        meter: counts what the run costs; None counts nothing.
+        first_step: of this session.
+        gradient: norm of the memory's gradients at the last step.
+        speed: of the run.
+    """
+
+    settings: RunSettings
+    learner: Learner
+    meter: CostMeter | None = None
+    first_step: int = 0
+    gradient: float | None = None
+    speed: Any = None
+
+    def __post_init__(self) -> None:
+        self.speed = Speed()
+
+
+def common_arguments(settings: RunSettings, folder: Path, config_class: Any, evaluates: bool) -> dict[str, Any]:
+    """The arguments of TRL's configs that all runs share."""
+    checkpointing = settings.checkpoints_gradients
+    # Newer transformers call it activation_checkpointing.
+    renamed = "activation" if any(f.name == "activation_checkpointing" for f in fields(config_class)) else "gradient"
+    return {
+        "output_dir": str(folder),
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps or -1,
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.grad_accum,
+        "learning_rate": settings.lr,
+        "lr_scheduler_type": settings.scheduler,
+        "warmup_steps": settings.warmup_ratio,  # below 1, transformers 5 takes it as a share of the steps
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "bf16": settings.uses_bf16,
+        f"{renamed}_checkpointing": checkpointing,
+        f"{renamed}_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "use_cpu": not settings.on_gpu,
+        "ddp_find_unused_parameters": False,  # a memory without images gives gradients of zero, not none
+        "seed": settings.seed,
+        "logging_steps": settings.logging_steps,
+        "logging_first_step": True,
+        "save_strategy": "steps",
+        "save_steps": settings.save_steps,
+        "save_total_limit": settings.keep_checkpoints,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": (settings.eval_steps or settings.save_steps) if evaluates else None,
+        "report_to": list(settings.report_to) or "none",
+        "dataloader_num_workers": settings.workers,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
 
 
 def make_trainer(
     model: Any,
     processor: Any,
-    pvm: PvmConfig | None,
+    learner: Learner,
     settings: SftSettings,
     folder: Path,
     data: CheckedData,
     eval_data: CheckedData | None,
     collator: ConversationCollator,
-    on_log: Callable[[dict[str, float], int, int], None] | None,
-    callbacks: list[Any],
+    on_log: OnLog | None = None,
+    callbacks: list[Any] | None = None,
+    blindfold_steps: int | None = None,
 ) -> Any:
-    """A trainer of a new memory on `model`, which checkpoints into `folder`.
+    """A trainer by supervised fine-tuning, which checkpoints into `folder`.
 
     Args:
-        model: the base, not yet wrapped by PEFT.
+        model: what `learner.put_on` returned.
         processor: saved beside every checkpoint.
-        pvm: the memory; None for `PvmConfig()`.
+        learner: what is trained.
         settings: how to train.
         folder: gets the checkpoints.
         data: checked training data.
@@ -58,89 +202,36 @@ def make_trainer(
         collator: makes batches; copied.
         on_log: called as `on_log(values, step, total steps)`.
         callbacks: further transformers callbacks.
+        blindfold_steps: other than in `settings`.
     """
-    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    class PvmTrainer(SFTTrainer):
-        """TRL's trainer with a learning rate for the gates, the blindfold, and a stop at the first bad loss."""
+    covered_steps = settings.blindfold_steps if blindfold_steps is None else blindfold_steps
 
-        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-            optimizer = super().create_optimizer(*args, **kwargs)
-            gates = [p for n, p in self.model.named_parameters() if n.endswith(".gate") and p.requires_grad]
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if all(p is not gate for gate in gates)]
-            lr = settings.lr * settings.gate_lr_multiplier
-            optimizer.add_param_group({"params": gates, "lr": lr, "weight_decay": 0.0})
-            return optimizer
+    class PvmTrainer(LearnerTrainer, SFTTrainer):
+        """TRL's SFT trainer, with what keepsight adds, the blindfold, and an account of its work."""
 
-        def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-            covered = self.state.global_step < settings.blindfold_steps
-            with blindfold(self.accelerator.unwrap_model(model)) if covered else nullcontext():
-                loss = super().training_step(model, *args, **kwargs)
-            if not torch.isfinite(loss) and self.state.global_step == 0:
-                raise TrainingDivergedError(
-                    f"The loss is {loss.item()} at the very first step, before anything was learned: the base's "
-                    "weights are damaged, or the dtype overflows (try --dtype float32)."
-                )
-            if not torch.isfinite(loss):
-                raise TrainingDivergedError(
-                    f"The loss became {loss.item()} at step {self.state.global_step + 1}; training has stopped. "
-                    f"Checkpoints saved before are whole. Try a lower --lr (now {settings.lr:g}) or a smaller "
-                    f"--gate-lr-multiplier (now {settings.gate_lr_multiplier:g}), and --resume or start anew."
-                )
-            return loss
+        def cover(self, model: Any) -> Any:
+            covered = self.state.global_step < covered_steps
+            return blindfold(self.accelerator.unwrap_model(model)) if covered else nullcontext()
 
-        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            if "loss" in logs:
-                logs.update({f"gate/{layer}": value for layer, value in gates_of(self.model).items()})
-            super().log(logs, *args, **kwargs)
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            meter = self.setup.meter
+            if meter is not None:
+                rows, length = inputs["input_ids"].shape
+                patches = meter.shape.patches(inputs)
+                if self.model.training:
+                    tokens = int(inputs["attention_mask"].sum())
+                    checkpointing = settings.checkpoints_gradients
+                    meter.trained(rows, length, tokens=tokens, patches=patches, checkpointing=checkpointing)
+                else:
+                    meter.read(rows, length, patches=patches)
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
-    class Report(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if on_log is not None and state.is_world_process_zero:
-                on_log(dict(logs), state.global_step, state.max_steps)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # The last step, too; and every checkpoint, so that a resumed run knows the tokens so far.
-            control.should_log |= control.should_save or state.global_step >= state.max_steps
-
-    gpu = settings.on_gpu
-    checkpointing = settings.checkpoints_gradients
-    # Newer transformers call it activation_checkpointing.
-    renamed = "activation" if any(f.name == "activation_checkpointing" for f in fields(SFTConfig)) else "gradient"
     args = SFTConfig(
-        output_dir=str(folder),
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
+        **common_arguments(settings, folder, SFTConfig, eval_data is not None and learner.learns),
         per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.grad_accum,
-        learning_rate=settings.lr,
-        lr_scheduler_type=settings.scheduler,
-        warmup_steps=settings.warmup_ratio,  # below 1, transformers 5 takes it as a share of the steps
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=(gpu and torch.cuda.is_bf16_supported()) if settings.bf16 is None else settings.bf16,
-        **{
-            f"{renamed}_checkpointing": checkpointing,
-            f"{renamed}_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
-        },
-        use_cpu=not gpu,
-        ddp_find_unused_parameters=False,  # a memory without images gives gradients of zero, not none
-        seed=settings.seed,
-        logging_steps=settings.logging_steps,
-        logging_first_step=True,
-        save_strategy="steps",
-        save_steps=settings.save_steps,
-        save_total_limit=settings.keep_checkpoints,
-        eval_strategy="no" if eval_data is None else "steps",
-        eval_steps=None if eval_data is None else settings.eval_steps or settings.save_steps,
-        report_to=list(settings.report_to) or "none",
-        dataloader_num_workers=settings.workers,
-        remove_unused_columns=False,
         max_length=None,  # the collator cuts, and the check has made sure of what it cuts
-        disable_tqdm=True,
         label_names=["labels"],
     )
     collator = copy.copy(collator)
@@ -152,9 +243,32 @@ def make_trainer(
         train_dataset=data.dataset,
         eval_dataset=None if eval_data is None else _Reader.marked(eval_data.dataset),
         processing_class=processor,
-        peft_config=copy.deepcopy(pvm) if pvm is not None else PvmConfig(),
-        callbacks=[Report(), *callbacks],
+        callbacks=[report_callback(on_log), *(callbacks or [])],
     )
+    return finish(trainer, Setup(settings, learner))
+
+
+def report_callback(on_log: OnLog | None) -> Any:
+    """A callback that hands logs on, and sees to it that the last step and every checkpoint are logged."""
+    from transformers import TrainerCallback
+
+    class Report(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if on_log is not None and state.is_world_process_zero:
+                on_log(dict(logs), state.global_step, state.max_steps)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            # The last step, too; and every checkpoint, so that a resumed run knows the tokens so far.
+            control.should_log |= control.should_save or state.global_step >= state.max_steps
+
+    return Report()
+
+
+def finish(trainer: Any, setup: Setup) -> Any:
+    """What every new trainer needs: its setup, no printing of its own, the vision encoder whole."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    trainer.setup = setup
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     keep_vision_whole(trainer.accelerator, trainer.model)

@@ -20,7 +20,7 @@ from tiny_training import FLAGS, QUICK, draw_digit, make_data, read_rows, write_
 
 import keepsight
 from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.train import sft
+from keepsight.train import run
 from keepsight.train.output import OutputError, check_space, last_checkpoint
 from keepsight.train.sft import SftSettings, TrainingDivergedError, TrainReport, train_pvm
 
@@ -319,7 +319,7 @@ def test_gradient_checkpointing_and_accumulation_change_nothing(tiny_vlm: Path, 
 def test_bad_settings_are_refused_before_weights_are_read(
     options: dict[str, Any], lesson: str, tiny_vlm: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sft, "load", lambda *args, **kwargs: pytest.fail("the weights were read"))
+    monkeypatch.setattr(run, "load", lambda *args, **kwargs: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match=lesson):
         train_pvm(tiny_vlm, data, tmp_path / "out", **({"settings": settings()} | options))
 
