@@ -1,8 +1,9 @@
 """Runs one vLLM engine in a process of its own: `python engine.py JOB.json ANSWERS.json`.
 
-An engine leaves global state behind (process groups, caches, the choice of kernels), so every configuration gets a fresh
-process. A job says which model, which engine arguments, and rounds of requests; all requests of a round are handed over
-at once. An answer is its tokens, their log-probabilities, and how many prompt tokens came from the prefix cache.
+An engine leaves global state behind (process groups, caches, the choice of kernels), so every configuration gets a
+fresh process. A job says which model, which engine arguments, and rounds of requests; all requests of a round are
+handed over at once. An answer is its tokens, their log-probabilities, and how many prompt tokens came from the prefix
+cache.
 """
 
 from __future__ import annotations
@@ -53,13 +54,11 @@ def main(job_file: str, answers_file: str) -> None:
     )
     rounds = []
     for requests in job["rounds"]:
-        prompts = [
-            {
-                "prompt": request["text"],
-                **({"multi_modal_data": {"image": [Image.open(i) for i in request["images"]]}} if request["images"] else {}),
-            }
-            for request in requests
-        ]
+        prompts: list[Any] = []
+        for request in requests:
+            prompts.append({"prompt": request["text"]})
+            if request["images"]:
+                prompts[-1]["multi_modal_data"] = {"image": [Image.open(file) for file in request["images"]]}
         chosen = [loras.get(request.get("lora")) for request in requests] if loras else None
         outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=chosen)
         rounds.append(

@@ -128,7 +128,8 @@ def _qwen3_5() -> tuple[Any, Any]:
     config = transformers.Qwen3_5Config(
         text_config=_text(
             head_dim=32,
-            rope_parameters=_MROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25, "mrope_interleaved": True},
+            rope_parameters=_MROPE
+            | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25, "mrope_interleaved": True},
             layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"],
             linear_key_head_dim=128,  # the CPU kernel knows no other
             linear_value_head_dim=128,
@@ -235,7 +236,9 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava_onevision": _llava_onevision,
 }
 #: What stands for one image in a prompt.
-PLACEHOLDER = dict.fromkeys(FAMILIES, _QWEN_PLACEHOLDER) | dict.fromkeys(["internvl", "llava_onevision"], "<|image_pad|>")
+PLACEHOLDER = dict.fromkeys(FAMILIES, _QWEN_PLACEHOLDER) | dict.fromkeys(
+    ["internvl", "llava_onevision"], "<|image_pad|>"
+)
 
 
 def make_base(family: str, folder: Path) -> Path:
@@ -245,7 +248,7 @@ def make_base(family: str, folder: Path) -> Path:
     model = transformers.AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2 and "embed_tokens" not in name and "lm_head" not in name:
+            if parameter.ndim >= 2 and "embed_tokens" not in name:
                 parameter.mul_(3)  # at the usual scale, random models of this size hardly look at their input
     model.generation_config = transformers.GenerationConfig(pad_token_id=TOKEN["<pad>"], do_sample=False)
     model.save_pretrained(folder)
