@@ -7,6 +7,7 @@ of the paper does not hold this pipeline.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -235,7 +236,9 @@ def _with_policy(source: str | Path, settings: InvocationSettings) -> tuple[Any,
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         policy = get_peft_model(base, lora, adapter_name=POLICY)
-    model = attach(policy.get_base_model(), infos, trainable=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
+        model = attach(policy.get_base_model(), infos, trainable=True)
     add_memory_tokens(processor, model)
     return model, processor, policy
 

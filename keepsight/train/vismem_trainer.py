@@ -178,8 +178,11 @@ class VisMemTrainer:
             advantages = self._advantages(batch)
             total = len(everyone) * settings.group_size
             values = self._optimise(batch, advantages, total)
-        merged = self._means.merged(self.accelerator)
-        if "kl" in merged:
+        nothing = (
+            {"loss": 0.0, "kl": 0.0} if settings.kl else {"loss": 0.0}
+        )  # where nothing depended on what is trained
+        merged = nothing | self._means.merged(self.accelerator)
+        if settings.kl:
             self.progress.kl_coefficient = grpo.kl_coefficient(settings.kl, merged["kl"], settings.target_kl)
         return merged | values | {"kl_coefficient": self.progress.kl_coefficient, "lr": self._rate}
 

@@ -1,0 +1,391 @@
+"""Both stages of VisMem's training: what they change, what they survive, and that several processes are one."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import draw_digit, write_rows
+
+import keepsight
+from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.train.accounting import RunCost
+from keepsight.train.conversations import DataError
+from keepsight.train.output import OutputError, last_checkpoint
+from keepsight.train.rewards import RewardError
+from keepsight.train.trainer import TrainingDivergedError
+from keepsight.train.vismem import (
+    FormationSettings,
+    InvocationSettings,
+    VisMemReport,
+    train_vismem_formation,
+    train_vismem_invocation,
+)
+from keepsight.vismem import VisMemBranch, VisMemConfig
+
+WEIGHTS = "adapter_model.safetensors"
+SIZES: dict[str, Any] = {
+    "num_queries": 2,
+    "num_short": 2,
+    "num_long": 3,
+    "query_width": 16,
+    "query_heads": 2,
+    "short_rank": 2,
+    "long_rank": 2,
+}
+QUICK: dict[str, Any] = {
+    "max_steps": 4,
+    "batch_size": 2,
+    "group_size": 3,
+    "lr": 3e-3,
+    "max_words": 6,
+    "max_invocations": 2,
+    "save_steps": 2,
+}
+OFTEN: dict[str, Any] = {"delimiter_probability": 1.0, "anywhere_probability": 0.3}
+
+
+def digits(completions: list[str], **columns: Any) -> list[float]:
+    """Share of the words that are digits: something that even an untrained model does now and then."""
+    return [sum(word.isdigit() for word in text.split()) / max(1, len(text.split())) for text in completions]
+
+
+def formation(**changes: Any) -> FormationSettings:
+    return FormationSettings(**(QUICK | OFTEN | {"device": "cpu"} | changes))
+
+
+def invocation(**changes: Any) -> InvocationSettings:
+    return InvocationSettings(**(QUICK | {"device": "cpu", "start_bias": 3.0} | changes))
+
+
+def make_questions(folder: Path, count: int = 7, without: int = 1) -> Path:
+    """Questions about digits; the last ones have no image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for index in range(count):
+        draw_digit(index).save(folder / f"{index}.png")
+        image = {} if index >= count - without else {"image": f"{index}.png"}
+        rows.append({"prompt": "describe", "answer": str(index), "subject": f"digit {index}", **image})
+    return write_rows(folder / "questions.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_questions(tmp_path_factory.mktemp("questions") / "data")
+
+
+@pytest.fixture(scope="module")
+def formed(tiny_vlm: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, VisMemReport]:
+    """A stage-I adapter; not to be changed."""
+    out = tmp_path_factory.mktemp("formed") / "one"
+    report = train_vismem_formation(
+        tiny_vlm,
+        questions,
+        out,
+        vismem=VisMemConfig(**SIZES),
+        rewards=[digits],
+        settings=formation(warm_start_steps=2),
+        text_only="keep",
+    )
+    return out, report
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / WEIGHTS)
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = tensors_of(a), tensors_of(b)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_stage_one_changes_the_memory_and_nothing_else(formed: tuple[Path, VisMemReport], tiny_vlm: Path) -> None:
+    out, report = formed
+    assert report.steps == 4
+    assert report.changed > 0
+    assert report.reference == "the policy without memory"
+    model, _ = keepsight.load(out)
+    memory = VisMemBranch.of(model).active
+    assert not memory.short_bank.is_untrained
+    assert not memory.long_bank.is_untrained
+    assert memory.rows.is_untrained  # stage II's business
+    bare, _ = keepsight.load(tiny_vlm)
+    kept = model.get_base_model().state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in bare.state_dict().items())
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_vlm)
+    assert "ours, not in the paper" in (out / "README.md").read_text()
+    assert report.warm_start.steps == 2
+
+
+@pytest.mark.parametrize("train", ["tokens", "lora"])
+def test_stage_two_changes_the_policys_part_and_nothing_else(
+    train: Any, formed: tuple[Path, VisMemReport], questions: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    out = tmp_path / "two"
+    report = train_vismem_invocation(
+        formed[0],
+        questions,
+        out,
+        rewards=[digits],
+        settings=invocation(train=train),
+        text_only="keep",
+        say=said.append,
+    )
+    before, after = tensors_of(formed[0]), tensors_of(out)
+    different = {name for name in before if not torch.equal(before[name], after[name])}
+    assert different
+    assert all(".rows." in name and not name.endswith("rows.start") for name in different)
+    assert any("no bit of any of the other" in line for line in said)
+    assert {"p_type", "p_neg", "dS", "kl"} <= report.last.keys()
+    assert report.last["invocations/short"] + report.last["invocations/long"] > 0
+    if train == "lora":
+        assert any(not torch.equal(v, torch.zeros_like(v)) for n, v in tensors_of(out / "policy").items() if "_B" in n)
+        model, processor = keepsight.load(out)
+    else:
+        model, processor = keepsight.load(out)
+    inputs = processor(text=["<|vision_start|><|image_pad|><|vision_end|> describe :"], images=[[draw_digit(3)]])
+    model.generate(**{name: torch.as_tensor(value) for name, value in inputs.items()}, max_new_tokens=12)
+
+
+def test_everything_is_logged(formed: tuple[Path, VisMemReport]) -> None:
+    out, report = formed
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    wanted = {"loss", "reward", "reward/digits", "group_std", "dS", "kl", "lr", "tokens_per_second", "gradient_norm"}
+    wanted |= {"invocations/short", "invocations/long", "gradient_norm/query_builder", "gradient_norm/long_former"}
+    assert all(wanted <= line.keys() for line in lines)
+    assert lines[-1]["tokens_generated"] == report.tokens_generated > 0
+    assert lines[-1]["tokens_trained"] == report.tokens_trained > 0
+    cost = RunCost.read(out)
+    assert cost.tokens_generated == report.tokens_generated
+    assert cost.tokens_trained == report.tokens_trained
+    assert cost.flops > 0
+    assert cost.steps == 4
+
+
+@pytest.mark.parametrize("stage", ["formation", "invocation"])
+def test_a_killed_run_resumes_to_the_same_weights(
+    stage: str, formed: tuple[Path, VisMemReport], tiny_vlm: Path, questions: Path, tmp_path: Path
+) -> None:
+    options = {"max_steps": 4, "save_steps": 1}
+    source = tiny_vlm if stage == "formation" else formed[0]
+
+    def train(out: Path, **more: Any) -> VisMemReport:
+        common: dict[str, Any] = {"rewards": ["test_vismem_train:digits"], "text_only": "keep", **more}
+        if stage == "formation":
+            config = VisMemConfig(**SIZES)
+            return train_vismem_formation(
+                source, questions, out, vismem=config, settings=formation(**options), **common
+            )
+        return train_vismem_invocation(source, questions, out, settings=invocation(**options), **common)
+
+    unbroken = train(tmp_path / "unbroken")
+    out = tmp_path / "killed"
+    run = multiprocessing.get_context("fork").Process(target=train, args=(out,))
+    run.start()
+    deadline = time.monotonic() + 120
+    while last_checkpoint(out)[0] is None and time.monotonic() < deadline and run.is_alive():
+        time.sleep(0.002)
+    os.kill(run.pid or 0, signal.SIGKILL)
+    run.join()
+    assert run.exitcode == -signal.SIGKILL
+    assert not (out / WEIGHTS).exists()
+
+    said: list[str] = []
+    report = train(out, resume=True, say=said.append)
+    assert report.resumed_from is not None
+    assert report.resumed_from >= 1
+    assert same(tmp_path / "unbroken", out)
+    assert (report.tokens_generated, report.last["reward"]) == (unbroken.tokens_generated, unbroken.last["reward"])
+    first, second = (
+        [json.loads(line)["reward"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "unbroken", out)
+    )
+    assert first == second
+    # Under other settings it is another run.
+    options["max_steps"] = 9
+    with pytest.raises(OutputError, match="max_steps was 4, now 9"):
+        train(out, resume=True)
+
+
+def test_data_that_cannot_be_rewarded_are_refused_before_weights_are_read(
+    tiny_vlm: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from keepsight.train import vismem
+
+    monkeypatch.setattr(vismem, "load", lambda *args, **kwargs: pytest.fail("the weights were read"))
+    with pytest.raises(DataError, match="no image"):
+        train_vismem_formation(tiny_vlm, questions, tmp_path / "a", rewards=[digits], settings=formation())
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    silent = write_rows(questions.parent / "silent.jsonl", [{**row, "answer": ""} for row in rows])
+    with pytest.raises(DataError, match="answer"):
+        train_vismem_formation(tiny_vlm, silent, tmp_path / "b", settings=formation(), text_only="keep")
+    with pytest.raises(RewardError, match="nowhere"):
+        train_vismem_formation(tiny_vlm, questions, tmp_path / "c", rewards=["nowhere:at_all"], settings=formation())
+    with pytest.raises(ValueError, match=r"query_width=50 is not a multiple"):
+        train_vismem_formation(tiny_vlm, questions, tmp_path / "d", vismem=VisMemConfig(query_width=50))
+    with pytest.raises(OutputError, match="cannot be written"):
+        train_vismem_formation(tiny_vlm, questions, "/proc/keepsight", rewards=[digits], settings=formation())
+    with pytest.raises(KeepsightError, match="is no adapter"):
+        train_vismem_invocation(tiny_vlm, questions, tmp_path / "e", rewards=[digits], settings=invocation())
+    with pytest.raises(ValueError, match="report_to='banana' is not installed"):
+        train_vismem_formation(tiny_vlm, questions, tmp_path / "f", settings=formation(report_to=("banana",)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("reward", "lesson"),
+    [
+        (lambda completions, **c: [float("nan")] * len(completions), "finite number"),
+        (lambda completions, **c: [0.0], "returned 1 numbers for 6 completions"),
+    ],
+)
+def test_a_bad_reward_is_named(reward: Any, lesson: str, tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
+    reward.__name__ = "dubious"
+    with pytest.raises(RewardError, match=rf"'dubious'.*{lesson}"):
+        train_vismem_formation(
+            tiny_vlm,
+            questions,
+            tmp_path / "out",
+            vismem=VisMemConfig(**SIZES),
+            rewards=[reward],
+            settings=formation(),
+            text_only="keep",
+        )
+
+
+def test_rewards_see_the_samples_columns(tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
+    seen: list[tuple[str, str, str]] = []
+
+    def spy(prompts: Any, completions: list[str], answer: list[str], subject: list[str]) -> list[float]:
+        for prompt, text, right, about in zip(prompts, completions, answer, subject, strict=True):
+            assert prompt[-1]["role"] == "user"
+            seen.append((text, right, about))
+        return [float(len(text)) for text in completions]
+
+    train_vismem_formation(
+        tiny_vlm,
+        questions,
+        tmp_path / "out",
+        vismem=VisMemConfig(**SIZES),
+        rewards=[spy],
+        settings=formation(max_steps=1),
+        text_only="keep",
+    )
+    assert len(seen) >= 6
+    assert all(about == f"digit {right}" for _, right, about in seen)
+    assert not any("memory|>" in text for text, _, _ in seen)
+
+
+def test_prompts_where_nothing_was_invoked_teach_nothing(tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
+    """No memory, no gradient: the weights stay, and nothing breaks."""
+    report = train_vismem_formation(
+        tiny_vlm,
+        questions,
+        tmp_path / "out",
+        vismem=VisMemConfig(**SIZES),
+        rewards=[digits],
+        settings=formation(delimiter_probability=1e-9, anywhere_probability=1e-9, max_steps=2),
+        text_only="keep",
+    )
+    assert report.last["gradient_norm"] == 0
+    assert report.changed == 0
+
+
+def test_micro_batches_change_nothing(tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
+    """However many rows a rollout or a forward holds, with checkpointing or without."""
+    runs = {
+        "together": {"rows_per_rollout": 99, "rows_per_forward": 99},
+        "apart": {"rows_per_rollout": 2, "rows_per_forward": 1, "gradient_checkpointing": True},
+    }
+    for name, options in runs.items():
+        train_vismem_formation(
+            tiny_vlm,
+            questions,
+            tmp_path / name,
+            vismem=VisMemConfig(**SIZES),
+            rewards=[digits],
+            settings=formation(max_steps=2, **options),
+            text_only="keep",
+        )
+    a, b = tensors_of(tmp_path / "together"), tensors_of(tmp_path / "apart")
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=0, atol=3e-4, msg=name)
+
+
+def test_a_diverging_run_stops_and_keeps_what_was_good(
+    tiny_vlm: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from keepsight.train.vismem_stages import Formation
+
+    original, calls = Formation.log_probs, [0]
+
+    def poisoned(self: Any, *args: Any) -> torch.Tensor:
+        calls[0] += 1
+        return original(self, *args) * (float("nan") if calls[0] > 4 else 1.0)
+
+    monkeypatch.setattr(Formation, "log_probs", poisoned)
+    out = tmp_path / "out"
+    with pytest.raises(TrainingDivergedError, match="in step"):
+        train_vismem_formation(
+            tiny_vlm,
+            questions,
+            out,
+            vismem=VisMemConfig(**SIZES),
+            rewards=[digits],
+            settings=formation(max_steps=30, save_steps=1, rows_per_forward=9),
+            text_only="keep",
+        )
+    assert last_checkpoint(out)[0] is not None
+    assert not (out / WEIGHTS).exists()
+
+
+def test_stage_two_of_an_untrained_memory_warns(tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    train_vismem_formation(
+        tiny_vlm,
+        questions,
+        one,
+        vismem=VisMemConfig(**SIZES),
+        rewards=[digits],
+        settings=formation(max_steps=1, delimiter_probability=1e-9, anywhere_probability=1e-9),
+        text_only="keep",
+    )
+    with pytest.warns(KeepsightWarning, match="learn when to invoke noise"):
+        train_vismem_invocation(
+            one, questions, tmp_path / "two", rewards=[digits], settings=invocation(max_steps=1), text_only="keep"
+        )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "lesson"),
+    [
+        ({"group_size": 1}, "at least 2"),
+        ({"lr": 0.0}, "above 0"),
+        ({"kl": -1.0}, "at least 0"),
+        ({"scheduler": "banana"}, "cosine, linear, constant"),
+        ({"delimiter_probability": 0.0, "anywhere_probability": 0.0}, "no memory would ever be formed"),
+        ({"delimiter_share": 1.5}, "from 0 to 1"),
+    ],
+)
+def test_impossible_settings(wrong: dict[str, Any], lesson: str) -> None:
+    with pytest.raises(ValueError, match=lesson):
+        FormationSettings(**wrong)
+
+
+def test_defaults_are_the_papers() -> None:
+    for settings in (FormationSettings(), InvocationSettings()):
+        assert (settings.batch_size, settings.epochs, settings.group_size, settings.iterations) == (8, 2, 16, 1)
+        assert (settings.lr, settings.scheduler, settings.warmup_ratio) == (5e-5, "cosine", 0.2)
+        assert (settings.clip, settings.kl, settings.target_kl) == (0.2, 0.015, 0.03)
+    assert FormationSettings().warm_start_steps == 0
+    assert InvocationSettings().invocation_cost == 0
