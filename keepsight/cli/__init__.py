@@ -40,7 +40,7 @@ COMMANDS = {
         "Make",
     ),
     "export": ("keepsight.cli.export", "export_app", "Make a folder that vLLM serves, memory and all.", "Serve"),
-    "lab": ("keepsight.cli.lab", "lab_app", "Make the small reference VLM that the demo runs on.", "Make"),
+    "lab": ("keepsight.cli.lab", "lab_app", "The small reference VLM, and the papers' claims asked of it.", "Make"),
 }
 
 HELP = """[bold]keepsight gives a vision-language model a memory for what it sees.[/bold]

@@ -1,4 +1,4 @@
-"""`keepsight lab`: make the small reference VLM that the demo runs on."""
+"""`keepsight lab`: make the small reference VLM, and run the studies on it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from keepsight.cli import lab_run
 from keepsight.cli.console import Interrupted, debugging, err, out, quiet, with_examples
 from keepsight.errors import KeepsightError
 
@@ -28,7 +29,7 @@ _STAGES = {
 
 @lab_app.callback()
 def _lab() -> None:
-    """Make the small reference VLM that the demo runs on."""
+    """Make the small reference VLM that the demo runs on, and ask it what the papers claim."""
 
 
 @with_examples(
@@ -112,3 +113,5 @@ def pretrain(
 
 
 lab_app.command("pretrain")(pretrain)
+lab_app.command("run")(lab_run.run)
+lab_app.command("list")(lab_run.list_studies)

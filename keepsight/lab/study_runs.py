@@ -60,7 +60,7 @@ def read_cell(file: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise StudyError(f"{file} is no result of a cell ({error}). Delete it and run the study again.") from error
-    return record if record.get("settings") == as_json(settings) else None
+    return record if record.get("settings") == as_json(dict(settings)) else None
 
 
 def as_json(value: Any) -> Any:
