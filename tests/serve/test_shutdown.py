@@ -1,0 +1,85 @@
+"""`keepsight serve` as a process: it says where it listens, and an order to stop lets what runs finish."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from live import ask, images, wait_for
+
+from keepsight.cli.serve import _name
+
+
+@pytest.fixture
+def process():
+    words = [sys.executable, "-m", "keepsight.cli", "serve", "--port", "0"]
+    running = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(iter(running.stderr.readline, "")), daemon=True)
+    reader.start()
+    wait_for(lambda: any("serving" in line for line in lines) or running.poll() is not None, 60)
+    yield running, lines, reader
+    running.kill()
+    running.wait()
+
+
+def test_sigterm_finishes_what_runs(process):
+    running, lines, reader = process
+    url = re.search(r"http://\S+?/v1", lines[-1])[0]
+    assert url.startswith("http://127.0.0.1:")
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    options = {
+        "model": "keepsight/reference",
+        "messages": ask(images(1)[0], "read zebra"),
+        "max_tokens": 300,
+        "logit_bias": {"3": -100},
+    }
+    stream = client.chat.completions.create(stream=True, **options)
+    chunks = [next(stream)]
+    whole = []
+    waiter = threading.Thread(target=lambda: whole.append(client.chat.completions.create(**options)))
+    waiter.start()
+    wait_for(lambda: "running_choices 2.0" in httpx.get(url.replace("/v1", "/metrics")).text)
+    running.send_signal(signal.SIGTERM)
+    chunks += list(stream)
+    waiter.join(60)
+    assert chunks[-1].choices[0].finish_reason == "length"
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert whole[0].choices[0].message.content == text
+    assert len(text.split()) > 200
+    assert running.wait(30) == 0
+    reader.join(10)
+    assert lines[-1] == "[finished]\n"
+    assert "zebra" not in "".join(lines)
+    assert text[:12] not in "".join(lines)
+    assert running.stdout.read() == ""
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
+
+
+def test_mistakes_are_told_before_anything_is_loaded(tmp_path):
+    def message(*words):
+        done = subprocess.run(
+            [sys.executable, "-m", "keepsight.cli", "serve", *words], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 1
+        assert done.stderr.count("error:") == 1
+        return done.stderr
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "Choose another" in message("--port", str(taken.getsockname()[1]))
+    assert "no such folder" in message("--allow-local-dir", str(tmp_path / "missing"))
+
+
+def test_a_model_is_called_what_its_folder_is_called(tmp_path):
+    folder = tmp_path / "my-memory"
+    folder.mkdir()
+    assert _name(str(folder)) == "my-memory"
+    assert _name("owner/name") == "owner/name"
+    assert _name("keepsight/reference") == "keepsight/reference" or Path("keepsight/reference").exists()
