@@ -155,9 +155,7 @@ def test_conversations_several_images_and_uploads(client):
         {"role": "user", "content": [{"type": "file", "file": {"file_id": file.id}}, *ask(first)[0]["content"][1:]]}
     ]
     expected = complete(client, first).choices[0].message.content
-    assert client.chat.completions.create(model=NAME, messages=by_file, max_tokens=LENGTH).choices[
-        0
-    ].message.content == (expected)
+    assert by_file.choices[0].message.content == expected
     assert complete(client, file.id).choices[0].message.content == expected
     assert client.files.retrieve(file.id).bytes == len(as_bytes(first))
     assert client.files.delete(file.id).deleted

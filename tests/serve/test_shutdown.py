@@ -6,14 +6,36 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+import transformers
 from live import ask, images, wait_for
+from typer.testing import CliRunner
 
+from keepsight.cli import app
 from keepsight.cli.serve import _name
+
+
+@pytest.fixture(autouse=True)
+def loud_again():
+    """The commands silence libraries; other tests should not inherit that."""
+    level = transformers.logging.get_verbosity()
+    with warnings.catch_warnings():
+        yield
+    transformers.logging.set_verbosity(level)
+    transformers.utils.logging.enable_progress_bar()
+
+
+def message(*words):
+    result = CliRunner().invoke(app, ["serve", *map(str, words)], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 1, result.output
+    assert result.stderr.count("error:") == 1
+    assert "Traceback" not in result.output
+    return result.stderr
 
 
 @pytest.fixture
@@ -63,18 +85,13 @@ def test_sigterm_finishes_what_runs(process):
         httpx.get(url)
 
 
-def test_mistakes_are_told_before_anything_is_loaded(tmp_path):
-    def message(*words):
-        done = subprocess.run(
-            [sys.executable, "-m", "keepsight.cli", "serve", *words], capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 1
-        assert done.stderr.count("error:") == 1
-        return done.stderr
-
+def test_mistakes_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("keepsight.loading.load_checked", lambda *a, **k: pytest.fail("it loads"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert "Choose another" in message("--port", str(taken.getsockname()[1]))
-    assert "no such folder" in message("--allow-local-dir", str(tmp_path / "missing"))
+        assert "Choose another" in message("--port", taken.getsockname()[1])
+    assert "no such folder" in message("--allow-local-dir", tmp_path / "missing")
+    assert "expected a host" in message("--allow-remote-host", "https://a.example/")
+    assert "no such folder" in message(tmp_path / "missing")
 
 
 def test_a_model_is_called_what_its_folder_is_called(tmp_path):
