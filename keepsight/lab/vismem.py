@@ -204,12 +204,11 @@ def answers_with_plan(reading: Reading, plan: Mapping[int, str], scored: int = S
     batch, found = reading.batch, []
     for fact, answer in enumerate(batch.answers.tolist()):
         if fact in plan:
-            reading.feed(int(batch.answers[fact - 1]) + 2) if fact else None
+            if fact:
+                reading.feed(int(batch.answers[fact - 1]) + 2)
             reading.remember(plan[fact])
         if fact >= len(batch.answers) - scored:
             found.append(reading.predict(torch.tensor([answer]))[:, 0].argmax(-1))
-        elif fact + 1 in plan:
-            reading.feed(answer + 2)
     return torch.stack(found, 1)
 
 

@@ -79,7 +79,9 @@ def read_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
     model, processor, facts = with_memory(bench, settings, seed)
     content, kind = settings["content"], settings.get("kind", "long")
     other = content.endswith("other")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(
+        seed + 100 * ["embeddings_noise", "short", "long"].index(content if content == "embeddings_noise" else kind)
+    )
     values, follows = {}, {}
     for length in settings["lengths"]:
         bench.report(f"reading at {length:,} tokens", 0.9)

@@ -35,7 +35,7 @@ from keepsight.train.grpo import (
 from keepsight.vismem import VisMemBranch
 from keepsight.vismem.tokens import LONG, SHORT
 
-BLOCKS, BUDGET, SCORED_FACTS = 4, 2, 2
+BLOCKS, BUDGET, SCORED_FACTS = 5, 2, 2
 KINDS = {1: SHORT, 2: LONG}
 """Action -> type; 0 is no invocation."""
 ACTIONS = tuple(a for a in itertools.product((0, 1, 2), repeat=BLOCKS) if sum(map(bool, a)) <= BUDGET)

@@ -282,9 +282,9 @@ WHEN = Study(
     method="VisMem",
     title="When to invoke (stage II)",
     setting=(
-        "Sequences of four blocks: 20 to 400 words of filler, a first fact, a decision at its full stop (short, long "
+        "Sequences of five blocks: 20 to 500 words of filler, a first fact, a decision at its full stop (short, long "
         "or no memory; at most two memories a sequence), two scored facts. Memories are the trained ones of the study"
-        " above. All 33 outcomes of each script were computed with real memories, so counterfactuals are exact. Stage"
+        " above. All 51 outcomes of each script were computed with real memories, so counterfactuals are exact. Stage"
         " II trains the invocation tokens' head rows and biases (194 numbers) on 48 train scripts; scores are of 48 "
         "test scripts, by the most probable action. The clock's threshold and type and the fixed schedule were chosen"
         " on the train scripts; hindsight takes each test script's best outcome and is a bound that no policy can "
@@ -347,7 +347,7 @@ WHEN = Study(
     settings={
         "plan": {},
         "split": "test",
-        "scripts": {"train": 12, "test": 12, "rows": 4, "max_gap": 400},
+        "scripts": {"train": 12, "test": 12, "rows": 4, "max_gap": 500},
     },
     seeds=(0, 1, 2),
     plot=Plot("bars", columns=("score",)),
