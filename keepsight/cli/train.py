@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from keepsight.cli import train_vismem
 from keepsight.cli.console import Interrupted, debugging, out, quiet, say, warn, with_examples
 from keepsight.errors import KeepsightError
 
@@ -224,6 +225,8 @@ def pvm(
 
 
 train_app.command("pvm")(pvm)
+train_app.command("vismem-formation")(train_vismem.formation)
+train_app.command("vismem-invocation")(train_vismem.invocation)
 
 
 def _nothing(line: str) -> None:

@@ -1,1 +1,21 @@
-"""Teaching a memory: data, supervised fine-tuning through TRL, and the blindfold warm-up."""
+"""Teaching a memory: supervised fine-tuning and reinforcement, and what they are held against."""
+
+from typing import Any
+
+#: Public name -> the module it is in. They are imported when first used: training needs an extra, keepsight does not.
+_PUBLIC = {
+    "FormationSettings": "vismem",
+    "InvocationSettings": "vismem",
+    "SftSettings": "sft",
+    "train_pvm": "sft",
+    "train_vismem_formation": "vismem",
+    "train_vismem_invocation": "vismem",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        import importlib
+
+        return getattr(importlib.import_module(f"keepsight.train.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'keepsight.train' has no attribute {name!r}")

@@ -246,6 +246,8 @@ class VisMemTrainer:
     def _optimise(self, batch: Batch, advantages: torch.Tensor, total: int) -> dict[str, float]:
         settings = self.settings
         rows = [i for i, trajectory in enumerate(batch.trajectories) if self.stage.depends(trajectory)]
+        others = [i for i in range(len(batch.trajectories)) if i not in set(rows)]
+        self._means.add("loss", -advantages[others])  # constants: their ratio is 1
         rows.sort(key=lambda i: len(batch.trajectories[i].ids), reverse=True)  # alike lengths together
         parts = [rows[i : i + settings.rows_per_forward] for i in range(0, len(rows), settings.rows_per_forward)]
         old: list[torch.Tensor | None] = [None] * len(parts)
