@@ -27,6 +27,7 @@ from peft import LoraConfig, get_peft_model
 from keepsight.backbone import Backbone
 from keepsight.lab.narration import FACT_LENGTH, Narrations, make_narrations
 from keepsight.lab.pretraining import narration_loss
+from keepsight.lab.tasks import TaskBatch
 from keepsight.pvm import PvmConfig
 from keepsight.pvm.hooks import MEMORY
 from keepsight.pvm.memory import VisualMemory
@@ -197,9 +198,22 @@ def train(
         seed: of initial weights and data; methods with the same plan and seed see the same batches.
         progress: called after every step.
     """
-    peft_model = attach(model, method, plan, seed).train()
-    gates = [p for n, p in peft_model.named_parameters() if p.requires_grad and n.endswith(".gate")]
-    others = [p for n, p in peft_model.named_parameters() if p.requires_grad and not n.endswith(".gate")]
+    attached = attach(model, method, plan, seed)
+    return fit(attached, method, plan, seed, lambda step, rng: training_batch(processor, plan, step, rng), progress)
+
+
+def fit(
+    model: Any,
+    method: str,
+    plan: TrainPlan,
+    seed: int,
+    make_batch: Callable[[int, np.random.Generator], Narrations | TaskBatch],
+    progress: Progress | None = None,
+) -> Trained:
+    """Train what is trainable of `model` (see `attach`) on the batches that `make_batch(step, rng)` makes."""
+    model.train()
+    gates = [p for n, p in model.named_parameters() if p.requires_grad and n.endswith(".gate")]
+    others = [p for n, p in model.named_parameters() if p.requires_grad and not n.endswith(".gate")]
     peaks = {"pvm": plan.pvm_lr, "mlp": plan.mlp_lr, "lora": plan.lora_lr, "sft": plan.sft_lr}
     peak = peaks[method.partition("_")[0]]
     groups = [{"params": others, "peak": peak}, {"params": gates, "peak": plan.gate_factor * peak}]
@@ -212,10 +226,10 @@ def train(
         pace = min(1.0, (step + 1) / 10) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / total)))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * pace
-        batch = training_batch(processor, plan, step, rng)
-        covered = blindfold(peft_model) if method == "pvm" and step < plan.warmup_steps else nullcontext()
+        batch = make_batch(step, rng)
+        covered = blindfold(model) if method == "pvm" and step < plan.warmup_steps else nullcontext()
         with covered:
-            logits = peft_model(**batch.model_inputs(), use_cache=False).logits
+            logits = model(**batch.model_inputs(), use_cache=False).logits
             loss, right = narration_loss(logits, batch, text_weight=0.1)
             loss.backward()
         torch.nn.utils.clip_grad_norm_([*others, *gates], 1.0)
@@ -225,7 +239,7 @@ def train(
         if progress is not None:
             progress(step + 1, total)
     return Trained(
-        model=peft_model.eval(),
+        model=model.eval(),
         parameters=sum(p.numel() for p in [*others, *gates]),
         seconds=time.perf_counter() - begin,
         final_accuracy=float(np.mean(recent[-20:])),

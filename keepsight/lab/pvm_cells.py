@@ -11,6 +11,7 @@ from keepsight.lab import evaluation
 from keepsight.lab.experiments import TrainPlan, at_length, train
 from keepsight.lab.pretraining import PretrainConfig, pretrain
 from keepsight.lab.reference import load_reference
+from keepsight.lab.refinement import RefinePlan, refine
 from keepsight.lab.study import Bench, Outcome
 
 
@@ -41,8 +42,8 @@ def train_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
     """Train one method on the seed's base, and read at all lengths. `method: base` reads without training.
 
     Settings: `method`, `plan`, `lengths`, `rows`, `split`; and `target` (train at this length), `control`
-    ("without_filler" or "squeezed", of the base), `strategy` (layers by the base's attention), `causal_at` (a length
-    at which the memory is tampered with).
+    ("without_filler" or "squeezed", of the base), `refine` (GRPO after training), `strategy` (layers by the base's
+    attention), `causal_at` (a length at which the memory is tampered with).
     """
     model, processor = narration_base(bench, seed)
     answers = settings["rows"] * evaluation.SCORED
@@ -66,6 +67,11 @@ def train_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
         "train_length": plan.train_length,
         "layers": list(plan.layers),
     }
+    if "refine" in settings:
+        refining = RefinePlan(**settings["refine"])
+        facts |= refine(
+            trained.model, processor, plan, refining, seed, lambda done, total: bench.report("GRPO", done / total)
+        )
     values = by_length(trained.model, processor, settings, seed)
     if "causal_at" in settings:
         batches = evaluation.question_batches(
