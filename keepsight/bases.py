@@ -45,6 +45,11 @@ def base_config(source: str | Path, revision: str | None = None) -> Any:
             f"{source}: its config.json cannot be used ({' '.join(str(error).split())[:300]})"
         ) from error
     family_of(config, str(source))
+    if hasattr(config, "keepsight_pvm"):
+        raise KeepsightError(
+            f"{source} is an export for vLLM, whose memory only vLLM would find. Serve it (vllm serve {source}), or "
+            "load the adapter that it was made from."
+        )
     return config
 
 

@@ -1,0 +1,181 @@
+"""`keepsight export vllm`: what the folder holds, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoProcessor
+from typer.testing import CliRunner
+
+import keepsight
+from keepsight.cli import app
+from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.serve.vllm import check
+from keepsight.serve.vllm import export as exporting
+from keepsight.serve.vllm.export import ExportError, export_vllm
+from keepsight.shipped import reference_path
+
+MEMORY, INDEX = "keepsight_memory.safetensors", "model.safetensors.index.json"
+
+
+def saved(folder: Path, config: Any) -> Path:
+    model, _ = keepsight.load("keepsight/reference")
+    torch.manual_seed(0)
+    get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("memory"), keepsight.PvmConfig(layers=[1, 2], width=32, init_gate=0.5))
+
+
+def test_the_folder_holds_the_base_and_the_memory(adapter: Path, tmp_path: Path) -> None:
+    made = export_vllm(adapter, tmp_path / "out")
+    out, base = made.folder, reference_path()
+    config = json.loads((out / "config.json").read_text())
+    plain = json.loads((base / "config.json").read_text())
+    assert config["architectures"] == ["KeepsightQwen3VLForConditionalGeneration"]
+    memory = config.pop("keepsight_pvm")
+    assert {**config, "architectures": plain["architectures"]} == plain
+    assert (memory["layers"], memory["width"], memory["causal"]) == ([1, 2], 32, True)
+    assert AutoConfig.from_pretrained(out).keepsight_pvm == memory
+    assert AutoProcessor.from_pretrained(out).tokenizer.get_vocab()
+
+    assert (out / "model.safetensors").is_symlink()
+    assert (out / "model.safetensors").samefile(base / "model.safetensors")
+    theirs, ours = load_file(adapter / "adapter_model.safetensors"), load_file(out / MEMORY)
+    assert {f"base_model.model.{name}" for name in ours} == set(theirs)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[f"base_model.model.{name}"])
+    index = json.loads((out / INDEX).read_text())["weight_map"]
+    assert {name for name, file in index.items() if file == MEMORY} == set(ours)
+    assert {name for name, file in index.items() if file == "model.safetensors"} == set(
+        load_file(base / "model.safetensors")
+    )
+
+
+def test_copied_weights_are_files_of_their_own(adapter: Path, tmp_path: Path) -> None:
+    export_vllm(adapter, tmp_path / "out", weights="copy")
+    copy = tmp_path / "out" / "model.safetensors"
+    assert not copy.is_symlink()
+    assert copy.read_bytes() == (reference_path() / "model.safetensors").read_bytes()
+
+
+def test_an_export_is_never_loaded_without_its_memory(adapter: Path, tmp_path: Path) -> None:
+    export_vllm(adapter, tmp_path / "out")
+    with pytest.raises(KeepsightError, match=r"export for vLLM.*vllm serve.*load the adapter"):
+        keepsight.load(tmp_path / "out")
+
+
+def vismem(folder: Path) -> Path:
+    return saved(folder, keepsight.VisMemConfig())
+
+
+def lora(folder: Path) -> Path:
+    return saved(folder, LoraConfig(r=2, target_modules=["down_proj"]))
+
+
+REFUSED = {
+    "vismem": (vismem, r"is a VisMem.*keepsight serve"),
+    "control": (lambda f: saved(f, keepsight.PvmConfig(branch="mlp")), r"iso-parameter control.*no memory"),
+    "published rule": (
+        lambda f: saved(f, keepsight.PvmConfig(causal=False)),
+        r"non-causal rule.*text before an image.*prefixes.*--allow-noncausal",
+    ),
+    "lora": (lora, r"exactly one PVM.*\(LORA\).*needs no export"),
+    "plain model": (lambda f: reference_path(), r"exactly one PVM.*a plain model"),
+    "nothing": (lambda f: f / "nowhere", r"no such folder"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_vllm_cannot_serve_is_refused(what: str, tmp_path: Path) -> None:
+    make, lesson = REFUSED[what]
+    with pytest.raises((KeepsightError, FileNotFoundError), match=f"(?s){lesson}"):
+        export_vllm(make(tmp_path / "adapter"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_published_rule_is_served_with_a_loud_warning_only(tmp_path: Path) -> None:
+    adapter = saved(tmp_path / "adapter", keepsight.PvmConfig(causal=False))
+    with pytest.warns(KeepsightWarning, match=r"non-causal rule.*served by the causal rule.*answers can differ"):
+        export_vllm(adapter, tmp_path / "out", allow_noncausal=True)
+
+
+def test_two_memories_are_refused(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="exactly one PVM"):
+        export_vllm(adapter, tmp_path / "out", more=[adapter])
+
+
+def test_a_folder_that_is_there(adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_vllm(adapter, out)
+    with pytest.raises(ExportError, match=r"exists.*--overwrite"):
+        export_vllm(adapter, out)
+    export_vllm(adapter, out, overwrite=True)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "diary.txt").write_text("dear diary")
+    with pytest.raises(ExportError, match="not an earlier export"):
+        export_vllm(adapter, mine, overwrite=True)
+    with pytest.raises(ExportError, match="is a file"):
+        export_vllm(adapter, mine / "diary.txt" / "out")
+    assert [file.name for file in mine.iterdir()] == ["diary.txt"]
+
+
+def test_whole_or_not_at_all(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    export_vllm(adapter, out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting.os, "symlink", full)
+    with pytest.raises(OSError, match="No space"):
+        export_vllm(adapter, out, overwrite=True)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_command(adapter: Path, tmp_path: Path) -> None:
+    side = lora(tmp_path / "side")
+    words = ["export", "vllm", str(adapter), str(tmp_path / "out"), "--lora", str(side)]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 0, result.output
+    assert f"vllm serve {tmp_path / 'out'} --enable-lora --lora-modules side={side}" in result.stdout
+    again = CliRunner().invoke(app, words, env={"COLUMNS": "200", "TERM": "dumb"})
+    assert again.exit_code == 1
+    assert "--overwrite" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("0.32.0", None),
+        ("0.32.1+cpu", None),
+        ("0.33.0", "this is vLLM 0.33.0"),
+        ("0.320.1", "this is vLLM 0.320.1"),
+        (None, "not installed"),
+    ],
+)
+def test_one_minor_version_of_vllm(version: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "installed_version", lambda: version)
+    found = check.why_not()
+    assert (found is None) if reason is None else (found is not None and reason in found)
+
+
+def test_the_plugin_leaves_an_environment_without_vllm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from keepsight.serve.vllm_plugin import register
+
+    monkeypatch.setattr(check, "installed_version", lambda: None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    register()
