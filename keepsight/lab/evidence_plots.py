@@ -79,6 +79,6 @@ def _bars(axes: Any, study: Study, plot: Plot, results: Results, rows: list[str]
     axes.tick_params(axis="y", length=0)
     if all(labels[column].percent for column in plot.columns):
         axes.set_xlim(0, 104)
-    column = labels[plot.columns[0]]
-    named = f"{column.label} tokens" if column.label.replace(",", "").isdigit() else column.label
-    axes.set_xlabel(("% right" if column.percent else "") + ("" if several else f" ({named})"))
+    first = labels[plot.columns[0]]
+    named = f"{first.label} tokens" if first.label.replace(",", "").isdigit() else first.label
+    axes.set_xlabel(("% right" if first.percent else "") + ("" if several else f" ({named})"))

@@ -25,7 +25,9 @@ def narration_base(bench: Bench, seed: int) -> tuple[Any, Any]:
 
 def plan_of(settings: dict[str, Any]) -> TrainPlan:
     """The training plan that a cell's settings describe."""
-    plan = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.get("plan", {}).items()}
+    plan: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in settings.get("plan", {}).items()
+    }
     return TrainPlan(**plan)
 
 

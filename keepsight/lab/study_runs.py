@@ -6,6 +6,7 @@ again; nothing is mixed.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import multiprocessing
@@ -175,7 +176,7 @@ def run_tasks(
     if workers <= 1:
         for task in todo:
             try:
-                on_done(task, run_task(task, lambda what, share, t=task: on_progress(t, what, share)))
+                on_done(task, run_task(task, functools.partial(on_progress, task)))
             except Exception:
                 on_done(task, traceback.format_exc())
         return
