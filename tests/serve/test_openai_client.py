@@ -151,9 +151,9 @@ def test_conversations_several_images_and_uploads(client):
     answer = client.chat.completions.create(model=NAME, messages=messages, max_tokens=4)
     assert answer.usage.prompt_tokens > 2 * 16
     file = client.files.create(file=("a.png", as_bytes(first)), purpose="vision")
-    by_file = [
-        {"role": "user", "content": [{"type": "file", "file": {"file_id": file.id}}, *ask(first)[0]["content"][1:]]}
-    ]
+    content = [{"type": "file", "file": {"file_id": file.id}}, ask(first)[0]["content"][1]]
+    messages = [{"role": "user", "content": content}]
+    by_file = client.chat.completions.create(model=NAME, messages=messages, max_tokens=LENGTH)
     expected = complete(client, first).choices[0].message.content
     assert by_file.choices[0].message.content == expected
     assert complete(client, file.id).choices[0].message.content == expected
