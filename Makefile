@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest test-vllm lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/keepsight demo
@@ -21,6 +21,14 @@ lint: $(VENV)/.installed
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -n 2 -q
 
+# The vLLM plugin, in an environment of its own: vLLM's CPU build pins other versions than ours.
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest -q tests_vllm
+
+.venv-vllm/.installed: pyproject.toml tests_vllm/requirements.txt tests_vllm/make_env.sh
+	PYTHON=$(PYTHON) tests_vllm/make_env.sh .venv-vllm
+	touch $@
+
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -34,4 +42,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest keepsight-demo
+	rm -rf .venv .venv-oldest .venv-vllm keepsight-demo

@@ -109,11 +109,7 @@ def export_vllm(
     source = _base_folder(base_name)
     files = weight_files(source)
     described = read_json(source / "config.json", "a checkpoint folder has a config.json beside its weights")
-    described |= {
-        "architectures": [served.architecture],
-        CONFIG_KEY: {name: value for name, value in config.to_dict().items() if name in _described(config)},
-    }
-    described.pop("auto_map", None)
+    described = describe(described, config, served)
     size = sum(file.stat().st_size for file in files)
     with new_folder(target) as folder:
         _copy_side_files(source, memory.path, folder)
@@ -214,10 +210,19 @@ def _base_folder(base: str) -> Path:
     return Path(snapshot_download(base, allow_patterns=["*.safetensors", f"*{INDEX}", *(f"*{end}" for end in _COPIED)]))
 
 
-def _described(config: PvmConfig) -> set[str]:
-    """Settings of the memory that serving needs; the rest concerns training or this machine."""
-    shape = {"layers", "width", "ffn_width", "head_dim", "num_kv_heads", "attention_bias", "eps", "causal", "branch"}
-    return shape | {name for name in vars(config) if name.startswith("base_") and name != "base_model_name_or_path"}
+def describe(base: dict[str, Any], config: PvmConfig, served: Served) -> dict[str, Any]:
+    """The export's config.json: the base's, with our architecture and what serving must know of the memory.
+
+    Args:
+        base: content of the base's config.json.
+        config: the memory's, resolved.
+        served: the family.
+    """
+    wanted = ["layers", "width", "ffn_width", "head_dim", "num_kv_heads", "attention_bias", "eps", "causal", "branch"]
+    wanted += ["base_model_type", "base_num_layers", "base_hidden_size"]
+    memory = {name: value for name, value in config.to_dict().items() if name in wanted}
+    plain = {name: value for name, value in base.items() if name != "auto_map"}
+    return plain | {"architectures": [served.architecture], CONFIG_KEY: memory}
 
 
 def _renamed(tensor: Any) -> Any:

@@ -13,6 +13,7 @@ place.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -41,6 +42,11 @@ class WithMemory:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         config = memory_config(vllm_config.model_config.hf_config)
         _refuse_what_would_break(vllm_config)
+        if not config.causal:
+            logging.getLogger("vllm.keepsight").warning(
+                "This memory was trained with the published, non-causal rule and is served by the causal one: text before "
+                "an image gets no memory of it. Answers differ from those of the Hugging Face path."
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         positions = vllm_config.scheduler_config.max_num_batched_tokens
         self._visual = torch.zeros(positions, 1, dtype=torch.bool)
