@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,18 @@ from keepsight.lab.pretraining import (
     visual_tokens,
 )
 from keepsight.lab.reference import HEAD_DIM, build_model, build_processor, load_reference, save_reference
-from keepsight.lab.tasks import COLOURS, ID, PAPERS, TASKS, WORDS, TaskBatch, draw_scene, facts_for_length, make_batch
+from keepsight.lab.tasks import (
+    COLOURS,
+    ID,
+    PAPERS,
+    PATH_CELLS,
+    TASKS,
+    WORDS,
+    TaskBatch,
+    draw_scene,
+    facts_for_length,
+    make_batch,
+)
 
 MIXTURE = {"read": 3, "colour": 2, "locate": 3, "count": 3, "path": 4, "rows": 3, "pair": 3, "recall": 2}
 """How often narrations are about each task."""
@@ -125,22 +137,24 @@ def _short(
         progress("short", step + 1, config.short_steps)
 
 
-def short_facts(rng: np.random.Generator, tasks: tuple[str, ...] = tuple(MIXTURE), tokens: int = 48) -> list[Any]:
-    """Facts of a narration of about `tokens` tokens: of one task, or of two about one image."""
+def short_facts(
+    rng: np.random.Generator, tasks: Sequence[str] = tuple(MIXTURE), tokens: int = 48, max_gap: int = 4
+) -> list[tuple[int, str]]:
+    """Facts of a narration of about `tokens` tokens at most: of one task, or of two that can share a narration."""
     weights = np.asarray([MIXTURE[name] for name in tasks], float)
-    chosen = list(rng.choice(tasks, 2, replace=True, p=weights / weights.sum()))
+    chosen = [str(name) for name in rng.choice(tasks, 2, replace=True, p=weights / weights.sum())]
     if "pair" in chosen:
-        chosen = ["pair", "pair"]
+        chosen = ["pair"]
     notes = int(rng.integers(2, 5)) if "recall" in chosen else 0
     facts: list[tuple[int, str]] = [(0, "note")] * notes
-    used = 5 * notes
+    used = 4 * notes
     left = {name: TASKS[name].most for name in chosen} | ({"recall": notes} if notes else {})
     while used < tokens and any(left.values()):
-        name = str(rng.choice([name for name in chosen if left[name]]))
-        gap = int(rng.integers(0, 5))
+        name = str(rng.choice([name for name in left if left[name]]))
+        gap = int(rng.integers(0, max_gap + 1))
         facts.append((gap, name))
         left[name] -= 1
-        used += gap + (8 if name == "path" else 5)
+        used += gap + (2 * PATH_CELLS + 2 if name == "path" else 4)
     return facts
 
 
