@@ -6,8 +6,8 @@
     python benchmarks/serve_vllm.py --show benchmarks/results/serve/*.json
 
 Run it where vLLM is installed (`tests_vllm/make_env.sh` on a machine without a GPU). Weights are random and never
-written: vLLM fills them in itself. Two engines, one of the plain model and one with a memory, live in processes of their
-own and take turns, so that a busy machine slows both; what is compared are the turns of one round.
+written: vLLM fills them in itself. Two engines, one of the plain model and one with a memory, live in processes of
+their own and take turns, so that a busy machine slows both; what is compared are the turns of one round.
 """
 
 from __future__ import annotations

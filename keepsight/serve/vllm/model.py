@@ -44,8 +44,8 @@ class WithMemory:
         _refuse_what_would_break(vllm_config)
         if not config.causal:
             logging.getLogger("vllm.keepsight").warning(
-                "This memory was trained with the published, non-causal rule and is served by the causal one: text before "
-                "an image gets no memory of it. Answers differ from those of the Hugging Face path."
+                "This memory was trained with the published, non-causal rule and is served by the causal one: text "
+                "before an image gets no memory of it. Answers differ from those of the Hugging Face path."
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         positions = vllm_config.scheduler_config.max_num_batched_tokens
