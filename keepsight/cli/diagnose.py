@@ -94,7 +94,8 @@ def diagnose(
         model, processor = load_checked(base_name, infos, **options)
         other = None if control is None else load(control, base=base, **options)[0]
     from keepsight.diagnose.results import Diagnosis
-    from keepsight.diagnose.run import Settings, examine
+    from keepsight.diagnose.run import examine
+    from keepsight.diagnose.settings import Settings
 
     settings = Settings(
         steps=steps,

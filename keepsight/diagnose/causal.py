@@ -67,6 +67,7 @@ class Battery:
         steps: tokens that the model writes per sample where there are no references.
         seed: of noise and choices.
         memory: which memory to tamper with; default: the one the model carries.
+        only: of `CONDITIONS`, these, and nothing half-way; "other image" is needed for a verdict.
     """
 
     def __init__(
@@ -77,11 +78,14 @@ class Battery:
         steps: int = 128,
         seed: int = 0,
         memory: Memory | None = None,
+        only: Sequence[str] | None = None,
     ):
         assert bool(cases) != bool(samples), "either cases with references or samples without"
         self.reader, self.cases, self.steps, self.seed = reader, list(cases), steps, seed
         self.samples = [case.sample for case in cases] or list(samples)
         self.memory: Memory | None = memory or memory_of(reader.model)
+        self.conditions = tuple(CONDITIONS) if only is None else tuple(only)
+        self.with_half_way = only is None
         self._score: dict[str, list[np.ndarray]] = {}
         self._logprob: dict[str, list[np.ndarray]] = {}
         self._content: dict[str, list[np.ndarray]] = {}
@@ -115,14 +119,14 @@ class Battery:
             if free is not own:
                 free_plan = memory.plan(self.reader, inputs, free.text, free.scored)
                 texts.append(self._with_contents(free, free_plan, inputs, others))
-            for name in ("intact", *CONDITIONS):
+            for name in ("intact", *self.conditions):
                 row = self._row(name, inputs, texts, self.seed * 1000 + index)
                 if row is not None:
                     rows[name] = row
             if not self.cases:
                 blind = self._read_blind(texts[-1], others[:DONORS])
         half: dict[str, dict[str, Any]] = {}
-        if sample.sees:
+        if sample.sees and self.with_half_way:
             other, images = self._other_case(index)
             half = half_way(self.reader, memory, own, plan, inputs, other, images)
         # Only now, when the sample is complete, it counts: an interrupted one leaves no unpaired figures.
@@ -188,8 +192,8 @@ class Battery:
             with memory.off():
                 return self._figures(texts, lambda text: reader.read(inputs, text.case.text), self._again(inputs))
         if name == "other type":
-            plans = [memory.other_type(text.plan) for text in texts]
-            if not texts[0].plan or any(plan is None for plan in plans):
+            plans = [plan for text in texts if (plan := memory.other_type(text.plan)) is not None]
+            if not texts[0].plan or len(plans) < len(texts):
                 return None
             exchanged = dict(zip(map(id, texts), plans, strict=True))
             return self._figures(

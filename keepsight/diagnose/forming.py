@@ -25,8 +25,8 @@ class FormingTrace:
         layers: [L] int64.
         image: [L, N] float32, share on the image (visual states, or patches), mean over heads.
         uniform: the share that the image would get from even attention.
-        where: [N, M] float32, share on each visual token, mean over layers and heads; None where patches do not stand in
-            the order of visual tokens.
+        where: [N, M] float32, share on each visual token, mean over layers and heads; None where patches do not stand
+            in the order of visual tokens.
         layout: where the M visual tokens lie; None if it is not known.
     """
 

@@ -237,16 +237,16 @@ class InvocationCount:
         rng = np.random.default_rng(seed)
         taken = [place for place, _ in output.plan]
         free = [i for i in range(1, len(output.text)) if all(abs(i - place) > WINDOW for place in taken)]
-        chosen = rng.choice(free, min(4, len(free)), replace=False) if free else []
-        values = [repetition(output.text.tolist(), int(place)) for place in chosen]
+        chosen: list[int] = rng.choice(free, min(4, len(free)), replace=False).tolist() if free else []
+        values = [repetition(output.text.tolist(), place) for place in chosen]
         return [value for value in values if value is not None]
 
     def result(self) -> InvocationResult:
         """What was found in the outputs that are finished."""
         result = InvocationResult(self.memory.policy.name, self.memory.policy.model_decides)
         for name in dict.fromkeys(name for name, _, _ in self._outputs):
-            mine = [(len(output.text), formed) for dataset, output, formed in self._outputs if dataset == name]
-            result.datasets[name] = _count(mine)
+            outputs = [(len(output.text), formed) for dataset, output, formed in self._outputs if dataset == name]
+            result.datasets[name] = _count(outputs)
         for kind in ("short", "long"):
             mine = [f for f in self._followed if f.memory.kind == kind]
             if mine:
@@ -296,7 +296,7 @@ def _count(outputs: list[tuple[int, list[Formed]]]) -> DatasetInvocations:
                 if memory.kind == kind:
                     hits[row, tenth(memory.place, length)] += 1
         ratio[kind] = [estimate(column) for column in (hits > 0).T]
-        any_[kind] = estimate(hits.any(1))
+        any_[kind] = estimate(np.any(hits, axis=1))
         count[kind] = estimate(hits.sum(1))
     return DatasetInvocations(len(outputs), float(np.mean([length for length, _ in outputs])), ratio, any_, count)
 

@@ -7,8 +7,8 @@ whole text is read once with all latents in place. Other contents take the first
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ from keepsight.vismem.memory import Formation, Sight, read_sights
 from keepsight.vismem.tokens import LONG, SHORT, TYPES, MemoryTokens
 
 if TYPE_CHECKING:
-    from keepsight.diagnose.cases import Reader
     from keepsight.diagnose.memories import Inputs, Plan
+    from keepsight.diagnose.reader import Reader
 
 REACH = 64  # text tokens after which a further scored answer gets a memory of its own
 
@@ -76,7 +76,7 @@ class VisMemHandle:
         self.model, self.branch, self.seed, self.kind = model, branch, seed, kind
         self.backbone, self.config = Backbone.of(model), branch.config
         self.layers: list[int] = []
-        self.tokens = MemoryTokens(branch.config.token_ids)
+        self.tokens = MemoryTokens(branch.config.token_ids or [])
         memory = branch.active
         banks = ((SHORT, memory.short_bank), (LONG, memory.long_bank))
         self.trained = tuple(name for name, bank in banks if not bank.is_untrained)
@@ -126,7 +126,8 @@ class VisMemHandle:
         if len(self.trained) == 1:
             return [self.trained[0]] * len(places)
         if not self.chooses or not places:
-            return [TYPES[i % 2] for i in range(len(places))]
+            first = int(text.sum())  # either type as often over many texts, and always the same for one
+            return [TYPES[(first + i) % 2] for i in range(len(places))]
         logits = reader.logits(inputs, text)[torch.tensor(places)]
         own = logits[:, [self.tokens.invoke[kind] for kind in TYPES]].argmax(-1)
         return [TYPES[int(i)] for i in own]
@@ -180,6 +181,7 @@ class VisMemHandle:
             longer = reader.with_text(inputs, placed.ids[: start + 1])
             with vismem_scope.watching() as watch, self._spliced(longer, [latents for _, latents in found]):
                 self.model(**longer, use_cache=False, logits_to_keep=1)
+            assert watch.hidden is not None
             if sight is None:
                 hidden = watch.hidden[:, :prompt]
                 sight = read_sights(self.backbone, watch.vision_calls, inputs["input_ids"], hidden, inputs)[0]
@@ -199,11 +201,24 @@ class VisMemHandle:
         self, reader: Reader, inputs: Inputs, text: torch.Tensor, plan: Plan, contents: Contents | None = None
     ) -> torch.Tensor:
         """See `Memory.read`."""
+        placed, longer = self.with_memories(reader, inputs, text, plan, contents)
+        with longer:
+            return reader.log_probabilities(reader.logits(inputs, placed.ids)[placed.slots])
+
+    def with_memories(
+        self, reader: Reader, inputs: Inputs, text: torch.Tensor, plan: Plan, contents: Contents | None = None
+    ) -> tuple[Placed, AbstractContextManager[Inputs]]:
+        """The text with its memories, and a scope in which one forward of prompt and text has the latents in place."""
         if contents is None:
             contents = self.contents(reader, inputs, text, plan)
         placed = self.place(text, plan)
-        with self._spliced(reader.with_text(inputs, placed.ids), contents):
-            return reader.log_probabilities(reader.logits(inputs, placed.ids)[placed.slots])
+        longer = reader.with_text(inputs, placed.ids)
+        return placed, self._entered(longer, contents)
+
+    @contextmanager
+    def _entered(self, longer: Inputs, contents: Contents) -> Iterator[Inputs]:
+        with self._spliced(longer, contents):
+            yield longer
 
     def read_swapped(
         self, reader: Reader, inputs: Inputs, new: Inputs, text: torch.Tensor, cut: int, plan: Plan
@@ -231,7 +246,9 @@ def forced(plan: Plan) -> MemoryPolicy:
 
 def given(contents: Contents | None) -> AbstractContextManager[Any]:
     """Generation with latents of our own: the first memory gets the first, and so on; further ones are formed."""
-    left = list(contents or [])
+    if contents is None:
+        return nullcontext()
+    left = list(contents)
 
     def change(kind: str, latents: torch.Tensor) -> torch.Tensor:
         return stretched(left.pop(0), latents.shape[1]).to(latents).expand_as(latents) if left else latents

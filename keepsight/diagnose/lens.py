@@ -42,7 +42,9 @@ class LensTrace:
 
 
 @torch.no_grad()
-def logit_lens(model: Any, inputs: dict[str, torch.Tensor], text: int, every: int = 1) -> LensTrace:
+def logit_lens(
+    model: Any, inputs: dict[str, torch.Tensor], text: int, every: int = 1, places: torch.Tensor | None = None
+) -> LensTrace:
     """Read a whole sequence once and compare every layer's prediction with the final one.
 
     Args:
@@ -50,6 +52,8 @@ def logit_lens(model: Any, inputs: dict[str, torch.Tensor], text: int, every: in
         inputs: one row; the prompt with the text behind it.
         text: how many tokens at the end of `inputs` are the text whose predictions are examined.
         every: examine every n-th of them.
+        places: [n] which of those tokens are examined at all, e.g. where a text with memories in it has its words;
+            positions then count these.
 
     Raises:
         UnsupportedModelError: if the model has no final norm and head to look through.
@@ -62,9 +66,10 @@ def logit_lens(model: Any, inputs: dict[str, torch.Tensor], text: int, every: in
             f"The logit lens needs the decoder's final norm and the model's head; {type(backbone.model).__name__} "
             f"has {'no head' if head is None else 'no norm'}."
         )
-    positions = np.arange(0, text, every)
+    places = torch.arange(text) if places is None else places
+    positions = np.arange(0, len(places), every)
     total = inputs["input_ids"].shape[1]
-    rows = torch.as_tensor(positions) + total - text - 1  # a token is predicted at the position before it
+    rows = places[torch.as_tensor(positions)] + total - text - 1  # a token is predicted at the position before it
     found: list[torch.Tensor] = []
 
     def note(layer: Any, args: tuple, output: Any) -> None:

@@ -16,7 +16,7 @@ from keepsight.pvm import memory_off, replace_memory, swap_memory
 from keepsight.pvm.tuner import PvmBranch
 
 if TYPE_CHECKING:
-    from keepsight.diagnose.cases import Reader
+    from keepsight.diagnose.reader import Reader
 
 #: Where memories are formed in a text: (text tokens before it, type) of each, in order. Empty for PVM, which is
 #: always there. Comparisons are paired because all of them have their memories at the same places.
@@ -166,19 +166,23 @@ def reading_branches(model: Any) -> list[PvmBranch]:
     return [branch for branch in found if any(block.reads_memory for _, block in branch.active_blocks)]
 
 
-def memory_of(model: Any, method: Literal["auto", "PVM", "VisMem"] = "auto") -> Memory | None:
+def memory_of(
+    model: Any, method: Literal["auto", "PVM", "VisMem"] = "auto", seed: int = 0, kind: str = "auto"
+) -> Memory | None:
     """The memory that a model carries, or None.
 
     Args:
         model: a supported VLM.
         method: which one to look for; "auto" takes PVM of a model that carries both.
+        seed: VisMem: of policies that invoke at random.
+        kind: VisMem: which type is formed where a text is only read (see `VisMemHandle`).
     """
     from keepsight.diagnose.latents import VisMemHandle, active_latent_memory
 
     if method in ("auto", "PVM") and reading_branches(model):
         return PvmHandle(model)
     if method in ("auto", "VisMem") and active_latent_memory(model) is not None:
-        return VisMemHandle(model)
+        return VisMemHandle(model, seed, kind)
     return None
 
 

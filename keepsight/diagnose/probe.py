@@ -7,8 +7,8 @@ are looked at from four sides:
   Latents of other methods were found to be near-constant, and then no probe of them means anything.
 - **which words and which pictures are nearest?** Rows of the embedding table, with random vectors as the control; and
   the image's own visual embeddings, with another image's as the control.
-- **what can a linear map read?** The lab's known facts, which digit stands where, in which row and in which column, with
-  shuffled labels as the control, and the same map from the visual states and from the text states for comparison.
+- **what can a linear map read?** The lab's known facts, which digit stands where, in which row and in which column,
+  with shuffled labels as the control, and the same map from visual states and from text states for comparison.
 - **where do they look while they are formed?** See `forming.py`.
 """
 
@@ -236,6 +236,7 @@ class Probe:
                     handle.remove()
             seen = watch_layout.take()
             hidden = watch.hidden
+            assert hidden is not None
             sights = read_sights(backbone, watch.vision_calls, inputs["input_ids"], hidden[:, :prompt], inputs)
             if kind == SHORT and any(sight.patches is None for sight in sights):
                 continue
@@ -335,7 +336,7 @@ class Probe:
         questions: list[float] = []
         majority = []
         for group in groups:
-            asked = (labels[:, group] >= 0).all(1)
+            asked: np.ndarray = np.all(labels[:, group] >= 0, axis=1)
             test, train = asked.copy(), asked.copy()
             test[tests:], train[:tests] = False, False
             y, y_test = labels[train][:, group], labels[test][:, group]

@@ -13,13 +13,15 @@ import numpy as np
 
 from keepsight.diagnose.attention_trace import AttentionTrace
 from keepsight.diagnose.decay import DecayFit
+from keepsight.diagnose.invocations import Formed, InvocationResult
 from keepsight.diagnose.lengths import LengthResult
 from keepsight.diagnose.lens import LensTrace
+from keepsight.diagnose.probe import LatentProbe
 from keepsight.diagnose.retrieval import RetrievalTrace
 from keepsight.diagnose.verdict import CausalResult
 from keepsight.errors import KeepsightError
 
-SCHEMA = "keepsight.diagnose/1"
+SCHEMA = "keepsight.diagnose/2"
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Written:
         memory: whether the memory was on.
         ids: [n] int64, the tokens.
         words: n strings, what each token adds to the text.
+        slots: [n] int64, positions after the prompt before each token: those of VisMem's memories count.
+        memories: VisMem's memories in it.
         attention: one trace per sample that was measured; the first belongs to `ids`.
         decay: fit over all traces, mean over layers and heads; None if there is no visual mass to fit.
         decay_without_sink: the same with the first token left out of the normalisation.
@@ -39,7 +43,9 @@ class Written:
     memory: bool
     ids: np.ndarray
     words: list[str]
+    slots: np.ndarray
     attention: list[AttentionTrace]
+    memories: list[Formed] = field(default_factory=list)
     decay: DecayFit | None = None
     decay_without_sink: DecayFit | None = None
     decay_by_layer: dict[int, DecayFit] = field(default_factory=dict)
@@ -60,6 +66,9 @@ class Diagnosis:
         lens_off: the same text read with the memory switched off; None without a memory.
         retrieval: what the memory retrieved for each token of `written`.
         causal: the battery.
+        causal_by_type: VisMem with both types trained: off and other image for each type by itself.
+        invocations: VisMem: where memories were invoked in many outputs, and what followed.
+        probes: VisMem: what the latents of each type hold.
         lengths: score by length.
         notes: what a reader should know, e.g. that the prompt has no image.
         interrupted: stopped by Ctrl-C; the rest is what was measured until then.
@@ -76,6 +85,9 @@ class Diagnosis:
     lens_off: LensTrace | None = None
     retrieval: RetrievalTrace | None = None
     causal: CausalResult | None = None
+    causal_by_type: dict[str, CausalResult] = field(default_factory=dict)
+    invocations: InvocationResult | None = None
+    probes: list[LatentProbe] = field(default_factory=list)
     lengths: LengthResult | None = None
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
@@ -93,6 +105,12 @@ class Diagnosis:
         if self.causal is not None:
             verdict = self.causal.verdict
             lines.append(verdict.sentence if self.causal.method is None else f"Memory {verdict.sentence}")
+        lines += [f"{kind.capitalize()} memory {found.verdict.sentence}" for kind, found in self.causal_by_type.items()]
+        if self.invocations is not None:
+            lines.append(self.invocations.sentence)
+        lines += [
+            f"{probe.kind.capitalize()} memory. {sentence}" for probe in self.probes for sentence in probe.sentences
+        ]
         return lines + self.notes
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,6 +122,8 @@ class Diagnosis:
             if written is not None:
                 for entry, trace in zip(plain[name]["attention"], written.attention, strict=True):
                     entry["mass"] = _plain(trace.mass.mean(3))  # [S, L, B], for readers without log-sum-exps
+        for entry, probe in zip(plain["probes"], self.probes, strict=True):
+            entry |= {"near_constant": probe.near_constant, "sentences": probe.sentences}
         return {"schema": SCHEMA, **plain}
 
     def save(self, path: str | Path) -> None:

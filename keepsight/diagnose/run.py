@@ -3,67 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
 import keepsight
-from keepsight.diagnose.attention import AttentionMeter
-from keepsight.diagnose.attention_trace import AttentionTrace
 from keepsight.diagnose.cases import LONG_PROMPT, Case, Sample, lab_cases, speaks_lab, stand_in_images
 from keepsight.diagnose.causal import Battery
-from keepsight.diagnose.decay import DecayFit, fit_decay
+from keepsight.diagnose.invocations import InvocationCount
+from keepsight.diagnose.latents import VisMemHandle, active_latent_memory
 from keepsight.diagnose.lengths import LengthScore
-from keepsight.diagnose.lens import logit_lens
-from keepsight.diagnose.memories import memory_of
+from keepsight.diagnose.lens import LensTrace, logit_lens
+from keepsight.diagnose.memories import Memory, memory_of, reading_branches
+from keepsight.diagnose.probe import Probe
 from keepsight.diagnose.reader import Reader
-from keepsight.diagnose.results import Diagnosis, Written
-from keepsight.diagnose.retrieval import RetrievalMeter
+from keepsight.diagnose.results import Diagnosis
+from keepsight.diagnose.settings import Settings
+from keepsight.diagnose.writing import Progress, Writer
 from keepsight.errors import KeepsightError
-
-Progress = Callable[[str, int, int], None]
-"""Called as `progress(stage, done, total)`."""
+from keepsight.vismem.tokens import TYPES
 
 LAB_LENGTHS = (32, 128, 512, 1024, 2048)
-LAB_CAUSAL_LENGTH = 4096
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How much to measure.
-
-    Attributes:
-        steps: tokens to write for the curves.
-        every: measure every n-th of them.
-        layers: decoder layers to meter: "auto" (up to twelve), "all", or indices.
-        curves: outputs over which the decay is fitted; the first one is shown token by token.
-        samples: at most so many samples for the battery and the score by length.
-        causal_steps: tokens per sample that the battery writes where there are no references.
-        temperature: of the written outputs; default: 1 for the reference VLM, which repeats itself at 0, else 0.
-        seed: of noise, choices, sampling and built-in images.
-    """
-
-    steps: int = 256
-    every: int = 1
-    layers: Literal["auto", "all"] | Sequence[int] = "auto"
-    curves: int = 1
-    samples: int = 32
-    causal_steps: int = 64
-    temperature: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "every", "curves", "samples", "causal_steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise KeepsightError(f"{name}={value!r}: expected a whole number, 1 or more.")
-        if self.temperature is not None and self.temperature < 0:
-            raise KeepsightError(f"temperature={self.temperature}: expected 0 or more.")
+#: Where the lab's causal table is made: PVM far beyond where the base fails; VisMem, which is trained at shorter texts,
+#: nearer.
+LAB_CAUSAL_LENGTH = {"PVM": 4096, "VisMem": 1024, None: 4096}
 
 
 def examine(
@@ -94,13 +60,20 @@ def examine(
     begin = time.perf_counter()
     settings = settings or Settings()
     reader = Reader(model, processor)
-    diagnosis = Diagnosis(model=_facts(model), settings=_plain_settings(settings))
-    run = _Run(reader, diagnosis, settings, progress or (lambda stage, done, total: None))
+    memory = memory_of(model, settings.memory, settings.seed, settings.kind)
+    if memory is None and settings.memory != "auto":
+        raise KeepsightError(
+            f"This model carries no {settings.memory} that is switched on, so there is none to examine."
+        )
+    diagnosis = Diagnosis(model=_facts(model, memory), settings=settings.as_dict())
+    run = _Run(reader, memory, diagnosis, settings, progress or (lambda stage, done, total: None))
     try:
         run.prepare(list(samples))
         run.curves()
         run.lens()
         run.battery()
+        run.invocations()
+        run.probe()
         run.lengths(None if control is None else Reader(control, processor))
     except KeyboardInterrupt:
         diagnosis.interrupted = True
@@ -112,9 +85,12 @@ def examine(
 class _Run:
     """The stages. Each writes what it finds into the diagnosis at once, so that stopping loses nothing."""
 
-    def __init__(self, reader: Reader, diagnosis: Diagnosis, settings: Settings, progress: Progress):
-        self.reader, self.diagnosis, self.settings, self.progress = reader, diagnosis, settings, progress
-        self.memory = memory_of(reader.model)
+    def __init__(
+        self, reader: Reader, memory: Memory | None, diagnosis: Diagnosis, settings: Settings, progress: Progress
+    ):
+        self.reader, self.memory, self.diagnosis = reader, memory, diagnosis
+        self.settings, self.progress = settings, progress
+        self.writer = Writer(reader, memory, settings, progress)
         self.samples: list[Sample] = []
         self.cases: list[Case] = []
         self.by_length: list[Case] = []
@@ -123,15 +99,17 @@ class _Run:
         """Samples as given, or built-in ones."""
         count, seed = self.settings.samples, self.settings.seed
         lab = speaks_lab(self.reader.processor)
+        length = LAB_CAUSAL_LENGTH[None if self.memory is None else self.memory.method]
+        self._note_memory()
         if not samples and lab:
             try:
-                self.cases = lab_cases(self.reader.processor, min(count, 8), LAB_CAUSAL_LENGTH, seed)
-                for length in LAB_LENGTHS:
-                    self.by_length += lab_cases(self.reader.processor, min(count, 8), length, seed + 1)
+                self.cases = lab_cases(self.reader.processor, min(count, 8), length, seed)
+                for shorter in LAB_LENGTHS:
+                    self.by_length += lab_cases(self.reader.processor, min(count, 8), shorter, seed + 1)
                 samples = [case.sample for case in self.cases]
                 self.diagnosis.notes.append(
                     f"Images and references are the lab's: digit grids with unseen handwriting, answers near "
-                    f"{LAB_CAUSAL_LENGTH:,} tokens of output for the causal table."
+                    f"{length:,} tokens of output for the causal table."
                 )
             except ImportError:
                 self.diagnosis.notes.append(
@@ -164,53 +142,12 @@ class _Run:
     def curves(self) -> None:
         """Write, with the meters on; then once more with the memory off."""
         many = self.samples[: self.settings.curves]
-        states: list[tuple[str, AbstractContextManager[Any]]] = [("written", nullcontext())]
+        for written, retrieval in self.writer.write(many, "writing"):
+            self.diagnosis.written, self.diagnosis.retrieval = written, retrieval
         if self.memory is not None:
-            states.append(("written_off", self.memory.off()))
-        for name, state in states:
-            with state:
-                written: Written | None = None
-                try:
-                    for number, sample in enumerate(many):
-                        label = "writing" if name == "written" else "writing without the memory"
-                        label += f" {number + 1}/{len(many)}" if len(many) > 1 else ""
-                        ids, trace = self._write(sample, label, name == "written" and number == 0)
-                        if trace is None:
-                            continue
-                        if written is None:
-                            written = Written(name == "written", ids, self.reader.words(torch.as_tensor(ids)), [])
-                            setattr(self.diagnosis, name, written)
-                        written.attention.append(trace)
-                finally:
-                    if written is not None:
-                        _fit(written)
-
-    def _write(self, sample: Sample, label: str, overlay: bool) -> tuple[np.ndarray, AttentionTrace | None]:
-        """One output with its trace; on Ctrl-C what there is of it is kept before the interrupt goes on."""
-        settings = self.settings
-        inputs = self.reader.inputs(sample)
-        layers = None if settings.layers == "all" else settings.layers
-        meter = AttentionMeter(self.reader.model, layers, settings.every, where=overlay)
-        looks = RetrievalMeter(self.reader.model, settings.every) if overlay and self.memory and sample.sees else None
-        stream = _Stream(lambda done: self.progress(label, done, settings.steps))
-        heat = settings.temperature
-        if heat is None:
-            heat = 1.0 if speaks_lab(self.reader.processor) else 0.0
-        try:
-            with meter, looks or nullcontext(), torch.random.fork_rng(devices=_cuda(self.reader.model)):
-                torch.manual_seed(settings.seed)
-                self.reader.write(inputs, settings.steps, temperature=heat, streamer=stream)
-        except KeyboardInterrupt:
-            if overlay and meter.traces:
-                ids = np.array(stream.ids, np.int64)
-                words = self.reader.words(torch.as_tensor(ids))
-                self.diagnosis.written = Written(True, ids, words, [meter.trace])
-                _fit(self.diagnosis.written)
-            raise
-        finally:
-            if looks is not None and looks.seen:
-                self.diagnosis.retrieval = looks.trace
-        return np.array(stream.ids, np.int64), meter.trace if meter.traces else None
+            with self.memory.off():
+                for written, _ in self.writer.write(many, "writing without the memory", off=True):
+                    self.diagnosis.written_off = written
 
     # -- lens -----------------------------------------------------------------------------------------------------
     def lens(self) -> None:
@@ -220,26 +157,99 @@ class _Run:
             return
         self.progress("logit lens", 0, 2)
         text = torch.as_tensor(written.ids)
-        inputs = self.reader.with_text(self.reader.inputs(self.samples[0]), text)
-        every = max(self.settings.every, len(text) // 256, 1)
-        self.diagnosis.lens = logit_lens(self.reader.model, inputs, len(text), every)
+        self.diagnosis.lens = self._lens(text)
         self.progress("logit lens", 1, 2)
         if self.memory is not None:
             with self.memory.off():
-                self.diagnosis.lens_off = logit_lens(self.reader.model, inputs, len(text), every)
+                self.diagnosis.lens_off = self._lens(text, off=True)
         self.progress("logit lens", 2, 2)
+
+    def _lens(self, text: torch.Tensor, off: bool = False) -> LensTrace:
+        inputs, every = self.reader.inputs(self.samples[0]), max(self.settings.every, len(text) // 256, 1)
+        written, memory = self.diagnosis.written, self.memory
+        if off or not isinstance(memory, VisMemHandle) or written is None or not written.memories:
+            return logit_lens(self.reader.model, self.reader.with_text(inputs, text), len(text), every)
+        plan = tuple((formed.place, formed.kind) for formed in written.memories)
+        placed, longer = memory.with_memories(self.reader, inputs, text, plan)
+        with longer as whole:
+            return logit_lens(self.reader.model, whole, len(placed.ids), every, placed.slots)
 
     # -- battery and lengths --------------------------------------------------------------------------------------
     def battery(self) -> None:
         """The causal battery and the half-way swaps."""
         given: dict[str, Any] = {"cases": self.cases} if self.cases else {"samples": self.samples}
-        battery = Battery(self.reader, **given, steps=self.settings.causal_steps, seed=self.settings.seed)
+        given |= {"steps": self.settings.causal_steps, "seed": self.settings.seed}
+        battery = Battery(self.reader, **given, memory=self.memory)
         self.progress("tampering", 0, len(battery))
         try:
             for done in battery.run():
                 self.progress("tampering", done, len(battery))
         finally:
             self.diagnosis.causal = battery.result()
+        memory = self.memory
+        if not isinstance(memory, VisMemHandle) or memory.kind != "auto" or len(memory.trained) < 2:
+            return
+        for kind in TYPES:
+            single = memory_of(self.reader.model, "VisMem", self.settings.seed, kind)
+            battery = Battery(self.reader, **given, memory=single, only=("off", "other image"))
+            label = f"tampering, {kind} memory only"
+            self.progress(label, 0, len(battery))
+            try:
+                for done in battery.run():
+                    self.progress(label, done, len(battery))
+            finally:
+                self.diagnosis.causal_by_type[kind] = battery.result()
+
+    def invocations(self) -> None:
+        """VisMem: where memories are invoked along many outputs."""
+        if not isinstance(self.memory, VisMemHandle):
+            return
+        count = InvocationCount(
+            self.reader,
+            self.memory,
+            self.samples,
+            self.settings.steps,
+            self.writer.temperature,
+            exact=speaks_lab(self.reader.processor),  # its narrations end before there is anything to see
+        )
+        self.progress("invocations", 0, len(count))
+        try:
+            for done in count.run():
+                self.progress("invocations", done, len(count))
+        finally:
+            self.diagnosis.invocations = count.result()
+
+    def probe(self) -> None:
+        """VisMem: what its latents hold."""
+        if not isinstance(self.memory, VisMemHandle):
+            return
+        probe = Probe(self.reader, self.memory, self.samples, self.settings.probe_images, self.settings.seed)
+        self.progress("probing latents", 0, len(probe))
+        try:
+            for done in probe.run():
+                self.progress("probing latents", done, len(probe))
+        finally:
+            self.diagnosis.probes = probe.result()
+
+    def _note_memory(self) -> None:
+        memory, notes = self.memory, self.diagnosis.notes
+        if memory is not None and reading_branches(self.reader.model) and active_latent_memory(self.reader.model):
+            other = "VisMem" if memory.method == "PVM" else "PVM"
+            notes.append(f"The model carries PVM and VisMem. {memory.method} is examined; {other} stays on throughout.")
+        if not isinstance(memory, VisMemHandle):
+            return
+        if not memory.trained:
+            notes.append("This VisMem was never trained: its memories are noise.")
+        if memory.config.policy == "free" and not memory.chooses:
+            notes.append(
+                "Its invocation tokens were never trained, so what the model would choose is chance. "
+                + (
+                    "Outputs are written with memories at random places after delimiters; where a text is only read, "
+                    "memories stand where they are most needed."
+                    if memory.policy.name == "random"
+                    else "Outputs are written without memories, because its delimiters are unknown (add_memory_tokens)."
+                )
+            )
 
     def lengths(self, control: Reader | None) -> None:
         """The score by length, where there are references."""
@@ -258,48 +268,10 @@ class _Run:
             self.diagnosis.lengths = score.result()
 
 
-class _Stream:
-    """Receives tokens from generate(), so that an interrupted output is not lost."""
-
-    def __init__(self, tell: Callable[[int], None]):
-        self.ids: list[int] = []
-        self._tell, self._prompt = tell, True
-
-    def put(self, value: torch.Tensor) -> None:
-        """The prompt first, then token by token."""
-        if self._prompt:
-            self._prompt = False
-            return
-        self.ids += value.flatten().tolist()
-        self._tell(len(self.ids))
-
-    def end(self) -> None:
-        """Nothing to flush."""
-
-
-def _fit(written: Written) -> None:
-    """Fit the decay over all traces of the same length."""
-    steps = min((len(trace.steps) for trace in written.attention), default=0)
-    if not steps:
-        return
-    text = np.concatenate([trace.text_tokens[:steps] for trace in written.attention], 1)
-
-    def fit(mass: list[np.ndarray], layer: int | None = None) -> DecayFit | None:
-        chosen = [m[:steps] if layer is None else m[:steps, layer : layer + 1] for m in mass]
-        return fit_decay(text, np.concatenate([np.nanmean(m, (1, 3)) for m in chosen], 1))
-
-    mass = [trace.mass for trace in written.attention]
-    written.decay = fit(mass)
-    if written.decay is not None:
-        written.decay_without_sink = fit([trace.mass_without_sinks for trace in written.attention])
-        fits = {int(index): fit(mass, row) for row, index in enumerate(written.attention[0].layers)}
-        written.decay_by_layer = {index: found for index, found in fits.items() if found is not None}
-
-
-def _facts(model: Any) -> dict[str, Any]:
+def _facts(model: Any, memory: Memory | None) -> dict[str, Any]:
     from keepsight.backbone import Backbone
 
-    backbone, memory = Backbone.of(model), memory_of(model)
+    backbone = Backbone.of(model)
     softmax = [i for i, layer in enumerate(backbone.layers) if Backbone.has_softmax_attention(layer)]
     return {
         "name": str(getattr(backbone.model, "name_or_path", "") or type(backbone.model).__name__),
@@ -309,25 +281,13 @@ def _facts(model: Any) -> dict[str, Any]:
         "attention": getattr(backbone.text_config, "_attn_implementation", None),
         "memory": None if memory is None else memory.method,
         "memory_layers": [] if memory is None else memory.layers,
+        "memory_latents": {k: memory.length(k) for k in TYPES} if isinstance(memory, VisMemHandle) else {},
         "keepsight": keepsight.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": str(next(model.parameters()).device),
         "dtype": str(next(model.parameters()).dtype),
     }
-
-
-def _plain_settings(settings: Settings) -> dict[str, Any]:
-    found = asdict(settings)
-    if not isinstance(found["layers"], str):
-        found["layers"] = list(found["layers"])
-    return found
-
-
-def _cuda(model: Any) -> list[torch.device]:
-    """The devices whose random state sampling uses."""
-    device = next(model.parameters()).device
-    return [device] if device.type == "cuda" else []
 
 
 def _canvas() -> Any:

@@ -169,7 +169,7 @@ def _mass(written: Written) -> np.ndarray:
 def _steps(written: Written) -> np.ndarray:
     """For every token, the measured step that belongs to it [n] (the last one before it)."""
     steps = written.attention[0].steps
-    return np.clip(np.searchsorted(steps, np.arange(len(written.words)), "right") - 1, 0, len(steps) - 1)
+    return np.clip(np.searchsorted(steps, written.slots, "right") - 1, 0, len(steps) - 1)
 
 
 def _data(diagnosis: Diagnosis, views: list[dict[str, Any]], layout: VisualLayout | None) -> dict[str, Any]:
