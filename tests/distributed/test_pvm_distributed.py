@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import launch
 from safetensors.torch import load_file
 from tiny_training import make_data, read_rows, write_rows
 from worker import main
 
 import keepsight
 
-ROOT = Path(__file__).parents[2]
 WEIGHTS = "adapter_model.safetensors"
 # One sample per forward, so that every second forward has no image; an open gate, so that every tensor has a gradient.
 SETTINGS = {"max_steps": 4, "save_steps": 2, "batch_size": 1, "lr": 1e-3, "text_only": "keep", "device": "cpu"}
-
-
-def launch(engine: str, jobs: Path) -> None:
-    """Run the worker in two CPU processes, with the shipped config file of an engine."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file"]
-    command += [str(ROOT / "recipes" / "accelerate" / f"{engine}.yaml"), str(Path(__file__).parent / "worker.py")]
-    alone = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*command, str(jobs)], env=os.environ | alone, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")

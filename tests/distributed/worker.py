@@ -17,12 +17,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import TrainerCallback
 
 import keepsight
 from keepsight.backbone import Backbone
 from keepsight.train.engines import whole
 from keepsight.train.sft import SftSettings, train_pvm
+from keepsight.train.vismem import FormationSettings, train_vismem_formation
+from keepsight.train.vismem_trainer import VisMemTrainer
+from keepsight.vismem import VisMemConfig
 
 
 class Watch(TrainerCallback):
@@ -66,6 +70,47 @@ def run_pvm(job: dict[str, Any], rank: int) -> None:
         save_file(watch.gradients, f"{job['output']}-gradients.safetensors")
 
 
+def letters(completions: list[str], **columns: Any) -> list[float]:
+    """A reward that differs from text to text."""
+    return [sum(map(ord, text)) % 7 / 7 for text in completions]
+
+
+def run_formation(job: dict[str, Any], rank: int) -> None:
+    """Stage I of a VisMem as a job says; keeps the summed gradients, and how many trajectories invoked a memory."""
+    gradients: dict[str, torch.Tensor] = {}
+    invoked: list[int] = []
+    optimise = VisMemTrainer._optimise
+
+    def counting(self: VisMemTrainer, batch: Any, *args: Any) -> Any:
+        invoked.append(sum(trajectory.invoked for trajectory in batch.trajectories))
+        return optimise(self, batch, *args)
+
+    def before_step(optimizer: torch.optim.Optimizer, *args: Any) -> None:
+        for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            gradients[f"{len(invoked) - 1}.{index}"] = parameter.grad.clone()
+
+    hook = register_optimizer_step_pre_hook(before_step)
+    VisMemTrainer._optimise = counting  # type: ignore[method-assign]
+    try:
+        report = train_vismem_formation(
+            job["base"],
+            job["data"],
+            job["output"],
+            vismem=VisMemConfig(**job["vismem"]),
+            rewards=[letters],
+            settings=FormationSettings(**job["settings"]),
+            text_only="keep",
+            resume="resume_from" in job,
+        )
+    finally:
+        hook.remove()
+        VisMemTrainer._optimise = optimise  # type: ignore[method-assign]
+    facts = {"invoked": invoked, "resumed_from": report.resumed_from, "reward": report.last["reward"]}
+    Path(f"{job['output']}-rank{rank}.json").write_text(json.dumps(facts))
+    if rank == 0:
+        save_file(gradients, f"{job['output']}-gradients.safetensors")
+
+
 def break_off(source: Path, target: Path) -> None:
     """What `source` held when a run in it was killed before the last checkpoint and the adapter were there."""
     target.mkdir()
@@ -99,7 +144,7 @@ def main(file: str) -> None:
             if rank == 0:
                 break_off(Path(job["resume_from"]), Path(job["output"]))
             torch.distributed.barrier()
-        run_pvm(job, rank)
+        (run_formation if "vismem" in job else run_pvm)(job, rank)
 
 
 if __name__ == "__main__":

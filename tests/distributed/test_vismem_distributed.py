@@ -1,0 +1,98 @@
+"""Two processes train the same latent memory as one, also while nothing is invoked in one of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import launch
+from safetensors.torch import load_file
+from tiny_training import draw_digit, write_rows
+from worker import main
+
+WEIGHTS = "adapter_model.safetensors"
+MEMORY = {"num_queries": 2, "num_short": 2, "num_long": 3, "query_width": 16, "query_heads": 2}
+# Rollouts and forwards hold the same rows on one process as on two, so that only sums are in another order.
+SETTINGS = {
+    "max_steps": 4,
+    "batch_size": 2,
+    "group_size": 3,
+    "lr": 3e-3,
+    "max_words": 6,
+    "max_invocations": 1,
+    "save_steps": 2,
+    "anywhere_probability": 0.08,
+    "delimiter_share": 0.0,
+    "rows_per_rollout": 3,
+    "rows_per_forward": 1,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def job(tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What both runs share: questions about digits, one of them without an image."""
+    folder = tmp_path_factory.mktemp("questions")
+    rows: list[dict[str, Any]] = []
+    for index in range(5):
+        draw_digit(index).save(folder / f"{index}.png")
+        rows.append({"prompt": "describe", "answer": str(index)} | ({"image": f"{index}.png"} if index else {}))
+    data = write_rows(folder / "questions.jsonl", rows)
+    return {"base": str(tiny_vlm), "data": str(data), "vismem": MEMORY, "settings": SETTINGS}
+
+
+@pytest.fixture(scope="module")
+def runs(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Output folders of (one process, two processes under DDP); the second has a resumed run beside it."""
+    folder = tmp_path_factory.mktemp("formation")
+    single, double = folder / "single", folder / "double"
+    (folder / "single.jobs").write_text(json.dumps([job | {"output": str(single)}]))
+    main(str(folder / "single.jobs"))
+    resumed = job | {"output": f"{double}-resumed", "resume_from": str(double)}
+    (folder / "double.jobs").write_text(json.dumps([job | {"output": str(double)}, resumed]))
+    launch("ddp", folder / "double.jobs")
+    return single, double
+
+
+def facts(out: Path, rank: int = 0) -> dict[str, Any]:
+    return json.loads(Path(f"{out}-rank{rank}.json").read_text())
+
+
+def test_gradients_and_weights_are_those_of_one_process(runs: tuple[Path, Path]) -> None:
+    single, double = runs
+    gradients, expected = (load_file(f"{out}-gradients.safetensors") for out in (double, single))
+    assert gradients.keys() == expected.keys()
+    assert {name.partition(".")[0] for name in expected} == {"0", "1", "2", "3"}
+    for name, tensor in expected.items():
+        bound = 3e-5 * float(tensor.abs().max())
+        torch.testing.assert_close(gradients[name], tensor, rtol=0, atol=bound, msg=name)
+    assert sum(float(tensor.abs().max()) > 0 for tensor in expected.values()) > len(expected) / 2
+    weights, expected = load_file(double / WEIGHTS), load_file(single / WEIGHTS)
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_process_in_which_nothing_was_invoked_kept_step(runs: tuple[Path, Path]) -> None:
+    single, double = runs
+    one, two = (facts(double, rank)["invoked"] for rank in (0, 1))
+    assert any((a == 0) != (b == 0) for a, b in zip(one, two, strict=True)), (one, two)
+    assert [a + b for a, b in zip(one, two, strict=True)] == facts(single)["invoked"]
+    assert facts(double)["reward"] == pytest.approx(facts(single)["reward"], abs=1e-12)
+
+
+def test_a_run_that_was_broken_off_ends_with_the_same_weights(runs: tuple[Path, Path]) -> None:
+    _, double = runs
+    resumed = Path(f"{double}-resumed")
+    assert facts(resumed)["resumed_from"] == 2
+    weights, expected = load_file(resumed / WEIGHTS), load_file(double / WEIGHTS)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_the_folder_is_that_of_one_process(runs: tuple[Path, Path]) -> None:
+    single, double = runs
+    assert {path.name for path in double.iterdir()} == {path.name for path in single.iterdir()}
+    assert (double / "adapter_config.json").read_text() == (single / "adapter_config.json").read_text()
