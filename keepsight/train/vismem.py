@@ -20,9 +20,10 @@ from keepsight.bases import check_weights
 from keepsight.errors import KeepsightError
 from keepsight.loading import attach, load
 from keepsight.sources import check_sources
+from keepsight.train.preflight import Say, silent
 from keepsight.train.rewards import DEFAULT_REWARDS, Reward
 from keepsight.train.vismem_plan import plan_vismem
-from keepsight.train.vismem_run import Run, Say, VisMemReport, check_run, device_of, execute, rewards_of
+from keepsight.train.vismem_run import Run, VisMemReport, check_run, device_of, execute, rewards_of
 from keepsight.train.vismem_settings import FormationSettings, InvocationSettings
 from keepsight.train.vismem_stages import POLICY, Formation, Invocation
 from keepsight.train.vismem_trainer import OnLog
@@ -50,7 +51,7 @@ def train_vismem_formation(
     check: Literal["full", "quick"] = "full",
     resume: bool = False,
     overwrite: bool = False,
-    say: Say = lambda line: None,
+    say: Say = silent,
     on_log: OnLog | None = None,
     on_check: Callable[[int, int], None] | None = None,
 ) -> VisMemReport:
@@ -140,7 +141,7 @@ def train_vismem_invocation(
     check: Literal["full", "quick"] = "full",
     resume: bool = False,
     overwrite: bool = False,
-    say: Say = lambda line: None,
+    say: Say = silent,
     on_log: OnLog | None = None,
     on_check: Callable[[int, int], None] | None = None,
 ) -> VisMemReport:
@@ -214,8 +215,13 @@ def _require_vismem(source: str | Path) -> None:
 
 def _adapter_config(source: str | Path) -> VisMemConfig:
     """The configuration of an adapter, and checks of its base."""
-    base, infos = check_sources(source, (), None, None)
+    base, infos = check_sources(source)
     check_weights(base)
+    if len(infos) > 1:
+        raise KeepsightError(
+            f"{source} holds a trained policy beside its memory: it has been through stage II with --train lora, which "
+            "is the last stage. Start from the folder of stage I."
+        )
     return VisMemConfig.from_pretrained(str(infos[0].path))
 
 
@@ -223,7 +229,7 @@ def _with_policy(source: str | Path, settings: InvocationSettings) -> tuple[Any,
     """(model with memory, processor, PEFT's wrapper of the policy's new LoRA)."""
     from peft import LoraConfig, get_peft_model
 
-    base_name, infos = check_sources(source, (), None, None)
+    base_name, infos = check_sources(source)
     base, _ = load(base_name, dtype=settings.dtype, device=device_of(settings))
     processor = _processor(source)
     path = Backbone.of(base).decoder_path.replace(".", r"\.")

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig
@@ -21,6 +21,7 @@ from keepsight.train.checksums import changed, checksums
 from keepsight.train.data import CheckedData, check_dataset, load_dataset_any, read_sample
 from keepsight.train.engines import check_engine, current_engine
 from keepsight.train.flops import ModelShape
+from keepsight.train.preflight import Say, check_settings, find_checkpoint
 from keepsight.train.rewards import Reward, load_rewards
 from keepsight.train.trainer import TrainingDivergedError
 from keepsight.train.vismem_saving import (
@@ -35,9 +36,6 @@ from keepsight.train.vismem_settings import FormationSettings, InvocationSetting
 from keepsight.train.vismem_stages import Stage
 from keepsight.train.vismem_trainer import OnLog, VisMemTrainer
 from keepsight.vismem import VisMemBranch, VisMemConfig
-
-Say = Callable[[str], None]
-"""Called with one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -118,19 +116,9 @@ def rewards_of(given: Sequence[str | Reward | Callable[..., Any]]) -> list[Rewar
 
 def check_run(run: Run) -> None:
     """Refuse engines, trackers, devices and output folders that cannot be used."""
-    from transformers.integrations import get_available_reporting_integrations
-
     settings = run.settings
     check_engine(current_engine(), "vismem", on_gpu=settings.on_gpu)
-    available = get_available_reporting_integrations()
-    for tracker in settings.report_to:
-        if tracker not in available:
-            raise ValueError(
-                f"report_to={tracker!r} is not installed (pip install {tracker}?). "
-                f"Available: {', '.join(available) or 'none'}."
-            )
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda', but torch finds no GPU.")
+    check_settings(cast(Any, settings))  # scheduler, trackers and device, which all settings have
     if run.resume and run.overwrite:
         raise KeepsightError("resume goes on with a run and overwrite starts anew; choose one of them.")
     if run.is_main:
@@ -204,7 +192,7 @@ def execute(
     from accelerate import Accelerator
 
     settings, folder, say = run.settings, run.folder, run.say
-    checkpoint = _find_checkpoint(run) if run.resume else None
+    checkpoint = find_checkpoint(run.folder, say) if run.resume else None
     wants_answer = any(reward.name in ("answer", "match") for reward in run.rewards)
     data = _check_data(run, wants_answer)
     for where, why in data.skipped[:5]:
@@ -339,17 +327,6 @@ class _Only(torch.nn.Module):
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
         yield from self.held.items()
-
-
-def _find_checkpoint(run: Run) -> Path | None:
-    checkpoint, broken = output.last_checkpoint(run.folder)
-    for why in broken:
-        run.say(f"not resuming from {why}")
-    if checkpoint is None:
-        run.say(f"no checkpoint to resume from in {run.folder}; starting at step 0")
-    else:
-        run.say(f"resuming from {checkpoint}")
-    return checkpoint
 
 
 def _check_space(
