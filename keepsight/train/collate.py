@@ -82,19 +82,21 @@ class ConversationCollator:
             self.max_length = whole
         learned = (batch["labels"][0] != IGNORED).nonzero()
         types = batch.get("mm_token_type_ids")
-        visual = types[0].nonzero() if types is not None else self._visual_positions(batch["input_ids"][0])
+        visual = types[0].nonzero() if types is not None else self.visual_positions(batch["input_ids"][0])
         last_visual = int(visual.max()) + 1 if len(visual) else 0
         return batch["input_ids"].shape[1], max(last_visual, int(learned.min()))
 
-    def prompt_length(self, messages: list[dict[str, Any]], images: list[Any]) -> int:
-        """Tokens of a prompt, as the model reads it before it answers."""
+    def prompt_tokens(self, messages: list[dict[str, Any]], images: list[Any]) -> tuple[int, int]:
+        """(tokens, visual tokens) of a prompt, as the model reads it before it answers."""
         text = self._render(messages, add_generation_prompt=True)
         encoded = self.processor(
             text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt"
         )
-        return int(encoded["input_ids"].shape[1])
+        ids = encoded["input_ids"][0]
+        return len(ids), len(self.visual_positions(ids))
 
-    def _visual_positions(self, ids: torch.Tensor) -> torch.Tensor:
+    def visual_positions(self, ids: torch.Tensor) -> torch.Tensor:
+        """Where images and videos stand in a row's ids [T]: indices [M, 1]."""
         names = ("image_token_id", "image_ids", "video_token_id")
         tokens = [getattr(self.processor, name, None) for name in names]
         return torch.isin(ids, torch.tensor([t for t in tokens if isinstance(t, int)], dtype=ids.dtype)).nonzero()

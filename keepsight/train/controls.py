@@ -30,6 +30,14 @@ ControlName = Literal["lora", "mlp", "sft", "none"]
 SFT_LR_SHARE = 0.1
 """The whole language model learns at this share of the memory's rate, where no other is given."""
 
+WHAT = {
+    "lora": "LoRA of the memory's size",
+    "mlp": "a branch of its size that sees no image",
+    "sft": "the whole language model",
+    "none": "the base, untrained",
+}
+"""What a control trains, in words."""
+
 _ONE_IN = 10  # samples held out where no evaluation data are given
 _MOST = 512
 

@@ -86,8 +86,9 @@ class Learner:
             result = PeftModel.from_pretrained(model, self.memory_from, is_trainable=True, **options)
         elif self.memory is not None:
             result = get_peft_model(model, copy.deepcopy(self.memory), **options)
-        if self.memory is not None and self.policy == "full":
-            result.peft_config["default"].base_model_name_or_path = f"./{POLICY}"
+        if self.memory is not None:
+            base = f"./{POLICY}" if self.policy == "full" else model.name_or_path
+            result.peft_config["default"].base_model_name_or_path = base
         wanted = {id(parameter) for parameter in self._trained(model)}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in wanted)

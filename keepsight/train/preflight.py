@@ -135,7 +135,7 @@ def check_prompts(
     source = load_dataset_any(dataset, split)
 
     def measure(sample: dict[str, Any]) -> tuple[int, int]:
-        length = collator.prompt_length(sample["messages"], _opened(sample, source.folder))
+        length, _ = collator.prompt_tokens(sample["messages"], _opened(sample, source.folder))
         return length, length  # of a prompt nothing can be cut
 
     return check_dataset(

@@ -21,7 +21,7 @@ from keepsight.pvm import PvmConfig
 from keepsight.train import output, preflight
 from keepsight.train.blindfold import blindfold
 from keepsight.train.collate import ConversationCollator
-from keepsight.train.controls import Comparison, Control, Outcome, control_folder, control_learner, hold_out
+from keepsight.train.controls import WHAT, Comparison, Control, Outcome, control_folder, control_learner, hold_out
 from keepsight.train.data import CheckedData
 from keepsight.train.engines import Engine, check_engine, current_engine
 from keepsight.train.learner import Learner, lora_size
@@ -140,19 +140,11 @@ def train_pvm(
         last = output.last_checkpoint(where)[0] if resume and learner.learns else None
         say(f"control {control.name} in {where}")
         beside = job.train(f"control {control.name}", learner, where, changed, last, resume, False)
-        outcomes.append(Outcome.of(control.name, _WHAT[control.name], beside, changed.lr))
+        outcomes.append(Outcome.of(control.name, WHAT[control.name], beside, changed.lr))
     comparison = Comparison(tuple(outcomes), _note(settings, eval_dataset, held_out))
     if engine.is_main:
         comparison.write(folder)
     return with_comparison(report, comparison)
-
-
-_WHAT = {
-    "lora": "LoRA of the memory's size",
-    "mlp": "a branch of its size that sees no image",
-    "sft": "the whole language model",
-    "none": "the base, untrained",
-}
 
 
 @dataclass(frozen=True)

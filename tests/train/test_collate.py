@@ -125,7 +125,7 @@ def test_cutting_keeps_every_image(name: str) -> None:
     assert (short["labels"] != IGNORED).any()
     # One token less than needed would cut an image, or every word to learn.
     shorter = whole["labels"][:, : needed - 1]
-    images = collator._visual_positions(whole["input_ids"][0])
+    images = collator.visual_positions(whole["input_ids"][0])
     assert (images >= needed - 1).any() or (shorter == IGNORED).all()
 
 
