@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     parser.add_argument("--text-tokens", type=int, default=256, help="sft: question and answer; grpo: words written")
     parser.add_argument("--batch", type=int, default=1, help="sft: rows; grpo: prompts")
     parser.add_argument("--group", type=int, default=8, help="grpo: trajectories per prompt")
+    parser.add_argument("--form", choices=("literal", "incremental"), default="literal", help="grpo: of VisMem")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
@@ -110,11 +111,23 @@ def main(argv: list[str] | None = None) -> Path | None:
     else:
         import train_grpo as kind  # type: ignore[no-redef]
     samples, peaks, more = kind.measure(args, device, getattr(torch, args.dtype))
-    keep = ("shape", "visual_tokens", "text_tokens", "batch", "checkpointing", "dtype", "repeats", "warmup", "quick")
+    keep = (
+        "shape",
+        "visual_tokens",
+        "text_tokens",
+        "batch",
+        "checkpointing",
+        "form",
+        "dtype",
+        "repeats",
+        "warmup",
+        "quick",
+    )
     report = {
         "kind": args.kind,
         "reference": kind.REFERENCE,
         "conditions": found,
+        "clock": "wall" if device.type == "cuda" else "process time",
         "settings": {name: getattr(args, name) for name in keep} | more,
         "summary": summarise(samples, peaks, kind.REFERENCE),
         "samples_seconds": samples,
