@@ -142,8 +142,8 @@ def messages(*images: Any, text: str = "read") -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def generated(model: Any, processor: Any, image: Any, tokens: int, **options: Any) -> str:
-    """What plain `generate` answers."""
+def generated_ids(model: Any, processor: Any, image: Any, tokens: int, **options: Any) -> torch.Tensor:
+    """What plain `generate` answers: new ids [n]."""
     content = [{"type": "image", "image": image}, {"type": "text", "text": "read"}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -153,7 +153,12 @@ def generated(model: Any, processor: Any, image: Any, tokens: int, **options: An
         return_tensors="pt",
     ).to(model.device)
     out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, **options)
-    return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return out[0, inputs["input_ids"].shape[1] :]
+
+
+def generated(model: Any, processor: Any, image: Any, tokens: int, **options: Any) -> str:
+    """What plain `generate` answers: text."""
+    return processor.decode(generated_ids(model, processor, image, tokens, **options), skip_special_tokens=True)
 
 
 class Clock(threading.Thread):

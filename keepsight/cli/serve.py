@@ -60,7 +60,7 @@ def serve(
         ),
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Answers that are written at the same time.", min=1)] = 8,
-    max_queue: Annotated[int, typer.Option(help="Requests that wait; further ones get 429.", min=0)] = 64,
+    max_queue: Annotated[int, typer.Option(help="Requests that wait; further ones get 429.", min=0)] = 32,
     max_output_tokens: Annotated[int, typer.Option(help="Length limit of an answer, and its default.", min=1)] = 2048,
     max_prompt_tokens: Annotated[int, typer.Option(help="Length limit of a prompt, images included.", min=1)] = 32768,
     max_images: Annotated[int, typer.Option(help="Images per request.", min=1)] = 16,
@@ -68,7 +68,7 @@ def serve(
     max_image_megapixels: Annotated[
         float, typer.Option(help="Size of one image, in million pixels.", min=0.001, max=89)
     ] = 50,
-    max_body_mb: Annotated[float, typer.Option(help="Size of a request, in MB.", min=0.001)] = 64,
+    max_body_mb: Annotated[float, typer.Option(help="Size of a request, in MB.", min=0.001)] = 32,
     shutdown_timeout: Annotated[
         float, typer.Option(help="Seconds that running requests get to finish at the end.", min=1)
     ] = 120,

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,6 +20,7 @@ from keepsight.serve.errors import ApiError, bad
 from keepsight.serve.fetch import Fetcher
 from keepsight.serve.http import EventStream, Gone, Guard, discard_body, error_response, read_body, until_gone
 from keepsight.serve.images import decode_image
+from keepsight.serve.metrics import Metrics
 from keepsight.serve.prompts import Prompts
 from keepsight.serve.protocol import ChatRequest
 from keepsight.serve.rows import Failed, Finished, Job, Piece
@@ -50,6 +52,8 @@ class Api:
         sources = ImageSources(limits, self.uploads, fetcher, settings.local_folders)
         self.prompts = Prompts(served.processor, limits, sources, served.context, served.reserved)
         self._open = 0
+        self._prepared = asyncio.Semaphore(limits.max_prepared)
+        self._workers = ThreadPoolExecutor(limits.max_batch + limits.max_queue, thread_name_prefix="keepsight-worker")
 
     def app(self) -> Any:
         """The ASGI application."""
@@ -86,6 +90,7 @@ class Api:
         self.engine.start()
         yield
         await asyncio.to_thread(self.engine.close)
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
     @contextlib.contextmanager
     def _slot(self) -> Any:
@@ -119,13 +124,21 @@ class Api:
             except ApiError:
                 await discard_body(request, self.settings.limits)
                 raise
-            asked = await asyncio.to_thread(protocol.parse, await read_body(request, self.settings.limits))
-            events = _Events()
-            job = await asyncio.to_thread(self._prepare, asked, events)
+            body = await read_body(request, self.settings.limits)
+            gone = asyncio.create_task(until_gone(request.receive))
+            stack.callback(gone.cancel)
+            asked = await self._in_thread(protocol.parse, body)
+            del body
+            self._check(asked)
+            files = await self._in_thread(self.prompts.collect_images, asked)
+            turn = _Turn(self._prepared, self.metrics)
+            stack.callback(turn.end)
+            await turn.wait(gone)
+            events = _Events(asked.stream, gone)
+            job = await self._in_thread(self._prepare, asked, files, events, turn)
+            del files
             self.engine.submit(job)
             stack.callback(self.engine.cancel, job)
-            gone = asyncio.create_task(events.watch(request.receive))
-            stack.callback(gone.cancel)
             answer = protocol.Answer(f"chatcmpl-{secrets.token_hex(12)}", self.settings.name)
             if not asked.stream:
                 return JSONResponse(await self._whole(asked, job, events, answer))
@@ -134,8 +147,8 @@ class Api:
             stream = self._stream(asked, job, events, answer, first)
             return EventStream(stream, self.settings.limits.write_seconds, stack.pop_all().close)
 
-    def _prepare(self, asked: ChatRequest, events: _Events) -> Job:
-        """Everything that must be known before the engine is asked. In a worker thread."""
+    def _check(self, asked: ChatRequest) -> None:
+        """What can be known before any image is looked at."""
         limits, served = self.settings.limits, self.served
         if asked.model != self.settings.name:
             raise ApiError(
@@ -144,13 +157,15 @@ class Api:
         most = min(limits.max_choices, limits.max_batch)
         if asked.n > most:
             raise bad(f"n={asked.n}; this server writes {most} answers to a request at most.", "n", "invalid_value")
-        wants = asked.keepsight.memory
-        if wants and not served.has_memory:
+        if asked.keepsight.memory and not served.has_memory:
             raise bad("keepsight.memory: this model carries no memory.", "keepsight.memory", "no_memory")
         wrong = [token for token in asked.logit_bias if not 0 <= token < served.vocabulary]
         if wrong:
             raise bad(f"logit_bias: {wrong[0]} is no token id of this model.", "logit_bias", "invalid_value")
-        images = self.prompts.load_images(asked)
+
+    def _prepare(self, asked: ChatRequest, files: list[tuple[str, bytes]], events: _Events, turn: _Turn) -> Job:
+        """Images, text and settings as the engine takes them. In a worker thread."""
+        images = self.prompts.decode_images(files)
         inputs = self.prompts.encode(asked, images)
         length = inputs["input_ids"].shape[1]
         self.metrics.images.inc(len(images))
@@ -165,7 +180,13 @@ class Api:
             logprobs=asked.top_logprobs if asked.logprobs else None,
             stop=tuple(asked.stop),
         )
-        return Job(inputs, length, sampling, asked.n, served.has_memory and wants is not False, events.send)
+        memory = self.served.has_memory and asked.keepsight.memory is not False
+        return Job(inputs, length, sampling, asked.n, memory, events.send, turn.end)
+
+    async def _in_thread(self, call: Any, *args: Any) -> Any:
+        """Run something in a worker thread. There is one for every request that can be open, so that a remote host that
+        does not answer holds up nobody else."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, call, *args)
 
     async def _whole(self, asked: ChatRequest, job: Job, events: _Events, answer: protocol.Answer) -> dict[str, Any]:
         texts = [""] * asked.n
@@ -273,7 +294,8 @@ class Api:
                 if file is None or isinstance(file, str):
                     raise bad("There is no file in the form.", "file", "missing_file")
                 content = await file.read()
-                await asyncio.to_thread(decode_image, content, limits, "file")
+                async with self._prepared:
+                    await self._in_thread(decode_image, content, limits, "file")
                 return self.uploads.add(content, str(file.filename or "image")[:256]).describe(limits.upload_seconds)
             finally:
                 await form.close()
@@ -302,21 +324,32 @@ class Api:
 
 
 class _Events:
-    """Carries events from the engine's thread to the task that waits for them."""
+    """Carries events from the engine's thread to the task that waits for them.
 
-    def __init__(self) -> None:
+    Args:
+        at_once: pieces of text are handed over as they come. Otherwise they wait for the end of their answer, because
+            waking the other thread for every token costs the engine time.
+        gone: done when the client has left.
+    """
+
+    def __init__(self, at_once: bool, gone: asyncio.Future[None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._at_once = at_once
+        self._held: list[Any] = []
+        gone.add_done_callback(lambda _: self._queue.put_nowait(Gone()))
 
     def send(self, event: Any) -> None:
-        """From any thread; never waits."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+        """From the engine's thread; never waits."""
+        self._held.append(event)
+        if self._at_once or not isinstance(event, Piece):
+            held, self._held = self._held, []
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._take, held)
 
-    async def watch(self, receive: Any) -> None:
-        """Tell the task when its client leaves."""
-        await until_gone(receive)
-        self._queue.put_nowait(Gone())
+    def _take(self, events: list[Any]) -> None:
+        for event in events:
+            self._queue.put_nowait(event)
 
     async def next(self) -> Piece | Finished:
         """The next event.
@@ -331,3 +364,49 @@ class _Events:
         if isinstance(event, Gone):
             raise event
         return event
+
+
+class _Turn:
+    """A request's turn to have its images in memory: from decoding until the engine has read the prompt.
+
+    Args:
+        places: how many there are.
+        metrics: where to count those who wait.
+    """
+
+    def __init__(self, places: asyncio.Semaphore, metrics: Metrics):
+        self._places, self._metrics = places, metrics
+        self._loop = asyncio.get_running_loop()
+        self._has_place, self._is_over = False, False
+        metrics.waiting.inc()
+
+    async def wait(self, gone: asyncio.Future[None]) -> None:
+        """Wait for a place.
+
+        Raises:
+            Gone: if the client leaves before.
+        """
+        place = asyncio.ensure_future(self._places.acquire())
+        try:
+            both: list[asyncio.Future[Any]] = [place, gone]
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if place.done() and not place.cancelled():
+                self._has_place = True
+            else:
+                place.cancel()
+        if not self._has_place:
+            raise Gone
+
+    def end(self) -> None:
+        """Give the place back, if that has not been done. Any thread may call this."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        self._metrics.waiting.dec()
+        if self._has_place:
+            self._places.release()

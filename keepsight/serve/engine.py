@@ -65,7 +65,7 @@ class Engine:
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
-                job.inputs = {}
+                job.forget()
 
     def close(self, seconds: float | None = None) -> bool:
         """Take no more requests, finish those that are here, and stop.
@@ -100,12 +100,17 @@ class Engine:
                 if self._is_closing and not self._waiting and not self._batches:
                     return
                 job = self._next_job()
-            if job is not None:
-                self._read(job)
-            self._step()
+            try:
+                if job is not None:
+                    self._read(job)
+                self._step()
+            except Exception as error:  # nothing should get here; if it does, nobody must wait for ever
+                if job is not None:
+                    self._fail(job, error)
+                for batch in list(self._batches):
+                    self._drop(batch, error)
             self._last_sign = time.monotonic()
             self.metrics.running.set(self.running)
-            self.metrics.waiting.set(len(self._waiting))
 
     def _next_job(self) -> Job | None:
         """The oldest request, if there is room for all its answers. First come, first served."""
@@ -123,7 +128,7 @@ class Engine:
             self.metrics.finished.labels("error").inc(job.choices)
             return
         finally:
-            job.inputs = {}
+            job.forget()
         self.metrics.prefill_seconds.observe(time.monotonic() - started)
         self.metrics.prompt_tokens.inc(job.prompt_tokens)
         host = next((b for b in self._batches if b.memory == job.memory and b.can_share and batch.can_share), None)

@@ -7,10 +7,12 @@ nothing. Redirects are followed by hand, each checked like the first. No proxy, 
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterable
 from urllib.parse import urljoin, urlsplit
@@ -65,13 +67,19 @@ class Fetcher:
         self.hosts, self.limits = tuple(host.lower() for host in hosts), limits
         self._resolve, self._is_public = resolve, is_public
 
-    def fetch(self, url: str, param: str) -> bytes:
+    def fetch(self, url: str, param: str, deadline: float | None = None) -> bytes:
         """The bytes behind a URL.
+
+        Args:
+            url: http or https.
+            param: where in the request it stands, for errors.
+            deadline: when to give up, on the monotonic clock.
 
         Raises:
             ApiError: 400 if the host is not allowed or the answer is none, 413 if it is too large.
         """
-        deadline = time.monotonic() + self.limits.fetch_seconds
+        if deadline is None:
+            deadline = time.monotonic() + self.limits.fetch_seconds
         for _ in range(_REDIRECTS + 1):
             status, location, content = self._get(url, deadline, param)
             if status in (301, 302, 303, 307, 308) and location:
@@ -87,30 +95,37 @@ class Fetcher:
         try:
             address = self._address(host, port, param)
             connection = _Pinned(host, port, address, scheme == "https", self._left(deadline))
-            try:
-                connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "keepsight"})
-                response = connection.getresponse()
-                length = response.getheader("Content-Length") or ""
-                if length.isdigit():
-                    check_bytes(int(length), self.limits, param)
-                content = b""
-                while response.status == 200:
-                    if connection.sock is not None:
-                        connection.sock.settimeout(self._left(deadline))
-                    piece = response.read1(65536)
-                    if not piece:
-                        break
-                    content += piece
-                    check_bytes(len(content), self.limits, param)
-                return response.status, response.getheader("Location"), content
-            finally:
-                connection.close()
+            with contextlib.closing(connection):
+                connection.connect()
+                # A socket's own timeout starts anew with every byte that trickles in.
+                end = threading.Timer(self._left(deadline), _hang_up, [connection.sock])
+                end.start()
+                try:
+                    connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "keepsight"})
+                    with connection.getresponse() as response:
+                        content = self._content(response, param) if response.status == 200 else b""
+                        self._left(deadline)
+                        return response.status, response.getheader("Location"), content
+                finally:
+                    end.cancel()
         except ApiError:
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise bad(
                 f"The image could not be fetched ({type(error).__name__}).", param, "image_fetch_failed"
             ) from None
+
+    def _content(self, response: http.client.HTTPResponse, param: str) -> bytes:
+        """A body, as long as it is not too large."""
+        length = response.getheader("Content-Length") or ""
+        if length.isdigit():
+            check_bytes(int(length), self.limits, param)
+        pieces, size = [], 0
+        while piece := response.read1(65536):
+            pieces.append(piece)
+            size += len(piece)
+            check_bytes(size, self.limits, param)
+        return b"".join(pieces)
 
     def _checked(self, url: str, param: str) -> tuple[str, str, int, str]:
         """Scheme, host, port and target of a URL that may be fetched."""
@@ -147,6 +162,11 @@ class Fetcher:
         if left <= 0:
             raise TimeoutError
         return left
+
+
+def _hang_up(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Pinned(http.client.HTTPConnection):

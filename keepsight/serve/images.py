@@ -15,13 +15,14 @@ from keepsight.serve.settings import Limits
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
-def decode_image(content: bytes, limits: Limits, param: str) -> Any:
+def decode_image(content: bytes, limits: Limits, param: str, left: int | None = None) -> Any:
     """A PIL image in RGB, turned upright as its EXIF data say.
 
     Args:
         content: an image file's bytes.
         limits: size limits.
         param: where in the request it stands, for errors.
+        left: pixels that the request may still have.
 
     Raises:
         ApiError: 413 if it is too large, 400 if it is no image, damaged, or of another format.
@@ -40,6 +41,12 @@ def decode_image(content: bytes, limits: Limits, param: str) -> Any:
                     "Make it smaller; the model would shrink it anyway.",
                     param,
                     "image_too_large",
+                )
+            if left is not None and width * height > left:
+                raise too_large(
+                    f"The images of this request have more than {2 * limits.max_image_pixels:,} pixels together.",
+                    param,
+                    "images_too_large",
                 )
             image.load()
             return ImageOps.exif_transpose(image).convert("RGB")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ class Prompts:
         self.context, self.reserved = context, reserved
         self._lock = threading.Lock()  # tokenizers change their own settings while they encode
 
-    def load_images(self, request: ChatRequest) -> list[Any]:
-        """All images of a request, decoded, in order.
+    def collect_images(self, request: ChatRequest) -> list[tuple[str, bytes]]:
+        """The image files of a request, in order: (where it stands, its bytes).
 
         Raises:
             ApiError: 4xx.
@@ -54,12 +55,26 @@ class Prompts:
                 "messages",
                 "too_many_images",
             )
-        images = []
+        deadline = time.monotonic() + self.limits.fetch_seconds
+        files = []
         for place, part in places:
             url = part.image_url.url if isinstance(part, ImagePart) else part.file.file_id
             if isinstance(part, FilePart) and not url.startswith("file-"):
                 raise ApiError(404, "No such file; upload it to /v1/files.", param=place, code="file_not_found")
-            images.append(decode_image(self.sources.read(url, place), self.limits, place))
+            files.append((place, self.sources.read(url, place, deadline)))
+        return files
+
+    def decode_images(self, files: list[tuple[str, bytes]]) -> list[Any]:
+        """PIL images.
+
+        Raises:
+            ApiError: 4xx.
+        """
+        images: list[Any] = []
+        left = 2 * self.limits.max_image_pixels
+        for place, content in files:
+            images.append(decode_image(content, self.limits, place, left))
+            left -= images[-1].width * images[-1].height
         return images
 
     def encode(self, request: ChatRequest, images: list[Any]) -> dict[str, torch.Tensor]:

@@ -82,6 +82,7 @@ class Job:
         choices: how many answers.
         memory: whether memories are on.
         send: takes events; called from the engine's thread, must not wait.
+        when_read: called once the inputs are not needed any more; any thread, must not wait.
         is_cancelled: the engine drops it before its next step.
         error: why it failed, if it did.
         open_choices: answers that are not complete.
@@ -93,10 +94,16 @@ class Job:
     choices: int
     memory: bool
     send: Callable[[Event], None]
+    when_read: Callable[[], None] = lambda: None
     arrived: float = field(default_factory=time.monotonic)
     is_cancelled: bool = False
     error: ApiError | None = None
     open_choices: int = 0
+
+    def forget(self) -> None:
+        """Free the inputs."""
+        self.inputs = {}
+        self.when_read()
 
 
 @dataclass(eq=False)

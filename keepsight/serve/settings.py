@@ -15,29 +15,33 @@ class Limits:
     Attributes:
         max_batch: rows (answers) that are written at the same time.
         max_queue: requests that wait; further ones get 429.
+        max_prepared: requests whose images are decoded at a time, those that wait for the engine included. The others
+            wait as they came.
         max_choices: largest `n`.
         max_output_tokens: largest `max_tokens`, and its default.
         max_prompt_tokens: longest prompt, visual tokens included.
         max_images: images per request.
         max_image_bytes: size of one encoded image.
-        max_image_pixels: width x height of one decoded image, known from its header before it is decoded.
+        max_image_pixels: width x height of one image, read from its header before it is decoded; all images of a
+            request together may have twice as many.
         max_body_bytes: size of a request.
         max_upload_bytes: all uploaded files together; the oldest are dropped.
         upload_seconds: how long an uploaded file is kept.
         read_seconds: how long a client may take to send its request.
         write_seconds: how long a client may take to read one piece of a stream.
-        fetch_seconds: how long fetching a remote image may take.
+        fetch_seconds: how long fetching all remote images of a request may take.
     """
 
     max_batch: int = 8
-    max_queue: int = 64
+    max_queue: int = 32
+    max_prepared: int = 4
     max_choices: int = 8
     max_output_tokens: int = 2048
     max_prompt_tokens: int = 32_768
     max_images: int = 16
     max_image_bytes: int = 20 * MB
     max_image_pixels: int = 50 * MB
-    max_body_bytes: int = 64 * MB
+    max_body_bytes: int = 32 * MB
     max_upload_bytes: int = 256 * MB
     upload_seconds: float = 3600.0
     read_seconds: float = 60.0

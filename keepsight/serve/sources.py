@@ -31,12 +31,13 @@ class ImageSources:
         self.limits, self.uploads, self.fetcher = limits, uploads, fetcher
         self.folders = tuple(Path(folder).resolve() for folder in folders)
 
-    def read(self, url: str, param: str) -> bytes:
+    def read(self, url: str, param: str, deadline: float | None = None) -> bytes:
         """The bytes of an image file.
 
         Args:
             url: data:..., file-<id of an upload>, a path or file:// URL, or http(s)://....
             param: where in the request it stands, for errors.
+            deadline: when to give up fetching, on the monotonic clock.
 
         Raises:
             ApiError: 4xx, if it is not allowed, not there, or too large.
@@ -54,7 +55,7 @@ class ImageSources:
                     param,
                     "remote_image_not_allowed",
                 )
-            return self.fetcher.fetch(url, param)
+            return self.fetcher.fetch(url, param, deadline)
         return self._local(url, param)
 
     def _data(self, url: str, param: str) -> bytes:

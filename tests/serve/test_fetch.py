@@ -1,9 +1,11 @@
 """What the server reads on behalf of strangers: nothing it was not told to, and never its own network."""
 
+import contextlib
 import http.server
 import os
 import socket
 import threading
+import time
 
 import pytest
 
@@ -76,6 +78,14 @@ class Site:
                     return
                 if self.path == "/missing":
                     self.send_error(404)
+                    return
+                if self.path == "/trickle":
+                    self.send_response(200)
+                    self.end_headers()
+                    with contextlib.suppress(OSError):
+                        for _ in range(200):
+                            self.wfile.write(b"x")
+                            time.sleep(0.1)
                     return
                 body = b"x" * (5000 if self.path == "/huge" else 10)
                 self.send_response(200)
@@ -189,6 +199,9 @@ def test_too_much_and_too_slow(site):
     for path in ("huge", "claims"):
         assert refused(fetch, f"http://good.example:{site.port}/{path}") == "image_too_large"
     assert refused(fetch, f"http://good.example:{site.port}/missing") == "image_fetch_failed"
+    hasty = fetcher(site)
+    hasty.limits = Limits(fetch_seconds=0.5)
+    assert refused(hasty.fetch, f"http://good.example:{site.port}/trickle") == "image_fetch_failed"
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers
         port = silent.getsockname()[1]
         slow = Fetcher(
