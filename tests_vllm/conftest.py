@@ -90,7 +90,7 @@ class Model:
             self.request(f"{words(11, 8)} @ {words(12, 70)}", b),
         ]
 
-    def answer(self, request: Request, memory: bool = True, length: int = LENGTH, lora: bool = False) -> Answer:
+    def answer(self, request: Request, memory: bool = True, length: int = LENGTH, lora: str | None = None) -> Answer:
         """Greedy, on the Hugging Face path, alone in its batch."""
         key = f"{json.dumps(request)} {memory} {length} {lora}"
         if key not in self._loaded:
@@ -106,10 +106,10 @@ class Model:
                     self._loaded[key] = _generate(model, inputs, length)
         return self._loaded[key]
 
-    def _load(self, lora: bool) -> Any:
+    def _load(self, lora: str | None) -> Any:
         name = f"model {lora}"
         if name not in self._loaded:
-            more = [self.folder / "lora"] if lora else []
+            more = [self.folder / lora] if lora else []
             self._loaded[name] = keepsight.load(self.folder / "memory", *more, dtype=self.dtype)
         return self._loaded[name]
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from conftest import assert_equal, words
+from conftest import ALLOWED, Model, assert_equal, words
+from tiny import make_lora, make_memory
+
+from keepsight.serve.vllm.export import export_vllm
 
 CHUNKED = {"max_num_batched_tokens": 48, "enable_chunked_prefill": True, "enable_prefix_caching": True}
 
@@ -82,9 +85,22 @@ def test_qwen3_5_to_within_the_rounding_of_bfloat16(make_model, serve):
                 assert expected["logprobs"][step] - expected["all"][step, token].item() < 0.15
                 break
         if request["images"]:
-            memory.append((expected["all"][0] - without["all"][0]).abs().max().item())
+            memory.append((expected["all"][0] - without["all"][0])[ALLOWED].abs().max().item())
     assert max(rounding) < 0.15
     assert min(memory) > 3 * max(rounding)
+
+
+def test_heads_too_wide_for_the_flag_channel(qwen3, serve, tmp_path):
+    """Heads of 256, as Qwen3.5's: no kernel has wider ones, so the twin heads serve, here a Qwen3-VL."""
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    make_memory(qwen3.folder / "base", folder / "memory", width=512, head_dim=256)
+    export_vllm(folder / "memory", folder / "out")
+    wide = Model("qwen3_vl", folder)
+    nine = wide.nine()
+    out = serve(wide.served, [nine, nine], engine=CHUNKED)
+    for answers in out["rounds"]:
+        assert_equal(wide, nine, answers)
 
 
 def test_compiled(qwen3, serve):
@@ -103,17 +119,18 @@ def test_speculative_decoding(qwen3, serve):
     assert out["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
 
 
-def test_a_lora_beside_the_memory(qwen3, serve):
-    from tiny import make_lora
-
-    make_lora(qwen3.folder / "base", qwen3.folder / "lora")
+def test_several_loras_beside_the_memory(qwen3, serve):
+    """Not mixed with requests without one: there vLLM 0.32's CPU build is wrong by itself, also for a plain model."""
+    loras = {name: str(make_lora(qwen3.folder / "base", qwen3.folder / name)) for name in ("one", "other")}
     nine = qwen3.nine()
-    mixed = [request | ({"lora": "one"} if i % 2 else {}) for i, request in enumerate(nine)]
-    engine = {"enable_lora": True, "max_lora_rank": 8}
-    out = serve(qwen3.served, [mixed], engine=engine, loras={"one": str(qwen3.folder / "lora")})
-    for i, (request, answer) in enumerate(zip(nine, out["rounds"][0], strict=True)):
-        assert_equal(qwen3, [request], [answer], lora=bool(i % 2))
-    assert out["rounds"][0][1]["tokens"] != qwen3.answer(nine[1])["tokens"]
+    names = ["one" if i % 2 else "other" for i in range(9)]
+    mixed = [request | {"lora": name} for request, name in zip(nine, names, strict=True)]
+    engine = CHUNKED | {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+    without, with_loras = serve(qwen3.served, [nine, mixed], engine=engine, loras=loras)["rounds"]
+    assert_equal(qwen3, nine, without)
+    for request, name, answer, plain in zip(nine, names, with_loras, without, strict=True):
+        assert_equal(qwen3, [request], [answer], lora=name)
+        assert answer["tokens"] != plain["tokens"]
 
 
 def test_tensor_parallel(qwen3, serve):

@@ -273,10 +273,10 @@ def make_memory(base: Path, folder: Path, gate: float = 0.7, seed: int = 5, **co
     return folder
 
 
-def make_lora(base: Path, folder: Path, seed: int = 7) -> Path:
-    """A LoRA of random weights on `base`, strong enough to change answers."""
+def make_lora(base: Path, folder: Path) -> Path:
+    """A LoRA of random weights on `base`, strong enough to change answers; another for each length of name."""
     model = transformers.AutoModelForImageTextToText.from_pretrained(base)
-    torch.manual_seed(seed)
+    torch.manual_seed(len(folder.name))
     names = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
     peft_model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=names))
     with torch.no_grad():
