@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from keepsight.errors import KeepsightError
+from keepsight.sources import POLICY
 from keepsight.train.accounting import CostMeter
 from keepsight.train.blindfold import blindfold
+from keepsight.train.checkpointing import stop_below_learners
 from keepsight.train.collate import ConversationCollator
 from keepsight.train.data import CheckedData, read_sample
 from keepsight.train.engines import keep_vision_whole
@@ -73,6 +75,20 @@ class LearnerTrainer(_Base):
             )
         return loss
 
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss; its backward goes no deeper than it must."""
+        if not self._checkpoints_reentrantly:
+            stop_below_learners(self.model)
+        return super().compute_loss(model, *args, **kwargs)
+
+    @property
+    def _checkpoints_reentrantly(self) -> bool:
+        """TRL's choice under DeepSpeed ZeRO-3."""
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            if (getattr(self.args, name, None) or {}).get("use_reentrant"):
+                return True
+        return False
+
     def cover(self, model: Any) -> Any:
         """What a training step happens under."""
         return nullcontext()
@@ -98,7 +114,10 @@ class LearnerTrainer(_Base):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
-            self.setup.learner.save_policy(model, Path(output_dir or self.args.output_dir), state_dict)
+            folder = Path(output_dir or self.args.output_dir)
+            self.setup.learner.save_policy(model, folder, state_dict)
+            if (folder / POLICY / "config.json").is_file():
+                self.processing_class.save_pretrained(folder / POLICY)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         learner = self.setup.learner
