@@ -2,8 +2,8 @@
 
 Wherever gradients are checkpointed, transformers, PEFT and TRL make the output of every input embedding require
 gradients, the vision encoder's patches included. Only reentrant checkpointing needs that. Otherwise the backward pass
-recomputes and runs through every layer below the lowest one that learns, and through the whole frozen vision encoder, to
-arrive at gradients that nobody reads: for a PVM on layers 8, 16 and 24 of 36, eight layers and the vision encoder.
+recomputes and runs through every layer below the lowest one that learns, and through the whole frozen vision encoder,
+to arrive at gradients that nobody reads: for a PVM on layers 8, 16 and 24 of 36, eight layers and the vision encoder.
 """
 
 from __future__ import annotations
