@@ -151,8 +151,13 @@ def serve(
 
 def _api(model: Any, processor: Any, settings: Any) -> Any:
     from keepsight.serve.api import Api
+    from keepsight.serve.latent import LatentMemories
     from keepsight.serve.served import Served
+    from keepsight.vismem.checks import warn
 
+    latent = LatentMemories.of(model)
+    if latent is not None:
+        warn(latent.branch, latent.policy)  # of memories that were never trained
     return Api(Served.of(model, processor), settings)
 
 
