@@ -22,6 +22,10 @@ from keepsight.errors import KeepsightError, KeepsightWarning
         "keepsight diagnose Qwen/Qwen3-VL-4B-Instruct -i photo.jpg --steps 2048 --every 8",
     ),
     (
+        "a latent memory: when is it invoked on two data sets, and what do its latents hold?",
+        "keepsight diagnose my-vismem -d charts.jsonl -d photos.jsonl",
+    ),
+    (
         "is a memory used? With references, against a LoRA trained on the same data",
         "keepsight diagnose my-memory --dataset questions.jsonl --control my-lora",
     ),
@@ -45,8 +49,12 @@ def diagnose(
         ),
     ] = None,
     dataset: Annotated[
-        str | None,
-        typer.Option("--dataset", "-d", help='JSONL: "image" or "images", "prompt" and, if known, "answer", "reply".'),
+        list[str] | None,
+        typer.Option(
+            "--dataset",
+            "-d",
+            help='JSONL: "image" or "images", "prompt" and, if known, "answer", "reply"; repeat for several.',
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Tokens to write for the curves.", min=1)] = 256,
     every: Annotated[int, typer.Option(help="Measure every n-th of them; 16 costs next to nothing.", min=1)] = 1,
@@ -54,6 +62,17 @@ def diagnose(
         str, typer.Option(help="Layers to meter: auto (up to twelve), all, or indices: 8,16,24.")
     ] = "auto",
     samples: Annotated[int, typer.Option(help="At most so many samples for the causal table.", min=1)] = 32,
+    memory: Annotated[
+        Literal["auto", "PVM", "VisMem"],
+        typer.Option(help="Which memory to examine in a model that carries both; auto: PVM."),
+    ] = "auto",
+    kind: Annotated[
+        Literal["auto", "short", "long"],
+        typer.Option(help="VisMem: the type that is formed where text is only read; auto: as the model would."),
+    ] = "auto",
+    probe_images: Annotated[
+        int, typer.Option(help="VisMem: at most so many images for the probe of its latents.", min=1)
+    ] = 512,
     out_dir: Annotated[str, typer.Option("--out", "-o", help="Folder for report.html, results.json and PNGs.")] = (
         "keepsight-diagnosis"
     ),
@@ -83,11 +102,11 @@ def diagnose(
     chosen = _layers(layers)
     folder = _writable(out_dir)
     check_device(device)
-    if dataset is not None and (image or video or prompt):
+    if dataset and (image or video or prompt):
         raise KeepsightError("--dataset brings its own images and prompts; leave --image, --video and --prompt out.")
     if not debugging():
         quiet()
-    given = _samples(image or [], video, prompt, dataset)
+    given = _samples(image or [], video, prompt, dataset or [])
     base_name, infos = check_sources(source, adapter or [], base)
     with status(f"loading {base_name}"):
         options: dict[str, Any] = {"dtype": dtype, "device": device}
@@ -103,6 +122,9 @@ def diagnose(
         layers=chosen,
         curves=1 if given else 4,
         samples=samples,
+        memory=memory,
+        kind=kind,
+        probe_images=probe_images,
         temperature=temperature,
         seed=seed,
     )
@@ -134,12 +156,14 @@ def _writable(name: str) -> Path:
     return folder
 
 
-def _samples(images: list[str], video: str | None, prompt: str | None, dataset: str | None) -> list[Any]:
+def _samples(images: list[str], video: str | None, prompt: str | None, datasets: list[str]) -> list[Any]:
     from keepsight.diagnose.cases import LONG_PROMPT, Sample, read_dataset
     from keepsight.train.images import open_image
 
-    if dataset is not None:
-        return read_dataset(dataset)
+    if datasets:
+        parts = [read_dataset(dataset) for dataset in datasets]
+        # in turn, so that --samples takes as many of each
+        return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
     if not images and video is None and prompt is None:
         return []
     if prompt is not None and not prompt.strip():

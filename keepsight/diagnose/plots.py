@@ -11,7 +11,7 @@ from keepsight.diagnose.results import Diagnosis
 
 
 def save_plots(diagnosis: Diagnosis, folder: str | Path) -> list[Path]:
-    """Write what can be drawn: decay.png, layers.png, lens.png, causal.png.
+    """Write what can be drawn: decay.png, layers.png, lens.png, causal.png; of VisMem also invocations.png, latents.png.
 
     Args:
         diagnosis: what was found.
@@ -27,7 +27,15 @@ def save_plots(diagnosis: Diagnosis, folder: str | Path) -> list[Path]:
 
     matplotlib.use("Agg", force=False)
     folder, files = Path(folder), []
-    for name, draw in (("decay", _decay), ("layers", _layers), ("lens", _lens), ("causal", _causal)):
+    drawn = {
+        "decay": _decay,
+        "layers": _layers,
+        "lens": _lens,
+        "causal": _causal,
+        "invocations": _invocations,
+        "latents": _latents,
+    }
+    for name, draw in drawn.items():
         figure = draw(diagnosis)
         if figure is not None:
             files.append(folder / f"{name}.png")
@@ -109,4 +117,57 @@ def _causal(diagnosis: Diagnosis) -> Any:
     axes.invert_yaxis()
     measure = "task score" if causal.conditions[0].score is not None else "log-probability per token"
     axes.set(xlabel=f"difference in {measure} to the intact memory", title=causal.verdict.word)
+    return figure
+
+
+def _invocations(diagnosis: Diagnosis) -> Any:
+    """Ratio of invocations by relative position, a panel per data set (as the paper's figure 5)."""
+    from matplotlib.figure import Figure
+
+    found = diagnosis.invocations
+    if found is None or not found.datasets:
+        return None
+    figure = Figure((1.0 + 3.6 * len(found.datasets), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(found.datasets), squeeze=False, sharey=True)[0]
+    for axes, (name, counted) in zip(panels, found.datasets.items(), strict=True):
+        for (kind, ratio), colour in zip(counted.ratio.items(), ("C3", "C0"), strict=True):
+            middle = (np.arange(len(ratio)) + 0.5) / len(ratio)
+            axes.plot(middle, [e.value for e in ratio], "o-", color=colour, label=f"{kind}-term memory")
+            axes.fill_between(middle, [e.low for e in ratio], [e.high for e in ratio], color=colour, alpha=0.15, lw=0)
+        axes.set(xlabel="relative place in the output", title=f"{name} ({counted.outputs} outputs)", xlim=(0, 1))
+        axes.set_ylim(0, None)
+    panels[0].set_ylabel("share of outputs that invoke")
+    panels[0].legend(fontsize=8)
+    return figure
+
+
+def _latents(diagnosis: Diagnosis) -> Any:
+    """What a linear map reads from the latents of each type, and where they look while they are formed."""
+    from matplotlib.figure import Figure
+
+    probes = [probe for probe in diagnosis.probes if probe.facts or probe.forming is not None]
+    if not probes:
+        return None
+    figure = Figure((9.0, 3.4 * len(probes)), layout="constrained")
+    for (left, right), probe in zip(figure.subplots(len(probes), 2, squeeze=False), probes, strict=True):
+        if probe.facts:
+            rows = (("latents", "C3"), ("shuffled", "C7"), ("visual", "C0"), ("text", "C2"))
+            for shift, (name, colour) in enumerate(rows):
+                found = [getattr(fact, name) for fact in probe.facts]
+                errors = np.array([[e.value - e.low for e in found], [e.high - e.value for e in found]])
+                at = np.arange(len(found)) + 0.2 * shift - 0.3
+                left.bar(at, [e.value for e in found], 0.18, yerr=np.maximum(errors, 0), color=colour, label=name)
+            left.set_xticks(np.arange(len(probe.facts)), [fact.name for fact in probe.facts], fontsize=8)
+            left.set(ylim=(0, 1), ylabel="right answers", title=f"{probe.kind}-term memory: a linear map reads")
+            left.legend(fontsize=8)
+        else:
+            left.set_axis_off()
+        where = None if probe.forming is None else probe.forming.where
+        if where is None:
+            right.set_axis_off()
+            continue
+        mesh = right.pcolormesh(where, cmap="magma", vmin=0)
+        right.invert_yaxis()
+        right.set(xlabel="visual token", ylabel="latent", title="where it looks while it is formed")
+        figure.colorbar(mesh, ax=right)
     return figure

@@ -111,6 +111,11 @@ class LatentProbe:
         return None if self.spread is None else self.spread < NEAR_CONSTANT
 
     @property
+    def summary(self) -> list[str]:
+        """The two findings that matter most: do they differ between images, and what can be read from them?"""
+        return [line for line in self.sentences if line.startswith(("Across", "A linear map"))][:2]
+
+    @property
     def sentences(self) -> list[str]:
         """The findings in words."""
         lines = []

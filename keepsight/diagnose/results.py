@@ -13,6 +13,7 @@ import numpy as np
 
 from keepsight.diagnose.attention_trace import AttentionTrace
 from keepsight.diagnose.decay import DecayFit
+from keepsight.diagnose.forming import FormingTrace
 from keepsight.diagnose.invocations import Formed, InvocationResult
 from keepsight.diagnose.lengths import LengthResult
 from keepsight.diagnose.lens import LensTrace
@@ -34,6 +35,7 @@ class Written:
         words: n strings, what each token adds to the text.
         slots: [n] int64, positions after the prompt before each token: those of VisMem's memories count.
         memories: VisMem's memories in it.
+        forming: where each of them looked while it was formed; empty if that was not watched.
         attention: one trace per sample that was measured; the first belongs to `ids`.
         decay: fit over all traces, mean over layers and heads; None if there is no visual mass to fit.
         decay_without_sink: the same with the first token left out of the normalisation.
@@ -46,6 +48,7 @@ class Written:
     slots: np.ndarray
     attention: list[AttentionTrace]
     memories: list[Formed] = field(default_factory=list)
+    forming: list[FormingTrace | None] = field(default_factory=list)
     decay: DecayFit | None = None
     decay_without_sink: DecayFit | None = None
     decay_by_layer: dict[int, DecayFit] = field(default_factory=dict)
@@ -109,7 +112,7 @@ class Diagnosis:
         if self.invocations is not None:
             lines.append(self.invocations.sentence)
         lines += [
-            f"{probe.kind.capitalize()} memory. {sentence}" for probe in self.probes for sentence in probe.sentences
+            f"{probe.kind.capitalize()} memory. {sentence}" for probe in self.probes for sentence in probe.summary
         ]
         return lines + self.notes
 

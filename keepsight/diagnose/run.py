@@ -13,6 +13,7 @@ import transformers
 import keepsight
 from keepsight.diagnose.cases import LONG_PROMPT, Case, Sample, lab_cases, speaks_lab, stand_in_images
 from keepsight.diagnose.causal import Battery
+from keepsight.diagnose.forming import watch_forming
 from keepsight.diagnose.invocations import InvocationCount
 from keepsight.diagnose.latents import VisMemHandle, active_latent_memory
 from keepsight.diagnose.lengths import LengthScore
@@ -20,7 +21,7 @@ from keepsight.diagnose.lens import LensTrace, logit_lens
 from keepsight.diagnose.memories import Memory, memory_of, reading_branches
 from keepsight.diagnose.probe import Probe
 from keepsight.diagnose.reader import Reader
-from keepsight.diagnose.results import Diagnosis
+from keepsight.diagnose.results import Diagnosis, Written
 from keepsight.diagnose.settings import Settings
 from keepsight.diagnose.writing import Progress, Writer
 from keepsight.errors import KeepsightError
@@ -148,6 +149,17 @@ class _Run:
             with self.memory.off():
                 for written, _ in self.writer.write(many, "writing without the memory", off=True):
                     self.diagnosis.written_off = written
+        if isinstance(self.memory, VisMemHandle) and self.diagnosis.written is not None:
+            self._watch_forming(self.memory, self.diagnosis.written)
+
+    def _watch_forming(self, memory: VisMemHandle, written: Written) -> None:
+        """Form the memories of the shown output again, and see where they looked."""
+        plan = tuple((formed.place, formed.kind) for formed in written.memories)
+        inputs, text = self.reader.inputs(self.samples[0]), torch.as_tensor(written.ids)
+        layout = written.attention[0].layouts[0] if written.attention[0].layouts else None
+        formers = memory.branch.formers()
+        for (_, kind), (formation, _) in zip(plan, memory.formed(self.reader, inputs, text, plan), strict=True):
+            written.forming.append(watch_forming(formers, kind, formation, layout))
 
     # -- lens -----------------------------------------------------------------------------------------------------
     def lens(self) -> None:
