@@ -50,7 +50,7 @@ from keepsight.lab.samples import example_images
 from keepsight.pvm import memory_off
 
 RESULTS = Path(__file__).parent / "results" / "serve"
-MEASURED = ("keepsight", "benchmarks/soak.py", "benchmarks/serving.py")
+MEASURED = ("keepsight/serve", "keepsight/pvm", "keepsight/vismem", "benchmarks/soak.py", "benchmarks/serving.py")
 NAME = "soak"
 IMAGES, TOKENS = 24, 24
 FLAGS = [
