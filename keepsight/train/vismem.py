@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import LoraConfig, get_peft_model
 
 from keepsight.adapters import find_adapter, inspect_adapter
 from keepsight.backbone import Backbone
@@ -20,14 +22,29 @@ from keepsight.bases import check_weights
 from keepsight.errors import KeepsightError
 from keepsight.loading import attach, load
 from keepsight.sources import check_sources
+from keepsight.train.controls import Control
 from keepsight.train.preflight import Say, silent
 from keepsight.train.rewards import DEFAULT_REWARDS, Reward
+from keepsight.train.vismem_controls import check_controls, compare
 from keepsight.train.vismem_plan import plan_vismem
-from keepsight.train.vismem_run import Run, VisMemReport, check_run, device_of, execute, rewards_of
+from keepsight.train.vismem_report import VisMemReport
+from keepsight.train.vismem_run import (
+    Made,
+    Questions,
+    Run,
+    check_run,
+    device_of,
+    execute,
+    ready,
+    record_of,
+    rewards_of,
+    warn_untrained,
+)
+from keepsight.train.vismem_saving import save_adapter
 from keepsight.train.vismem_settings import FormationSettings, InvocationSettings
-from keepsight.train.vismem_stages import POLICY, Formation, Invocation
+from keepsight.train.vismem_stages import POLICY, Formation, Invocation, Stage
 from keepsight.train.vismem_trainer import OnLog
-from keepsight.vismem import VisMemConfig, add_memory_tokens
+from keepsight.vismem import VisMemBranch, VisMemConfig, add_memory_tokens
 
 __all__ = [
     "FormationSettings",
@@ -37,6 +54,8 @@ __all__ = [
     "train_vismem_invocation",
 ]
 
+GivenReward = str | Reward | Callable[..., Any]
+
 
 def train_vismem_formation(
     source: str | Path,
@@ -44,13 +63,16 @@ def train_vismem_formation(
     output_dir: str | Path,
     *,
     vismem: VisMemConfig | None = None,
-    rewards: Sequence[str | Reward | Callable[..., Any]] = DEFAULT_REWARDS,
+    rewards: Sequence[GivenReward] = DEFAULT_REWARDS,
     settings: FormationSettings | None = None,
     split: str = "train",
+    eval_dataset: Any = None,
+    eval_split: str | None = None,
     text_only: Literal["error", "skip", "keep"] = "error",
     check: Literal["full", "quick"] = "full",
     resume: bool = False,
     overwrite: bool = False,
+    controls: Sequence[Control] = (),
     say: Say = silent,
     on_log: OnLog | None = None,
     on_check: Callable[[int, int], None] | None = None,
@@ -67,10 +89,14 @@ def train_vismem_formation(
         rewards: names ("format", "answer", "package.module:function"), or functions f(prompts, completions, **columns).
         settings: how to train.
         split: of hub datasets and saved DatasetDicts.
+        eval_dataset: held-out questions, scored after the last step. With controls and without it, a tenth of the
+            questions is held out.
+        eval_split: the same for `eval_dataset`; default: as `split`.
         text_only: what to do with samples without an image; they can form long-term memories only.
         check: "full" decodes every image before training; "quick" only looks whether the files are there.
         resume: go on from the last whole checkpoint in `output_dir`, if there is one.
         overwrite: move what is in `output_dir` aside (nothing is deleted) and start anew.
+        controls: what to train after the memory, for comparison: lora, sft, none (see `keepsight.train.controls`).
         say: receives lines for the user.
         on_log: called as `on_log(values, step, total steps)`.
         on_check: called as `on_check(done, total)` while samples are checked.
@@ -81,30 +107,13 @@ def train_vismem_formation(
         TrainingDivergedError: if a loss or gradient is not finite; earlier checkpoints stay.
     """
     settings = settings or FormationSettings()
-    run = Run(
-        source,
-        dataset,
-        Path(output_dir),
-        settings,
-        rewards_of(rewards),
-        split,
-        text_only,
-        check,
-        resume,
-        overwrite,
-        say,
-        on_log,
-        on_check,
-    )
+    run = Run(source, Path(output_dir), settings, rewards_of(rewards), resume, overwrite, say, on_log)
     is_adapter = find_adapter(source) is not None
     if is_adapter and vismem is not None:
         raise KeepsightError(f"{source} is an adapter with a configuration of its own; leave `vismem` out.")
     check_run(run)
-    if is_adapter:
-        _require_vismem(source)
-        config = _adapter_config(source)
-    else:
-        config = plan_vismem(source, vismem)
+    check_controls(controls)
+    config = _adapter_config(source)[0] if is_adapter else plan_vismem(source, vismem)
     if settings.gradient_checkpointing and config.form == "incremental":
         raise KeepsightError(
             "gradient_checkpointing cannot be combined with form='incremental', whose kept keys and values it would "
@@ -113,20 +122,20 @@ def train_vismem_formation(
     warm = f", after {settings.warm_start_steps} steps of warm start (ours)" if settings.warm_start_steps else ""
     say(f"{Formation.title}: rewards {Formation.objective_name}; KL against {Formation.reference_name}{warm}")
 
-    def make() -> tuple[Any, Any, Any]:
+    def make() -> Made:
         if is_adapter:
             model, processor = load(source, dtype=settings.dtype, device=device_of(settings), trainable=True)
-            return model, processor, None
-        from peft import get_peft_model
+        else:
+            base, processor = load(source, dtype=settings.dtype, device=device_of(settings))
+            own = copy.deepcopy(vismem) if vismem is not None else VisMemConfig()
+            add_memory_tokens(processor, own)
+            with torch.random.fork_rng():
+                torch.manual_seed(settings.seed)
+                model = get_peft_model(base, own)
+        return _made(ready(model, say), processor, Formation, settings, None)
 
-        base, processor = load(source, dtype=settings.dtype, device=device_of(settings))
-        own = copy.deepcopy(vismem) if vismem is not None else VisMemConfig()
-        add_memory_tokens(processor, own)
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            return get_peft_model(base, own), processor, None
-
-    return execute(run, make, Formation, config)
+    questions = Questions(dataset, split, eval_dataset, eval_split, text_only, check, on_check)
+    return _train(run, questions, controls, config, Formation, make)
 
 
 def train_vismem_invocation(
@@ -134,21 +143,24 @@ def train_vismem_invocation(
     dataset: Any,
     output_dir: str | Path,
     *,
-    rewards: Sequence[str | Reward | Callable[..., Any]] = DEFAULT_REWARDS,
+    rewards: Sequence[GivenReward] = DEFAULT_REWARDS,
     settings: InvocationSettings | None = None,
     split: str = "train",
+    eval_dataset: Any = None,
+    eval_split: str | None = None,
     text_only: Literal["error", "skip", "keep"] = "error",
     check: Literal["full", "quick"] = "full",
     resume: bool = False,
     overwrite: bool = False,
+    controls: Sequence[Control] = (),
     say: Say = silent,
     on_log: OnLog | None = None,
     on_check: Callable[[int, int], None] | None = None,
 ) -> VisMemReport:
     """Stage II: the policy learns when to invoke which memory; the memory is frozen.
 
-    With `settings.train="lora"` the policy's adapter is saved in `output_dir/policy`:
-    `keepsight.load(output_dir, output_dir / "policy")`.
+    With `settings.train="lora"` the policy's adapter is saved in `output_dir/policy`, and `keepsight.load(output_dir)`
+    loads both.
 
     Args:
         source: the VisMem adapter that stage I made.
@@ -157,10 +169,13 @@ def train_vismem_invocation(
         rewards: names or functions.
         settings: how to train.
         split: of hub datasets and saved DatasetDicts.
+        eval_dataset: held-out questions.
+        eval_split: of `eval_dataset`.
         text_only: what to do with samples without an image.
         check: "full" or "quick".
         resume: go on from the last whole checkpoint.
         overwrite: move aside what is in `output_dir`.
+        controls: what to train after the memory, for comparison.
         say: receives lines for the user.
         on_log: called as `on_log(values, step, total steps)`.
         on_check: called as `on_check(done, total)`.
@@ -169,52 +184,71 @@ def train_vismem_invocation(
         KeepsightError, FileNotFoundError, RewardError, TrainingDivergedError: as in `train_vismem_formation`.
     """
     settings = settings or InvocationSettings()
-    run = Run(
-        source,
-        dataset,
-        Path(output_dir),
-        settings,
-        rewards_of(rewards),
-        split,
-        text_only,
-        check,
-        resume,
-        overwrite,
-        say,
-        on_log,
-        on_check,
-    )
+    run = Run(source, Path(output_dir), settings, rewards_of(rewards), resume, overwrite, say, on_log)
     if find_adapter(source) is None:
         raise KeepsightError(
             f"{source} is no adapter. Stage II teaches when to invoke a memory that stage I has formed: name the "
             "folder that `keepsight train vismem-formation` wrote."
         )
-    _require_vismem(source)
     check_run(run)
-    config = _adapter_config(source)
+    check_controls(controls)
+    config, base = _adapter_config(source)
     say(f"{Invocation.title}: rewards {Invocation.objective_name}; KL against {Invocation.reference_name}")
     if not settings.invocation_cost:
         say("invocation_cost is 0, as in the paper: a memory that never harms may end up invoked always")
 
-    def make() -> tuple[Any, Any, Any]:
+    def make() -> Made:
+        policy = None
         if settings.train == "tokens":
             model, processor = load(source, dtype=settings.dtype, device=device_of(settings), trainable=True)
-            return model, processor, None
-        return _with_policy(source, settings)
+        else:
+            model, processor, policy = _with_policy(source, base, settings)
+        warn_untrained(model, settings)
+        return _made(ready(model, say), processor, Invocation, settings, policy)
 
-    return execute(run, make, Invocation, config)
+    questions = Questions(dataset, split, eval_dataset, eval_split, text_only, check, on_check)
+    return _train(run, questions, controls, config, Invocation, make)
 
 
-def _require_vismem(source: str | Path) -> None:
+def _train(
+    run: Run,
+    questions: Questions,
+    controls: Sequence[Control],
+    config: VisMemConfig,
+    stage: type[Stage],
+    make: Callable[[], Made],
+) -> VisMemReport:
+    data, held_out = questions.checked(run, controls)
+    size = 0
+
+    def counted() -> Made:
+        nonlocal size
+        made = make()
+        size = sum(p.numel() for p in VisMemBranch.of(made.model).active.parameters())
+        return made
+
+    record = record_of(run, stage.name, config, data)
+    report = execute(run, f"vismem {stage.name}", record, data, held_out, counted)
+    if not controls:
+        return report
+    base = str(run.source) if find_adapter(run.source) is None else _adapter_config(run.source)[1]
+    comparison = compare(run, report, base, size, controls, data, held_out)
+    if run.is_main:
+        comparison.write(run.folder)
+    return replace(report, comparison=comparison)
+
+
+def _made(model: Any, processor: Any, stage: type[Stage], settings: Any, policy: Any) -> Made:
+    return Made(model, processor, stage(model, settings), lambda folder: save_adapter(model, policy, processor, folder))
+
+
+def _adapter_config(source: str | Path) -> tuple[VisMemConfig, str]:
+    """(an adapter's configuration, its base); raises unless it is a whole VisMem adapter from stage I."""
     path = find_adapter(source)
     assert path is not None
     method = inspect_adapter(path).method
     if method != "VISMEM":
         raise KeepsightError(f"{source} is a {method} adapter; expected a VisMem adapter.")
-
-
-def _adapter_config(source: str | Path) -> VisMemConfig:
-    """The configuration of an adapter, and checks of its base."""
     base, infos = check_sources(source)
     check_weights(base)
     if len(infos) > 1:
@@ -222,16 +256,16 @@ def _adapter_config(source: str | Path) -> VisMemConfig:
             f"{source} holds a trained policy beside its memory: it has been through stage II with --train lora, which "
             "is the last stage. Start from the folder of stage I."
         )
-    return VisMemConfig.from_pretrained(str(infos[0].path))
+    return VisMemConfig.from_pretrained(str(infos[0].path)), base
 
 
-def _with_policy(source: str | Path, settings: InvocationSettings) -> tuple[Any, Any, Any]:
+def _with_policy(source: str | Path, base_name: str, settings: InvocationSettings) -> tuple[Any, Any, Any]:
     """(model with memory, processor, PEFT's wrapper of the policy's new LoRA)."""
-    from peft import LoraConfig, get_peft_model
+    from transformers import AutoProcessor
 
-    base_name, infos = check_sources(source)
+    _, infos = check_sources(source)
     base, _ = load(base_name, dtype=settings.dtype, device=device_of(settings))
-    processor = _processor(source)
+    processor = AutoProcessor.from_pretrained(infos[0].path)
     path = Backbone.of(base).decoder_path.replace(".", r"\.")
     lora = LoraConfig(
         r=settings.lora_rank,
@@ -247,9 +281,3 @@ def _with_policy(source: str | Path, settings: InvocationSettings) -> tuple[Any,
         model = attach(policy.get_base_model(), infos, trainable=True)
     add_memory_tokens(processor, model)
     return model, processor, policy
-
-
-def _processor(source: str | Path) -> Any:
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(find_adapter(source))

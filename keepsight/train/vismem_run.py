@@ -1,4 +1,4 @@
-"""One run of VisMem's training, from checked data to a saved adapter: the same for both stages."""
+"""One run of VisMem's training, from checked data to saved files: the same for both stages and for their controls."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from peft import PeftConfig
 from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.train import output
-from keepsight.train.accounting import CostMeter, RunCost
+from keepsight.train.accounting import CostMeter
 from keepsight.train.checksums import changed, checksums
+from keepsight.train.controls import Control, hold_out
 from keepsight.train.data import CheckedData, check_dataset, load_dataset_any, read_sample
 from keepsight.train.engines import check_engine, current_engine
 from keepsight.train.flops import ModelShape
 from keepsight.train.preflight import Say, check_settings, find_checkpoint
 from keepsight.train.rewards import Reward, load_rewards
+from keepsight.train.rollout import NO_MEMORY
 from keepsight.train.trainer import TrainingDivergedError
+from keepsight.train.vismem_report import VisMemReport, card
 from keepsight.train.vismem_saving import (
+    Save,
     append_metrics,
     clear_halves,
     cut_metrics,
@@ -35,65 +39,31 @@ from keepsight.train.vismem_saving import (
 from keepsight.train.vismem_settings import FormationSettings, InvocationSettings, RlSettings
 from keepsight.train.vismem_stages import Stage
 from keepsight.train.vismem_trainer import OnLog, VisMemTrainer
+from keepsight.train.vismem_warm import warm_up
 from keepsight.vismem import VisMemBranch, VisMemConfig
 
 
 @dataclass(frozen=True)
-class VisMemReport:
-    """What a run did, all measured in it.
+class Run:
+    """What a run is asked for.
 
     Attributes:
-        output_dir: where the adapter and its processor are.
-        stage: "formation" or "invocation".
-        steps: of the whole run, those before a resume included.
-        resumed_from: step of the checkpoint the run went on from, or None.
-        trained: trained parameters.
-        untouched: tensors that were not to be trained and of which no bit changed (compared at the end).
-        changed: trained tensors that changed.
-        reference: what the KL penalty is measured against.
-        first, last: what was logged at the first and the last step.
-        tokens_generated, tokens_trained: positions written, and positions that gradients went through.
-        seconds: in the training loop, those before a resume included.
-        cost: what the run cost.
-        data: what was checked, skipped and kept.
-        warm_start: what the warm start did, or None.
+        source: where the model comes from.
+        folder: gets everything.
+        settings: of the stage.
+        rewards: what is scored.
+        resume, overwrite: what to do with what is in the folder.
+        say, on_log: who listens.
     """
 
-    output_dir: Path
-    stage: str
-    steps: int
-    resumed_from: int | None
-    trained: int
-    untouched: int
-    changed: int
-    reference: str
-    first: dict[str, float]
-    last: dict[str, float]
-    tokens_generated: int
-    tokens_trained: int
-    seconds: float
-    cost: RunCost
-    data: CheckedData
-    warm_start: Any = None
-
-
-@dataclass
-class Run:
-    """What both stages are asked for."""
-
     source: str | Path
-    dataset: Any
     folder: Path
     settings: RlSettings
     rewards: list[Reward]
-    split: str
-    text_only: Literal["error", "skip", "keep"]
-    check: Literal["full", "quick"]
     resume: bool
     overwrite: bool
     say: Say
     on_log: OnLog | None
-    on_check: Callable[[int, int], None] | None
 
     @property
     def is_main(self) -> bool:
@@ -101,7 +71,65 @@ class Run:
         return int(os.environ.get("RANK", "0")) == 0
 
 
-# ---------------------------------------------------------------------------------------------- before the model loads
+@dataclass(frozen=True)
+class Made:
+    """A model to train.
+
+    Attributes:
+        model: carries VisMem (which a control never invokes).
+        processor: with the memory's tokens.
+        stage: what is trained.
+        save: writes what was trained, and the processor, into a folder.
+    """
+
+    model: Any
+    processor: Any
+    stage: Stage
+    save: Save
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Where questions come from, and how they are checked.
+
+    Attributes:
+        dataset, split: what `load_dataset_any` reads.
+        eval_dataset, eval_split: the same for held-out questions.
+        text_only, check: see `train_vismem_formation`.
+        on_check: called as `on_check(done, total)`.
+    """
+
+    dataset: Any
+    split: str
+    eval_dataset: Any
+    eval_split: str | None
+    text_only: Literal["error", "skip", "keep"]
+    check: Literal["full", "quick"]
+    on_check: Callable[[int, int], None] | None
+
+    def checked(self, run: Run, controls: Sequence[Control]) -> tuple[CheckedData, CheckedData | None]:
+        """(for training, held out); with controls and no evaluation data, a tenth of the questions is held out."""
+        held_out = None
+        data = self._checked(self.dataset, self.split, run.rewards, self.on_check)
+        if self.eval_dataset is not None:
+            held_out = self._checked(self.eval_dataset, self.eval_split or self.split, run.rewards, None)
+        elif controls:
+            data, held_out = hold_out(data)
+        for where, why in data.skipped[:5]:
+            run.say(f"skipped {where}: {why}")
+        more = f", {held_out.rows:,} are held out" if held_out is not None else ""
+        run.say(f"{data.rows:,} questions are good{more}; loading {run.source}")
+        return data, held_out
+
+    def _checked(self, dataset: Any, split: str, rewards: list[Reward], progress: Any) -> CheckedData:
+        return check_dataset(
+            load_dataset_any(dataset, split),
+            kind="prompt",
+            text_only=self.text_only,
+            decode=self.check == "full",
+            need_answer=any(reward.name in ("answer", "match") for reward in rewards),
+            progress=progress,
+        )
 
 
 def rewards_of(given: Sequence[str | Reward | Callable[..., Any]]) -> list[Reward]:
@@ -125,22 +153,12 @@ def check_run(run: Run) -> None:
         output.check_output(run.folder, run.resume, run.overwrite)
 
 
-def _check_data(run: Run, columns_needed: bool) -> CheckedData:
-    return check_dataset(
-        load_dataset_any(run.dataset, run.split),
-        kind="prompt",
-        text_only=run.text_only,
-        decode=run.check == "full",
-        need_answer=columns_needed,
-        progress=run.on_check,
-    )
-
-
-def _record(run: Run, stage: str, config: VisMemConfig, data: CheckedData) -> dict[str, Any]:
+def record_of(run: Run, stage: str, config: VisMemConfig | None, data: CheckedData) -> dict[str, Any]:
+    """What must be the same for a run to be resumed."""
     free = {"logging_steps", "save_steps", "keep_checkpoints", "report_to", "device", "rows_per_rollout"}
     general = {f.name for f in fields(PeftConfig)} | {"token_ids", "delimiter_ids"}
     names = [f.name for f in fields(VisMemConfig) if f.name not in general and not f.name.startswith("base_")]
-    memory = {name: getattr(config, name) for name in names}
+    memory = {} if config is None else {name: getattr(config, name) for name in names}
     chosen = {name: value for name, value in asdict(run.settings).items() if name not in free}
     rewards = [f"{reward.name}={reward.weight:g}" for reward in run.rewards]
     return {"stage": stage, "base": str(run.source), "samples": data.rows, "rewards": rewards, **memory, **chosen}
@@ -151,18 +169,26 @@ def device_of(settings: RlSettings) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if settings.on_gpu else "cpu"
 
 
-# ------------------------------------------------------------------------------------------------------------ the model
-
-
-def _half_is_no_dtype_to_train_in(model: Any, say: Say) -> None:
+def ready(model: Any, say: Say) -> Any:
+    """The model with its memory in float32, its base in a dtype to train in."""
     base = Backbone.of(model).model
     if base.dtype == torch.float16:
         better = torch.bfloat16 if base.device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
         base.to(better)
         say(f"the base is stored in float16, which overflows in training; it is used in {better}".replace("torch.", ""))
+    VisMemBranch.of(model).active.float()
+    return model
 
 
-# ----------------------------------------------------------------------------------------------------------- the run
+def warn_untrained(model: Any, settings: RlSettings) -> None:
+    """Warn of a stage II on a memory that stage I has not formed."""
+    if isinstance(settings, InvocationSettings) and VisMemBranch.of(model).active.short_bank.is_untrained:
+        warnings.warn(
+            "The memory of this adapter was never trained: stage II would learn when to invoke noise. Run stage I "
+            "(keepsight train vismem-formation) first.",
+            KeepsightWarning,
+            stacklevel=2,
+        )
 
 
 class _Samples:
@@ -179,40 +205,37 @@ class _Samples:
 
 
 def execute(
-    run: Run, make: Callable[[], tuple[Any, Any, Any]], stage_class: type[Stage], config: VisMemConfig
+    run: Run,
+    name: str,
+    record: dict[str, Any],
+    data: CheckedData,
+    held_out: CheckedData | None,
+    make: Callable[[], Made],
 ) -> VisMemReport:
-    """Check data, load the model, train, compare digests, save.
+    """Load the model, train, compare digests, save, evaluate.
 
     Args:
         run: what was asked for.
-        make: loads (model with memory, processor, PEFT's wrapper of the policy's LoRA or None).
-        stage_class: which stage.
-        config: the memory's resolved configuration.
+        name: of the run, in its accounts.
+        record: what must be the same for a run to be resumed.
+        data: checked questions.
+        held_out: questions to evaluate on, or None.
+        make: loads the model; called after everything is checked.
     """
     from accelerate import Accelerator
 
     settings, folder, say = run.settings, run.folder, run.say
-    checkpoint = find_checkpoint(run.folder, say) if run.resume else None
-    wants_answer = any(reward.name in ("answer", "match") for reward in run.rewards)
-    data = _check_data(run, wants_answer)
-    for where, why in data.skipped[:5]:
-        say(f"skipped {where}: {why}")
-    say(f"{data.rows:,} samples are good; loading {run.source}")
-    record = _record(run, stage_class.name, config, data)
+    checkpoint = find_checkpoint(folder, say) if run.resume else None
     if checkpoint is not None:
         output.check_record(folder, record)
-
-    model, processor, policy = make()
-    _half_is_no_dtype_to_train_in(model, say)
-    branch = VisMemBranch.of(model)
-    branch.active.float()
+    made = make()
+    model, stage = made.model, made.stage
     accelerator = Accelerator(
         cpu=not settings.on_gpu, log_with=list(settings.report_to) or None, project_dir=str(folder)
     )
-    stage = stage_class(model, settings)
+    trained = stage.trained()
     if run.is_main:
-        parameters = list(stage.trained().values())
-        _check_space(folder, settings, data, parameters, branch, accelerator.num_processes)
+        _check_space(folder, settings, data, list(trained.values()), VisMemBranch.of(model))
         if run.overwrite and (moved := output.move_aside(folder)) is not None:
             say(f"{folder} held something; it is now {moved}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -223,18 +246,15 @@ def execute(
         plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in record.items() if v is not None}
         accelerator.init_trackers(folder.name, config=plain)
 
-    trained = stage.trained()
-    before = checksums(model, skip=set(trained))
-    start = checksums(_Only(trained))
-    assert before is not None
-    assert start is not None
-    meter = CostMeter(
-        folder,
-        f"vismem {stage.name}",
-        ModelShape.of(model),
-        trained_parameters=sum(p.numel() for p in trained.values()),
-        resume=checkpoint is not None,
-    )
+    before, start = checksums(model, skip=set(trained)), checksums(_Only(trained))
+    size = sum(p.numel() for p in trained.values())
+    meter = CostMeter(folder, name, ModelShape.of(model), trained_parameters=size, resume=checkpoint is not None)
+
+    def keep(trainer: VisMemTrainer) -> None:
+        meter.write()
+        if run.is_main:
+            save_checkpoint(trainer, made.save, folder, settings.keep_checkpoints)
+        accelerator.wait_for_everyone()
 
     def on_log(values: dict[str, float], step: int, total: int) -> None:
         append_metrics(folder, step, values)
@@ -245,12 +265,12 @@ def execute(
 
     def on_step(trainer: VisMemTrainer) -> None:
         meter.steps += 1
-        if trainer.progress.step % settings.save_steps == 0 and trainer.progress.step < trainer.steps:
-            _save_checkpoint(trainer, policy, run, meter, accelerator)
+        if trainer.progress.step % settings.save_steps == 0 or trainer.progress.step == trainer.steps:
+            keep(trainer)
 
     trainer = VisMemTrainer(
         model,
-        processor,
+        made.processor,
         _Samples(data),
         run.rewards,
         stage,
@@ -259,21 +279,73 @@ def execute(
         on_step=on_step,
         meter=meter,
     )
-    _say_plan(run, trainer, branch)
+    say(
+        f"{trainer.steps} steps of {settings.batch_size} questions x {settings.group_size} trajectories; {size:,} "
+        "parameters are trained"
+    )
     warm_start = None
     if checkpoint is not None:
         restore(trainer, checkpoint)
         if run.is_main:
             cut_metrics(folder, trainer.progress.step)
-    elif isinstance(settings, FormationSettings) and settings.warm_start_steps:
-        warm_start = _warm_start(trainer, settings, say)
-        _save_checkpoint(trainer, policy, run, meter, accelerator)
+    elif isinstance(settings, FormationSettings) and settings.warm_start_steps and stage.forms_again:
+        warm_start = warm_up(trainer, settings, say)
+        keep(trainer)
     _same_everywhere(trained, accelerator)
 
     progress = trainer.train()
 
+    untouched, moved_tensors = _proof(model, trained, before, start, stage, folder)
+    say(
+        f"{moved_tensors} of {len(trained)} trained tensors changed; no bit of any of the other {untouched} did "
+        "(digests before and after)"
+    )
+    metrics = None
+    if held_out is not None:
+        say(f"evaluating on {held_out.rows:,} held-out questions")
+        metrics = trainer.evaluate(_Samples(held_out), stage.policy(1.0))
+        if stage.invokes:
+            metrics["eval_reward_without_memory"] = trainer.evaluate(_Samples(held_out), NO_MEMORY)["eval_reward"]
+    if run.is_main:
+        save_final(made.save, folder, card(run.source, run.rewards, trainer))
+    cost = meter.write()
+    accelerator.wait_for_everyone()
+    if settings.report_to:
+        accelerator.end_training()
+    return VisMemReport(
+        output_dir=folder,
+        stage=stage.name,
+        steps=progress.step,
+        resumed_from=None if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
+        trained=size,
+        untouched=untouched,
+        changed=moved_tensors,
+        reference=stage.reference_name,
+        first=progress.first,
+        last=progress.last,
+        tokens_generated=progress.tokens_generated,
+        tokens_trained=progress.tokens_trained,
+        seconds=progress.seconds,
+        cost=cost,
+        data=data,
+        warm_start=warm_start,
+        metrics=metrics,
+    )
+
+
+def _proof(
+    model: Any,
+    trained: dict[str, torch.nn.Parameter],
+    before: dict[str, str] | None,
+    start: dict[str, str] | None,
+    stage: Stage,
+    folder: Path,
+) -> tuple[int, int]:
+    """(tensors of which no bit changed, trained tensors that changed); raises if anything else did."""
     after, end = checksums(model, skip=set(trained)), checksums(_Only(trained))
+    assert before is not None
     assert after is not None
+    assert start is not None
     assert end is not None
     wrong = changed(before, after)
     if wrong:
@@ -284,38 +356,10 @@ def execute(
     broken = [name for name, p in trained.items() if not bool(p.isfinite().all())]
     if broken:
         raise TrainingDivergedError(
-            f"After the last step {len(broken)} tensors hold NaN or infinite values, such as {broken[0]}; the adapter "
+            f"After the last step {len(broken)} tensors hold NaN or infinite values, such as {broken[0]}; the result "
             "was not saved. Earlier checkpoints stay. Try a lower learning rate."
         )
-    moved_tensors = changed(start, end)
-    say(
-        f"{len(moved_tensors)} of {len(trained)} trained tensors changed; no bit of any of the other {len(after)} did "
-        "(digests before and after)"
-    )
-    if run.is_main:
-        save_final(model, policy, processor, folder, _card(run, stage, trainer))
-    cost = meter.write()
-    accelerator.wait_for_everyone()
-    if settings.report_to:
-        accelerator.end_training()
-    return VisMemReport(
-        output_dir=folder,
-        stage=stage.name,
-        steps=progress.step,
-        resumed_from=None if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
-        trained=sum(p.numel() for p in trained.values()),
-        untouched=len(after),
-        changed=len(moved_tensors),
-        reference=stage.reference_name,
-        first=progress.first,
-        last=progress.last,
-        tokens_generated=progress.tokens_generated,
-        tokens_trained=progress.tokens_trained,
-        seconds=progress.seconds,
-        cost=cost,
-        data=data,
-        warm_start=warm_start,
-    )
+    return len(after), len(changed(start, end))
 
 
 class _Only(torch.nn.Module):
@@ -335,7 +379,6 @@ def _check_space(
     data: CheckedData,
     parameters: list[torch.nn.Parameter],
     branch: VisMemBranch,
-    processes: int,
 ) -> None:
     """A checkpoint holds the memory, and the trained tensors with AdamW's two moments, in float32."""
     steps = settings.max_steps or math.ceil(settings.epochs * math.ceil(data.rows / settings.batch_size))
@@ -345,49 +388,6 @@ def _check_space(
     output.check_space(folder, each * (number + 1), f"the run ({number} checkpoints and the adapter)")
 
 
-def _save_checkpoint(trainer: VisMemTrainer, policy: Any, run: Run, meter: CostMeter, accelerator: Any) -> None:
-    meter.write()
-    if run.is_main:
-        save_checkpoint(trainer, policy, run.folder, run.settings.keep_checkpoints)
-    accelerator.wait_for_everyone()
-
-
-def _warm_start(trainer: VisMemTrainer, settings: FormationSettings, say: Say) -> Any:
-    from keepsight.train.rollout import padding_id, stack_prompts
-    from keepsight.train.vismem_prompts import Order
-    from keepsight.train.warm_start import distill
-
-    model, questions = trainer.model, trainer.questions
-    order = Order(len(questions), settings.warm_start_batch, settings.seed + 1)
-    pad = padding_id(Backbone.of(model).model)
-
-    class Batches:
-        """Model inputs of one warm-start step after the other."""
-
-        def __iter__(self) -> Any:
-            for step in range(settings.warm_start_steps):
-                yield stack_prompts([questions[i].inputs for i in order.batch(step)], pad)
-
-    say(f"warm start (latent distillation, ours, not in the paper): {settings.warm_start_steps} steps")
-    required = {name: p.requires_grad for name, p in model.named_parameters()}
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        report = distill(
-            model,
-            Batches(),
-            steps=settings.warm_start_steps,
-            lr=settings.warm_start_lr,
-            max_text_states=None,
-            on_log=None,
-        )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(required[name])
-    model.eval()
-    errors = ", ".join(f"{kind} {report.first[kind]:.3f} -> {report.last[kind]:.3f}" for kind in report.last)
-    say(f"warm start done in {report.seconds:.1f} s; relative squared error: {errors}")
-    return report
-
-
 @torch.no_grad()
 def _same_everywhere(trained: dict[str, torch.nn.Parameter], accelerator: Any) -> None:
     if accelerator.num_processes > 1:
@@ -395,57 +395,3 @@ def _same_everywhere(trained: dict[str, torch.nn.Parameter], accelerator: Any) -
 
         for parameter in trained.values():
             parameter.copy_(broadcast(parameter.detach().clone(), 0))
-
-
-def _say_plan(run: Run, trainer: VisMemTrainer, branch: VisMemBranch) -> None:
-    settings, config = run.settings, branch.config
-    budget = config.max_invocations if settings.max_invocations is None else settings.max_invocations
-    run.say(
-        f"{trainer.steps} steps of {settings.batch_size} prompts x {settings.group_size} trajectories; at most "
-        f"{budget} memories each; {sum(p.numel() for p in trainer.stage.trained().values()):,} parameters are trained"
-    )
-    if isinstance(settings, InvocationSettings) and branch.active.short_bank.is_untrained:
-        warnings.warn(
-            "The memory of this adapter was never trained: stage II would learn when to invoke noise. Run stage I "
-            "(keepsight train vismem-formation) first.",
-            KeepsightWarning,
-            stacklevel=2,
-        )
-
-
-def _card(run: Run, stage: Stage, trainer: VisMemTrainer) -> str:
-    """The README of the adapter folder, which is also its card on the hub."""
-    first, last, settings = trainer.progress.first, trainer.progress.last, run.settings
-    config = VisMemBranch.of(trainer.model).config
-    reward = f"{first.get('reward', math.nan):.4f} at first, {last.get('reward', math.nan):.4f} at last"
-    more = ""
-    if isinstance(settings, FormationSettings):
-        more = f"| warm start (ours, not in the paper) | {settings.warm_start_steps} steps |\n"
-    if isinstance(settings, InvocationSettings):
-        more = f"| invocation cost (ours; the paper's is 0) | {settings.invocation_cost:g} |\n"
-    return f"""---
-base_model: {config.base_model_name_or_path or run.source}
-library_name: peft
-tags: [keepsight, vismem, vision-language]
----
-
-# A latent vision memory (VisMem), {stage.title}
-
-Made with keepsight from {run.source}; the base model is unchanged.
-
-```python
-import keepsight
-
-model, processor = keepsight.load("this folder or its hub id")
-```
-
-| | |
-|---|---|
-| method | VisMem (arXiv 2511.11007), {config.form} form |
-| K, N_s, N_l | {config.num_queries}, {config.num_short}, {config.num_long} |
-| training | {trainer.progress.step} steps, {settings.batch_size} prompts x {settings.group_size} trajectories |
-| rewards | {", ".join(f"{r.weight:g} x {r.name}" for r in run.rewards)} |
-| mean reward | {reward} |
-| KL against | {stage.reference_name} |
-| peak learning rate | {settings.lr:g}; seed {settings.seed} |
-{more}"""

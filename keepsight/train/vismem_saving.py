@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from keepsight.atomic import new_folder
@@ -19,6 +19,8 @@ from keepsight.train.vismem_stages import POLICY
 TRAINED = "trained.safetensors"
 STATE = "trainer_state.json"
 METRICS = "metrics.jsonl"
+Save = Callable[[Path], None]
+"""Writes what was trained, and the processor, into a folder."""
 
 
 def save_adapter(model: Any, policy: Any, processor: Any, folder: Path) -> None:
@@ -31,12 +33,12 @@ def save_adapter(model: Any, policy: Any, processor: Any, folder: Path) -> None:
         card.unlink()  # PEFT's, which says nothing
 
 
-def save_checkpoint(trainer: Any, policy: Any, folder: Path, keep: int | None) -> Path:
+def save_checkpoint(trainer: Any, save: Save, folder: Path, keep: int | None) -> Path:
     """Write `checkpoint-<step>`, which appears whole, and delete the oldest ones over `keep`."""
     target = folder / f"checkpoint-{trainer.progress.step}"
     tensors, rest = trainer.state()
     with new_folder(target) as fresh:
-        save_adapter(trainer.model, policy, trainer.processor, fresh)
+        save(fresh)
         save_file(tensors, fresh / TRAINED)
         (fresh / STATE).write_text(
             json.dumps({"global_step": trainer.progress.step, "progress": rest}, indent=2) + "\n"
@@ -65,10 +67,10 @@ def restore(trainer: Any, checkpoint: Path) -> None:
     trainer.restore(tensors, progress)
 
 
-def save_final(model: Any, policy: Any, processor: Any, folder: Path, card: str) -> None:
-    """Write adapter, processor and card into the output folder, every file in one step."""
+def save_final(save: Save, folder: Path, card: str) -> None:
+    """Write what was trained, processor and card into the output folder, every file in one step."""
     with new_folder(folder / ".final") as fresh:
-        save_adapter(model, policy, processor, fresh)
+        save(fresh)
         (fresh / "README.md").write_text(card)
     final = folder / ".final"
     if (final / POLICY).is_dir():
@@ -104,8 +106,3 @@ def cut_metrics(folder: Path, step: int) -> None:
     temporary = folder / f".{METRICS}.tmp"
     temporary.write_text("".join(f"{line}\n" for line in kept))
     os.replace(temporary, file)
-
-
-def trained_size(parameters: list[torch.nn.Parameter]) -> int:
-    """Bytes of one checkpoint's `trained.safetensors`: values and two moments, in float32."""
-    return 12 * sum(p.numel() for p in parameters)

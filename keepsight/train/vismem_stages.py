@@ -18,7 +18,7 @@ import torch
 
 from keepsight.errors import KeepsightError
 from keepsight.train import grpo
-from keepsight.train.rollout import Prompt, Trajectory, counterfactuals, row_seed
+from keepsight.train.rollout import NO_MEMORY, Prompt, Trajectory, counterfactuals, row_seed
 from keepsight.train.vismem_replay import formed_latents, log_probs, log_probs_without_memory, recorded_latents
 from keepsight.train.vismem_settings import FormationSettings, InvocationSettings
 from keepsight.vismem import MemoryPolicy, VisMemBranch, parameter_groups
@@ -66,6 +66,7 @@ class Stage:
     name: str
     title: str
     forms_again: bool  # memories are formed anew in the teacher-forced pass
+    invokes = True
     reference_name: str
     objective_name: str
 
@@ -140,6 +141,21 @@ class Stage:
             if self.written is not None:
                 self.written(new)
         return scores
+
+    def _remember_start(self) -> None:
+        self._start = {name: p.detach().clone() for name, p in self.trained().items()} if self.settings.kl else {}
+
+    @contextlib.contextmanager
+    def _as_at_start(self) -> Iterator[None]:
+        now = self.trained()
+        kept = {name: p.data for name, p in now.items()}
+        try:
+            for name, parameter in now.items():
+                parameter.data = self._start[name]
+            yield
+        finally:
+            for name, parameter in now.items():
+                parameter.data = kept[name]
 
     def _named(self) -> dict[str, torch.nn.Parameter]:
         return dict(self.model.named_parameters())
@@ -226,7 +242,7 @@ class Invocation(Stage):
         if settings.start_bias:
             with torch.no_grad():
                 self.memory.rows.invoke_bias += settings.start_bias
-        self._start = {name: p.detach().clone() for name, p in self.trained().items()}
+        self._remember_start()
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The special tokens' rows and biases, and the policy's LoRA."""
@@ -281,18 +297,6 @@ class Invocation(Stage):
         with self._as_at_start():
             return self.log_probs(prompts, trajectories)
 
-    @contextlib.contextmanager
-    def _as_at_start(self) -> Iterator[None]:
-        now = self.trained()
-        kept = {name: p.data for name, p in now.items()}
-        try:
-            for name, parameter in now.items():
-                parameter.data = self._start[name]
-            yield
-        finally:
-            for name, parameter in now.items():
-                parameter.data = kept[name]
-
     def parts(self) -> dict[str, list[torch.nn.Parameter]]:
         """Invocation rows, end rows, LoRA."""
         named = list(self.memory.named_parameters())
@@ -302,3 +306,59 @@ class Invocation(Stage):
             "lora": [p for n, p in self.trained().items() if ".lora_" in n],
         }
         return {name: values for name, values in found.items() if values}
+
+
+class PolicyAlone(Stage):
+    """A control: the policy learns from the same questions, steps and seeds, and there is no memory.
+
+    Args:
+        model: carries a VisMem that is never invoked.
+        settings: of the stage that it is held against.
+        names: what of the model is trained, by name.
+    """
+
+    name = "control"
+    title = "a control without memory"
+    forms_again = False
+    invokes = False
+    reference_name = "the policy before"
+    objective_name = "the score"
+
+    def __init__(self, model: Any, settings: Any, names: Sequence[str]):
+        self._names = set(names)
+        super().__init__(model, settings)
+        self._remember_start()
+
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """What was named."""
+        return {name: p for name, p in self._named().items() if name in self._names}
+
+    def groups(self) -> list[dict[str, Any]]:
+        """One group."""
+        return [{"params": list(self.trained().values()), "lr": self.settings.lr}]
+
+    def policy(self, progress: float) -> MemoryPolicy:
+        """Never."""
+        return NO_MEMORY
+
+    def objective(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The score: without a memory there is nothing to gain from one."""
+        return batch.scores, {}
+
+    def depends(self, trajectory: Trajectory) -> bool:
+        """Every trajectory."""
+        return True
+
+    def log_probs(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+        """Of plain text."""
+        latents = recorded_latents(self.model, trajectories)
+        return log_probs(self.model, prompts, trajectories, latents, self.settings.temperature)
+
+    def reference(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+        """The policy as it was."""
+        with self._as_at_start():
+            return self.log_probs(prompts, trajectories)
+
+    def parts(self) -> dict[str, list[torch.nn.Parameter]]:
+        """All of it."""
+        return {"policy": list(self.trained().values())}

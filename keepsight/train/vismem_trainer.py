@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightError
 from keepsight.train import grpo
+from keepsight.train.checkpointing import stop_below_learners
 from keepsight.train.rewards import Reward, score_each
 from keepsight.train.rollout import Trajectory, row_seed, sample, texts
 from keepsight.train.trainer import TrainingDivergedError
@@ -33,6 +34,7 @@ from keepsight.train.vismem_prompts import Order, Question, Questions, Samples
 from keepsight.train.vismem_replay import chosen_mask
 from keepsight.train.vismem_settings import RlSettings
 from keepsight.train.vismem_stages import Batch, Stage
+from keepsight.vismem import MemoryPolicy
 from keepsight.vismem.tokens import LONG, TYPES
 
 OnLog = Callable[[dict[str, float], int, int], None]
@@ -160,6 +162,33 @@ class VisMemTrainer:
             if self.on_step is not None:
                 self.on_step(self)
         return self.progress
+
+    def evaluate(self, samples: Samples, policy: MemoryPolicy) -> dict[str, float]:
+        """Mean scores of one trajectory per question, from seeds of their own: the same for whatever is compared.
+
+        Args:
+            samples: held-out questions.
+            policy: when memory is invoked.
+        """
+        settings, questions, means = self.settings, Questions(samples, self.processor, self.questions.dtype), Means()
+        own = range(self.accelerator.process_index, len(questions), self.accelerator.num_processes)
+        for first in range(0, len(own), settings.rows_per_rollout):
+            places = own[first : first + settings.rows_per_rollout]
+            asked = [questions[place] for place in places]
+            trajectories = sample(
+                self.model,
+                [question.inputs for question in asked],
+                [row_seed(settings.seed, "evaluation", place) for place in places],
+                policy,
+                max_words=settings.max_words,
+                temperature=settings.temperature,
+            )
+            scores, each = self._score(asked, trajectories)
+            means.add("eval_reward", scores)
+            means.add("eval_invocations", [float(len(t.invocations)) for t in trajectories])
+            for reward, column in zip(self.rewards, each.T, strict=True):
+                means.add(f"eval_rewards/{reward.__name__}/mean", column)
+        return means.merged(self.accelerator)
 
     # One step
 
@@ -436,6 +465,7 @@ def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
     base = Backbone.of(model).model
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     base.gradient_checkpointing_enable({"use_reentrant": False})
+    stop_below_learners(base)
     for layer in layers:
         layer.training = True  # of this module only, not of those inside
     try:
