@@ -261,9 +261,10 @@ def _save(trainer: Any, run: Run) -> None:
     folder, is_main = run.folder, run.engine.is_main
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder)) if is_main else folder / ".saving-other"
     trainer.save_model(str(temporary))
+    card = run.card(trainer)  # on all processes: it reads gates, which FSDP spreads over them
     if is_main:
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle, and checkpoints have it for resuming
-        (temporary / "README.md").write_text(run.card(trainer))
+        (temporary / "README.md").write_text(card)
         run.processor.save_pretrained(temporary)
         if (temporary / POLICY / "config.json").is_file():
             run.processor.save_pretrained(temporary / POLICY)
