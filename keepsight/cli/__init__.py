@@ -32,6 +32,7 @@ COMMANDS = {
         "Use",
     ),
     "info": ("keepsight.cli.info", "info", "What is in an adapter, or what memory a model would get.", "Use"),
+    "data": ("keepsight.cli.data", "data_app", "Is a dataset good for training? What is wrong with it?", "Make"),
     "train": ("keepsight.cli.train", "train_app", "Teach a memory on your images and conversations.", "Make"),
     "convert": (
         "keepsight.cli.convert",

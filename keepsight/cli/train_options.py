@@ -98,7 +98,7 @@ def check_choices(resume: bool, overwrite: bool, dataset: str | None, output_dir
         raise KeepsightError("--resume goes on with a run and --overwrite starts anew; give one of them.")
     if dataset is None or output_dir is None:
         missing = " and ".join(n for n, v in (("--data", dataset), ("--output-dir", output_dir)) if v is None)
-        raise KeepsightError(f"{missing} missing: training needs data and a folder. (--dry-run does without.)")
+        raise typer._click.exceptions.UsageError(f"Missing option {missing}; only --dry-run does without")
     return dataset, output_dir
 
 

@@ -13,12 +13,13 @@ compared with differ in this one point. It also fixes how a run's folder is laid
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import set_seed
 
@@ -75,6 +76,18 @@ class Learner:
         """
         options: dict[str, Any] = {"autocast_adapter_dtype": autocast}
         set_seed(seed)
+        with warnings.catch_warnings():  # PEFT finds two adapters on one model strange; here they are meant
+            warnings.filterwarnings("ignore", message="(Already found a|You are trying to modify a model)")
+            result = self._attach(model, options)
+        if self.memory is not None:
+            base = f"./{POLICY}" if self.policy == "full" else model.name_or_path
+            result.peft_config["default"].base_model_name_or_path = base
+        wanted = {id(parameter) for parameter in self._trained(model)}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in wanted)
+        return result.train()
+
+    def _attach(self, model: Any, options: dict[str, Any]) -> Any:
         result = model
         name = _LORA if self.memory is not None else "default"
         if self.policy_from is not None:
@@ -86,13 +99,7 @@ class Learner:
             result = PeftModel.from_pretrained(model, self.memory_from, is_trainable=True, **options)
         elif self.memory is not None:
             result = get_peft_model(model, copy.deepcopy(self.memory), **options)
-        if self.memory is not None:
-            base = f"./{POLICY}" if self.policy == "full" else model.name_or_path
-            result.peft_config["default"].base_model_name_or_path = base
-        wanted = {id(parameter) for parameter in self._trained(model)}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in wanted)
-        return result.train()
+        return result
 
     def _trained(self, model: Any) -> list[torch.nn.Parameter]:
         backbone = Backbone.of(model)
@@ -124,12 +131,17 @@ class Learner:
             tensors = base.state_dict() if state is None else {n.removeprefix(prefix): t for n, t in state.items()}
             base.save_pretrained(target, state_dict={n: t for n, t in tensors.items() if f".{BRANCH}." not in n})
             return
-        config = base.peft_config[_LORA]
-        found = get_peft_model_state_dict(_Named(base, base.peft_config), state_dict=state, adapter_name=_LORA)
+        found = base.state_dict() if state is None else {n.removeprefix(prefix): t for n, t in state.items()}
+        mark = f".{_LORA}."
+        tensors = {
+            f"{prefix}{name.replace(mark, '.')}": tensor.detach().cpu().contiguous()
+            for name, tensor in found.items()
+            if ".lora_" in name and mark in name
+        }
+        assert tensors, "a LoRA was trained"
         target.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{prefix}{n.removeprefix(prefix)}": t.detach().cpu().contiguous() for n, t in found.items()}
         save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-        config.save_pretrained(target)
+        base.peft_config[_LORA].save_pretrained(target)
 
     def resumed(self, checkpoint: Path) -> tuple[Learner, Path | None]:
         """How to go on from a checkpoint: (the learner, where to read the base's trained weights, if it has any)."""
@@ -141,17 +153,6 @@ class Learner:
         if self.policy == "lora":
             return replace(self, policy_from=policy), None
         return self, policy
-
-
-class _Named(torch.nn.Module):
-    """A base with the `peft_config` of the adapters on it, for PEFT's functions that ask a PeftModel for it."""
-
-    def __init__(self, model: Any, configs: dict[str, Any]):
-        super().__init__()
-        self.__dict__["model"], self.peft_config = model, configs
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["model"].state_dict(*args, **kwargs)
 
 
 def lora_targets(backbone: Backbone) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -111,7 +112,9 @@ class LearnerTrainer(_Base):
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with warnings.catch_warnings():  # the base is a folder that this run is about to write
+            warnings.filterwarnings("ignore", message="Could not find a config file in ./policy")
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
             folder = Path(output_dir or self.args.output_dir)
