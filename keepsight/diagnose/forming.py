@@ -81,10 +81,12 @@ def _watch_long(formers: Formers, formation: Formation, layout: VisualLayout | N
         seen[row] = scores.softmax(-1).mean(0)[:, :visual].cpu()
 
     metered = Metered([Backbone.mixer(backbone.layers[i]) for i in layers], look)
-    metered.on()
+    # a layer has its own configuration back after one call; the incremental form calls the decoder twice
+    handle = backbone.decoder.register_forward_pre_hook(lambda decoder, args: metered.on())
     try:
         formers.form("long", [formation])
     finally:
+        handle.remove()
         metered.off()
     if len(seen) < len(layers):
         return None

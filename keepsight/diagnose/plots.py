@@ -11,7 +11,7 @@ from keepsight.diagnose.results import Diagnosis
 
 
 def save_plots(diagnosis: Diagnosis, folder: str | Path) -> list[Path]:
-    """Write what can be drawn: decay.png, layers.png, lens.png, causal.png; of VisMem also invocations.png, latents.png.
+    """Write what can be drawn: decay.png, layers.png, lens.png, causal.png; VisMem: invocations.png, latents.png.
 
     Args:
         diagnosis: what was found.
@@ -158,8 +158,8 @@ def _latents(diagnosis: Diagnosis) -> Any:
                 at = np.arange(len(found)) + 0.2 * shift - 0.3
                 left.bar(at, [e.value for e in found], 0.18, yerr=np.maximum(errors, 0), color=colour, label=name)
             left.set_xticks(np.arange(len(probe.facts)), [fact.name for fact in probe.facts], fontsize=8)
-            left.set(ylim=(0, 1), ylabel="right answers", title=f"{probe.kind}-term memory: a linear map reads")
-            left.legend(fontsize=8)
+            left.set(ylim=(0, 1.15), ylabel="right answers", title=f"{probe.kind}-term memory: a linear map reads")
+            left.legend(fontsize=8, ncols=4, loc="upper center")
         else:
             left.set_axis_off()
         where = None if probe.forming is None else probe.forming.where

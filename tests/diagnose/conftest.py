@@ -33,3 +33,34 @@ def with_memory(trained_folder: Path) -> tuple[Any, Any]:
     import keepsight
 
     return keepsight.load(trained_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def vismem_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter folder: a VisMem whose long-term memory had a short warm start; its tokens were never trained."""
+    from collections.abc import Iterator
+
+    import numpy as np
+
+    from keepsight.lab.narration import make_narrations
+    from keepsight.lab.vismem import attach_vismem
+    from keepsight.train.warm_start import distill
+
+    model, processor = load_reference()
+    model = attach_vismem(model, processor, 0)
+    rng = np.random.default_rng(0)
+
+    class Batches:
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            while True:
+                batch = make_narrations(processor, rng.integers(0, 12, 4).tolist(), 16, "train", rng)
+                inputs = batch.model_inputs()
+                for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+                    inputs[name] = inputs[name][:, :-1]
+                yield inputs
+
+    distill(model, Batches(), steps=120, lr=5e-3, kinds=("long",))
+    folder = tmp_path_factory.mktemp("trained") / "vismem"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
