@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,7 +113,8 @@ def choose(scores: torch.Tensor, do_sample: bool, generator: torch.Generator) ->
     """
     if not do_sample:
         best = scores[0].max(-1)
-        if best.values.isnan() or best.values == -torch.inf:
+        value = float(best.values)
+        if math.isnan(value) or value == -math.inf:
             raise FloatingPointError("The model computes NaN, or every token is forbidden.")
         return int(best.indices)
     probabilities = scores[0].float().softmax(-1).cpu()
