@@ -48,8 +48,7 @@ class WithMemory:
                 "before an image gets no memory of it. Answers differ from those of the Hugging Face path."
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        positions = vllm_config.scheduler_config.max_num_batched_tokens
-        self._visual = torch.zeros(positions, 1, dtype=torch.bool)
+        self._visual = torch.zeros(_most_positions(vllm_config), 1, dtype=torch.bool)
         self._memories: dict[int, PagedMemory] = {}
         self._dirty = 0  # rows in which the last step left keys and values of images
         layers = self.language_model.model.layers  # type: ignore[attr-defined]
@@ -143,20 +142,30 @@ def memory_config(hf_config: Any) -> PvmConfig:
 
 
 def _refuse_what_would_break(vllm_config: VllmConfig) -> None:
-    parallel = vllm_config.parallel_config
+    parallel, multimodal = vllm_config.parallel_config, vllm_config.model_config.multimodal_config
+    whole = "keys and values of images are prepared for a whole batch on every rank. Tensor and data parallelism work"
+    pruned = "pruned videos bring text among their embeddings, which would be remembered as if it were seen"
     refused = {
-        "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
-        "dual-batch overlap (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
-        "decode context parallelism (--decode-context-parallel-size)": parallel.decode_context_parallel_size > 1,
-        "prefill context parallelism (--prefill-context-parallel-size)": parallel.prefill_context_parallel_size > 1,
-        "sequence-parallel mixture of experts": parallel.use_sequence_parallel_moe,
+        ("pipeline parallelism (--pipeline-parallel-size)", whole): parallel.pipeline_parallel_size > 1,
+        ("dual-batch overlap (--enable-dbo, --ubatch-size)", whole): parallel.use_ubatching,
+        ("decode context parallelism (--decode-context-parallel-size)", whole): parallel.decode_context_parallel_size
+        > 1,
+        ("prefill context parallelism (--prefill-context-parallel-size)", whole): (
+            parallel.prefill_context_parallel_size > 1
+        ),
+        ("sequence-parallel mixture of experts", whole): parallel.use_sequence_parallel_moe,
+        ("video pruning (--video-pruning-rate)", pruned): multimodal.is_multimodal_pruning_enabled(),
     }
-    for what, asked in refused.items():
+    for (what, why), asked in refused.items():
         if asked:
-            raise UnsupportedVllmError(
-                f"A visual memory does not work with {what}: its keys and values are prepared for a whole batch on "
-                "every rank. Tensor and data parallelism work."
-            )
+            raise UnsupportedVllmError(f"A visual memory does not work with {what}: {why}.")
+
+
+def _most_positions(vllm_config: VllmConfig) -> int:
+    """How many positions a step can have, padding for CUDA graphs and for ranks included."""
+    graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    most = max(vllm_config.scheduler_config.max_num_batched_tokens, graphs)
+    return most + vllm_config.parallel_config.tensor_parallel_size
 
 
 def _visual_positions(is_multimodal: torch.Tensor, embeddings: Any) -> torch.Tensor | None:
