@@ -99,9 +99,9 @@ def test_a_matched_lora_has_the_memorys_size(family: TinyFamily) -> None:
     model = family.build()
     for parameters in (20_000, 33_333):
         lora, said = matched_lora(Backbone.of(model), parameters)
-        wrapped: Any = get_peft_model(family.build(), lora)
-        trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-        assert trained == said == lora_size(Backbone.of(model), lora)
+        assert said == lora_size(Backbone.of(model), lora)
+        wrapped: Any = get_peft_model(family.build(), lora)  # PEFT rewrites the config's names
+        assert said == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
         assert 0 <= parameters - said < 200
         assert not any(".visual." in n or "vision" in n for n, p in wrapped.named_parameters() if p.requires_grad)
     lora, said = ranked_lora(Backbone.of(model), 2)
