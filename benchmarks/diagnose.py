@@ -6,7 +6,7 @@
     python benchmarks/diagnose.py --show benchmarks/results/diagnose/*.json
 
 Target: at most 1.25 x the time of plain generation, and no growth in memory beyond the result. Both write
-the same number of tokens in the same process; what is compared are pairs of neighbouring turns, in alternating order. On
+the same number of tokens in the same process; compared are pairs of neighbouring turns, in alternating order. On
 a CPU the clock is the process' own CPU time, so that other processes do not count; on a GPU it is wall-clock time.
 """
 
