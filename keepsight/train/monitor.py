@@ -17,7 +17,7 @@ def gates_of(model: torch.nn.Module) -> dict[int, float]:
     """Decoder layer -> value of the active memory's gate."""
     found = {}
     for name, parameter in model.named_parameters():
-        if "pvm_blocks." in name and name.endswith(".gate"):
+        if "pvm_blocks." in name and name.endswith(".gate") and ".ref." not in name:  # TRL's copy, for a KL term
             found[int(name.partition(".layers.")[2].partition(".")[0])] = whole(parameter).float().item()
     return dict(sorted(found.items()))
 

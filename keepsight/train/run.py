@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import tempfile
 import time
 import warnings
@@ -263,6 +264,7 @@ def _save(trainer: Any, run: Run) -> None:
     trainer.save_model(str(temporary))
     card = run.card(trainer)  # on all processes: it reads gates, which FSDP spreads over them
     if is_main:
+        shutil.rmtree(temporary / "ref", ignore_errors=True)  # TRL's copy of the memory as it was, for a KL term
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle, and checkpoints have it for resuming
         (temporary / "README.md").write_text(card)
         run.processor.save_pretrained(temporary)

@@ -213,6 +213,21 @@ def test_the_policy_learns_in_float32_whatever_the_base_is_stored_in(
     assert 0 < moved < 1e-5  # in bfloat16 nothing would have moved
 
 
+def test_a_kl_term_counts_from_the_start(trained: tuple[Path, TrainReport], prompts: Path, tmp_path: Path) -> None:
+    logs: list[dict[str, float]] = []
+    report = train_pvm_grpo(
+        trained[0],
+        prompts,
+        tmp_path / "out",
+        policy="none",
+        settings=settings(kl=0.1, max_steps=2, lr=1e-2),
+        on_log=lambda values, step, total: logs.append(values),
+    )
+    assert [values["kl"] > 1e-6 for values in logs if "kl" in values] == [False, True]
+    assert not (tmp_path / "out" / "ref").exists()
+    assert report.gates != trained[1].gates
+
+
 def test_controls_of_this_stage(trained: tuple[Path, TrainReport], prompts: Path, tmp_path: Path) -> None:
     report = train_pvm_grpo(
         trained[0],

@@ -134,6 +134,9 @@ def test_logs_hold_gates_loss_rate_and_tokens(tiny_vlm: Path, data: Path, tmp_pa
     training = [values for values in logs if "loss" in values]
     assert len(training) == 4  # the first step, every second, and the last
     assert {"loss", "learning_rate", "num_tokens", "gate/1", "gate/3"} <= training[-1].keys()
+    assert {"tokens_per_second", "grad_norm"} <= training[-1].keys()
+    # Only the memory is trained, so its gradients are all there are.
+    assert training[-1]["memory_grad_norm"] == pytest.approx(training[-1]["grad_norm"], rel=1e-4)
     assert "gate/2" not in training[-1]
     assert len([values for values in logs if "eval_loss" in values]) >= 2
 
