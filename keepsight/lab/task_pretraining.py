@@ -55,6 +55,8 @@ class TaskPretrainConfig:
         align_steps, dense_steps, short_steps: optimiser steps of the three stages; the dense stage stops early once it
             reads.
         max_jump: largest single jump of the position ids.
+        tasks: what the short narrations are about. With all of them, `locate`, `count`, `path` and `rows` are still
+            near chance after 700 short steps, and take their share from the others.
     """
 
     seed: int = 0
@@ -62,6 +64,7 @@ class TaskPretrainConfig:
     dense_steps: int = 400
     short_steps: int = 900
     max_jump: int = 3000
+    tasks: tuple[str, ...] = tuple(MIXTURE)
 
 
 def pretrain_tasks(out: Path, config: TaskPretrainConfig, progress: Progress = lambda *_: None) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def pretrain_tasks(out: Path, config: TaskPretrainConfig, progress: Progress = l
         _short(model, processor, config, rng, progress)
         save_reference(model.eval(), out, processor)
         model, processor = load_reference(out)
-        short = {name: task_accuracy(model, processor, name, 40, 64, config.seed) for name in MIXTURE}
+        short = {name: task_accuracy(model, processor, name, 40, 64, config.seed) for name in config.tasks}
     record = {
         "config": asdict(config),
         "dense_steps": dense,
@@ -128,7 +131,7 @@ def _short(
 ) -> None:
     step_on = optimiser_step(model)
     for step in range(config.short_steps):
-        batch = make_batch(processor, short_facts(rng), 32, "train", rng)
+        batch = make_batch(processor, short_facts(rng, config.tasks), 32, "train", rng)
         positions = None
         if config.max_jump and rng.random() < 0.8:
             positions = jumping_positions(model, batch, rng, config.max_jump)

@@ -17,24 +17,25 @@ from keepsight.lab.pvm_studies import CHOSEN, METHOD_LABELS, TRIES
 from keepsight.lab.reference import load_reference
 from keepsight.lab.study import Bench, Claim, Column, Outcome, Plot, Row, Study
 from keepsight.lab.study_results import Results, Verdict, judged
-from keepsight.lab.task_pretraining import MIXTURE, TaskPretrainConfig, pretrain_tasks, short_facts, task_accuracy
+from keepsight.lab.task_pretraining import TaskPretrainConfig, pretrain_tasks, short_facts, task_accuracy
 from keepsight.lab.tasks import make_batch
 
-ALL = tuple(MIXTURE)
-PERCEPTION = ("read", "colour", "locate", "count")
-OTHERS = ("path", "rows", "pair", "recall")
-STAGES = (("read", "colour"), ("locate", "count"), ("path", "rows"), ("pair",))
+ALL = ("read", "colour", "pair", "recall")
+"""What the bases know. With all eight tasks of `MIXTURE` a base of this size needs several times the steps."""
+PERCEPTION, OTHERS = ("read", "colour"), ("pair", "recall")
+STAGES = (("read",), ("colour",), ("pair",), ("recall",))
 """Continual learning: what each of the four stages trains on."""
 METHODS = ("pvm", "lora", "sft")
-BASE: dict[str, Any] = {"short_steps": 700}
+BASE: dict[str, Any] = {"short_steps": 500, "tasks": list(ALL)}
 READING: dict[str, Any] = {"near": 48, "far": 1024, "rows": 32, "split": "test", "base": BASE}
 
 
 def task_base(bench: Bench, config: dict[str, Any], seed: int) -> tuple[Any, Any]:
     """The base of a seed that knows all tasks, pretrained if it is not there yet: `(model, processor)`."""
-    name = f"bases/tasks-{config['short_steps']}-{seed}"
-    bench.report("pretraining a base for all tasks", 0.0)
-    return load_reference(bench.keep(name, lambda out: pretrain_tasks(out, TaskPretrainConfig(seed=seed, **config))))
+    plan = TaskPretrainConfig(seed=seed, short_steps=config["short_steps"], tasks=tuple(config["tasks"]))
+    name = f"bases/{'-'.join(plan.tasks)}-{plan.short_steps}-{seed}"
+    bench.report("pretraining a base for these tasks", 0.0)
+    return load_reference(bench.keep(name, lambda out: pretrain_tasks(out, plan)))
 
 
 def train_on(
@@ -116,10 +117,12 @@ CROSS = Study(
     method="both",
     title="Cross-domain: trained on perception, tested on all",
     setting=(
-        "Bases that know eight tasks in short narrations; each method trains either on perception only (read, colour, "
-        "locate, count) or on all tasks, on narrations of at most about 250 tokens, and is asked each task at 1,024. "
-        "`path` and `rows` are multi-step, `pair` shows two images told apart by their paper, `recall` asks what only "
-        "the text has said. Learning rates as tuned for plain reading."
+        "Bases that know four tasks in short narrations; each method trains either on perception only (`read` a "
+        "digit, name its `colour`) or on all, on narrations of at most about 250 tokens, and is asked each task at "
+        "1,024. `pair` shows two images told apart by their paper (32 cells), `recall` asks what only the text has "
+        "said: there a memory of the image cannot help. Learning rates as tuned for plain reading. The lab's other "
+        "tasks (`locate`, `count`, `path`, `rows`) are left out: a base of this size was near chance on them after 700 "
+        "steps, and what a base cannot do in short outputs no memory can bring back in long ones."
     ),
     cell=cross_cell,
     rows=(
@@ -136,9 +139,9 @@ CROSS = Study(
     ),
     columns=(
         *(Column(task, task) for task in ALL),
-        Column("perception", "perception"),
-        Column("others", "others"),
-        Column("near", "all, at 48 tokens"),
+        Column("perception", "mean of perception"),
+        Column("others", "mean of the others"),
+        Column("near", "mean at 48 tokens"),
     ),
     claims=(
         Claim(
@@ -160,7 +163,7 @@ def _forgets_less(results: Results) -> Verdict:
     words = ", ".join(f"{gap.points()} against {METHOD_LABELS[m]}" for m, gap in gaps.items())
     return judged(
         all(gap.low > 0 for gap in gaps.values()),
-        f"On the first stage's tasks after the fourth, at 1,024 tokens, PVM: {words}. Lost from the first stage to the "
+        f"On the first stage's task after the fourth, at 1,024 tokens, PVM: {words}. Lost from the first stage to the "
         f"fourth: {lost}.",
     )
 
@@ -170,9 +173,9 @@ CONTINUAL = Study(
     method="both",
     title="Continual learning over four stages",
     setting=(
-        "Four stages of training, one after the other and without replay: read and colour; locate and count; path and "
-        "rows; two images. After each, the first stage's tasks are asked at 1,024 tokens, and the stage's own. Every "
-        "stage begins with 60 short steps, blindfolded for PVM."
+        "Four stages of training, one after the other and without replay: read; colour; two images; recall. After "
+        "each, the first stage's task is asked at 1,024 tokens, and the stage's own. Every stage begins with 60 short steps, "
+        "blindfolded for PVM. Bases as in the study before."
     ),
     cell=continual_cell,
     rows=(
@@ -180,8 +183,8 @@ CONTINUAL = Study(
         *(Row(method, METHOD_LABELS[method], _training(method, warmup_steps=60, steps=60)) for method in METHODS),
     ),
     columns=(
-        *(Column(f"first_{n}", f"first tasks after stage {n}") for n in (1, 2, 3, 4)),
-        *(Column(f"own_{n}", f"stage {n}'s own") for n in (2, 3, 4)),
+        *(Column(f"first_{n}", f"read, after stage {n}") for n in (1, 2, 3, 4)),
+        *(Column(f"own_{n}", f"{STAGES[n - 1][0]}, after stage {n}") for n in (2, 3, 4)),
     ),
     claims=(
         Claim(
