@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from keepsight.errors import BrokenAdapterError
 from keepsight.methods import config_from_adapter
+from keepsight.shipped import resolve_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -48,7 +49,7 @@ class AdapterInfo:
 
 def find_adapter(source: str | Path, revision: str | None = None) -> Path | None:
     """The local folder of an adapter, downloading it if `source` is a hub id; None if `source` is no adapter."""
-    path = Path(source).expanduser()
+    path = Path(resolve_adapter(source)).expanduser()
     if path.exists():
         return path if (path / CONFIG).is_file() else None
     try:

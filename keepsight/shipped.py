@@ -1,10 +1,12 @@
-"""The model that ships with keepsight, by name: what adapters record instead of a path on one machine."""
+"""What ships with keepsight, by name: a small model, which adapters record instead of a path, and a memory for it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 REFERENCE_NAME = "keepsight/reference"
+VISMEM_NAME = "keepsight/reference-vismem"
+"""A VisMem for the reference VLM, trained in the lab through both stages."""
 _FOLDER = Path(__file__).parent / "lab" / "weights" / "reference"
 
 
@@ -27,6 +29,11 @@ def resolve_base(name: str | Path) -> str | Path:
     recorded = str(name)
     is_shipped = recorded == REFERENCE_NAME or Path(recorded).parts[-4:] == ("keepsight", *_FOLDER.parts[-3:])
     return reference_path() if is_shipped else name
+
+
+def resolve_adapter(name: str | Path) -> str | Path:
+    """Where an adapter is: the shipped memory by its name, else `name`."""
+    return _FOLDER.parent / "vismem" if str(name) == VISMEM_NAME else name
 
 
 def portable_name(base: str | None) -> str | None:

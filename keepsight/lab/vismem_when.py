@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
+from keepsight.lab.pvm_cells import narration_base
+from keepsight.lab.reference import REFERENCE_NAME
 from keepsight.lab.study import Bench, Outcome
 from keepsight.lab.vismem_cells import name_of, share_of, with_memory
 from keepsight.lab.vismem_invocation import (
     ACTIONS,
     BLOCKS,
+    BUDGET,
     SCORED_FACTS,
     Bank,
     Choose,
@@ -31,6 +35,7 @@ from keepsight.lab.vismem_invocation import (
     play,
     stage_two,
 )
+from keepsight.vismem import VisMemBranch, add_memory_tokens
 
 BANK = "bank.safetensors"
 SAMPLES = 32
@@ -130,3 +135,27 @@ def _answers(bank: Bank) -> int:
 def labels() -> dict[str, str]:
     """Ages for readers."""
     return {f"rate_{low}": f"invoked at {low:,}-{high:,}" for low, high in AGES}
+
+
+def train_shipped(bench: Bench, settings: dict[str, Any], out: Path, seed: int = 0) -> dict[str, float]:
+    """Make the memory that ships as `keepsight/reference-vismem`: warm start, stage I, stage II by the paper's reward.
+
+    Weights are rounded to float16 on disk. A sequence may hold as many memories as stage II's scripts.
+
+    Returns:
+        Stage II's log.
+    """
+    model, learn, _ = banks_of(bench, settings, seed)
+    _, processor = narration_base(bench, seed)
+    log = stage_two(model, learn, InvocationPlan(), seed)
+    config = VisMemBranch.of(model).config
+    config.max_invocations, config.inference_mode = BUDGET, True
+    config.base_model_name_or_path = REFERENCE_NAME
+    add_memory_tokens(processor, model)
+    model.save_pretrained(str(out), save_embedding_layers=False)
+    processor.save_pretrained(str(out))
+    weights = out / "adapter_model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(str(weights)).items()}, str(weights))
+    weights.chmod(0o644)  # safetensors writes for the owner alone
+    (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    return log
