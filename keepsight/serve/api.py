@@ -18,12 +18,12 @@ from keepsight.serve import protocol
 from keepsight.serve.engine import Engine
 from keepsight.serve.errors import ApiError, bad
 from keepsight.serve.fetch import Fetcher
+from keepsight.serve.handover import Events, Turn
 from keepsight.serve.http import EventStream, Gone, Guard, discard_body, error_response, read_body, until_gone
 from keepsight.serve.images import decode_image
-from keepsight.serve.metrics import Metrics
 from keepsight.serve.prompts import Prompts
 from keepsight.serve.protocol import ChatRequest
-from keepsight.serve.rows import Failed, Finished, Job, Piece
+from keepsight.serve.rows import Finished, Job, Piece
 from keepsight.serve.sampling import Sampling
 from keepsight.serve.served import Served
 from keepsight.serve.settings import ServeSettings
@@ -131,10 +131,10 @@ class Api:
             del body
             self._check(asked)
             files = await self._in_thread(self.prompts.collect_images, asked)
-            turn = _Turn(self._prepared, self.metrics)
+            turn = Turn(self._prepared, self.metrics)
             stack.callback(turn.end)
             await turn.wait(gone)
-            events = _Events(asked.stream, gone)
+            events = Events(asked.stream, gone)
             job = await self._in_thread(self._prepare, asked, files, events, turn)
             del files
             self.engine.submit(job)
@@ -163,7 +163,7 @@ class Api:
         if wrong:
             raise bad(f"logit_bias: {wrong[0]} is no token id of this model.", "logit_bias", "invalid_value")
 
-    def _prepare(self, asked: ChatRequest, files: list[tuple[str, bytes]], events: _Events, turn: _Turn) -> Job:
+    def _prepare(self, asked: ChatRequest, files: list[tuple[str, bytes]], events: Events, turn: Turn) -> Job:
         """Images, text and settings as the engine takes them. In a worker thread."""
         images = self.prompts.decode_images(files)
         inputs = self.prompts.encode(asked, images)
@@ -188,7 +188,7 @@ class Api:
         does not answer holds up nobody else."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, call, *args)
 
-    async def _whole(self, asked: ChatRequest, job: Job, events: _Events, answer: protocol.Answer) -> dict[str, Any]:
+    async def _whole(self, asked: ChatRequest, job: Job, events: Events, answer: protocol.Answer) -> dict[str, Any]:
         texts = [""] * asked.n
         entries: list[list[Any]] = [[] for _ in range(asked.n)]
         finished: dict[int, Finished] = {}
@@ -215,7 +215,7 @@ class Api:
         self,
         asked: ChatRequest,
         job: Job,
-        events: _Events,
+        events: Events,
         answer: protocol.Answer,
         event: Piece | Finished,
     ) -> AsyncGenerator[dict[str, Any], None]:
@@ -321,92 +321,3 @@ class Api:
     async def page(self) -> Response:
         """GET /metrics."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-class _Events:
-    """Carries events from the engine's thread to the task that waits for them.
-
-    Args:
-        at_once: pieces of text are handed over as they come. Otherwise they wait for the end of their answer, because
-            waking the other thread for every token costs the engine time.
-        gone: done when the client has left.
-    """
-
-    def __init__(self, at_once: bool, gone: asyncio.Future[None]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Any] = asyncio.Queue()
-        self._at_once = at_once
-        self._held: list[Any] = []
-        gone.add_done_callback(lambda _: self._queue.put_nowait(Gone()))
-
-    def send(self, event: Any) -> None:
-        """From the engine's thread; never waits."""
-        self._held.append(event)
-        if self._at_once or not isinstance(event, Piece):
-            held, self._held = self._held, []
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self._loop.call_soon_threadsafe(self._take, held)
-
-    def _take(self, events: list[Any]) -> None:
-        for event in events:
-            self._queue.put_nowait(event)
-
-    async def next(self) -> Piece | Finished:
-        """The next event.
-
-        Raises:
-            ApiError: if the request failed.
-            Gone: if the client left.
-        """
-        event = await self._queue.get()
-        if isinstance(event, Failed):
-            raise event.error
-        if isinstance(event, Gone):
-            raise event
-        return event
-
-
-class _Turn:
-    """A request's turn to have its images in memory: from decoding until the engine has read the prompt.
-
-    Args:
-        places: how many there are.
-        metrics: where to count those who wait.
-    """
-
-    def __init__(self, places: asyncio.Semaphore, metrics: Metrics):
-        self._places, self._metrics = places, metrics
-        self._loop = asyncio.get_running_loop()
-        self._has_place, self._is_over = False, False
-        metrics.waiting.inc()
-
-    async def wait(self, gone: asyncio.Future[None]) -> None:
-        """Wait for a place.
-
-        Raises:
-            Gone: if the client leaves before.
-        """
-        place = asyncio.ensure_future(self._places.acquire())
-        try:
-            both: list[asyncio.Future[Any]] = [place, gone]
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if place.done() and not place.cancelled():
-                self._has_place = True
-            else:
-                place.cancel()
-        if not self._has_place:
-            raise Gone
-
-    def end(self) -> None:
-        """Give the place back, if that has not been done. Any thread may call this."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._end)
-
-    def _end(self) -> None:
-        if self._is_over:
-            return
-        self._is_over = True
-        self._metrics.waiting.dec()
-        if self._has_place:
-            self._places.release()

@@ -6,6 +6,7 @@ What is not served is refused with the parameter's name, unless the value given 
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from keepsight.serve.errors import ApiError, bad
 from keepsight.serve.rows import Finished, Invocation
 
 _MAX_STOP_LENGTH = 256
+_HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class _Strict(BaseModel):
@@ -174,8 +176,11 @@ def parse(body: bytes) -> ChatRequest:
     """
     try:
         data = json.loads(body, parse_constant=_no_constant)
+        if _HALF_CHARACTER.search(body):  # whole pairs are fine; half ones can be neither tokenized nor sent back
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
-        raise bad("The body is not valid JSON.", code="invalid_json") from None
+        message = "The body is not valid JSON, or holds half a character (a lone surrogate)."
+        raise bad(message, code="invalid_json") from None
     if not isinstance(data, dict):
         raise bad("The body must be a JSON object.", code="invalid_json")
     data = {name: value for name, value in data.items() if value is not None and name not in LABELS}

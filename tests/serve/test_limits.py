@@ -57,7 +57,12 @@ def text(words):
 def refusal(live, **body):
     """(status, code) of a request, and a check that the error has OpenAI's form."""
     body = {"model": NAME, "messages": ask(images(1)[0]), "max_tokens": 2} | body
-    response = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=30)
+    response = httpx.post(
+        f"{live.url}/v1/chat/completions",
+        content=json.dumps(body),  # escapes what is no valid text
+        headers={"Content-Type": "application/json"},
+        timeout=30,
+    )
     if response.status_code == 200:
         return 200, None
     error = response.json()["error"]
@@ -99,6 +104,11 @@ def noise(side):
         ({"messages": [{"role": "system", "content": ask(images(1)[0])[0]["content"]}]}, 400, "invalid_value"),
         ({"messages": [*text("read"), {"role": "assistant", "content": "a1"}]}, 400, "invalid_value"),
         ({"messages": text(None)}, 400, "invalid_value"),
+        ({"messages": text("\ud800")}, 400, "invalid_json"),
+        ({"messages": text("read \U0001f680")}, 200, None),
+        ({"\ud800": 1}, 400, "invalid_json"),
+        ({"messages": text("\u0000 read \u202e")}, 200, None),
+        ({"messages": text("")}, 200, None),
         ({"max_tokens": 1501}, 400, "invalid_value"),
         ({"max_tokens": 0}, 400, "invalid_value"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, 400, "invalid_value"),
