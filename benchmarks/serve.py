@@ -41,7 +41,13 @@ from keepsight.lab.samples import example_images
 from keepsight.shipped import resolve_base
 
 RESULTS = Path(__file__).parent / "results" / "serve"
-MEASURED = ("keepsight/serve", "keepsight/pvm", "benchmarks/serve.py", "benchmarks/serving.py")
+MEASURED = (
+    "keepsight/serve",
+    "keepsight/pvm",
+    ":!keepsight/serve/vllm*",
+    "benchmarks/serve.py",
+    "benchmarks/serving.py",
+)
 
 
 def make_model(folder: Path, width: int, layers: int) -> str:
