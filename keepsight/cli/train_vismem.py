@@ -2,94 +2,66 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 import typer
 
+from keepsight.cli import train_options as ask
 from keepsight.cli.console import Interrupted, debugging, out, quiet, say, with_examples
+from keepsight.cli.train_options import option
 from keepsight.errors import KeepsightError
 
-DATA, MEMORY, REWARD, STEPS, RUN = "Data", "The memory", "What is rewarded", "Optimisation", "The run"
+REWARD = "Rollouts and rewards"
 
-
-def _option(help_text: str, *names: str, panel: str) -> Any:
-    return typer.Option(*names, help=help_text, rich_help_panel=panel)
-
-
-# What both commands ask. Every default is in the settings' dataclasses, where its source is told.
-Data = Annotated[
-    str,
-    _option("Questions: .jsonl, .json, .csv, .parquet, a dataset folder, or a hub id.", "--data", "-d", panel=DATA),
-]
-Output = Annotated[Path, _option("Gets checkpoints and the adapter.", "--output-dir", "-o", panel=RUN)]
+# What both stages ask beside what every training command asks. Defaults, with their sources, are in the settings.
 Rewards = Annotated[
     list[str] | None,
-    _option(
+    option(
         "format, answer, match, or package.module:function, with =WEIGHT behind it; repeat for several. Default: "
         "format (0.1) and answer (0.9).",
         "--reward",
         panel=REWARD,
     ),
 ]
-Split = Annotated[str, _option("Which split of the dataset, if it has several.", panel=DATA)]
 TextOnly = Annotated[
     Literal["error", "skip", "keep"],
-    _option("What to do with samples without an image (they have long-term memory only).", panel=DATA),
-]
-Check = Annotated[
-    Literal["full", "quick"],
-    _option("full opens every image before training; quick only looks whether it is there.", panel=DATA),
+    option("What to do with samples without an image (they have long-term memory only).", panel=ask.DATA),
 ]
 Gain = Annotated[
     Literal["replay", "score"],
-    _option(
+    option(
         "replay: the paper's dS, score minus that of the same beginning continued without memory. score: the score "
         "alone, which saves those rollouts (ours).",
         panel=REWARD,
     ),
 ]
-Epochs = Annotated[float, _option("Passes over the questions.", panel=STEPS)]
-MaxSteps = Annotated[int | None, _option("Optimiser steps; overrides --epochs.", panel=STEPS)]
-BatchSize = Annotated[int, _option("Questions per step, all processes together.", panel=STEPS)]
-GroupSize = Annotated[int, _option("Trajectories per question.", panel=STEPS)]
-Iterations = Annotated[int, _option("Optimiser steps per batch of trajectories.", panel=STEPS)]
-Lr = Annotated[float, _option("Peak learning rate (AdamW).", panel=STEPS)]
-Warmup = Annotated[float, _option("Share of the steps with a rising rate.", panel=STEPS)]
-Scheduler = Annotated[Literal["cosine", "linear", "constant"], _option("How the rate falls.", panel=STEPS)]
-WeightDecay = Annotated[float, _option("Of everything that is trained.", panel=STEPS)]
-MaxGradNorm = Annotated[float, _option("Gradients are clipped to it (ours).", panel=STEPS)]
-Clip = Annotated[float, _option("How far the ratio may move.", panel=STEPS)]
-Kl = Annotated[float, _option("Coefficient of the KL penalty; 0 for none.", panel=STEPS)]
-TargetKl = Annotated[
-    float, _option("KL per token above which the coefficient grows in proportion; 0 for never.", panel=STEPS)
-]
-MaxWords = Annotated[int, _option("Longest completion in tokens of text; memories do not count.", panel=STEPS)]
-Temperature = Annotated[float, _option("Of sampling.", panel=STEPS)]
-MaxInvocations = Annotated[
-    int | None, _option("At most so many memories per trajectory. Default: the memory's own setting.", panel=MEMORY)
-]
-RowsPerRollout = Annotated[int, _option("Trajectories written at once by one process.", panel=RUN)]
-RowsPerForward = Annotated[int, _option("Trajectories in one forward and backward: memory, not results.", panel=RUN)]
-Checkpointing = Annotated[
-    bool | None,
-    typer.Option(
-        "--gradient-checkpointing/--no-gradient-checkpointing",
-        help="Less memory, more time. Default: on a GPU.",
-        rich_help_panel=RUN,
+Controls = Annotated[
+    list[str] | None,
+    option(
+        "Then train the same without the memory, and set both side by side: lora (as many parameters as the memory), "
+        "sft (the whole language model), none (the base), several with commas; sft=1e-5 for a rate of its own.",
+        "--control",
+        panel=ask.RUN,
     ),
 ]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16"], _option("Of the base.", panel=RUN)]
-Device = Annotated[Literal["cpu", "cuda"] | None, _option("Default: the GPU if there is one.", panel=RUN)]
-Seed = Annotated[int, _option("Of initialisation, order and sampling.", panel=STEPS)]
-LoggingSteps = Annotated[int, _option("A line every so many steps.", panel=RUN)]
-SaveSteps = Annotated[int, _option("A checkpoint every so many steps.", panel=RUN)]
-KeepCheckpoints = Annotated[int | None, _option("How many checkpoints to keep. Default: all.", panel=RUN)]
-Resume = Annotated[bool, _option("Go on from the last whole checkpoint in --output-dir.", "--resume", panel=RUN)]
-Overwrite = Annotated[bool, _option("Start anew; what is there is moved aside, not deleted.", "--overwrite", panel=RUN)]
-ReportTo = Annotated[list[str] | None, _option("tensorboard, wandb, trackio; repeat for several.", panel=RUN)]
+BatchSize = Annotated[int, option("Questions per step, all processes together.", panel=ask.STEPS)]
+GroupSize = Annotated[int, option("Trajectories per question.", panel=REWARD)]
+Iterations = Annotated[int, option("Optimiser steps per batch of trajectories.", panel=ask.STEPS)]
+Scheduler = Annotated[Literal["cosine", "linear", "constant"], option("How the rate falls.", panel=ask.STEPS)]
+Clip = Annotated[float, option("How far the ratio may move.", panel=ask.STEPS)]
+Kl = Annotated[float, option("Coefficient of the KL penalty; 0 for none.", panel=ask.STEPS)]
+TargetKl = Annotated[
+    float, option("KL per token above which the coefficient grows in proportion; 0 for never.", panel=ask.STEPS)
+]
+MaxWords = Annotated[int, option("Longest completion in tokens of text; memories do not count.", panel=REWARD)]
+Temperature = Annotated[float, option("Of sampling.", panel=REWARD)]
+MaxInvocations = Annotated[
+    int | None, option("At most so many memories per trajectory. Default: the memory's own setting.", panel=REWARD)
+]
+RowsPerRollout = Annotated[int, option("Trajectories written at once by one process.", panel=ask.RUN)]
+RowsPerForward = Annotated[int, option("Trajectories in one forward and backward: memory, not results.", panel=ask.RUN)]
 
 
 @with_examples(
@@ -102,6 +74,8 @@ ReportTo = Annotated[list[str] | None, _option("tensorboard, wandb, trackio; rep
         "... --warm-start-steps 300 --max-text-states 8",
     ),
     ("a reward of your own, in rewards.py here", "... --reward format --reward rewards:judge=0.9"),
+    ("is it better than training a LoRA of its size on the same questions?", "... --control lora,none"),
+    ("will it fit? (no weights are read)", "... --dry-run"),
     ("go on where a run stopped", "... --resume"),
     ("on eight GPUs", "accelerate launch --num_processes 8 -m keepsight.cli train vismem-formation ..."),
 )
@@ -109,72 +83,77 @@ def formation(
     source: Annotated[
         str, typer.Argument(help="A VLM's folder or hub id, or keepsight/reference; or a VisMem adapter to go on from.")
     ],
-    dataset: Data,
-    output_dir: Output,
+    dataset: ask.Data = None,
+    output_dir: ask.Output = None,
     reward: Rewards = None,
-    split: Split = "train",
+    split: ask.Split = "train",
+    eval_dataset: ask.EvalData = None,
+    eval_split: ask.EvalSplit = None,
     text_only: TextOnly = "error",
-    check: Check = "full",
-    num_queries: Annotated[int, _option("K, queries that the query builder makes.", panel=MEMORY)] = 8,
-    num_short: Annotated[int, _option("N_s, latents of a short-term memory.", panel=MEMORY)] = 8,
-    num_long: Annotated[int, _option("N_l, latents of a long-term memory.", panel=MEMORY)] = 16,
+    check: ask.Check = "full",
+    num_queries: Annotated[int, option("K, queries that the query builder makes.", panel=ask.MEMORY)] = 8,
+    num_short: Annotated[int, option("N_s, latents of a short-term memory.", panel=ask.MEMORY)] = 8,
+    num_long: Annotated[int, option("N_l, latents of a long-term memory.", panel=ask.MEMORY)] = 16,
     form: Annotated[
         Literal["literal", "incremental"],
-        _option("literal: as published. incremental: an invocation costs only its own positions.", panel=MEMORY),
+        option("literal: as published. incremental: an invocation costs only its own positions.", panel=ask.MEMORY),
     ] = "literal",
     max_text_states: Annotated[
         int | None,
-        _option(
+        option(
             "Form memories from the latest so many text states only. Default: all, as the paper; with long outputs the "
             "long-term former then loses the image as the model does. The laboratory needed 8.",
-            panel=MEMORY,
+            panel=ask.MEMORY,
         ),
     ] = None,
     max_invocations: MaxInvocations = None,
     delimiter_share: Annotated[
-        float, _option("For this share of the steps memory is invoked after delimiters only.", panel=MEMORY)
+        float, option("For this share of the steps memory is invoked after delimiters only.", panel=ask.MEMORY)
     ] = 0.5,
-    delimiter_probability: Annotated[float, _option("Of an invocation after a delimiter, then.", panel=MEMORY)] = 0.25,
+    delimiter_probability: Annotated[float, option("Of an invocation there.", panel=ask.MEMORY)] = 0.25,
     anywhere_probability: Annotated[
-        float, _option("Of an invocation after any token, from then on.", panel=MEMORY)
+        float, option("Of an invocation after any token, from then on.", panel=ask.MEMORY)
     ] = 0.03,
     warm_start_steps: Annotated[
         int,
-        _option(
+        option(
             "Steps of label-free latent distillation before stage I. Ours, not in the paper; without it stage I "
             "learned nothing of the image in our laboratory.",
-            panel=MEMORY,
+            panel=ask.MEMORY,
         ),
     ] = 0,
-    warm_start_lr: Annotated[float, _option("Its peak learning rate.", panel=MEMORY)] = 3e-3,
+    warm_start_lr: Annotated[float, option("Its peak learning rate.", panel=ask.MEMORY)] = 3e-3,
     gain: Gain = "replay",
-    epochs: Epochs = 2.0,
-    max_steps: MaxSteps = None,
+    epochs: ask.Epochs = 2.0,
+    max_steps: ask.MaxSteps = None,
     batch_size: BatchSize = 8,
     group_size: GroupSize = 16,
     iterations: Iterations = 1,
-    lr: Lr = 5e-5,
-    warmup_ratio: Warmup = 0.2,
+    lr: ask.Lr = 5e-5,
+    warmup_ratio: ask.Warmup = 0.2,
     scheduler: Scheduler = "cosine",
-    weight_decay: WeightDecay = 0.0,
-    max_grad_norm: MaxGradNorm = 1.0,
+    weight_decay: ask.WeightDecay = 0.0,
+    max_grad_norm: ask.MaxGradNorm = 1.0,
     clip: Clip = 0.2,
     kl: Kl = 0.015,
     target_kl: TargetKl = 0.03,
     max_words: MaxWords = 512,
     temperature: Temperature = 1.0,
-    seed: Seed = 0,
+    seed: ask.Seed = 0,
     rows_per_rollout: RowsPerRollout = 32,
     rows_per_forward: RowsPerForward = 4,
-    gradient_checkpointing: Checkpointing = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    logging_steps: LoggingSteps = 1,
-    save_steps: SaveSteps = 20,
-    keep_checkpoints: KeepCheckpoints = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    report_to: ReportTo = None,
+    gradient_checkpointing: ask.Checkpointing = None,
+    dtype: ask.Dtype = "auto",
+    device: ask.Device = None,
+    logging_steps: ask.LoggingSteps = 1,
+    save_steps: ask.SaveSteps = 20,
+    keep_checkpoints: ask.KeepCheckpoints = None,
+    resume: ask.Resume = False,
+    overwrite: ask.Overwrite = False,
+    control: Controls = None,
+    dry_run: ask.DryRun = False,
+    tokens: ask.Tokens = None,
+    report_to: ask.ReportTo = None,
 ) -> None:
     """Stage I of VisMem: a latent memory learns what to remember, by reinforcement (GRPO).
 
@@ -198,7 +177,10 @@ def formation(
             raise KeepsightError(f"{source} is an adapter, whose memory has its sizes already; leave {names} out.")
         config = None  # type: ignore[assignment]
     settings = _settings(FormationSettings, chosen)
+    if dry_run:
+        return _dry_run(chosen, settings, config)
     _run(train_vismem_formation, chosen, settings, vismem=config)
+    return None
 
 
 @with_examples(
@@ -211,63 +193,68 @@ def formation(
 )
 def invocation(
     source: Annotated[str, typer.Argument(help="The adapter that stage I made.")],
-    dataset: Data,
-    output_dir: Output,
+    dataset: ask.Data = None,
+    output_dir: ask.Output = None,
     reward: Rewards = None,
-    split: Split = "train",
+    split: ask.Split = "train",
+    eval_dataset: ask.EvalData = None,
+    eval_split: ask.EvalSplit = None,
     text_only: TextOnly = "error",
-    check: Check = "full",
+    check: ask.Check = "full",
     train: Annotated[
         Literal["tokens", "lora"],
-        _option(
-            "What of the policy: the special tokens' rows; or those and a LoRA on the language model.", panel=STEPS
+        option(
+            "What of the policy: the special tokens' rows; or those and a LoRA on the language model.", panel=ask.STEPS
         ),
     ] = "tokens",
-    lora_rank: Annotated[int, _option("Of the policy's LoRA.", panel=STEPS)] = 16,
-    lora_alpha: Annotated[float, _option("Of the policy's LoRA.", panel=STEPS)] = 32,
+    lora_rank: Annotated[int, option("Of the policy's LoRA.", panel=ask.STEPS)] = 16,
+    lora_alpha: Annotated[float, option("Of the policy's LoRA.", panel=ask.STEPS)] = 32,
     max_invocations: MaxInvocations = None,
     alpha: Annotated[
-        float, _option("Strength of the penalties p_type and p_neg (the paper gives none).", panel=REWARD)
+        float, option("Strength of the penalties p_type and p_neg (the paper gives none).", panel=REWARD)
     ] = 0.3,
     invocation_cost: Annotated[
         float,
-        _option(
+        option(
             "Subtracted per invocation. Ours; the paper's is 0, with which our laboratory learned to invoke always.",
             panel=REWARD,
         ),
     ] = 0.0,
     start_bias: Annotated[
-        float, _option("Added to the invocation tokens' logits at the start, where they are too rare.", panel=MEMORY)
+        float, option("Added to the invocation tokens' logits at the start, where they are too rare.", panel=ask.MEMORY)
     ] = 0.0,
     gain: Gain = "replay",
-    epochs: Epochs = 2.0,
-    max_steps: MaxSteps = None,
+    epochs: ask.Epochs = 2.0,
+    max_steps: ask.MaxSteps = None,
     batch_size: BatchSize = 8,
     group_size: GroupSize = 16,
     iterations: Iterations = 1,
-    lr: Lr = 5e-5,
-    end_lr: Annotated[float | None, _option("Of the end tokens' rows. Default: a tenth of --lr.", panel=STEPS)] = None,
-    warmup_ratio: Warmup = 0.2,
+    lr: ask.Lr = 5e-5,
+    end_lr: Annotated[float | None, option("Of the end tokens. Default: a tenth of --lr.", panel=ask.STEPS)] = None,
+    warmup_ratio: ask.Warmup = 0.2,
     scheduler: Scheduler = "cosine",
-    weight_decay: WeightDecay = 0.0,
-    max_grad_norm: MaxGradNorm = 1.0,
+    weight_decay: ask.WeightDecay = 0.0,
+    max_grad_norm: ask.MaxGradNorm = 1.0,
     clip: Clip = 0.2,
     kl: Kl = 0.015,
     target_kl: TargetKl = 0.03,
     max_words: MaxWords = 512,
     temperature: Temperature = 1.0,
-    seed: Seed = 0,
+    seed: ask.Seed = 0,
     rows_per_rollout: RowsPerRollout = 32,
     rows_per_forward: RowsPerForward = 4,
-    gradient_checkpointing: Checkpointing = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    logging_steps: LoggingSteps = 1,
-    save_steps: SaveSteps = 20,
-    keep_checkpoints: KeepCheckpoints = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    report_to: ReportTo = None,
+    gradient_checkpointing: ask.Checkpointing = None,
+    dtype: ask.Dtype = "auto",
+    device: ask.Device = None,
+    logging_steps: ask.LoggingSteps = 1,
+    save_steps: ask.SaveSteps = 20,
+    keep_checkpoints: ask.KeepCheckpoints = None,
+    resume: ask.Resume = False,
+    overwrite: ask.Overwrite = False,
+    control: Controls = None,
+    dry_run: ask.DryRun = False,
+    tokens: ask.Tokens = None,
+    report_to: ask.ReportTo = None,
 ) -> None:
     """Stage II of VisMem: the policy learns when to invoke which memory, by reinforcement (GRPO).
 
@@ -278,7 +265,11 @@ def invocation(
     _quiet()
     from keepsight.train.vismem import InvocationSettings, train_vismem_invocation
 
-    _run(train_vismem_invocation, chosen, _settings(InvocationSettings, chosen))
+    settings = _settings(InvocationSettings, chosen)
+    if dry_run:
+        return _dry_run(chosen, settings, None)
+    _run(train_vismem_invocation, chosen, settings)
+    return None
 
 
 def _quiet() -> None:
@@ -287,41 +278,48 @@ def _quiet() -> None:
 
 
 def _settings(kind: type, chosen: dict[str, Any]) -> Any:
-    from dataclasses import fields
-
     values = {f.name: chosen[f.name] for f in fields(kind) if f.name in chosen}
     values |= {"report_to": tuple(chosen["report_to"] or ()), "target_kl": chosen["target_kl"] or None}
     return kind(**values)
 
 
 def _run(function: Callable[..., Any], chosen: dict[str, Any], settings: Any, **more: Any) -> None:
-    from keepsight.cli.train import _CheckProgress, _how_to_go_on, _nothing
+    from keepsight.train.controls import parse_controls
+    from keepsight.train.preflight import silent
     from keepsight.train.rewards import DEFAULT_REWARDS
 
-    if chosen["resume"] and chosen["overwrite"]:
-        raise KeepsightError("--resume goes on with a run and --overwrite starts anew; give one of them.")
-    first = os.environ.get("RANK", "0") == "0"  # of several processes, one talks
+    dataset, folder = ask.check_choices(chosen["resume"], chosen["overwrite"], chosen["dataset"], chosen["output_dir"])
+    first = ask.is_first()
     try:
         report = function(
             chosen["source"],
-            chosen["dataset"],
-            chosen["output_dir"],
+            dataset,
+            folder,
             rewards=chosen["reward"] or DEFAULT_REWARDS,
             settings=settings,
-            split=chosen["split"],
-            text_only=chosen["text_only"],
-            check=chosen["check"],
-            resume=chosen["resume"],
-            overwrite=chosen["overwrite"],
-            say=say if first else _nothing,
+            **{name: chosen[name] for name in ("split", "eval_dataset", "eval_split", "text_only", "check")},
+            **{name: chosen[name] for name in ("resume", "overwrite")},
+            controls=parse_controls(chosen["control"] or ()),
+            say=say if first else silent,
             on_log=_print_log,
-            on_check=_CheckProgress() if first else None,
+            on_check=ask.CheckProgress() if first else None,
             **more,
         )
     except KeyboardInterrupt as stop:
-        raise Interrupted(_how_to_go_on(chosen["output_dir"])) from stop
+        raise Interrupted(ask.how_to_go_on(folder)) from stop
     if first:
         _print_report(report)
+
+
+def _dry_run(chosen: dict[str, Any], settings: Any, config: Any) -> None:
+    from keepsight.train.dry_run import DEFAULT_TOKENS, measured, print_dry_run
+    from keepsight.train.vismem_dry_run import dry_run_vismem
+
+    source, length, visual = chosen["source"], chosen["tokens"] or DEFAULT_TOKENS, None
+    if chosen["tokens"] is None and chosen["dataset"] is not None:
+        length, visual = measured(source, chosen["dataset"], chosen["split"], answers=False)
+    found = dry_run_vismem(source, settings, config, length=length, visual=visual)
+    out.print(print_dry_run(found), markup=False)
 
 
 def _print_log(values: dict[str, float], step: int, total: int) -> None:
@@ -354,6 +352,9 @@ def _print_report(report: Any) -> None:
     table.add_row("trained", f"{report.trained:,} parameters; {report.changed} tensors changed")
     table.add_row("all else", f"{report.untouched} tensors; no bit changed (digests before and after)")
     table.add_row("KL against", report.reference)
+    for name, value in (report.metrics or {}).items():
+        table.add_row(name.replace("_", " "), f"{value:.4f}")
+    table.add_row("cost", f"{report.cost.flops / 1e15:.4g} PFLOP by its shapes")
     if report.data.skipped:
         table.add_row("skipped", f"{len(report.data.skipped)} of {report.data.rows + len(report.data.skipped)} samples")
     table.add_row("adapter", str(report.output_dir))
@@ -363,3 +364,5 @@ def _print_report(report: Any) -> None:
     }
     table.add_row("next", following[report.stage])
     out.print(table, markup=False)
+    if report.comparison is not None:
+        out.print(report.comparison.table(), markup=False)

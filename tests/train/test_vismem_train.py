@@ -389,3 +389,81 @@ def test_defaults_are_the_papers() -> None:
         assert (settings.clip, settings.kl, settings.target_kl) == (0.2, 0.015, 0.03)
     assert FormationSettings().warm_start_steps == 0
     assert InvocationSettings().invocation_cost == 0
+
+
+def run_command(*words: str) -> Any:
+    from typer.testing import CliRunner
+
+    from keepsight.cli import app
+
+    return CliRunner().invoke(app, ["train", *words])
+
+
+def test_the_commands_train_both_stages_beside_controls(
+    tiny_vlm: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "def digits(completions, answer, **columns):\n"
+        "    return [sum(w.isdigit() for w in text.split()) / 9 for text in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(questions), "--text-only", "keep", "--reward", "my_rewards:digits", "--device", "cpu"]
+    flags += ["--max-steps", "1", "--batch-size", "2", "--group-size", "2", "--max-words", "4", "--lr", "1e-3"]
+    flags += ["--max-invocations", "2", "--eval-dataset", str(questions)]
+    sizes = ["--num-short", "2", "--num-long", "3", "--num-queries", "2", "--delimiter-probability", "1"]
+    one = run_command("vismem-formation", str(tiny_vlm), "-o", "one", *flags, *sizes, "--control", "lora,sft=1e-4,none")
+    assert one.exit_code == 0, one.output
+    assert "no bit changed" in one.stdout
+    told = json.loads((tmp_path / "one" / "comparison.json").read_text())["outcomes"]
+    assert [outcome["name"] for outcome in told] == ["vismem", "lora", "sft", "none"]
+    memory, lora, sft, none = told
+    model, _ = keepsight.load(tmp_path / "one")
+    size = sum(p.numel() for p in VisMemBranch.of(model).active.parameters())
+    assert 0.9 * size < lora["parameters"] <= size
+    assert sft["parameters"] > size
+    assert sft["lr"] == 1e-4
+    assert {outcome["steps"] for outcome in told[:3]} == {1}
+    assert all("eval_reward" in outcome["metrics"] for outcome in told)
+    assert none["metrics"]["eval_reward"] == memory["metrics"]["eval_reward_without_memory"]
+    # The control is an ordinary adapter of the base, without a memory.
+    beside, _ = keepsight.load(tmp_path / "one" / "control-lora")
+    assert "LORA" in str(beside.peft_config["default"].peft_type)
+    keepsight.load(tmp_path / "one" / "control-sft")
+
+    two = run_command("vismem-invocation", "one", "-o", "two", *flags, "--start-bias", "2")
+    assert two.exit_code == 0, two.output
+    assert "p_type" in two.stderr
+    again = run_command("vismem-invocation", "one", "-o", "two", *flags, "--start-bias", "2")
+    assert again.exit_code != 0
+    assert "not empty" in str(again.output) + str(again.exception)
+
+
+def test_a_control_that_vismem_has_not_is_refused(tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
+    from keepsight.train.controls import Control
+
+    with pytest.raises(KeepsightError, match="Take lora"):
+        train_vismem_formation(
+            tiny_vlm, questions, tmp_path / "out", rewards=[digits], settings=formation(), controls=[Control("mlp")]
+        )
+
+
+def test_a_dry_run_reads_no_weights(tiny_vlm: Path, questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from keepsight.train.vismem_dry_run import dry_run_vismem
+
+    monkeypatch.setattr("safetensors.safe_open", lambda *a, **k: pytest.fail("weights were read"))
+    small = dry_run_vismem(tiny_vlm, formation(), VisMemConfig(**SIZES), length=64)
+    large = dry_run_vismem(tiny_vlm, formation(rows_per_forward=8), VisMemConfig(**SIZES), length=64)
+    assert large.need.activations_plain > 1.5 * small.need.activations_plain
+    assert small.need.activations_checkpointed < small.need.activations_plain
+    assert small.traced.flops > 0
+    tokens = dry_run_vismem(tiny_vlm, invocation(), VisMemConfig(**SIZES), length=64)
+    assert tokens.trained == 4 * 96 + 2  # tied head: four rows and two biases
+    result = run_command("vismem-formation", str(tiny_vlm), "--dry-run", "--data", str(questions))
+    assert result.exit_code == 0, result.output
+    assert "16 of them visual" in result.stdout
+
+
+def test_a_dry_runs_count_is_the_runs(formed: tuple[Path, VisMemReport], tiny_vlm: Path) -> None:
+    from keepsight.train.vismem_dry_run import dry_run_vismem
+
+    assert dry_run_vismem(tiny_vlm, formation(), VisMemConfig(**SIZES)).trained == formed[1].trained
