@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# VisMem, stage II (invocation), on one 24 GB GPU.
+# Base: Qwen/Qwen2.5-VL-7B-Instruct
+# Source: arXiv 2511.11007, the section on training and its table of hyper-parameters.
+#
+# - trains the rows of the special tokens; the memory that stage I has made is frozen
+# - alpha, the strength of the penalties, is not in the paper; --invocation-cost is ours (0 = the paper)
+# - 4 questions per step, groups of 8, 2 epochs, AdamW, lr 5e-5, cosine, warm-up 0.2, clip 0.2, KL 0.015
+# - smaller steps and shorter completions than the paper's, one trajectory per forward
+# NOT TESTED on GPUs.
+#
+#   recipes/vismem/qwen2.5-vl-7b-invocation-24gb.sh stage1 questions.jsonl stage2
+set -euo pipefail
+MEMORY=${1:?the folder of stage I}
+DATA=${2:?questions with answers and images}
+OUT=${3:?a folder for the result}
+keepsight train vismem-invocation "$MEMORY" \
+  --data "$DATA" --output-dir "$OUT" \
+  --train tokens --alpha 0.3 --invocation-cost 0 \
+  --batch-size 4 --group-size 8 --epochs 2 --max-words 256 \
+  --lr 5e-5 --scheduler cosine --warmup-ratio 0.2 --clip 0.2 --kl 0.015 --target-kl 0.03 \
+  --reward format=0.1 --reward answer=0.9 \
+  --rows-per-rollout 8 --rows-per-forward 1 --gradient-checkpointing --dtype bfloat16 \
+  --save-steps 20 --keep-checkpoints 2
