@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from keepsight.lab.pvm_studies import LENGTHS, READING, length_columns
+from keepsight.lab.pvm_studies import LENGTHS, READING, length_columns, training_of
 from keepsight.lab.study import Claim, Column, Plot, Row, Study
 from keepsight.lab.study_results import Results, Verdict, judged
 from keepsight.lab.vismem_cells import policy_cell, read_cell
@@ -432,4 +432,35 @@ def _no_worse(results: Results) -> Verdict:
     return judged(all(gap.high >= 0 for gap in gaps.values()), f"Incremental minus literal, over lengths: {words}.")
 
 
-STUDIES = (MEMORY, RANDOM, WHEN, SIZE, FORM)
+def _together(results: Results) -> Verdict:
+    more = results.difference("both", "pvm", "mean")
+    return judged(
+        more.low > 0,
+        f"Both minus PVM alone, over lengths: {more.points()}; both minus VisMem alone: "
+        f"{results.difference('both', 'vismem', 'mean').points()}. PVM alone leaves "
+        f"{1 - results.at('pvm', 'mean').mean:.1%} to be gained.",
+    )
+
+
+BOTH = Study(
+    name="vismem-pvm",
+    method="both",
+    title="PVM and VisMem together",
+    setting=(
+        "PVM with the warm-up and VisMem's long memory, each trained by itself as in the studies above, on one base: "
+        "one memory before the scored facts, formed and read while PVM is on."
+    ),
+    cell=read_cell,
+    rows=(
+        Row("base", "base", same_as=("pvm-length", "base")),
+        Row("pvm", "PVM", same_as=("pvm-length", "pvm")),
+        Row("vismem", "VisMem, long", same_as=("vismem-memory", "long")),
+        Row("both", "PVM and VisMem, long"),
+    ),
+    columns=length_columns(),
+    claims=(Claim("The two add up.", "ours", ("both", "pvm", "vismem"), _together),),
+    settings={**READING, "content": "own", "kind": "long", "plan": {}, "pvm": training_of("pvm")["plan"]},
+    plot=Plot("bars", columns=("2048",)),
+)
+
+STUDIES = (MEMORY, RANDOM, WHEN, SIZE, FORM, BOTH)
