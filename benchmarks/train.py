@@ -30,7 +30,19 @@ from rich.table import Table
 from keepsight.errors import KeepsightWarning
 
 RESULTS = Path(__file__).parent / "results" / "train"
-MEASURED = ("keepsight/pvm", "keepsight/vismem", "keepsight/train", "keepsight/backbone.py", "benchmarks")
+_SHARED = ("keepsight/backbone.py", *(f"benchmarks/{name}.py" for name in ("train", "stepping", "shapes", "measuring")))
+MEASURED = {
+    "sft": (*_SHARED, "benchmarks/train_sft.py", "keepsight/pvm", "keepsight/train/learner.py"),
+    "grpo": (
+        *_SHARED,
+        "benchmarks/train_grpo.py",
+        "keepsight/vismem",
+        *(
+            f"keepsight/train/{name}.py"
+            for name in ("grpo", "rollout", "vismem_trainer", "vismem_stages", "vismem_replay")
+        ),
+    ),
+}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -105,7 +117,9 @@ def main(argv: list[str] | None = None) -> Path | None:
     device = torch.device(args.device)
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     args.checkpointing = device.type == "cuda" if args.checkpointing is None else args.checkpointing
-    found = conditions("benchmarks/train.py", sys.argv[1:] if argv is None else argv, MEASURED, device, args.note)
+    found = conditions(
+        "benchmarks/train.py", sys.argv[1:] if argv is None else argv, MEASURED[args.kind], device, args.note
+    )
     if args.kind == "sft":
         import train_sft as kind
     else:
