@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from keepsight.adapters import AdapterInfo
+from keepsight.adapters import CONFIG, AdapterInfo
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.methods import config_from_adapter
 from keepsight.pvm import PvmConfig
@@ -155,8 +155,9 @@ def train_pvm_grpo(
         changed = replace(settings, lr=control.rate(settings.lr, whole_model_too=True))
         where = control_folder(folder, control)
         last = output.last_checkpoint(where)[0] if resume and other.learns else None
-        say(f"control {control.name} in {where}")
-        result = job.train(f"control {control.name}", other, where, changed, last, resume, False)
+        started = replace(job, base=_start(control, base, adapters))
+        say(f"control {control.name} in {where}, from {started.base}")
+        result = started.train(f"control {control.name}", other, where, changed, last, resume, False)
         more = beside if control.name == "mlp" else ""
         outcomes.append(Outcome.of(control.name, WHAT[control.name] + more, result, changed.lr))
     judged = "the evaluation data" if eval_dataset is not None else "prompts held out of the training data"
@@ -236,16 +237,26 @@ def _check_groups(settings: GrpoSettings, engine: Engine) -> None:
 
 def _control(control: Control, learner: Learner, plan: MemoryPlan, adapters: list[AdapterInfo]) -> Learner:
     """A control of this stage, from where its own first stage left it, if the memory's folder holds that."""
-    made = control_learner(control, learner, plan)
-    memory = next((info for info in adapters if info.method == "PVM"), None)
-    before = None if memory is None else control_folder(memory.path, control)
-    if before is None or not (before / "adapter_config.json").is_file():
+    made, before = control_learner(control, learner, plan), _first_stage(control, adapters)
+    if before is None or not (before / CONFIG).is_file():
         return made
     if control.name == "lora":
         return replace(made, policy_from=before)
     if control.name == "mlp":
         return replace(made, memory_from=before)
     return made
+
+
+def _start(control: Control, base: str, adapters: list[AdapterInfo]) -> str:
+    """What a control of this stage starts on: the language model that its own first stage has tuned, or `base`."""
+    before = _first_stage(control, adapters)
+    return str(before) if control.name == "sft" and before is not None and (before / "config.json").is_file() else base
+
+
+def _first_stage(control: Control, adapters: list[AdapterInfo]) -> Path | None:
+    """Where the control of the same name beside the memory's first stage is, or would be."""
+    memory = next((info for info in adapters if info.method == "PVM"), None)
+    return None if memory is None else control_folder(memory.path, control)
 
 
 @dataclass(frozen=True)

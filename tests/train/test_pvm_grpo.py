@@ -23,7 +23,7 @@ from keepsight.train.controls import Control
 from keepsight.train.output import last_checkpoint
 from keepsight.train.pvm_grpo import GrpoSettings, train_pvm_grpo
 from keepsight.train.rewards import RewardError
-from keepsight.train.sft import TrainReport
+from keepsight.train.sft import SftSettings, TrainReport, train_pvm
 
 WEIGHTS = "adapter_model.safetensors"
 QUICK: dict[str, Any] = {
@@ -228,22 +228,30 @@ def test_a_kl_term_counts_from_the_start(trained: tuple[Path, TrainReport], prom
     assert report.gates != trained[1].gates
 
 
-def test_controls_of_this_stage(trained: tuple[Path, TrainReport], prompts: Path, tmp_path: Path) -> None:
+def test_controls_go_on_from_their_own_first_stage(tiny_vlm: Path, data: Path, prompts: Path, tmp_path: Path) -> None:
+    first = SftSettings(max_steps=1, batch_size=4, grad_accum=1, lr=1e-2, save_steps=2)
+    pvm = keepsight.PvmConfig(layers=[1, 3], width=32)
+    tuned = (Control("lora"), Control("sft", 1e-3))
+    before = train_pvm(tiny_vlm, data, tmp_path / "sft", pvm=pvm, settings=first, controls=tuned)
     report = train_pvm_grpo(
-        trained[0],
+        tmp_path / "sft",
         prompts,
         tmp_path / "out",
         policy="none",
         eval_dataset=prompts,
-        settings=settings(max_steps=1),
-        controls=(Control("lora"), Control("none")),
+        settings=settings(max_steps=1, lr=1e-7),  # so small a step leaves the start in sight
+        controls=(Control("lora"), Control("sft"), Control("none")),
     )
-    memory, lora, none = report.comparison.outcomes
-    assert lora.parameters == pytest.approx(memory.parameters, rel=0.01)
-    assert (none.parameters, none.steps) == (0, 0)
-    assert all("eval_reward" in one.metrics for one in report.comparison.outcomes)
+    outcomes = {one.name: one for one in report.comparison.outcomes}
+    assert outcomes["lora"].parameters == before.comparison.outcomes[1].parameters
+    assert (outcomes["none"].parameters, outcomes["none"].steps) == (0, 0)
+    assert all("eval_reward" in one.metrics for one in outcomes.values())
     assert "eval_reward" in (tmp_path / "out" / "comparison.md").read_text()
-    keepsight.load(tmp_path / "out" / "control-lora")
+    for name, file in (("lora", WEIGHTS), ("sft", "model.safetensors")):
+        start, end = (load_file(tmp_path / folder / f"control-{name}" / file) for folder in ("sft", "out"))
+        assert start.keys() == end.keys()
+        assert all(torch.allclose(start[n].float(), end[n].float(), atol=1e-5) for n in start)
+        keepsight.load(tmp_path / "out" / f"control-{name}")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,103 @@
+"""Dry runs: what is traced on shapes is what a real step does, and estimates follow settings and engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import BY_NAME, TinyFamily
+
+import keepsight
+from keepsight.backbone import Backbone
+from keepsight.pvm.hooks import MEMORY
+from keepsight.train.dry_run import SeenImage, dry_run, trace
+from keepsight.train.engines import Engine
+from keepsight.train.learner import Learner, ranked_lora
+from keepsight.train.settings import GrpoSettings, SftSettings
+
+PVM = keepsight.PvmConfig(layers=[1, 3], width=32)
+
+
+def on_meta(family: TinyFamily, learner: Learner) -> Any:
+    with torch.device("meta"):
+        return learner.put_on(family.build(), 0)
+
+
+def really_kept(model: Any, rows: int, length: int, visual: int) -> int:
+    """Bytes that a real forward of the decoder keeps for the backward, weights and squares of attention left out."""
+    backbone = Backbone.of(model)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        square = tensor.dim() >= 3 and tensor.shape[-2] == length and tensor.shape[-1] in (length, visual)
+        if storage.data_ptr() not in weights and not square:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    width = backbone.text_config.hidden_size
+    memory = SeenImage(torch.randn(rows, visual, width))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        embeds = torch.randn(rows, length, width)
+        backbone.decoder(inputs_embeds=embeds, use_cache=False, **{MEMORY: memory})
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_the_trace_reaches_everything_that_learns(family: TinyFamily) -> None:
+    found = trace(on_meta(family, Learner(memory=PVM)), 2, 24, 8)
+    assert found.untrained == ()
+    assert 0 < found.checkpointed < found.kept
+
+
+@pytest.mark.parametrize("policy", ["full", "lora"])
+def test_the_trace_reaches_a_policy(policy: Any) -> None:
+    family = BY_NAME["qwen3_vl"]
+    lora, _ = ranked_lora(Backbone.of(family.build()), 2)
+    assert trace(on_meta(family, Learner(memory=PVM, policy=policy, lora=lora)), 2, 24, 8).untrained == ()
+
+
+def test_a_tensor_without_a_gradient_is_named() -> None:
+    model = on_meta(BY_NAME["qwen3_vl"], Learner(memory=PVM))
+    next(iter(Backbone.of(model).vision_tower.parameters())).requires_grad_(True)
+    (name,) = trace(model, 1, 40, 8).untrained
+    assert "vis" in name
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl_qwen2"])
+def test_as_much_is_kept_as_in_a_real_step(name: str) -> None:
+    family, learner = BY_NAME[name], Learner(memory=PVM)
+    real = really_kept(learner.put_on(family.build(), 0), 2, 60, 16)
+    assert trace(on_meta(family, learner), 2, 60, 16).kept == pytest.approx(real, rel=0.15)
+
+
+def test_estimates_follow_settings_and_engines(tiny_vlm: Path) -> None:
+    def need(engine: Engine, settings: Any = None, learner: Learner | None = None) -> Any:
+        chosen = settings or SftSettings(device="cpu")
+        return dry_run(tiny_vlm, learner or Learner(memory=PVM), chosen, length=100, engine=engine)
+
+    one = need(Engine())
+    assert one.tokens_per_step == 800
+    assert one.need.gradients == 4 * one.trained
+    assert one.need.optimiser == 8 * one.trained
+    assert one.need.weights == 4 * one.total  # stored in float32
+    assert one.need.total == one.need.weights + 12 * one.trained + one.need.activations_plain
+    checkpointing = need(Engine(), SftSettings(device="cpu", gradient_checkpointing=True))
+    assert checkpointing.need.activations == one.need.activations_checkpointed < one.need.activations_plain
+    assert checkpointing.flops_per_step > one.flops_per_step
+
+    ddp, sharded = need(Engine("ddp", 4, 0)), need(Engine("fsdp2", 4, 0))
+    assert ddp.need == one.need
+    assert ddp.flops_per_step == 4 * one.flops_per_step
+    assert sharded.need.weights == pytest.approx(one.need.weights / 4, abs=4)
+    assert sharded.need.optimiser == one.need.optimiser // 4
+
+    grpo = GrpoSettings(device="cpu", max_new_tokens=50, rollout_batch=8)
+    rollouts = need(Engine(), grpo, Learner(memory=PVM, policy="full"))
+    assert rollouts.length == 150
+    assert rollouts.generated == 50
+    more = need(Engine(), GrpoSettings(device="cpu", max_new_tokens=50), Learner(memory=PVM, policy="full"))
+    assert more.need.cache == 8 * rollouts.need.cache > 0
+    assert rollouts.trained > one.trained
