@@ -184,6 +184,9 @@ class Engine:
             text=True,
             env={**ENVIRONMENT, **os.environ},
         )
+
+    def wait(self) -> None:
+        """Until it has started."""
         if self._read() != "ready":
             raise RuntimeError("The engine did not start; its output stands above.")
 
@@ -214,13 +217,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         engines = {name: Engine(f, options) for name, f in make_folders(arguments.shape, Path(root)).items()}
         samples: list[dict[str, Any]] = []
         try:
-            for engine in engines.values():  # warm up
-                engine.turn(arguments.requests)
+            for engine in engines.values():
+                engine.wait()
+                engine.turn(arguments.requests)  # warm up
                 engine.turn(1)
             for number in range(arguments.rounds):
                 for batch in (1, arguments.requests):
                     order = list(engines) if number % 2 == 0 else list(engines)[::-1]
                     samples.append({"batch": batch} | {name: engines[name].turn(batch) for name in order})
+                print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
         finally:
             for engine in engines.values():
                 engine.stop()

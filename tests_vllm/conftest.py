@@ -168,7 +168,7 @@ def serve(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         command = [sys.executable, str(HERE / "engine.py"), str(tmp_path / "job.json"), str(tmp_path / "answers.json")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         if done.returncode:
-            raise RuntimeError(f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
+            raise RuntimeError(f"{done.stdout[-4000:]}\n{done.stderr[-40000:]}")
         return json.loads((tmp_path / "answers.json").read_text())
 
     return run
