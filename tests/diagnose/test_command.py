@@ -83,6 +83,21 @@ def test_dataset_with_a_control(trained_folder: Path, image: Path, tmp_path: Pat
     assert set(found["lengths"]["quartiles"][0]["accuracy"]) == {"base", "memory", "control"}
 
 
+def test_latent_memory_on_two_data_sets(vismem_folder: Path, image: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text('{"image": "a.png", "prompt": "describe"}\n' * 2)
+    out = tmp_path / "out"
+    data = [word for name in ("one", "two") for word in ("-d", tmp_path / f"{name}.jsonl")]
+    result = diagnose(vismem_folder, *data, "-o", out, "--steps", 24, "--probe-images", 64, "--samples", 3)
+    assert result.exit_code == 0, result.output
+    assert {file.name for file in out.iterdir()} == FILES | {"causal.png", "invocations.png", "latents.png"}
+    found = read_results(out / "results.json")
+    assert found["causal"]["method"] == "VisMem"
+    counted = found["invocations"]["datasets"]
+    assert (counted["one"]["outputs"], counted["two"]["outputs"]) == (2, 1)
+    assert {probe["kind"] for probe in found["probes"]} == {"short", "long"}
+
+
 def test_video_of_frames(image: Path, tmp_path: Path) -> None:
     frames = tmp_path / "frames"
     frames.mkdir()

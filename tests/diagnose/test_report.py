@@ -127,3 +127,41 @@ def test_dark_and_light_differ(browser: Any, page: Path) -> None:
         browser.get(page.as_uri())
         found.add(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert len(found) == 2
+
+
+def test_memories_stand_in_the_text_and_show_where_they_looked(
+    browser: Any, vismem_folder: Path, tmp_path: Path
+) -> None:
+    import numpy as np
+    from selenium.webdriver import ActionChains
+
+    import keepsight
+    from keepsight.lab.digits import draw_grids
+
+    model, processor = keepsight.load(vismem_folder, device="cpu")
+    images, _ = draw_grids(1, "test", np.random.default_rng(0))
+    settings = Settings(steps=60, causal_steps=16, probe_images=64)
+    diagnosis = examine(model, processor, [Sample("describe", tuple(images))], settings)
+    count = len(diagnosis.written.memories)
+    assert count
+    path = tmp_path / "report.html"
+    path.write_text(render_report(diagnosis), encoding="utf-8")
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    )
+    browser.get(path.as_uri())
+    memories = browser.find_elements("css selector", ".tok.mem")
+    assert len(memories) == count
+    assert len(browser.find_elements("css selector", ".tok")) == 60 + count
+    before = browser.execute_script(OVERLAY)
+    ActionChains(browser).move_to_element(memories[0]).perform()
+    about = browser.find_element("id", "about").text
+    assert f"{diagnosis.written.memories[0].kind}-term memory" in about
+    assert "while formed it gave the image" in about
+    assert browser.execute_script(OVERLAY) != before
+    text = browser.find_element("tag name", "main").text
+    for section in ("When memory is invoked", "What followed", "What the latents hold"):
+        assert section in text
+    width, inner = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+    assert width <= inner
+    assert browser.get_log("browser") == []
