@@ -13,8 +13,10 @@ import torch
 from peft import PeftModel
 
 from keepsight.lab.evaluation import SCORED, question_batches, score
+from keepsight.lab.experiments import train
 from keepsight.lab.narration import Narrations
 from keepsight.lab.pvm_cells import narration_base
+from keepsight.lab.pvm_cells import plan_of as pvm_plan
 from keepsight.lab.study import Bench, Outcome
 from keepsight.lab.vismem import Reading, answers_with_plan, attach_vismem, decision_column, lab_config, noise_like
 from keepsight.lab.vismem_training import MemoryPlan, stage_one, warm_start
@@ -33,7 +35,8 @@ def with_memory(bench: Bench, settings: dict[str, Any], seed: int) -> tuple[Any,
     """The seed's base with its VisMem as `settings["plan"]` and `settings["config"]` say, trained if it is not there.
 
     Settings `untrained` gives a memory as it is attached. The warm start is kept by itself, so that plans which differ
-    in stage I share it.
+    in stage I share it. With settings `pvm` (a plan of `keepsight.lab.experiments`), a PVM trained by that plan is put
+    beside it; neither was trained with the other.
 
     Returns:
         `(model, processor, facts about its training)`.
@@ -62,7 +65,22 @@ def with_memory(bench: Bench, settings: dict[str, Any], seed: int) -> tuple[Any,
         _keep(memory, folder, facts)
 
     folder = bench.keep(name_of("memory", config, plan.as_dict(), seed), make)
-    return _load(model, folder), processor, json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    memory = _load(model, folder)
+    if "pvm" in settings:
+        _put_pvm_beside(bench, settings["pvm"], model, seed)
+    return memory, processor, json.loads((folder / FACTS).read_text(encoding="utf-8"))
+
+
+def _put_pvm_beside(bench: Bench, plan: dict[str, Any], model: Any, seed: int) -> None:
+    """Train a PVM on the seed's base, if it is not there, and put it on `model`, another copy of that base."""
+
+    def make(folder: Path) -> None:
+        progress = share_of(bench, "training a PVM", 0.0, 0.8)
+        trained = train(*narration_base(bench, seed), "pvm", pvm_plan({"plan": plan}), seed, progress)
+        trained.model.save_pretrained(str(folder), save_embedding_layers=False)
+
+    folder = bench.keep(name_of("pvm", {}, plan, seed), make)
+    PeftModel.from_pretrained(model, str(folder), adapter_name="pvm").eval()
 
 
 def read_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
