@@ -20,6 +20,7 @@ from keepsight.lab.pvm_cells import plan_of as pvm_plan
 from keepsight.lab.study import Bench, Outcome
 from keepsight.lab.vismem import Reading, answers_with_plan, attach_vismem, decision_column, lab_config, noise_like
 from keepsight.lab.vismem_training import MemoryPlan, stage_one, warm_start
+from keepsight.vismem import VisMemBranch
 
 FACTS = "facts.json"
 
@@ -88,13 +89,15 @@ def read_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
 
     Settings: `lengths`, `rows`, `split`; `plan`, `config` of the memory; `kind`; `content`: "own" (as formed), "other"
     (another image's), "noise" (Gaussian vectors of its norms), "embeddings" (the image's visual embeddings again),
-    "embeddings_other", "embeddings_noise", "none".
+    "embeddings_other", "embeddings_noise", "none"; `text_states`: read with this cap on H instead of the trained one.
 
     Values:
         by length, `mean`, and for another image's latents `follows_<length>`: the share of answers that are right for
         the other image.
     """
     model, processor, facts = with_memory(bench, settings, seed)
+    if "text_states" in settings:
+        VisMemBranch.of(model).config.max_text_states = settings["text_states"]
     content, kind = settings["content"], settings.get("kind", "long")
     other = content.endswith("other")
     generator = torch.Generator().manual_seed(
