@@ -20,13 +20,12 @@ _STATES = ("conv_states", "recurrent_states")
 def can_share(cache: Any) -> bool:
     """Whether rows of this cache can join others: dynamic softmax attention, and linear attention. Sliding windows and
     caches of other kinds cannot, and their rows run alone."""
-    known = (DynamicLayer, LinearAttentionLayer, VisualCacheLayer)
-    return all(type(layer) in known for layer in cache.layers)
+    return all(type(layer) in (DynamicLayer, LinearAttentionLayer, VisualCacheLayer) for layer in cache.layers)
 
 
 def can_rewind(cache: Any) -> bool:
-    """Whether `rewind` works: linear attention keeps one state only."""
-    return not any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers)
+    """Whether `rewind` works: it does where nothing is ever overwritten."""
+    return all(type(layer) in (DynamicLayer, VisualCacheLayer) for layer in cache.layers)
 
 
 def join(cache: Any, lengths: tuple[int, int], other: Any) -> None:
