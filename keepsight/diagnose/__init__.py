@@ -15,7 +15,8 @@ from keepsight.diagnose.latents import VisMemHandle
 from keepsight.diagnose.lengths import LengthResult, LengthScore
 from keepsight.diagnose.lens import LensTrace, logit_lens
 from keepsight.diagnose.memories import Memory, memory_of
-from keepsight.diagnose.probe import LatentProbe, Probe
+from keepsight.diagnose.probe import Probe
+from keepsight.diagnose.probe_results import LatentProbe
 from keepsight.diagnose.reader import Output, Reader
 from keepsight.diagnose.results import Diagnosis, Written, read_results
 from keepsight.diagnose.retrieval import RetrievalMeter, RetrievalTrace

@@ -17,7 +17,7 @@ from keepsight.diagnose.forming import FormingTrace
 from keepsight.diagnose.invocations import Formed, InvocationResult
 from keepsight.diagnose.lengths import LengthResult
 from keepsight.diagnose.lens import LensTrace
-from keepsight.diagnose.probe import LatentProbe
+from keepsight.diagnose.probe_results import LatentProbe
 from keepsight.diagnose.retrieval import RetrievalTrace
 from keepsight.diagnose.verdict import CausalResult
 from keepsight.errors import KeepsightError

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from keepsight.diagnose.invocations import AFTER, SOON, InvocationResult
-from keepsight.diagnose.probe import LatentProbe
+from keepsight.diagnose.probe_results import LatentProbe
 from keepsight.diagnose.report.svg import Line, heat_map, line_chart
 from keepsight.diagnose.report.tables import table
 
