@@ -116,7 +116,15 @@ def trace(model: Any, rows: int, length: int, visual: int) -> Trace:
         else:  # a finished mask keeps the decoder from looking for packed samples, which would need values
             arguments["attention_mask"] = torch.ones(rows, 1, length, length, dtype=torch.bool)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            states = backbone.decoder(inputs_embeds=embeds, use_cache=False, **arguments)
+            try:
+                states = backbone.decoder(inputs_embeds=embeds, use_cache=False, **arguments)
+            except RuntimeError as error:
+                if "BF16" not in str(error):
+                    raise
+                raise KeepsightError(
+                    "This torch can trace a mixture of experts in bfloat16 only. Give --bf16 (or --dtype bfloat16), as "
+                    "on a GPU, or use a newer torch (2.15 can do without)."
+                ) from error
         loss = backbone.model.get_output_embeddings()(states.last_hidden_state).sum()
         found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     model.train(was_training)

@@ -20,9 +20,9 @@ from keepsight.train.settings import GrpoSettings, SftSettings
 PVM = keepsight.PvmConfig(layers=[1, 3], width=32)
 
 
-def on_meta(family: TinyFamily, learner: Learner) -> Any:
+def on_meta(family: TinyFamily, learner: Learner, dtype: torch.dtype = torch.float32) -> Any:
     with torch.device("meta"):
-        return learner.put_on(family.build(), 0)
+        return learner.put_on(family.build().to(dtype), 0)
 
 
 def really_kept(model: Any, rows: int, length: int, visual: int) -> int:
@@ -47,7 +47,7 @@ def really_kept(model: Any, rows: int, length: int, visual: int) -> int:
 
 
 def test_the_trace_reaches_everything_that_learns(family: TinyFamily) -> None:
-    found = trace(on_meta(family, Learner(memory=PVM)), 2, 24, 8)
+    found = trace(on_meta(family, Learner(memory=PVM), torch.bfloat16), 2, 24, 8)
     assert found.untrained == ()
     assert 0 < found.checkpointed < found.kept
 
