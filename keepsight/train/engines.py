@@ -106,11 +106,15 @@ def check_engine(
         )
     if engine.name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise KeepsightError("The accelerate config asks for DeepSpeed, which is not installed: pip install deepspeed")
-    if method == "vismem" and engine.shards_weights:
+    if method == "vismem" and engine.name not in ("single", "ddp"):
+        why = (
+            "every process forms its memories at steps of its own, and sharded weights have to be gathered by all "
+            "processes at once, so each would wait for the others for ever"
+            if engine.shards_weights
+            else "its trainer has an optimiser of its own, and what DeepSpeed would spread, a memory's, is small"
+        )
         raise KeepsightError(
-            f"VisMem cannot be trained with {_spoken(engine.name)}: every process forms its memories at steps of its "
-            "own, and sharded weights have to be gathered by all processes at once, so each would wait for the others "
-            "for ever. Launch it with recipes/accelerate/ddp.yaml or deepspeed_zero2.yaml."
+            f"VisMem cannot be trained with {_spoken(engine.name)}: {why}. Launch it with recipes/accelerate/ddp.yaml."
         )
     if engine.name == "zero3" and text_only:
         raise KeepsightError(
@@ -134,7 +138,7 @@ def check_engine(
 
 
 def _spoken(name: str) -> str:
-    return {"fsdp1": "FSDP", "fsdp2": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}[name]
+    return f"DeepSpeed ZeRO-{name[-1]}" if name.startswith("zero") else name.upper()
 
 
 def keep_vision_whole(accelerator: Any, model: Any) -> None:

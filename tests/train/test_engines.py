@@ -52,10 +52,14 @@ def test_the_stage_of_a_deepspeed_file_counts(tmp_path: Path) -> None:
     assert current_engine(found).name == "zero3"
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
-def test_vismem_on_sharded_weights_is_refused(name: str, deepspeed: None) -> None:
-    with pytest.raises(KeepsightError, match=r"VisMem cannot be trained with .*ddp.yaml or deepspeed_zero2.yaml"):
+@pytest.mark.parametrize(
+    ("name", "spoken", "why"),
+    [("fsdp2", "FSDP2", "wait for the others"), ("zero3", "DeepSpeed ZeRO-3", "wait"), ("zero2", "ZeRO-2", "is small")],
+)
+def test_vismem_is_trained_data_parallel_only(name: str, spoken: str, why: str, deepspeed: None) -> None:
+    with pytest.raises(KeepsightError, match=rf"cannot be trained with .*{spoken}: .*{why}.*ddp.yaml"):
         check_engine(Engine(name, 2), "vismem", on_gpu=True)
+    check_engine(Engine("ddp", 2), "vismem", on_gpu=True)
 
 
 @pytest.fixture
