@@ -174,8 +174,8 @@ CONTINUAL = Study(
     title="Continual learning over four stages",
     setting=(
         "Four stages of training, one after the other and without replay: read; colour; two images; recall. After "
-        "each, the first stage's task is asked at 1,024 tokens, and the stage's own. Every stage begins with 60 short steps, "
-        "blindfolded for PVM. Bases as in the study before."
+        "each, the first stage's task is asked at 1,024 tokens, and the stage's own. Every stage begins with 60 short "
+        "steps, blindfolded for PVM. Bases as in the study before."
     ),
     cell=continual_cell,
     rows=(
