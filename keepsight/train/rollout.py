@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from keepsight.backbone import Backbone
@@ -154,7 +155,7 @@ def sample(
     """
     assert len(seeds) == len(prompts) * copies
     limit = rows_per_call or len(seeds)
-    if copies > limit:  # a group in several calls
+    if copies > 1 and (copies > limit or not _can_be_copied(prompts)):  # every copy as a row of its own
         spread = [index for index in range(len(prompts)) for _ in range(copies)]
         rows = sample(
             model,
@@ -177,6 +178,17 @@ def sample(
         )
         found += _call(model, prompts[start : start + step], own, copies, max_words, temperature, start, with_log_probs)
     return found
+
+
+def _can_be_copied(prompts: Sequence[Prompt]) -> bool:
+    """Whether `num_return_sequences` keeps images with their rows.
+
+    Before 5.20, transformers copies pixels image by image: rows with several images get each other's, but for families
+    that say where their images end (Qwen).
+    """
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 20):
+        return True
+    return all("image_grid_thw" in prompt or "pixel_values" not in prompt for prompt in prompts)
 
 
 def _call(
