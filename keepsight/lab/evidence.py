@@ -51,7 +51,9 @@ def judge(study: Study, results: Results) -> list[Judged]:
             if seeds < wanted:
                 verdict = Verdict(verdict.word, f"{verdict.because} ({seeds} of {wanted} seeds.)")
         else:
-            verdict = Verdict("not run", "Not run yet: keepsight lab run " + study.name)
+            seeds = len(results.seeds(*claim.rows))
+            so_far = f"{seeds} seeds are too few to judge" if seeds else "not run yet"
+            verdict = Verdict("not run", f"{so_far.capitalize()}: `keepsight lab run {study.name}`.")
         found.append(Judged(study, claim, verdict))
     return found
 

@@ -117,7 +117,7 @@ class Claim:
     Attributes:
         text: what is claimed, with the claimant's numbers.
         source: where it stands, such as "PVM paper, table 1"; "ours" for our own questions.
-        rows: rows that it rests on; until each is there with two seeds or more, the verdict is "not run".
+        rows: rows that it rests on; until three seeds have all of them, the verdict is "not run".
         judge: looks at the study's results.
     """
 

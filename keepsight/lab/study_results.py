@@ -17,6 +17,10 @@ _T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % points of Student's t with 1, 2, ... degrees of freedom."""
 
 
+ENOUGH = 3
+"""Seeds without which no verdict is given."""
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean over `n` seeds and its 95 % interval; without limits for fewer than two seeds."""
@@ -103,8 +107,8 @@ class Results:
         }
 
     def has(self, *rows: str) -> bool:
-        """Whether at least two seeds are there for all these rows together."""
-        return len(self.seeds(*rows)) >= 2
+        """Whether enough seeds are there for all these rows together: three, or all that are wanted if that is less."""
+        return len(self.seeds(*rows)) >= min(ENOUGH, *(len(self.expected[row]) for row in rows))
 
     def at(self, row: str, column: str) -> Interval:
         """The mean over seeds."""

@@ -100,7 +100,8 @@ def test_grpo_learns_from_reward_alone():
     """A decoder that hardly dares to say what it reads is rewarded into saying it."""
     model, processor = load_reference()
     with torch.no_grad():
-        model.model.language_model.norm.weight.mul_(0.15)  # a hot distribution: right about one time in five
+        model.model.language_model.norm.weight.mul_(0.3)  # a hot distribution: mostly wrong when drawn from
     plan = TrainPlan(warmup_steps=0, batch=4, facts=12, max_gap=0)
     found = refine(model, processor, plan, RefinePlan(steps=30, lr=1e-3), seed=0)
+    assert found["reward_first"] < 0.6
     assert found["reward_last"] > found["reward_first"] + 0.1

@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert subprocess.run(call).returncode == -9
     kept = cell_file(tmp_path / "results", "toy", "low", 0)
     before = kept.read_text()
-    assert len(tasks([TOY], tmp_path / "results", tmp_path)) == 5
+    assert len(tasks([TOY], tmp_path / "results", tmp_path)) == 7
     run_tasks(tasks([TOY], tmp_path / "results", tmp_path))
     assert read_results(TOY, tmp_path / "results", {"toy": TOY}).complete
     assert kept.read_text() == before
@@ -153,17 +153,21 @@ def test_the_report_says_what_was_run_and_what_not(tmp_path):
     assert not list(page.parent.rglob("*.png"))
     run_tasks(tasks([_harmless()], tmp_path / "results", tmp_path, seeds=2))
     words = [entry.verdict.word for entry in render(studies, tmp_path / "results", page, "raw")]
+    assert words == ["not run", "not run"]
+    assert "2 seeds are too few to judge" in page.read_text()
+    run_tasks(tasks([_harmless()], tmp_path / "results", tmp_path, seeds=3))
+    words = [entry.verdict.word for entry in render(studies, tmp_path / "results", page, "raw")]
     text = page.read_text()
     assert words == ["holds", "does not hold"]
-    assert "high minus low: +25.0 points [+25.0, +25.0] (2 of 3 seeds.)" in text
-    assert "(2 of 3 seeds)" in text
+    assert "high minus low: +25.0 points [+25.0, +25.0] (3 of 4 seeds.)" in text
+    assert "(3 of 4 seeds)" in text
     assert r"| high \| with a bar" in text
-    assert "| 50.5 ± 6.4 | 1.50 ± 0.00 |" in text
-    assert "4 of 6 cells" in text
+    assert "| 51.0 ± 2.5 | 1.50 ± 0.00 |" in text
+    assert "6 of 8 cells" in text
     assert (page.parent / "images" / "evidence-toy.png").stat().st_size > 1000
     run_tasks(tasks([_harmless()], tmp_path / "results", tmp_path))
     render(studies, tmp_path / "results", page, "raw")
-    assert "of 3 seeds" not in page.read_text()
+    assert "of 4 seeds" not in page.read_text()
 
 
 def test_learning_rates_are_the_winners_of_the_tuning():

@@ -46,7 +46,7 @@ TOY = Study(
         Claim("High is above low.", "a test", ("high", "low"), ahead),
         Claim("Low is above high.", "a test", ("high", "low"), behind),
     ),
-    seeds=(0, 1, 2),
+    seeds=(0, 1, 2, 3),
     plot=Plot("bars", columns=("1",)),
 )
 FAILING = Study(
