@@ -22,8 +22,9 @@ from keepsight.lab.evaluation import SCORED
 from keepsight.lab.narration import gaps_for_length as gaps_for
 from keepsight.lab.narration import make_narrations
 from keepsight.lab.vismem import Reading, decision_column
+from keepsight.train.checksums import checksums
 from keepsight.train.grpo import clipped_loss, group_advantages, token_log_probs, trajectory_mean
-from keepsight.train.warm_start import distill, fingerprint, pace
+from keepsight.train.warm_start import distill, pace
 from keepsight.vismem import VisMemBranch
 
 Progress = Callable[[int, int], None]
@@ -92,10 +93,10 @@ def stage_one(model: Any, processor: Any, plan: MemoryPlan, seed: int, progress:
     memory = VisMemBranch.of(model).active
     trained = [p for name, p in memory.named_parameters() if not name.startswith("rows.")]
     kept = {id(p) for p in trained}
-    others = [p for p in model.parameters() if id(p) not in kept]
-    before = [fingerprint(p) for p in others]
-    for parameter in others:
-        parameter.requires_grad_(False)
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in kept]
+    before = checksums(model, skip=names)
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in kept)
     model.eval()
     memory.train()
     optimizer = torch.optim.AdamW(trained, lr=plan.lr, weight_decay=0.0, betas=(0.9, 0.99))
@@ -115,7 +116,7 @@ def stage_one(model: Any, processor: Any, plan: MemoryPlan, seed: int, progress:
         if progress is not None:
             progress(step + 1, plan.steps)
     model.eval()
-    assert before == [fingerprint(p) for p in others], "stage I may change memory tensors only"
+    assert before == checksums(model, skip=names), "stage I may change memory tensors only"
     tenth = max(1, plan.steps // len(plan.kinds) // 5)
     return {
         "stage_one_first": {kind: float(np.mean(r[:tenth])) for kind, r in rewards.items()},

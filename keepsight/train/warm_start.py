@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightError
+from keepsight.train.checksums import checksums
 from keepsight.vismem import VisMemBranch, scope
 from keepsight.vismem.layout import grid_shape
 from keepsight.vismem.memory import Formation, Sight, read_sights
@@ -295,7 +296,8 @@ def _training(model: Any, memory: Any, trained: list[torch.nn.Parameter]) -> Ite
     required = [p.requires_grad for p in parameters]
     was_training = model.training
     kept = {id(p) for p in trained}
-    before = [fingerprint(p) for p in parameters if id(p) not in kept]
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in kept]
+    before = checksums(model, skip=names)
     for parameter in parameters:
         parameter.requires_grad_(id(parameter) in kept)
     model.eval()
@@ -307,16 +309,7 @@ def _training(model: Any, memory: Any, trained: list[torch.nn.Parameter]) -> Ite
         for parameter, value in zip(parameters, required, strict=True):
             parameter.requires_grad_(value)
             parameter.grad = None if id(parameter) in kept else parameter.grad
-    assert before == [fingerprint(p) for p in parameters if id(p) not in kept], "only memory tensors may change"
-
-
-def fingerprint(parameter: torch.Tensor) -> tuple[int, int]:
-    """Two sums over a tensor's bits that a change of any one element moves."""
-    bits = parameter.detach().contiguous().flatten().view(torch.uint8)
-    if bits.is_meta:
-        return 0, 0
-    bits = F.pad(bits, (0, -bits.numel() % 4)).view(torch.int32)
-    return int(bits.sum(dtype=torch.int64)), int(bits[::2].sum(dtype=torch.int64))
+    assert before == checksums(model, skip=names), "only memory tensors may change"
 
 
 def _step(
