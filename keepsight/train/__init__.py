@@ -1,4 +1,4 @@
-"""Teaching a memory: supervised fine-tuning and reinforcement, and what they are held against."""
+"""Teaching a memory: data, supervised fine-tuning and reinforcement, controls, the blindfold warm-up, what runs cost."""
 
 from typing import Any
 
