@@ -6,6 +6,7 @@ import pytest
 import torch
 from vismem_training import FAMILY_NAMES, RANDOM, ROWS, model_and_prompts, seeds, written
 
+from keepsight.train.grpo import clipped_loss, group_advantages, trajectory_mean
 from keepsight.train.rollout import counterfactuals, sample
 from keepsight.train.vismem_replay import (
     chosen_mask,
@@ -205,3 +206,25 @@ def test_gradients_equal_finite_differences():
         noise = 1e-2 * parameter.grad.norm() * direction.norm()
         assert abs(slope - expected) <= 2e-2 * abs(expected) + noise, path
         assert expected != 0
+
+
+def test_steps_raise_the_objective_on_their_own_trajectories():
+    """The sign of the whole chain: rewarded words become likelier under memories that are formed anew."""
+    model, prompts = model_and_prompts("qwen2_5_vl")
+    trajectories = written(model, prompts[:2], copies=6)
+    memory = VisMemBranch.of(model).active
+    trained = [p for n, p in memory.named_parameters() if not n.startswith("rows.")]
+    scores = torch.tensor([(t.ids[t.chosen] < 60).float().mean() for t in trajectories])
+    advantages, mask = group_advantages(scores, 6), chosen_mask(trajectories)
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    before, objectives = None, []
+    for _ in range(4):
+        found = log_probs(model, prompts, trajectories, formed_latents(model, trajectories))
+        before = found.detach() if before is None else before
+        loss = trajectory_mean(clipped_loss(found, before, advantages, 0.2), mask).mean()
+        objectives.append(-loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert objectives == sorted(objectives)
+    assert objectives[-1] > objectives[0] + 1e-3
