@@ -1,4 +1,4 @@
-"""Teaching a memory: data, supervised fine-tuning and reinforcement, controls, the blindfold warm-up, what runs cost."""
+"""Teaching a memory: data, supervised fine-tuning, reinforcement, controls, the blindfold warm-up, what runs cost."""
 
 from typing import Any
 
