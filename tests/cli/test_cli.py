@@ -451,7 +451,9 @@ def test_train_pvm(tiny_vlm: Path, data: Path, tmp_path: Path, image: Path) -> N
     assert result.exit_code == 0, result.output
     assert "no bit of any tensor changed" in result.stdout
     assert re.search(
-        r"step 12/12  loss [\d.]+  token accuracy [\d.]+  lr [\d.e-]+  tokens [\d,]+  gates 1:", result.stderr
+        r"step 12/12  loss [\d.]+  token accuracy [\d.]+  lr [\d.e-]+  memory grad [\d.e+-]+  tokens [\d,]+  "
+        r"tokens/s [\d,]+  gates 1:",
+        result.stderr,
     )
     facts = json.loads(keepsight_cli("info", out, "--json").stdout)
     assert facts["layers"] == [1, 3]
