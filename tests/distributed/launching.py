@@ -15,5 +15,5 @@ def launch(engine: str, jobs: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file"]
     command += [str(RECIPES / f"{engine}.yaml"), str(Path(__file__).parent / "worker.py")]
     alone = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*command, str(jobs)], env=os.environ | alone, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, str(jobs)], env=os.environ | alone, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-6000:]
