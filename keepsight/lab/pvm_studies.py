@@ -94,8 +94,8 @@ def _dilution(results: Results) -> Verdict:
         fall.low > 0 and back.low > 0 and back.mean > 0.5 * fall.mean,
         f"From 32 to 2,048 tokens the base loses {fall.points()}. Hiding the filler from attention, all distances "
         f"kept, gives back {back.points()}; squeezing all positions into the trained range, all keys kept, "
-        f"{squeezed.points()}. (The falling attention mass by itself proves nothing: an untrained model has it too, see "
-        "[the lab](lab.md#three-warnings).)",
+        f"{squeezed.points()}. (The falling attention mass by itself proves nothing: an untrained model has it too, "
+        "see [the lab](lab.md#three-warnings).)",
     )
 
 

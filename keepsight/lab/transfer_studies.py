@@ -105,6 +105,12 @@ def _carries_over(results: Results) -> Verdict:
     loss = results.difference("pvm_perception", "pvm_all", "others")
     rivals = {m: results.difference(f"{m}_perception", "base", "others") for m in ("lora", "sft")}
     words = ", ".join(f"{METHOD_LABELS[m]} {gap.points()}" for m, gap in rivals.items())
+    known = {task: results.at("base", f"{task}_near").mean for task in OTHERS}
+    if min(known.values()) < 0.8:
+        near = ", ".join(f"{task} {value:.0%}" for task, value in known.items())
+        return Verdict(
+            "cannot be tested at this scale", f"The bases do not know the other tasks well in short outputs ({near})."
+        )
     return judged(
         gain.low > 0,
         f"At 1,024 tokens, trained on perception only, on the other tasks: PVM {gain.points()} over the base; against "
