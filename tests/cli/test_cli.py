@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from processes import interruptible
 from safetensors.torch import load_file, save_file
 from tiny_training import FLAGS, draw_digit, read_rows, write_rows
 from typer.testing import CliRunner, Result
@@ -578,7 +579,7 @@ def test_ctrl_c_ends_training_with_one_line(tiny_vlm: Path, data: Path, tmp_path
     out = tmp_path / "out"
     words = ["train", "pvm", tiny_vlm, "-d", data, "-o", out, "--max-steps", 100000, "--save-steps", 5]
     command = [sys.executable, "-m", "keepsight.cli", *(str(word) for word in words), "--keep-checkpoints", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = interruptible(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (out / "checkpoint-5" / "trainer_state.json").exists() and time.monotonic() < deadline:
         time.sleep(0.01)

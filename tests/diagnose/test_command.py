@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import transformers
 from PIL import Image
+from processes import interruptible
 from typer.testing import CliRunner, Result
 
 from keepsight.cli import app
@@ -129,7 +130,7 @@ def test_errors_are_one_lesson(words: list[str], lesson: str, tmp_path: Path) ->
 def test_ctrl_c_writes_what_was_measured(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "keepsight.cli", "diagnose", "-o", str(out), "--steps", "4000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = interruptible(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     assert process.stderr is not None
     for line in process.stderr:
         if "writing" in line:
