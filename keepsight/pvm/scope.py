@@ -1,27 +1,34 @@
-"""Switching the memory off for one thread or task, while others use the same model with it."""
+"""Switching the memory off for one thread, while others use the same model with it."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
-from contextvars import ContextVar
 
-_silent: ContextVar[bool] = ContextVar("keepsight_pvm_silent", default=False)
+
+class Scope(threading.local):
+    """Of one thread. Not a context variable: torch before 2.12 cannot compile a decoder that reads one."""
+
+    silent = False
+
+
+_scope = Scope()
 
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """The model is its base, in the current thread or task only; nothing on the model changes.
+    """The model is its base, in the current thread only; nothing on the model changes.
 
     `memory_off` switches the modules themselves off, for everybody; a server, whose requests differ, needs this one.
     """
-    token = _silent.set(True)
+    before, _scope.silent = _scope.silent, True
     try:
         yield
     finally:
-        _silent.reset(token)
+        _scope.silent = before
 
 
 def is_silent() -> bool:
     """Whether the memory keeps out altogether."""
-    return _silent.get()
+    return _scope.silent

@@ -20,6 +20,18 @@ WEIGHTS = "adapter_model.safetensors"
 SETTINGS = {"max_steps": 4, "save_steps": 2, "batch_size": 1, "lr": 1e-3, "text_only": "keep", "device": "cpu"}
 
 
+def knows_numbered_cpus() -> bool:
+    """transformers' Trainer has every process load the optimiser to its device, cpu:0 here."""
+    try:
+        torch.serialization.default_restore_location(torch.zeros(1).untyped_storage(), "cpu:0")
+    except RuntimeError:
+        return False
+    return True
+
+
+CANNOT_RESUME = not knows_numbered_cpus()
+
+
 @pytest.fixture(scope="module")
 def job(tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What all runs of this module share: every second sample has no image."""
@@ -46,7 +58,8 @@ def double(request: pytest.FixtureRequest, job: dict[str, Any], tmp_path_factory
     job = job | {"settings": SETTINGS | {"grad_accum": 2}}
     unbroken = job | {"output": str(out)}
     resumed = job | {"output": f"{out}-resumed", "resume_from": str(out)}
-    out.with_suffix(".jobs").write_text(json.dumps([unbroken, resumed]))
+    jobs = [unbroken] if request.param == "ddp" and CANNOT_RESUME else [unbroken, resumed]
+    out.with_suffix(".jobs").write_text(json.dumps(jobs))
     launch(request.param, out.with_suffix(".jobs"))
     return out
 
@@ -80,6 +93,8 @@ def test_a_process_without_an_image_kept_step_with_one_that_had_some(double: Pat
 
 def test_a_run_that_was_broken_off_ends_with_the_same_weights(double: Path) -> None:
     resumed = Path(f"{double}-resumed")
+    if double.name == "ddp" and CANNOT_RESUME:
+        pytest.skip("transformers loads the optimiser to cpu:0, which this torch does not know")
     assert facts(resumed)["resumed_from"] == 2
     assert facts(resumed)["sharded"] is facts(double)["sharded"]
     weights, expected = load_file(resumed / WEIGHTS), load_file(double / WEIGHTS)
