@@ -27,7 +27,7 @@ def checksums(model: torch.nn.Module, skip: Collection[str] = ()) -> dict[str, s
         if tensor.numel() == 0:
             return None
         bits = whole(tensor).contiguous().view(-1).view(torch.uint8).cpu().numpy()
-        found[name] = hashlib.blake2b(memoryview(bits), digest_size=16).hexdigest()
+        found[name] = hashlib.blake2b(bits.data, digest_size=16).hexdigest()
     return found
 
 
