@@ -1,12 +1,25 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write beside the file, then put it in its place: a reader finds the old text or the new one, never a part.
+
+    Args:
+        file: its folder must be there.
+        text: written as UTF-8.
+    """
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
 
 
 @contextlib.contextmanager

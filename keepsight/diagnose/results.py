@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from keepsight.atomic import write_text
 from keepsight.diagnose.attention_trace import AttentionTrace
 from keepsight.diagnose.decay import DecayFit
 from keepsight.diagnose.forming import FormingTrace
@@ -131,10 +132,7 @@ class Diagnosis:
 
     def save(self, path: str | Path) -> None:
         """Write `results.json`."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(self.to_dict(), allow_nan=False), encoding="utf-8")
-        part.replace(path)
+        write_text(Path(path), json.dumps(self.to_dict(), allow_nan=False))
 
 
 def read_results(path: str | Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keepsight.atomic import write_text
 from keepsight.lab.study import Bench, Cell, Study, StudyError
 from keepsight.lab.study_results import Results
 
@@ -140,11 +141,9 @@ def run_task(task: Task, report: Callable[[str, float], None] = lambda what, sha
 
 
 def write_json(file: Path, record: Any) -> None:
-    """Write beside the file, then replace it."""
+    """Write one finished cell, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, file)
+    write_text(file, json.dumps(record, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -367,7 +367,6 @@ WHEN = Study(
         "split": "test",
         "scripts": {"train": 12, "test": 12, "rows": 4, "max_gap": 500},
     },
-    seeds=(0, 1, 2),
     plot=Plot("bars", columns=("score",)),
 )
 
@@ -410,7 +409,6 @@ SIZE = Study(
         ),
     ),
     settings={**READING, "content": "own"},
-    seeds=(0, 1),
     plot=Plot("bars", columns=(FAR,)),
 )
 
@@ -439,7 +437,6 @@ FORM = Study(
         ),
     ),
     settings={**READING, "content": "own", "config": {"form": "incremental"}, "plan": {}},
-    seeds=(0, 1, 2),
     plot=Plot("bars", columns=(FAR,)),
 )
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from keepsight.atomic import write_text
 from keepsight.errors import KeepsightError
 from keepsight.train.flops import ModelShape
 
@@ -63,9 +64,7 @@ class RunCost:
 
     def write(self, folder: Path) -> None:
         """Write `cost.json` into `folder`, in one step."""
-        temporary = folder / f".{FILE}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        os.replace(temporary, folder / FILE)
+        write_text(folder / FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: str | Path) -> RunCost:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from keepsight.atomic import write_text
 from keepsight.errors import KeepsightError
 from keepsight.pvm import PvmConfig
 from keepsight.train.accounting import RunCost, duration
@@ -241,14 +241,8 @@ class Comparison:
             where = one.folder.relative_to(folder).as_posix() if inside and one.folder is not None else None
             values = {name: value for name, value in vars(one).items() if name not in ("folder", "cost")}
             outcomes.append({**values, "folder": where, "cost": None if one.cost is None else vars(one.cost)})
-        _write(folder / "comparison.json", json.dumps({"note": self.note, "outcomes": outcomes}, indent=2) + "\n")
-        _write(folder / "comparison.md", self.markdown())
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
+        write_text(folder / "comparison.json", json.dumps({"note": self.note, "outcomes": outcomes}, indent=2) + "\n")
+        write_text(folder / "comparison.md", self.markdown())
 
 
 def _number(value: float | None) -> str:

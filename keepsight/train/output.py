@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.adapters import inspect_adapter
+from keepsight.atomic import write_text
 from keepsight.bases import check_weights
 from keepsight.errors import KeepsightError
 from keepsight.sources import POLICY
@@ -138,9 +139,7 @@ def _what_is_wrong(checkpoint: Path) -> str | None:
 
 def write_record(folder: Path, settings: dict[str, Any]) -> None:
     """Write down what the run was started with, for `check_record`."""
-    temporary = folder / f"{RECORD}.tmp"
-    temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    os.replace(temporary, folder / RECORD)
+    write_text(folder / RECORD, json.dumps(settings, indent=2) + "\n")
 
 
 def check_record(folder: Path, settings: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from keepsight.atomic import write_text
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.loading import load
 from keepsight.sources import POLICY
@@ -227,9 +227,7 @@ def _at_the_start(folder: Path, now: dict[str, str], resumed: bool) -> dict[str,
             recorded = None
         if isinstance(recorded, dict) and recorded.keys() == now.keys():
             return recorded
-    temporary = folder / f"{FROZEN}.tmp"
-    temporary.write_text(json.dumps(now))
-    os.replace(temporary, file)
+    write_text(file, json.dumps(now))
     return now
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from keepsight.atomic import new_folder
+from keepsight.atomic import new_folder, write_text
 from keepsight.errors import KeepsightError
 from keepsight.train import output
 from keepsight.train.vismem_stages import POLICY
@@ -103,6 +103,4 @@ def cut_metrics(folder: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue  # the last line of a killed run
-    temporary = folder / f".{METRICS}.tmp"
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(temporary, file)
+    write_text(file, "".join(f"{line}\n" for line in kept))
