@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import keepsight_cli
 from PIL import Image
-from test_cli import keepsight_cli
 
 import keepsight
 from keepsight.vismem import VisMemBranch, add_memory_tokens

@@ -1,0 +1,143 @@
+"""Bad input is told in one line before any weights are read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from command_line import CONFIG, WEIGHTS, Trained, corrupt, keepsight_cli, message, spoiled
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_training import FLAGS
+
+
+@pytest.mark.parametrize(
+    ("how", "lesson"),
+    [
+        ("missing", "no such image file"),
+        ("no image", "not an image that Pillow can read"),
+        ("truncated", "damaged or cut off"),
+        ("folder", "is a folder"),
+    ],
+)
+@pytest.mark.usefixtures("no_loading")
+def test_bad_images(how: str, lesson: str, trained: Trained, image: Path) -> None:
+    result = keepsight_cli("generate", trained[0], "--image", corrupt(image, how), "--prompt", "describe")
+    assert lesson in message(result)
+    assert "digit.png" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("how", "lesson"),
+    [
+        ("truncated", "is not a whole safetensors file"),
+        ("not finite", "are NaN or infinite"),
+        ("no weights", f"holds no {WEIGHTS}"),
+        ("no config", f"holds no {CONFIG}"),
+        ("bad json", "is not valid JSON"),
+        ("base gone", "which cannot be found"),
+    ],
+)
+@pytest.mark.usefixtures("no_loading")
+def test_bad_adapters(how: str, lesson: str, trained: Trained, image: Path, tmp_path: Path) -> None:
+    result = keepsight_cli("generate", spoiled(trained[0], tmp_path, how), "-i", image, "-p", "describe")
+    assert lesson in message(result)
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_an_adapter_of_another_base(trained: Trained, image: Path, tmp_path: Path) -> None:
+    from families import BY_NAME
+
+    BY_NAME["qwen3_vl"].build().save_pretrained(tmp_path / "other")
+    text = message(keepsight_cli("generate", tmp_path / "other", "-a", trained[0], "-i", image, "-p", "x"))
+    assert "was made for another base model" in text
+    assert "hidden_size 96, here 64" in text
+    result = keepsight_cli("generate", trained[0], "--base", tmp_path / "other", "-i", image, "-p", "x")
+    assert "was made for another base model" in message(result)
+
+
+def test_a_lora_of_another_base(tiny_vlm: Path, image: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    from families import BY_NAME
+
+    other = BY_NAME["qwen3_vl"].build()
+    lora = get_peft_model(other, LoraConfig(target_modules=["q_proj"], r=4))
+    lora.save_pretrained(tmp_path / "lora")
+    request.getfixturevalue("no_loading")
+    text = message(keepsight_cli("generate", tiny_vlm, "-a", tmp_path / "lora", "-i", image, "-p", "x"))
+    assert "was made for another base model" in text
+    assert "q_proj got a LORA of shape (4, 64), and the layer there is (64, 96)" in text
+
+
+def test_a_base_of_the_same_shape_warns(trained: Trained, tiny_vlm: Path, image: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_vlm, tmp_path / "twin")
+    result = keepsight_cli(
+        "generate", trained[0], "--base", tmp_path / "twin", "-i", image, "-p", "x", "--max-new-tokens", 2
+    )
+    assert result.exit_code == 0
+    assert "warning:" in result.stderr
+    assert "was trained on" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "lesson"),
+    [
+        ("./nothing", "no such folder"),
+        ("owner/nothing-of-the-kind", "no model of that name can be reached"),
+        ("nothing", "A hub id looks like owner/name"),
+    ],
+)
+@pytest.mark.usefixtures("no_loading")
+def test_a_source_that_is_not_there(source: str, lesson: str, image: Path) -> None:
+    assert lesson in message(keepsight_cli("generate", source, "-i", image, "-p", "x"))
+    assert lesson in message(keepsight_cli("info", source))
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_a_model_of_an_unknown_family(tmp_path: Path, image: Path) -> None:
+    transformers.LlamaConfig().save_pretrained(tmp_path / "llama")
+    text = message(keepsight_cli("generate", tmp_path / "llama", "-i", image, "-p", "x"))
+    assert "(model_type 'llama') is not a VLM family" in text
+    assert "Qwen3-VL (qwen3_vl)" in text
+
+
+def test_a_processor_without_a_chat_template(tiny_vlm: Path, image: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_vlm, tmp_path / "mute")
+    (tmp_path / "mute" / "chat_template.jinja").unlink()
+    assert "has no chat template" in message(keepsight_cli("generate", tmp_path / "mute", "-i", image, "-p", "x"))
+
+
+@pytest.mark.parametrize(
+    ("how", "lesson"),
+    [("truncated", "is cut off or damaged"), ("empty", "is not a whole safetensors file"), ("gone", "are missing")],
+)
+@pytest.mark.usefixtures("no_loading")
+def test_a_base_with_broken_weights(
+    how: str, lesson: str, tiny_vlm: Path, data: Path, image: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_vlm, tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-100] if how == "truncated" else b"")
+    if how == "gone":
+        weights.unlink()
+    assert lesson in message(keepsight_cli("generate", tmp_path / "broken", "-i", image, "-p", "x"))
+    out = tmp_path / "out"
+    assert lesson in message(keepsight_cli("train", "pvm", tmp_path / "broken", "-d", data, "-o", out))
+    assert not out.exists()
+
+
+def test_a_base_with_nan(tiny_vlm: Path, data: Path, image: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_vlm, tmp_path / "nan")
+    weights = tmp_path / "nan" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.language_model.norm.weight"][:] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    result = keepsight_cli("generate", tmp_path / "nan", "-i", image, "-p", "x")
+    assert result.exit_code == 1
+    assert "The model computes NaN" in result.stderr
+    result = keepsight_cli("train", "pvm", tmp_path / "nan", "-d", data, "-o", tmp_path / "out", *FLAGS)
+    assert result.exit_code == 1
+    assert "nan at the very first step" in result.stderr

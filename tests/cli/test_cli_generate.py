@@ -1,0 +1,80 @@
+"""`keepsight generate`: what it answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from command_line import Trained, keepsight_cli
+from peft import LoraConfig, get_peft_model
+from tiny_training import draw_digit
+
+import keepsight
+
+
+def test_generate_streams_the_answer_to_stdout(trained: Trained, image: Path) -> None:
+    result = keepsight_cli("generate", trained[0], "--image", image, "--prompt", "describe", "--max-new-tokens", 8)
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.split()) == 8
+    assert re.search(r"\[8 tokens in [\d.]+ s after a prompt of \d+; stopped at --max-new-tokens\]", result.stderr)
+    again = keepsight_cli("generate", trained[0], "--image", image, "--prompt", "describe", "--max-new-tokens", 8)
+    assert again.stdout == result.stdout
+
+
+def test_generate_equals_the_library(trained: Trained, image: Path) -> None:
+    result = keepsight_cli("generate", trained[0], "-i", image, "-i", image, "-p", "describe", "--max-new-tokens", 6)
+    model, processor = keepsight.load(trained[0])
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "describe"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=[text], images=[[draw_digit(3)] * 2], add_special_tokens=False, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert result.stdout.split() == processor.tokenizer.decode(tokens, skip_special_tokens=True).split()
+
+
+def test_no_memory_gives_the_bases_answer(trained: Trained, tiny_vlm: Path, image: Path) -> None:
+    words = ["-i", image, "-p", "describe", "--max-new-tokens", 8]
+    with_memory = keepsight_cli("generate", trained[0], *words)
+    without = keepsight_cli("generate", trained[0], *words, "--no-memory")
+    base = keepsight_cli("generate", tiny_vlm, *words)
+    assert without.stdout == base.stdout != with_memory.stdout
+
+
+def test_sampling_repeats_by_seed(trained: Trained, image: Path) -> None:
+    words = ["generate", trained[0], "-i", image, "-p", "describe", "--temperature", 2.0, "--max-new-tokens", 12]
+    first, same, other = (keepsight_cli(*words, "--seed", seed).stdout for seed in (1, 1, 2))
+    assert first == same != other
+
+
+def test_a_memory_and_a_lora_together(trained: Trained, tiny_vlm: Path, image: Path, tmp_path: Path) -> None:
+    base, _ = keepsight.load(tiny_vlm)
+    lora = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False))
+    lora.save_pretrained(tmp_path / "lora")
+    words = ["-i", image, "-p", "describe", "--max-new-tokens", 8]
+    both = keepsight_cli("generate", tiny_vlm, "-a", trained[0], "-a", tmp_path / "lora", *words)
+    assert both.exit_code == 0, both.output
+    lora_alone = keepsight_cli("generate", tmp_path / "lora", *words)
+    off = keepsight_cli("generate", tiny_vlm, "-a", trained[0], "-a", tmp_path / "lora", *words, "--no-memory")
+    assert off.stdout == lora_alone.stdout
+    info = keepsight_cli("info", tmp_path / "lora", "--json")
+    assert json.loads(info.stdout)["method"] == "LORA"
+
+
+@pytest.mark.parametrize(
+    ("words", "warning"),
+    [
+        (["--seed", "3", "-i", "IMAGE"], "--seed has no effect at --temperature 0"),
+        ([], "No --image is given"),
+    ],
+)
+def test_generate_warns_of_what_has_no_effect(words: list[str], warning: str, trained: Trained, image: Path) -> None:
+    words = [str(image) if word == "IMAGE" else word for word in words]
+    result = keepsight_cli("generate", trained[0], "-p", "describe", "--max-new-tokens", 2, *words)
+    assert result.exit_code == 0, result.output
+    assert f"warning: {warning}" in result.stderr
+
+
+def test_no_memory_without_a_memory_warns(tiny_vlm: Path, image: Path) -> None:
+    result = keepsight_cli("generate", tiny_vlm, "-i", image, "-p", "x", "--max-new-tokens", 2, "--no-memory")
+    assert "warning: --no-memory has no effect" in result.stderr

@@ -1,0 +1,116 @@
+"""`keepsight train pvm` from the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Trained, corrupt, files_of, keepsight_cli, message
+from tiny_training import FLAGS, read_rows, write_rows
+
+
+def test_train_pvm(tiny_vlm: Path, data: Path, tmp_path: Path, image: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--layers", "1,3", "--width", 32, "--published-rule", "--blindfold-steps", 3, "--seed", 7]
+    result = keepsight_cli("train", "pvm", tiny_vlm, "-d", data, "-o", out, *FLAGS, *flags)
+    assert result.exit_code == 0, result.output
+    assert "no bit of any tensor changed" in result.stdout
+    assert re.search(
+        r"step 12/12  loss [\d.]+  token accuracy [\d.]+  lr [\d.e-]+  memory grad [\d.e+-]+  tokens [\d,]+  "
+        r"tokens/s [\d,]+  gates 1:",
+        result.stderr,
+    )
+    facts = json.loads(keepsight_cli("info", out, "--json").stdout)
+    assert facts["layers"] == [1, 3]
+    assert facts["width"] == 32
+    assert facts["causal"] is False
+    assert f"{facts['parameters']:,} parameters" in result.stdout
+    used = keepsight_cli("generate", out, "-i", image, "-p", "describe", "--max-new-tokens", 2)
+    assert used.exit_code == 0, used.output
+
+
+def broken_image(data: Path) -> None:
+    corrupt(data.parent / "3.png", "truncated")
+
+
+def missing_image(data: Path) -> None:
+    (data.parent / "3.png").unlink()
+
+
+def missing_column(data: Path) -> None:
+    write_rows(data, [{"messages": row["messages"]} for row in read_rows(data)])
+
+
+def empty_dataset(data: Path) -> None:
+    data.write_text("")
+
+
+def without_images(data: Path) -> None:
+    write_rows(data, [row | {"images": []} for row in read_rows(data)])
+
+
+def missing_dataset(data: Path) -> None:
+    data.unlink()
+
+
+def miscounted(data: Path) -> None:
+    write_rows(data, [row | {"images": row["images"] * 2} if i == 3 else row for i, row in enumerate(read_rows(data))])
+    rows = read_rows(data)
+    rows[3]["messages"][0]["content"] = "<image> describe"
+    write_rows(data, rows)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "lesson"),
+    [
+        (broken_image, "line 4, images[0]:"),
+        (missing_image, "line 4, images[0]:"),
+        (missing_column, 'lacks the column "images"'),
+        (empty_dataset, "is empty"),
+        (without_images, "no image; a sample without one teaches the memory nothing"),
+        (missing_dataset, "no such file or folder"),
+        (miscounted, "line 4, messages: 1 image placeholder for 2 images"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("flag", [["--resume"], ["--overwrite"]], ids=lambda flag: flag[0])
+@pytest.mark.usefixtures("no_loading")
+def test_bad_data_costs_nothing(
+    spoil: Any, lesson: str, flag: list[str], trained: Trained, tiny_vlm: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(trained[0], out)
+    before = files_of(out)
+    spoil(data)
+    assert lesson in message(keepsight_cli("train", "pvm", tiny_vlm, "-d", data, "-o", out, *FLAGS, *flag))
+    assert files_of(out) == before
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_an_output_folder_that_holds_something(trained: Trained, tiny_vlm: Path, data: Path) -> None:
+    before = files_of(trained[0])
+    text = message(keepsight_cli("train", "pvm", tiny_vlm, "-d", data, "-o", trained[0], *FLAGS))
+    assert "--resume" in text
+    assert "--overwrite" in text
+    assert files_of(trained[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "lesson"),
+    [
+        (["--layers", "a,b"], "--layers a,b: expected numbers"),
+        (["--layers", "1,1"], "names a layer twice"),
+        (["--layers", "99"], "out of range"),
+        (["--width", "33"], "Try 32 or 48"),
+        (["--resume", "--overwrite"], "give one of them"),
+        (["--lr", "0"], "expected a number above 0"),
+    ],
+)
+@pytest.mark.usefixtures("no_loading")
+def test_bad_flags(flags: list[str], lesson: str, tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert lesson in message(keepsight_cli("train", "pvm", tiny_vlm, "-d", data, "-o", out, *FLAGS, *flags))
