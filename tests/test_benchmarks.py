@@ -77,7 +77,7 @@ def test_reprojection_computes_more(report: Any) -> None:
 
 
 def test_a_memory_that_is_not_read_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "GATE", 0.0)
+    monkeypatch.setattr(importlib.import_module("decoding"), "GATE", 0.0)
     with pytest.raises(RuntimeError, match="not being read"):
         decode.main(["--quick", "--device", "cpu", "--visual-tokens", "16", "--out", str(tmp_path)])
 
