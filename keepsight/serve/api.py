@@ -166,7 +166,7 @@ class Api:
     def _prepare(self, asked: ChatRequest, files: list[tuple[str, bytes]], events: Events, turn: Turn) -> Job:
         """Images, text and settings as the engine takes them. In a worker thread."""
         images = self.prompts.decode_images(files)
-        inputs = self.prompts.encode(asked, images)
+        text, inputs = self.prompts.encode(asked, images)
         length = inputs["input_ids"].shape[1]
         self.metrics.images.inc(len(images))
         sampling = Sampling(
@@ -181,7 +181,8 @@ class Api:
             stop=tuple(asked.stop),
         )
         memory = self.served.has_memory and asked.keepsight.memory is not False
-        return Job(inputs, length, sampling, asked.n, memory, events.send, turn.end)
+        source = (text, images) if self.engine.wants_source else None
+        return Job(inputs, length, sampling, asked.n, memory, events.send, turn.end, source)
 
     async def _in_thread(self, call: Any, *args: Any) -> Any:
         """Run something in a worker thread. There is one for every request that can be open, so that a remote host that

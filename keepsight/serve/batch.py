@@ -26,7 +26,7 @@ from keepsight.pvm import scope as pvm_scope
 from keepsight.serve import cache as shared
 from keepsight.serve.errors import explain
 from keepsight.serve.latent import LatentMemories
-from keepsight.serve.rows import Job, Piece, Row
+from keepsight.serve.rows import Job, Row
 from keepsight.serve.sampling import choose, log_probs
 from keepsight.serve.text import TextStream
 from keepsight.vismem import scope as vismem_scope
@@ -234,32 +234,12 @@ class Batch:
 
     def _write(self, row: Row, ids: list[int], logits: torch.Tensor) -> None:
         """Send the text of new positions, and find out whether the answer is over."""
-        row.written += len(ids)
-        for token in ids:
-            if self.latent is not None and self.latent.is_memory(token):
-                row.memory_tokens += 1
-                continue
-            if token in row.ends:
-                row.reason = "stop"
-                break
-            entry = None
-            if row.job.sampling.logprobs is not None:
-                entry = (token, *log_probs(logits, token, row.job.sampling.logprobs))
-            self._send(row, *row.text.push(token, entry))
-            if row.text.is_stopped:
-                row.reason = "stop"
-                break
-        if row.reason is None and row.room <= 0:
-            row.reason = "length"
-        if row.reason is not None:
-            self._send(row, *row.text.finish())
-            if row.text.is_stopped:
-                row.reason = "stop"
 
-    @staticmethod
-    def _send(row: Row, text: str, entries: list[Any]) -> None:
-        if text or entries:
-            row.job.send(Piece(row.index, text, entries))
+        def entry(token: int) -> Any:
+            assert row.job.sampling.logprobs is not None
+            return token, *log_probs(logits, token, row.job.sampling.logprobs)
+
+        row.write(ids, self.latent.is_memory if self.latent is not None else lambda _: False, entry)
 
     def _feed(self, ids: list[list[int]], latents: list[list[Any]]) -> None:
         """One forward of the new positions [B][c]. If it fails it is tried again in halves, down to single rows; what

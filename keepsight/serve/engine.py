@@ -29,6 +29,9 @@ class Engine:
         metrics: where to count.
     """
 
+    #: Whether jobs must bring text and images as they came.
+    wants_source = False
+
     def __init__(self, model: Any, tokenizer: Any, max_batch: int, metrics: Metrics | None = None):
         self.model, self.max_batch, self.metrics = model, max_batch, metrics or Metrics()
         # Decoding while another thread encodes with the same tokenizer is not safe.

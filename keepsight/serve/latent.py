@@ -17,10 +17,12 @@ from keepsight.backbone import Backbone
 from keepsight.serve.errors import ApiError
 from keepsight.serve.rows import Invocation, Row
 from keepsight.vismem import scope
-from keepsight.vismem.decoding import MemoryDecoder
+from keepsight.vismem.decoding import MemoryDecoder, _Row
+from keepsight.vismem.memory import Sight
 from keepsight.vismem.policy import MemoryPolicy
 from keepsight.vismem.tokens import MemoryTokens
 from keepsight.vismem.tuner import BRANCH
+from keepsight.vismem.vision import Patches
 
 
 class LatentMemories(MemoryDecoder):
@@ -55,6 +57,11 @@ class LatentMemories(MemoryDecoder):
         (state,) = self._start(input_ids, 1)
         self.arguments = {}  # pixels are not kept
         return state
+
+    def blank(self, has_image: bool) -> Any:
+        """The state of a row whose prompt has not been read yet; what it sees is filled in when a memory needs it."""
+        patches = Patches(torch.empty(0, 0), (), (), None, (0, 0)) if has_image else None
+        return _Row(Sight(torch.empty(0, 0), patches), plan=dict(self.policy.plan(0)))
 
     @staticmethod
     def copy(state: Any) -> Any:

@@ -77,8 +77,8 @@ class Prompts:
             left -= images[-1].width * images[-1].height
         return images
 
-    def encode(self, request: ChatRequest, images: list[Any]) -> dict[str, torch.Tensor]:
-        """What the processor makes of a request: one row.
+    def encode(self, request: ChatRequest, images: list[Any]) -> tuple[str, dict[str, torch.Tensor]]:
+        """A request as the chat template writes it, and what the processor makes of it: one row.
 
         Raises:
             ApiError: 400 if it is too long, or the template or the processor refuses it.
@@ -115,7 +115,7 @@ class Prompts:
                 raise bad(f"The model's processor refuses these messages: {what[:300]}", "messages") from None
         if inputs["input_ids"].shape[1] > self.limits.max_prompt_tokens:
             raise self._too_long(f"{inputs['input_ids'].shape[1]:,} tokens")
-        return {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+        return text, {name: value for name, value in inputs.items() if torch.is_tensor(value)}
 
     def room(self, prompt: int, asked: int | None) -> int:
         """How many tokens may be written.

@@ -81,6 +81,7 @@ class Job:
         sampling: how tokens are chosen.
         choices: how many answers.
         memory: whether memories are on.
+        source: the prompt's text and images as they came, for an engine that prepares its own inputs.
         send: takes events; called from the engine's thread, must not wait.
         when_read: called once the inputs are not needed any more; any thread, must not wait.
         is_cancelled: the engine drops it before its next step.
@@ -95,6 +96,7 @@ class Job:
     memory: bool
     send: Callable[[Event], None]
     when_read: Callable[[], None] = lambda: None
+    source: tuple[str, list[Any]] | None = None
     arrived: float = field(default_factory=time.monotonic)
     is_cancelled: bool = False
     error: ApiError | None = None
@@ -102,7 +104,7 @@ class Job:
 
     def forget(self) -> None:
         """Free the inputs."""
-        self.inputs = {}
+        self.inputs, self.source = {}, None
         self.when_read()
 
 
@@ -150,3 +152,35 @@ class Row:
     def is_over(self) -> bool:
         """Finished, failed, or nobody waits for it."""
         return self.reason is not None or self.error is not None or self.job.is_cancelled
+
+    def write(self, ids: list[int], is_memory: Callable[[int], bool], entry: Callable[[int], Any]) -> None:
+        """Send the text of new positions, and find out whether the answer is over.
+
+        Args:
+            ids: of the positions.
+            is_memory: whether an id stands for memory and not for text.
+            entry: log-probabilities of a token, if the request wants them.
+        """
+        self.written += len(ids)
+        for token in ids:
+            if is_memory(token):
+                self.memory_tokens += 1
+                continue
+            if token in self.ends:
+                self.reason = "stop"
+                break
+            told = entry(token) if self.job.sampling.logprobs is not None else None
+            self._send(*self.text.push(token, told))
+            if self.text.is_stopped:
+                self.reason = "stop"
+                break
+        if self.reason is None and self.room <= 0:
+            self.reason = "length"
+        if self.reason is not None:
+            self._send(*self.text.finish())
+            if self.text.is_stopped:
+                self.reason = "stop"
+
+    def _send(self, text: str, entries: list[Any]) -> None:
+        if text or entries:
+            self.job.send(Piece(self.index, text, entries))
