@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
 import keepsight
+from keepsight.vismem import VisMemBranch, VisMemConfig, add_memory_tokens
 
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<s>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 WORDS = [f"w{i}" for i in range(112)]
@@ -270,6 +271,40 @@ def make_memory(base: Path, folder: Path, gate: float = 0.7, seed: int = 5, **co
                 elif parameter.ndim == 2:
                     parameter.mul_(2)
     peft_model.save_pretrained(folder)
+    return folder
+
+
+def make_vismem(base: Path, folder: Path, bias: float = 0.0, seed: int = 5, **config: Any) -> Path:
+    """A VisMem of random weights on `base`, strong enough that a wrong memory changes answers.
+
+    Args:
+        base: the base's folder.
+        folder: to make.
+        bias: of the invocation tokens, so that the model writes them now and then.
+        seed: of the weights.
+        config: further settings.
+    """
+    model = transformers.AutoModelForImageTextToText.from_pretrained(base)
+    processor = transformers.AutoProcessor.from_pretrained(base)
+    torch.manual_seed(seed)
+    sizes = {"num_queries": 3, "num_short": 4, "num_long": 5, "query_width": 32, "query_heads": 2, "max_invocations": 3}
+    options: dict[str, Any] = sizes | {"delimiters": ["w7", "w14"]} | config
+    peft_model = get_peft_model(model, VisMemConfig(**options))
+    with torch.no_grad():
+        memory = VisMemBranch.of(peft_model).active
+        for name, parameter in memory.named_parameters():
+            if name.endswith(".up") or "slots" in name:
+                parameter.normal_(std=0.3)
+            elif "gain" in name:
+                parameter.fill_(8.0)
+            elif "rows" in name:
+                parameter.normal_(std=0.05)
+            elif parameter.ndim == 2:
+                parameter.mul_(3)
+        memory.rows.invoke_bias.fill_(bias)
+    add_memory_tokens(processor, peft_model)
+    peft_model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 

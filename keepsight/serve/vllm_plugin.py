@@ -35,8 +35,9 @@ def register() -> None:
         raise
     known = ModelRegistry.get_supported_archs()
     for served in SERVED.values():
-        if served.architecture in known:
-            continue
-        ModelRegistry.register_model(served.architecture, f"{_FAMILIES}:{served.architecture}")
-        if served.base in MODELS_CONFIG_MAP:  # what vLLM adjusts for the base, it shall adjust for ours
-            MODELS_CONFIG_MAP[served.architecture] = MODELS_CONFIG_MAP[served.base]
+        for architecture in (served.architecture, served.latent_architecture):
+            if architecture in known:
+                continue
+            ModelRegistry.register_model(architecture, f"{_FAMILIES}:{architecture}")
+            if served.base in MODELS_CONFIG_MAP:  # what vLLM adjusts for the base, it shall adjust for ours
+                MODELS_CONFIG_MAP[architecture] = MODELS_CONFIG_MAP[served.base]

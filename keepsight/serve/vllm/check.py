@@ -81,6 +81,7 @@ def check_architecture(cls: Any) -> None:
     """Check a VLM class of vLLM before it is given a memory."""
     check_signature(cls.embed_input_ids, "self input_ids multimodal_embeddings *is_multimodal")
     check_signature(cls.load_weights, "self weights")
+    check_signature(cls.compute_logits, "self hidden_states")
     check_signature(cls.forward, "self input_ids positions intermediate_tensors inputs_embeds **kwargs")
 
 

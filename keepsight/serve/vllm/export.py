@@ -28,7 +28,7 @@ from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.methods import config_from_adapter
 from keepsight.pvm.config import PvmConfig
 from keepsight.serve.vllm.names import CONFIG_KEY, MEMORY_FILE, SERVED, Served
-from keepsight.shards import INDEX, copy_tensors, read_header, read_json, weight_files
+from keepsight.shards import INDEX, StoredTensor, copy_tensors, read_header, read_json, weight_files
 from keepsight.shipped import resolve_base
 from keepsight.sources import check_sources
 
@@ -106,25 +106,12 @@ def export_vllm(
     config = config_from_adapter(PvmConfig, memory.config)
     served = _check_servable(config, memory, allow_noncausal)
     _check_target(target, overwrite)
-    source = _base_folder(base_name)
-    files = weight_files(source)
+    source = base_folder(base_name)
     described = read_json(source / "config.json", "a checkpoint folder has a config.json beside its weights")
     described = describe(described, config, served)
-    size = sum(file.stat().st_size for file in files)
-    with new_folder(target) as folder:
-        _copy_side_files(source, memory.path, folder)
-        tensors = [_renamed(tensor) for tensor in read_header(memory.path / WEIGHTS) if ".pvm_blocks." in tensor.name]
-        copy_tensors(tensors, folder / MEMORY_FILE)
-        index = {tensor.name: file.name for file in files for tensor in read_header(file)}
-        index |= dict.fromkeys((tensor.name for tensor in tensors), MEMORY_FILE)
-        total = sum(t.size for t in tensors) + size
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-        _write_json(folder / "config.json", described)
-        for file in files:
-            if weights == "copy":
-                shutil.copyfile(file, folder / file.name)
-            else:
-                os.symlink(file.resolve(), folder / file.name)
+    size = sum(file.stat().st_size for file in weight_files(source))
+    tensors = [_renamed(tensor) for tensor in read_header(memory.path / WEIGHTS) if ".pvm_blocks." in tensor.name]
+    write_folder(target, source, memory.path, described, tensors, MEMORY_FILE, weights)
     return Export(
         folder=target,
         architecture=served.architecture,
@@ -136,13 +123,50 @@ def export_vllm(
     )
 
 
+def write_folder(
+    target: Path,
+    source: Path,
+    adapter: Path,
+    described: dict[str, Any],
+    tensors: Sequence[StoredTensor],
+    name: str,
+    weights: Weights = "link",
+) -> None:
+    """Write the folder that vLLM serves, whole or not at all.
+
+    Args:
+        target: the folder.
+        source: the base's.
+        adapter: the adapter's, whose processor goes before the base's.
+        described: content of config.json.
+        tensors: what the base has not.
+        name: file for them.
+        weights: the base's, linked or copied.
+    """
+    files = weight_files(source)
+    with new_folder(target) as folder:
+        _copy_side_files(source, adapter, folder)
+        copy_tensors(tensors, folder / name)
+        index = {tensor.name: file.name for file in files for tensor in read_header(file)}
+        index |= dict.fromkeys((tensor.name for tensor in tensors), name)
+        total = sum(t.size for t in tensors) + sum(file.stat().st_size for file in files)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+        _write_json(folder / "config.json", described)
+        for file in files:
+            if weights == "copy":
+                shutil.copyfile(file, folder / file.name)
+            else:
+                os.symlink(file.resolve(), folder / file.name)
+
+
 def _split(source: str | Path, adapters: list[AdapterInfo]) -> tuple[AdapterInfo, list[AdapterInfo]]:
     """The one PVM, and the LoRAs."""
     vismem = [info for info in adapters if info.method == "VISMEM"]
     if vismem:
         raise ExportError(
             f"{vismem[0].path} is a VisMem. It forms its memories while it writes, by a model of its own that runs "
-            "beside the decoder, which vLLM has no place for. Serve it with: keepsight serve ADAPTER."
+            "beside the decoder, which vLLM has no place for. Serve it with: keepsight serve ADAPTER (or, as an "
+            "experiment, with vLLM inside: keepsight serve ADAPTER --engine vllm)."
         )
     memories = [info for info in adapters if info.method == "PVM"]
     if len(memories) != 1:
@@ -202,7 +226,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise ExportError(f"{target} cannot be made: {there} is a file.")
 
 
-def _base_folder(base: str) -> Path:
+def base_folder(base: str) -> Path:
     """Where the base's files are; a hub id is fetched, or found in the cache."""
     folder = Path(resolve_base(base)).expanduser()
     if folder.is_dir():

@@ -11,22 +11,24 @@ from keepsight.serve.vllm.names import SERVED, Served
 check_version()
 
 from keepsight.serve.vllm.model import WithMemory  # noqa: E402 - not before the version is known
+from keepsight.serve.vllm.rows import WithRows  # noqa: E402
 
 
-def _with_memory(served: Served) -> type:
+def _with(mixin: Any, served: Served, name: str) -> type:
     try:
         base: Any = getattr(importlib.import_module(served.module), served.class_name or served.base)
     except (ImportError, AttributeError) as error:
         raise UnsupportedVllmError(f"vLLM keeps no {served.name} at {served.module} ({error}).") from error
     check_architecture(base)
-    members = {"__module__": __name__, "__doc__": WithMemory.__doc__, "rename_weights": served.rename}
-    return type(served.architecture, (WithMemory, base), members)
+    members = {"__module__": __name__, "__doc__": mixin.__doc__, "rename_weights": served.rename}
+    return type(name, (mixin, base), members)
 
 
 def __getattr__(name: str) -> type:
     """Builds the class that vLLM asks for, once; a family whose code moved concerns no other."""
     for served in SERVED.values():
-        if served.architecture == name:
-            globals()[name] = made = _with_memory(served)
+        mixins = {served.architecture: WithMemory, served.latent_architecture: WithRows}
+        if name in mixins:
+            globals()[name] = made = _with(mixins[name], served, name)
             return made
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,9 @@ CONFIG_KEY = "keepsight_pvm"
 #: Name of the memory's weights file in an export, and of its tensors' module in a decoder layer.
 MEMORY_FILE, MEMORY_MODULE = "keepsight_memory.safetensors", "visual_memory"
 
+#: VisMem's four special tokens: key of config.json, weights file, and the module that holds their rows.
+ROWS_KEY, ROWS_FILE, ROWS_MODULE = "keepsight_vismem", "keepsight_tokens.safetensors", "memory_rows"
+
 
 @dataclass(frozen=True)
 class Served:
@@ -34,8 +37,13 @@ class Served:
 
     @property
     def architecture(self) -> str:
-        """Our architecture: vLLM's with a memory."""
+        """Our architecture: vLLM's with a visual memory (PVM)."""
         return f"Keepsight{self.base}"
+
+    @property
+    def latent_architecture(self) -> str:
+        """Our architecture: vLLM's with the special tokens of latent memories (VisMem)."""
+        return f"KeepsightLatent{self.base}"
 
 
 _MODELS = "vllm.model_executor.models."

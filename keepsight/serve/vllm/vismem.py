@@ -1,0 +1,444 @@
+"""VisMem with vLLM as the writer. Experimental: see docs/serve-vllm.md for what it costs.
+
+vLLM writes until an invocation token; the memory is formed beside it, by the Hugging Face model, which has to read what
+was written once more, because vLLM gives nobody its hidden states; then the request is sent again with the memory in
+it, as prompt embeddings. vLLM's prefix cache keeps the rest from being computed twice.
+
+    vLLM      prompt ........... <invoke>            prompt ... <invoke> latents <end> ........... <eos>
+    beside it                    reads the same, forms the memory
+
+When memory is invoked, how often, and what may be chosen is `MemoryDecoder`'s business, as on the Hugging Face path:
+every token that vLLM writes goes through `LatentMemories.next`, and what it would forbid, `MemoryLimits` forbids in
+vLLM's sampler.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keepsight.adapters import WEIGHTS, AdapterInfo
+from keepsight.backbone import Backbone
+from keepsight.errors import KeepsightError
+from keepsight.serve.batch import Batch
+from keepsight.serve.engine import Engine
+from keepsight.serve.errors import explain
+from keepsight.serve.latent import LatentMemories
+from keepsight.serve.metrics import Metrics
+from keepsight.serve.rows import Job, Row
+from keepsight.serve.text import TextStream
+from keepsight.serve.vllm.check import UnsupportedVllmError, check_version
+from keepsight.serve.vllm.export import base_folder, write_folder
+from keepsight.serve.vllm.names import ROWS_FILE, ROWS_KEY, ROWS_MODULE, SERVED
+from keepsight.shards import read_header, read_json, weight_files
+from keepsight.vismem.policy import MemoryPolicy
+from keepsight.vismem.tokens import TYPES
+
+
+def write_model(base: str, vismem: AdapterInfo, target: Path) -> int:
+    """Write the folder that vLLM loads: the base, linked, and the special tokens' rows.
+
+    Args:
+        base: name of the base model.
+        vismem: the adapter, checked.
+        target: the folder.
+
+    Returns:
+        V, rows of the base's embedding; the four tokens are V .. V + 3 in vLLM.
+
+    Raises:
+        KeepsightError: if the family is not served.
+    """
+    served = SERVED.get(str(vismem.config.get("base_model_type")))
+    if served is None:
+        known = ", ".join(served.name for served in SERVED.values())
+        raise KeepsightError(
+            f"{vismem.path} belongs to a base of model_type {vismem.config.get('base_model_type')!r}, which the vLLM "
+            f"plugin does not serve. Served: {known}. Without --engine vllm, keepsight serve takes every family."
+        )
+    source = base_folder(base)
+    rows = [
+        replace(tensor, name=f"{ROWS_MODULE}.{tensor.name.rpartition('.rows.')[2]}")
+        for tensor in read_header(vismem.path / WEIGHTS)
+        if ".rows." in tensor.name
+    ]
+    tables = [t for file in weight_files(source) for t in read_header(file) if t.name.endswith("embed_tokens.weight")]
+    vocabulary = tables[0].shape[0]
+    tied = not any(tensor.name.endswith("invoke_head") for tensor in rows)
+    config = read_json(source / "config.json", "a checkpoint folder has a config.json beside its weights")
+    config |= {"architectures": [served.latent_architecture], ROWS_KEY: {"vocabulary": vocabulary, "tied": tied}}
+    config.pop("auto_map", None)
+    text: dict[str, Any] | None = config.get("text_config")
+    for part in (text, config):
+        if part is not None and ("vocab_size" in part or part is text):
+            part["vocab_size"] = vocabulary + 4
+    write_folder(target, source, vismem.path, config, rows, ROWS_FILE)
+    return vocabulary
+
+
+@dataclass(eq=False)
+class Answer:
+    """One answer while vLLM writes it.
+
+    Attributes:
+        row: what was written, and its text.
+        prompt: the prompt as vLLM takes it, images included.
+        latents: id of a position in `row.ids` -> the latents [N, D] that begin there.
+        reader: the same answer on the Hugging Face path, once a memory was invoked.
+        request: name of vLLM's request in progress.
+        segments: requests so far.
+    """
+
+    row: Row
+    prompt: dict[str, Any]
+    latents: dict[int, torch.Tensor] = field(default_factory=dict)
+    reader: Batch | None = None
+    request: str | None = None
+    segments: int = 0
+
+
+class VllmBatch:
+    """Answers that vLLM writes together. The face of `Batch`, so that the scheduler need not know.
+
+    Args:
+        llm: vLLM's `LLMEngine`, of a folder that `write_model` made.
+        vocabulary: V, see there.
+        model: the same model as `keepsight.load` returns it.
+        tokenizer: a copy of the processor's own, for this thread alone.
+        policy: when memory is invoked; default: the adapter's own.
+    """
+
+    memory, can_share = True, False
+
+    def __init__(self, llm: Any, vocabulary: int, model: Any, tokenizer: Any, policy: MemoryPolicy | None = None):
+        self.llm, self.vocabulary, self.model, self.tokenizer = llm, vocabulary, model, tokenizer
+        latent = LatentMemories.of(model)
+        if latent is None:
+            raise KeepsightError("This model carries no VisMem that is on; vLLM alone serves it.")
+        self.latent = latent if policy is None else LatentMemories(latent.branch, policy, latent.tokens, {})
+        self.config = Backbone.of(model).model.generation_config
+        self.answers: list[Answer] = []
+        self._names = itertools.count()
+        special = self.latent.tokens.ids
+        self._inner = {token: vocabulary + i for i, token in enumerate(special)}
+        self._outer = {inner: token for token, inner in self._inner.items()}
+        self._hidden = [token for token in special if token < vocabulary]  # columns of the base that ours replace
+
+    @property
+    def rows(self) -> list[Row]:
+        """What is being written."""
+        return [answer.row for answer in self.answers]
+
+    def begin(self, job: Job) -> None:
+        """Take a request."""
+        prompt = self._render(job)
+        options = job.sampling.options(self.config)
+        ends = [] if self.config.eos_token_id is None else self.config.eos_token_id
+        for index in range(job.choices):
+            row = Row(
+                job=job,
+                index=index,
+                ids=job.inputs["input_ids"][0].tolist(),
+                position=None,
+                text=TextStream(self.tokenizer, job.sampling.stop),
+                processors=None,
+                do_sample=options["do_sample"],
+                generator=torch.Generator().manual_seed((job.sampling.seed or 0) + index),
+                ends=frozenset([ends] if isinstance(ends, int) else ends),
+                latent=self.latent.blank("image" in prompt.get("mm_placeholders", {})) if job.memory else None,
+            )
+            answer = Answer(row, prompt)
+            self.answers.append(answer)
+            self._submit(answer)
+        job.when_read()  # the images are decoded; what memories are formed from stays with the answers
+
+    def _render(self, job: Job) -> dict[str, Any]:
+        assert job.source is not None
+        text, images = job.source
+        prompt: dict[str, Any] = {"prompt": text}
+        if images:
+            prompt["multi_modal_data"] = {"image": images}
+        renderer = self.llm.renderer
+        (rendered,) = renderer.render_cmpl(
+            [prompt], renderer.default_cmpl_tok_params.with_kwargs(add_special_tokens=False)
+        )
+        if rendered["prompt_token_ids"] != job.inputs["input_ids"][0].tolist():
+            raise UnsupportedVllmError("vLLM's processor makes other tokens of this prompt than transformers' does.")
+        return rendered
+
+    # vLLM's side
+
+    def _submit(self, answer: Answer) -> None:
+        """Have vLLM write on."""
+        from vllm.inputs.engine import mm_input, tokens_input
+        from vllm.multimodal.inputs import (
+            MultiModalFieldElem,
+            MultiModalKwargsItem,
+            MultiModalKwargsItems,
+            MultiModalSharedField,
+            PlaceholderRange,
+        )
+
+        ids = [self._inner.get(i, i) for i in answer.row.ids] if answer.row.latent is not None else answer.row.ids
+        if answer.latents or answer.prompt["type"] == "multimodal":
+            items, hashes, places = (
+                dict(answer.prompt.get(n, {})) for n in ("mm_kwargs", "mm_hashes", "mm_placeholders")
+            )
+            if answer.latents:
+                items["prompt_embeds"], hashes["prompt_embeds"], places["prompt_embeds"] = [], [], []
+            for start, latents in sorted(answer.latents.items()):
+                data = MultiModalFieldElem(data=latents, field=MultiModalSharedField(batch_size=1))
+                items["prompt_embeds"].append(MultiModalKwargsItem({"embedding": data}))
+                hashes["prompt_embeds"].append(_digest(latents))
+                places["prompt_embeds"].append(PlaceholderRange(offset=start, length=len(latents)))
+            prompt: Any = mm_input(ids, MultiModalKwargsItems(items), hashes, places)
+        else:
+            prompt = tokens_input(ids)
+        answer.request = f"keepsight-{next(self._names)}"
+        self.llm.add_request(answer.request, prompt, self._params(answer))
+        answer.segments += 1
+
+    def _params(self, answer: Answer) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        from keepsight.serve.vllm.limits import KEY
+
+        row, sampling, config = answer.row, answer.row.job.sampling, self.config
+        options = sampling.options(config)
+        told = {
+            "never": [*self._outer] if row.latent is None else self._never(),
+            "until": [] if row.latent is None else self._until(row),
+            "prompt": row.job.prompt_tokens,
+            "words": self.vocabulary,
+            "repetition": config.repetition_penalty or 1.0,
+            "frequency": sampling.frequency_penalty,
+            "presence": sampling.presence_penalty,
+        }
+        seed = sampling.seed
+        if seed is not None:  # another for every answer and every request, or all would draw the same
+            seed = (seed + row.index + 1_000_003 * answer.segments) % 2**63
+        stops = [*row.ends, *(self._inner[i] for i in self.latent.tokens.invoke.values())]
+        return SamplingParams(
+            max_tokens=row.room,
+            temperature=options.get("temperature", 0.0),
+            top_p=options.get("top_p", config.top_p or 1.0) if row.do_sample else 1.0,
+            top_k=(config.top_k or 0) if row.do_sample else 0,
+            seed=seed if row.do_sample else None,
+            logit_bias=sampling.logit_bias or None,
+            logprobs=sampling.logprobs,
+            stop_token_ids=stops,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args={KEY: told},
+        )
+
+    def _never(self) -> list[int]:
+        admitted = [self.latent.tokens.invoke[kind] for kind in TYPES if self.latent.policy.admits(kind)]
+        return [inner for token, inner in self._inner.items() if token not in admitted] + self._hidden
+
+    def _until(self, row: Row) -> list[list[int]]:
+        """For how many tokens each type may be invoked: asked of the policy, length by length; it only ever says no
+        from some length on."""
+        most = row.job.prompt_tokens + row.job.sampling.max_tokens
+        lengths = range(len(row.ids), most + 1)
+        return [
+            [
+                self._inner[self.latent.tokens.invoke[kind]],
+                next((n for n, at in enumerate(lengths) if not self.latent._can(row.latent, kind, at, most)), 0),
+            ]
+            for kind in TYPES
+            if self.latent.policy.admits(kind)
+        ]
+
+    # One step
+
+    @torch.no_grad()
+    def step(self) -> list[Row]:
+        """Take what vLLM has written, form the memories that were invoked, and send those answers on.
+
+        Returns:
+            The rows that left: finished, failed, or cancelled.
+        """
+        gone = self._sweep()
+        if not self.answers:
+            return gone
+        by_name = {answer.request: answer for answer in self.answers}
+        for output in self.llm.step():
+            answer = by_name.get(output.request_id)
+            if answer is not None and answer.request is not None:
+                self._guarded(answer, self._take, output)
+        waiting = [a for a in self.answers if a.row.latent is not None and a.row.latent.waiting and not a.row.is_over]
+        for answer in waiting:
+            self._guarded(answer, self._read)
+        self.latent.form([answer.row for answer in waiting if not answer.row.is_over])
+        for answer in waiting:
+            if not answer.row.is_over:
+                self._guarded(answer, self._insert)
+        return gone + self._sweep()
+
+    @staticmethod
+    def _guarded(answer: Answer, call: Any, *args: Any) -> None:
+        """What fails for one answer is that answer's error, and no other's."""
+        try:
+            call(answer, *args)
+        except Exception as error:
+            answer.row.error = explain(error)
+
+    def _take(self, answer: Answer, output: Any) -> None:
+        """New tokens of one answer."""
+        row, written = answer.row, output.outputs[0]
+        steps = written.logprobs or [None] * len(written.token_ids)
+        if output.finished:
+            answer.request = None
+        for inner, told in zip(written.token_ids, steps, strict=True):
+            self._write(row, self._outer.get(inner, inner), told)
+            if row.is_over or (row.latent is not None and row.latent.waiting):
+                self._abort(answer)
+                return
+        if output.finished:  # cannot be: vLLM ends at our ends, at an invocation, or at the length
+            raise RuntimeError(f"vLLM ended a request for no reason of ours ({written.finish_reason}).")
+
+    def _write(self, row: Row, token: int, told: Any = None) -> None:
+        """One more token that vLLM chose; the policy may put an invocation in its place."""
+        if row.latent is None:
+            ids = [token]
+            row.write(ids, lambda _: False, lambda _: self._entry(token, told, row))
+        else:
+            ((ids,), _) = self.latent.next([row], [token])
+            row.write(ids, self.latent.is_memory, lambda _: self._entry(token, told, row))
+        row.ids += ids
+
+    def _entry(self, token: int, told: Any, row: Row) -> Any:
+        """Log-probabilities as the protocol wants them: (id, its own, [(id, of the likeliest)])."""
+        named = [(self._outer.get(i, i), found) for i, found in told.items()]
+        own = next(found.logprob for i, found in named if i == token)
+        best = sorted((found.rank, i, found.logprob) for i, found in named if found.rank <= row.job.sampling.logprobs)
+        return token, own, [(i, value) for _, i, value in best]
+
+    def _abort(self, answer: Answer) -> None:
+        if answer.request is not None:
+            self.llm.abort_request([answer.request])
+            answer.request = None
+
+    def _sweep(self) -> list[Row]:
+        """Let the answers leave that are over."""
+        over = [answer for answer in self.answers if answer.row.is_over]
+        for answer in over:
+            self._abort(answer)
+        self.answers = [answer for answer in self.answers if not answer.row.is_over]
+        return [answer.row for answer in over]
+
+    # The memory's side
+
+    def _read(self, answer: Answer) -> None:
+        """Have the Hugging Face model read what was written since the last memory, or from the start."""
+        row = answer.row
+        if answer.reader is None:
+            job = replace(row.job, choices=1, send=lambda _: None, when_read=lambda: None)
+            answer.reader = Batch(self.model, self.tokenizer, True).read(job)
+            row.latent.sight = answer.reader.rows[0].latent.sight
+            answer.reader.rows[0].latent = row.latent
+        reader = answer.reader
+        known = len(reader.rows[0].ids)
+        latents: list[Any] = [None] * (len(row.ids) - known)
+        for start, values in answer.latents.items():
+            for i, value in enumerate(values, start - known):
+                if i >= 0:
+                    latents[i] = value
+        reader._forward([row.ids[known:]], [latents])
+
+    def _insert(self, answer: Answer) -> None:
+        """Write the memory that was formed, and have vLLM write on."""
+        row = answer.row
+        start = len(row.ids)
+        ((ids,), (latents,)) = self.latent.next([row], [0])
+        answer.latents[start] = torch.stack([value for value in latents if value is not None]).cpu()
+        row.write(ids, self.latent.is_memory, lambda _: None)
+        row.ids += ids
+        if not row.is_over:
+            self._submit(answer)
+
+
+def _digest(latents: torch.Tensor) -> str:
+    """What the prefix cache knows latents by: their content."""
+    return hashlib.sha256(latents.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+class VllmEngine(Engine):
+    """The scheduler of `keepsight serve`, with vLLM as the writer.
+
+    Args:
+        base: name of the base model.
+        vismem: the adapter, checked.
+        model: both, as `keepsight.load` returns them: forms the memories.
+        tokenizer: the processor's; a copy of it is used.
+        max_batch: answers that are written at the same time.
+        most_tokens: prompt and answer together, at most.
+        policy: when memory is invoked; default: the adapter's own.
+        metrics: where to count.
+        options: further arguments for vLLM's engine, such as gpu_memory_utilization.
+
+    Raises:
+        KeepsightError: if vLLM is not installed, is another version, or does not serve this family.
+    """
+
+    wants_source = True
+
+    def __init__(
+        self,
+        base: str,
+        vismem: AdapterInfo,
+        model: Any,
+        tokenizer: Any,
+        max_batch: int,
+        most_tokens: int,
+        policy: MemoryPolicy | None = None,
+        metrics: Metrics | None = None,
+        **options: Any,
+    ):
+        check_version()
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        from keepsight.serve.vllm.limits import MemoryLimits
+
+        super().__init__(model, tokenizer, max_batch, metrics)
+        self._folder = tempfile.TemporaryDirectory(prefix="keepsight-vllm-")
+        folder = Path(self._folder.name) / "model"
+        vocabulary = write_model(base, vismem, folder)
+        defaults: dict[str, Any] = {
+            "dtype": str(Backbone.of(model).model.dtype).removeprefix("torch."),
+            "max_num_seqs": max_batch,
+            "max_model_len": most_tokens,
+            "mm_processor_cache_gb": 0,  # a request that is sent again brings its images again
+            "async_scheduling": False,  # `MemoryLimits` counts what has been written
+        }
+        needed = {"enable_prompt_embeds": True, "logits_processors": [MemoryLimits], "logprobs_mode": "raw_logprobs"}
+        self.llm = LLMEngine.from_engine_args(EngineArgs(model=str(folder), **(defaults | options | needed)))
+        self._batch = VllmBatch(self.llm, vocabulary, model, self.tokenizer, policy)
+
+    def close(self, seconds: float | None = None) -> bool:
+        """As `Engine.close`; ends vLLM too."""
+        stopped = super().close(seconds)
+        self.llm.engine_core.shutdown()
+        self._folder.cleanup()
+        return stopped
+
+    def _read(self, job: Job) -> None:
+        try:
+            self._batch.begin(job)
+        except Exception as error:
+            self._fail(job, error)
+            self.metrics.finished.labels("error").inc(job.choices)
+            job.forget()
+            return
+        self.metrics.prompt_tokens.inc(job.prompt_tokens)
+        self._batches = [self._batch]  # type: ignore[list-item]
