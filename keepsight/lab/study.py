@@ -23,7 +23,12 @@ from keepsight.atomic import new_folder
 from keepsight.errors import KeepsightError
 from keepsight.lab.study_results import Results, Verdict
 
-MODULES = ("keepsight.lab.pvm_studies", "keepsight.lab.vismem_studies", "keepsight.lab.transfer_studies")
+MODULES = (
+    "keepsight.lab.pvm_studies",
+    "keepsight.lab.vismem_studies",
+    "keepsight.lab.memory_studies",
+    "keepsight.lab.transfer_studies",
+)
 """Modules with a tuple `STUDIES`, in the order of the report."""
 
 SEEDS = (0, 1, 2, 3, 4)

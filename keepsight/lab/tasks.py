@@ -275,6 +275,7 @@ class TaskBatch:
         answers: [A] indices into T of the answers.
         tasks: [A] the task of each answer.
         boundaries: indices into T behind each full stop, where a fact (its filler first) begins.
+        begins: indices into T of each fact's own first token, behind its filler.
         filler: [T] True at filler words.
         inputs: `pixel_values`, `image_grid_thw`, `mm_token_type_ids`.
     """
@@ -285,6 +286,7 @@ class TaskBatch:
     answers: torch.Tensor
     tasks: tuple[str, ...]
     boundaries: tuple[int, ...]
+    begins: tuple[int, ...]
     filler: torch.Tensor
     inputs: dict[str, torch.Tensor] = field(repr=False)
 
@@ -325,12 +327,13 @@ def make_batch(
     asked = Asked.fresh(rows, rng)
     head = prompt_ids(processor, images)
     columns = [np.tile(np.asarray(head, np.int64), (rows, 1))]
-    is_filler, answers, names, boundaries = [False] * len(head), [], [], []
+    is_filler, answers, names, boundaries, begins = [False] * len(head), [], [], [], []
     for gap, name in facts:
         boundaries.append(len(is_filler))
         fact = TASKS[name].write(scene, asked)
         columns += [filler_ids(rows, gap, rng), fact]
         is_filler += [True] * gap
+        begins.append(len(is_filler))
         answers += [len(is_filler) + offset for offset in TASKS[name].answers]
         names += [name] * len(TASKS[name].answers)
         is_filler += [False] * fact.shape[1]
@@ -346,6 +349,7 @@ def make_batch(
         answers=torch.tensor(answers, dtype=torch.long),
         tasks=tuple(names),
         boundaries=tuple(boundaries),
+        begins=tuple(begins),
         filler=torch.tensor([*is_filler, False]),
         inputs=inputs,
     )

@@ -20,6 +20,7 @@ from peft import get_peft_model
 from keepsight.backbone import Backbone
 from keepsight.lab.evaluation import SCORED
 from keepsight.lab.narration import Narrations
+from keepsight.lab.tasks import TaskBatch
 from keepsight.train.warm_start import watch_visual_embeddings
 from keepsight.vismem import VisMemBranch, VisMemConfig, add_memory_tokens
 from keepsight.vismem import scope as vismem_scope
@@ -89,7 +90,7 @@ class Reading:
         last: the last state [B, D].
     """
 
-    def __init__(self, model: Any, batch: Narrations, column: int | None = None):
+    def __init__(self, model: Any, batch: Narrations | TaskBatch, column: int | None = None):
         self.model, self.batch = model, batch
         self.backbone = Backbone.of(model)
         self.branch = VisMemBranch.of(model)

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from keepsight.lab.evaluation import SCORED
+from keepsight.lab.narration import Narrations, make_narrations
 from keepsight.lab.narration import gaps_for_length as gaps_for
-from keepsight.lab.narration import make_narrations
+from keepsight.lab.tasks import TaskBatch
 from keepsight.lab.vismem import Reading, decision_column
 from keepsight.train.checksums import checksums
 from keepsight.train.grpo import clipped_loss, group_advantages, token_log_probs, trajectory_mean
@@ -63,12 +64,38 @@ class MemoryPlan:
         return asdict(self)
 
 
-def warm_start(model: Any, processor: Any, plan: MemoryPlan, seed: int, progress: Progress | None = None) -> dict:
-    """The label-free warm start, on short narrations about train glyphs. Returns facts for a record."""
+@dataclass(frozen=True)
+class Prompt:
+    """What one batch of stage I is about.
+
+    Attributes:
+        batch: narrations.
+        column: columns of `batch.input_ids` that are read before the memory.
+        scored: how many of the last answers are rewarded.
+    """
+
+    batch: Narrations | TaskBatch
+    column: int
+    scored: int
+
+
+def warm_start(
+    model: Any,
+    processor: Any,
+    plan: MemoryPlan,
+    seed: int,
+    progress: Progress | None = None,
+    batches: Iterator[dict[str, torch.Tensor]] | None = None,
+) -> dict:
+    """The label-free warm start, on short narrations about train glyphs (or on `batches` of model inputs).
+
+    Returns:
+        Facts for a record.
+    """
     torch.manual_seed(3000 + seed)
     report = distill(
         model,
-        _warm_batches(processor, plan, np.random.default_rng([seed, 6000])),
+        batches or _warm_batches(processor, plan, np.random.default_rng([seed, 6000])),
         steps=plan.warm_steps,
         lr=plan.warm_lr,
         kinds=plan.kinds,
@@ -84,8 +111,23 @@ def _warm_batches(processor: Any, plan: MemoryPlan, rng: np.random.Generator) ->
         yield {k: v[:, :end] if v.shape == whole else v for k, v in batch.model_inputs().items()}
 
 
-def stage_one(model: Any, processor: Any, plan: MemoryPlan, seed: int, progress: Progress | None = None) -> dict:
+def stage_one(
+    model: Any,
+    processor: Any,
+    plan: MemoryPlan,
+    seed: int,
+    progress: Progress | None = None,
+    prompts: Callable[[np.random.Generator], Prompt] | None = None,
+) -> dict:
     """Stage I, formation: trains the memory tensors from rewards only; checks that nothing else changed.
+
+    Args:
+        model: carries VisMem.
+        processor: its processor.
+        plan: steps, batch and group.
+        seed: of the data and of what is sampled.
+        progress: called after every step.
+        prompts: makes the batch of a step. Default: narrations about one image, with the paper's curriculum.
 
     Returns:
         Facts for a record: mean reward of the sampled digits over the first and last tenth of the steps, by type.
@@ -107,7 +149,8 @@ def stage_one(model: Any, processor: Any, plan: MemoryPlan, seed: int, progress:
         kind = plan.kinds[step % len(plan.kinds)]
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * pace(step, plan.steps)
-        loss, reward = _episode(model, processor, plan, kind, step >= plan.steps // 2, rng, draw)
+        prompt = prompts(rng) if prompts else _narrations(processor, plan, step >= plan.steps // 2, rng)
+        loss, reward = _episode(model, plan, kind, prompt, draw)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -125,26 +168,25 @@ def stage_one(model: Any, processor: Any, plan: MemoryPlan, seed: int, progress:
     }
 
 
-def _episode(
-    model: Any,
-    processor: Any,
-    plan: MemoryPlan,
-    kind: str,
-    anywhere: bool,
-    rng: np.random.Generator,
-    draw: torch.Generator,
-) -> tuple[torch.Tensor, float]:
-    """One batch of prompts, G trajectories each: the loss and the mean reward."""
+def _narrations(processor: Any, plan: MemoryPlan, anywhere: bool, rng: np.random.Generator) -> Prompt:
     gaps = gaps_for(int(rng.integers(plan.shortest, plan.longest + 1)))
     batch = make_narrations(processor, gaps, plan.batch, "train", rng)
     column = decision_column(batch) + (int(rng.integers(0, gaps[-SCORED] + 1)) if anywhere else 0)
-    reading = Reading(model, batch, column)
+    return Prompt(batch, column, SCORED)
+
+
+def _episode(
+    model: Any, plan: MemoryPlan, kind: str, prompt: Prompt, draw: torch.Generator
+) -> tuple[torch.Tensor, float]:
+    """One batch of prompts, G trajectories each: the loss and the mean reward."""
+    batch, scored = prompt.batch, prompt.scored
+    reading = Reading(model, batch, prompt.column)
     reading.remember(kind)
-    logits = reading.predict(batch.answers[-SCORED:])
+    logits = reading.predict(batch.answers[-scored:])
     probabilities = logits.detach().softmax(-1).flatten(0, 1)
     drawn = torch.multinomial(probabilities, plan.group, replacement=True, generator=draw)  # [B * F, G]
-    drawn = drawn.view(plan.batch, SCORED, plan.group).transpose(1, 2).flatten(0, 1)  # [B * G, F]
-    scores = (drawn.view(plan.batch, plan.group, -1) == batch.truth()[:, None, -SCORED:]).float().mean(-1).flatten()
+    drawn = drawn.view(plan.batch, scored, plan.group).transpose(1, 2).flatten(0, 1)  # [B * G, F]
+    scores = (drawn.view(plan.batch, plan.group, -1) == batch.truth()[:, None, -scored:]).float().mean(-1).flatten()
     log_probs = token_log_probs(logits.repeat_interleave(plan.group, 0), drawn)
     losses = clipped_loss(log_probs, log_probs, group_advantages(scores, plan.group), plan.clip)
     return trajectory_mean(losses, torch.ones_like(drawn, dtype=torch.bool)).mean(), float(scores.mean())
