@@ -94,6 +94,7 @@ def pvm_grpo(
     bf16: ask.Bf16 = None,
     gradient_checkpointing: ask.Checkpointing = None,
     dtype: ask.Dtype = "auto",
+    load_in_4bit: ask.FourBit = False,
     device: ask.Device = None,
     logging_steps: ask.LoggingSteps = 1,
     save_steps: ask.SaveSteps = 50,
@@ -113,6 +114,7 @@ def pvm_grpo(
     The model answers each several times, and what was rewarded above its own average becomes more likely. The vision
     encoder stays frozen. Defaults follow the PVM paper's second stage: 64 completions per step on one device.
     """
+    chosen = dict(locals())
     if not debugging():
         quiet()
     from keepsight.pvm import PvmConfig
@@ -120,40 +122,7 @@ def pvm_grpo(
     from keepsight.train.pvm_grpo import GrpoSettings, train_pvm_grpo
     from keepsight.train.rewards import DEFAULT_REWARDS
 
-    settings = GrpoSettings(
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        grad_accum=grad_accum,
-        lr=lr,
-        gate_lr_multiplier=gate_lr_multiplier,
-        warmup_ratio=warmup_ratio,
-        scheduler=scheduler,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        max_length=max_length,
-        over_long=over_long,
-        text_only=text_only,
-        completions=completions,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        kl=kl,
-        mask_truncated=mask_truncated,
-        rollout_batch=rollout_batch,
-        rewards=tuple(reward or DEFAULT_REWARDS),
-        bf16=bf16,
-        gradient_checkpointing=gradient_checkpointing,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        logging_steps=logging_steps,
-        save_steps=save_steps,
-        eval_steps=eval_steps,
-        keep_checkpoints=keep_checkpoints,
-        workers=workers,
-        report_to=tuple(report_to or ()),
-    )
+    settings = ask.settings_of(GrpoSettings, chosen, rewards=tuple(reward or DEFAULT_REWARDS))
     if policy != "lora" and lora_rank != 16:
         raise KeepsightError(f"--lora-rank has no effect with --policy {policy}; it is for --policy lora.")
     given = layers is not None or width is not None or not causal

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -65,6 +66,15 @@ Checkpointing = Annotated[
     ),
 ]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], option("Of the base.", panel=RUN)]
+FourBit = Annotated[
+    bool,
+    option(
+        "Hold the base's linear maps in four bits (NF4, bitsandbytes): a third of the memory, slower; not in the "
+        "papers.",
+        "--load-in-4bit",
+        panel=RUN,
+    ),
+]
 Device = Annotated[Literal["cpu", "cuda"] | None, option("Default: the GPU if there is one.", panel=RUN)]
 LoggingSteps = Annotated[int, option("A line every so many steps.", panel=RUN)]
 SaveSteps = Annotated[int, option("A checkpoint every so many steps.", panel=RUN)]
@@ -90,6 +100,18 @@ DryRun = Annotated[
 Tokens = Annotated[
     int | None, option("With --dry-run: tokens of a sample. Default: the longest of the data, else 2048.", panel=RUN)
 ]
+
+
+def settings_of(kind: type, chosen: dict[str, Any], **otherwise: Any) -> Any:
+    """A settings dataclass from a command's options of the same names.
+
+    Args:
+        kind: the dataclass.
+        chosen: name of an option -> its value; others than the dataclass has are left alone.
+        otherwise: fields that are no option as they are.
+    """
+    values = {field.name: chosen[field.name] for field in fields(kind) if field.name in chosen}
+    return kind(**(values | {"report_to": tuple(chosen["report_to"] or ())} | otherwise))
 
 
 def check_choices(resume: bool, overwrite: bool, dataset: str | None, output_dir: Path | None) -> tuple[str, Path]:

@@ -67,6 +67,7 @@ def pvm(
     bf16: ask.Bf16 = None,
     gradient_checkpointing: ask.Checkpointing = None,
     dtype: ask.Dtype = "auto",
+    load_in_4bit: ask.FourBit = False,
     device: ask.Device = None,
     logging_steps: ask.LoggingSteps = 10,
     save_steps: ask.SaveSteps = 200,
@@ -86,39 +87,14 @@ def pvm(
     assistant's words. Data, settings and output folder are checked completely before the first step. Defaults follow
     the PVM paper's first stage.
     """
+    chosen = dict(locals())
     if not debugging():
         quiet()
     from keepsight.pvm import PvmConfig
     from keepsight.train.controls import parse_controls
     from keepsight.train.sft import SftSettings, train_pvm
 
-    settings = SftSettings(
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        grad_accum=grad_accum,
-        lr=lr,
-        gate_lr_multiplier=gate_lr_multiplier,
-        warmup_ratio=warmup_ratio,
-        scheduler=scheduler,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        max_length=max_length,
-        over_long=over_long,
-        text_only=text_only,
-        blindfold_steps=blindfold_steps,
-        bf16=bf16,
-        gradient_checkpointing=gradient_checkpointing,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        logging_steps=logging_steps,
-        save_steps=save_steps,
-        eval_steps=eval_steps,
-        keep_checkpoints=keep_checkpoints,
-        workers=workers,
-        report_to=tuple(report_to or ()),
-    )
+    settings = ask.settings_of(SftSettings, chosen)
     memory = PvmConfig(layers=ask.parse_layers(layers), width=width, causal=causal)
     if dry_run:
         return ask.show_dry_run(source, settings, memory, dataset, split, tokens)

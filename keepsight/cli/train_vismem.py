@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 import typer
@@ -144,6 +143,7 @@ def formation(
     rows_per_forward: RowsPerForward = 4,
     gradient_checkpointing: ask.Checkpointing = None,
     dtype: ask.Dtype = "auto",
+    load_in_4bit: ask.FourBit = False,
     device: ask.Device = None,
     logging_steps: ask.LoggingSteps = 1,
     save_steps: ask.SaveSteps = 20,
@@ -176,7 +176,7 @@ def formation(
             names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
             raise KeepsightError(f"{source} is an adapter, whose memory has its sizes already; leave {names} out.")
         config = None  # type: ignore[assignment]
-    settings = _settings(FormationSettings, chosen)
+    settings = ask.settings_of(FormationSettings, chosen, target_kl=target_kl or None)
     if dry_run:
         return _dry_run(chosen, settings, config)
     _run(train_vismem_formation, chosen, settings, vismem=config)
@@ -245,6 +245,7 @@ def invocation(
     rows_per_forward: RowsPerForward = 4,
     gradient_checkpointing: ask.Checkpointing = None,
     dtype: ask.Dtype = "auto",
+    load_in_4bit: ask.FourBit = False,
     device: ask.Device = None,
     logging_steps: ask.LoggingSteps = 1,
     save_steps: ask.SaveSteps = 20,
@@ -265,7 +266,7 @@ def invocation(
     _quiet()
     from keepsight.train.vismem import InvocationSettings, train_vismem_invocation
 
-    settings = _settings(InvocationSettings, chosen)
+    settings = ask.settings_of(InvocationSettings, chosen, target_kl=target_kl or None)
     if dry_run:
         return _dry_run(chosen, settings, None)
     _run(train_vismem_invocation, chosen, settings)
@@ -275,12 +276,6 @@ def invocation(
 def _quiet() -> None:
     if not debugging():
         quiet()
-
-
-def _settings(kind: type, chosen: dict[str, Any]) -> Any:
-    values = {f.name: chosen[f.name] for f in fields(kind) if f.name in chosen}
-    values |= {"report_to": tuple(chosen["report_to"] or ()), "target_kl": chosen["target_kl"] or None}
-    return kind(**values)
 
 
 def _run(function: Callable[..., Any], chosen: dict[str, Any], settings: Any, **more: Any) -> None:

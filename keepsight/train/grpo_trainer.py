@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.train.data import CheckedData
+from keepsight.train.four_bit import trainable_as_it_is
 from keepsight.train.learner import Learner
 from keepsight.train.rewards import Reward
 from keepsight.train.samples import read_sample
@@ -112,15 +113,16 @@ def make_grpo_trainer(
         reward_weights=[reward.weight for reward in rewards],
         shuffle_dataset=True,
     )
-    trainer = PvmGrpoTrainer(
-        model=model,
-        reward_funcs=list(rewards),
-        args=args,
-        train_dataset=as_prompts(data),
-        eval_dataset=None if eval_data is None else as_prompts(eval_data),
-        processing_class=processor,
-        callbacks=[report_callback(on_log), *(callbacks or [])],
-    )
+    with trainable_as_it_is(model):
+        trainer = PvmGrpoTrainer(
+            model=model,
+            reward_funcs=list(rewards),
+            args=args,
+            train_dataset=as_prompts(data),
+            eval_dataset=None if eval_data is None else as_prompts(eval_data),
+            processing_class=processor,
+            callbacks=[report_callback(on_log), *(callbacks or [])],
+        )
     return finish(trainer, Setup(settings, learner))
 
 

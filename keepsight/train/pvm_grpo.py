@@ -25,11 +25,12 @@ from keepsight.train.collate import ConversationCollator
 from keepsight.train.controls import WHAT, Comparison, Control, Outcome, control_folder, control_learner, hold_out
 from keepsight.train.data import CheckedData
 from keepsight.train.engines import Engine, check_engine, current_engine
+from keepsight.train.four_bit import check_four_bit
 from keepsight.train.grpo_trainer import make_grpo_trainer
 from keepsight.train.learner import Learner, PolicyChoice, ranked_lora
 from keepsight.train.plan import MemoryPlan, plan_memory
 from keepsight.train.rewards import BUILT_IN, Reward, load_rewards
-from keepsight.train.run import Run, TrainReport, execute, memory_lines, result_card, with_comparison
+from keepsight.train.run import Run, TrainReport, base_lines, execute, memory_lines, result_card, with_comparison
 from keepsight.train.settings import GrpoSettings
 from keepsight.train.sft import learner_record, record_of, sizes
 from keepsight.train.trainer import OnLog
@@ -100,6 +101,7 @@ def train_pvm_grpo(
     base, adapters = check_sources(source)
     learner, plan = _what_learns(str(source), base, adapters, pvm, policy, lora_rank, settings)
     preflight.check_settings(settings)
+    check_four_bit(base, settings.load_in_4bit, engine, policy, tuple(control.name for control in controls))
     _check_kl(learner, settings)
     _check_groups(settings, engine)
     learners = [(control, _control(control, learner, plan, adapters)) for control in controls]
@@ -353,6 +355,7 @@ class _Job:
             ("rewards", ", ".join(f"{reward.name} ({reward.weight:g})" for reward in self.rewards)),
             ("mean reward", told),
             ("learning rate", f"{settings.lr:g}"),
+            *base_lines(settings),
         ]
         title = "A persistent visual memory (PVM)" if name == "pvm-grpo" else f"The {name} of a visual memory"
         return result_card(self.base, f"{title} for {self.base}", rows, trainer)

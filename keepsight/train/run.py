@@ -20,7 +20,6 @@ from typing import Any
 
 from keepsight.atomic import write_text
 from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.loading import load
 from keepsight.sources import POLICY
 from keepsight.train import output, preflight
 from keepsight.train.accounting import CostMeter, RunCost
@@ -28,6 +27,7 @@ from keepsight.train.checksums import changed, checksums
 from keepsight.train.data import CheckedData
 from keepsight.train.engines import Engine
 from keepsight.train.flops import ModelShape, parameter_count
+from keepsight.train.four_bit import load_base
 from keepsight.train.learner import Learner
 from keepsight.train.monitor import gates_of
 from keepsight.train.plan import MemoryPlan
@@ -133,7 +133,7 @@ def execute(run: Run, checkpoint: Path | None, say: preflight.Say) -> TrainRepor
     folder, settings, is_main = run.folder, run.settings, run.engine.is_main
     learner, trained_base = (run.learner, None) if checkpoint is None else run.learner.resumed(checkpoint)
     dtype, device = _dtype(run), preflight.base_device(settings, run.engine)
-    base, _ = load(trained_base or run.base, dtype=dtype, device=device)
+    base, _ = load_base(trained_base or run.base, run.base, settings, dtype, device)
     base.name_or_path = base.config.name_or_path = str(run.base)
     model = learner.put_on(base, settings.seed, autocast=run.engine.name != "zero3")
     if is_main:
@@ -285,6 +285,11 @@ def memory_lines(trainer: Any) -> list[tuple[str, str]]:
         ("latent width", str(config.width)),
         ("gates", gates),
     ]
+
+
+def base_lines(settings: RunSettings) -> list[tuple[str, str]]:
+    """Rows of a result's README that tell how the base was held in training, where not as it is stored."""
+    return [("base in training", "four bits (NF4), not in the paper")] if settings.load_in_4bit else []
 
 
 def result_card(base: str, title: str, rows: list[tuple[str, str]], trainer: Any) -> str:

@@ -34,6 +34,7 @@ class RunSettings:
         bf16: autocast to bfloat16. None: on a GPU that has it.
         gradient_checkpointing: trade time for memory. None: on a GPU.
         dtype: of the base's weights; "auto" is the checkpoint's own (float32 where the language model is trained).
+        load_in_4bit: hold the decoder's linear maps in four bits (see `keepsight.train.four_bit`; ours).
         device: "cpu" or "cuda"; None: the GPU if there is one.
         seed: of initialisation, data order and sampling.
         logging_steps, save_steps, eval_steps: how often to log, to save a checkpoint, and to evaluate
@@ -58,6 +59,7 @@ class RunSettings:
     bf16: bool | None = None
     gradient_checkpointing: bool | None = None
     dtype: str = "auto"
+    load_in_4bit: bool = False
     device: str | None = None
     seed: int = 0
     logging_steps: int = 10

@@ -24,9 +24,10 @@ from keepsight.train.collate import ConversationCollator
 from keepsight.train.controls import WHAT, Comparison, Control, Outcome, control_folder, control_learner, hold_out
 from keepsight.train.data import CheckedData
 from keepsight.train.engines import Engine, check_engine, current_engine
+from keepsight.train.four_bit import check_four_bit
 from keepsight.train.learner import Learner, lora_size
 from keepsight.train.plan import MemoryPlan, plan_memory
-from keepsight.train.run import Run, TrainReport, execute, memory_lines, result_card, with_comparison
+from keepsight.train.run import Run, TrainReport, base_lines, execute, memory_lines, result_card, with_comparison
 from keepsight.train.settings import SftSettings
 from keepsight.train.trainer import OnLog, TrainingDivergedError, make_trainer
 
@@ -92,6 +93,7 @@ def train_pvm(
     plan = plan_memory(source, pvm)
     check_weights(source)
     preflight.check_settings(settings)
+    check_four_bit(source, settings.load_in_4bit, engine, controls=tuple(control.name for control in controls))
     if settings.blindfold_steps:
         with blindfold(plan.backbone.model):  # raises where it cannot work
             pass
@@ -241,6 +243,7 @@ class _Job:
             ("peak learning rate", f"{rates}; seed {settings.seed}"),
             ("training loss", loss),
             ("blindfold warm-up", f"{settings.blindfold_steps} steps (not in the paper)"),
+            *base_lines(settings),
         ]
         title = "A persistent visual memory (PVM)" if name == "pvm" else f"The {name} of a visual memory"
         return result_card(self.base, f"{title} for {self.base}", rows, trainer)

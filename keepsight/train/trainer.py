@@ -20,6 +20,7 @@ from keepsight.train.checkpointing import stop_below_learners
 from keepsight.train.collate import ConversationCollator
 from keepsight.train.data import CheckedData, read_sample
 from keepsight.train.engines import keep_vision_whole
+from keepsight.train.four_bit import trainable_as_it_is
 from keepsight.train.learner import Learner
 from keepsight.train.monitor import Speed, gates_of, memory_gradient_norm, memory_used
 from keepsight.train.settings import RunSettings, SftSettings
@@ -258,15 +259,16 @@ def make_trainer(
     )
     collator = copy.copy(collator)
     collator.read = _Reader(data, eval_data)
-    trainer = PvmTrainer(
-        model=model,
-        args=args,
-        data_collator=collator,
-        train_dataset=data.dataset,
-        eval_dataset=None if eval_data is None else _Reader.marked(eval_data.dataset),
-        processing_class=processor,
-        callbacks=[report_callback(on_log), *(callbacks or [])],
-    )
+    with trainable_as_it_is(model):
+        trainer = PvmTrainer(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=data.dataset,
+            eval_dataset=None if eval_data is None else _Reader.marked(eval_data.dataset),
+            processing_class=processor,
+            callbacks=[report_callback(on_log), *(callbacks or [])],
+        )
     return finish(trainer, Setup(settings, learner))
 
 

@@ -20,9 +20,11 @@ from keepsight.adapters import find_adapter, inspect_adapter
 from keepsight.backbone import Backbone
 from keepsight.bases import check_weights
 from keepsight.errors import KeepsightError
-from keepsight.loading import attach, load
+from keepsight.loading import attach
 from keepsight.sources import check_sources
 from keepsight.train.controls import Control
+from keepsight.train.engines import current_engine
+from keepsight.train.four_bit import check_four_bit
 from keepsight.train.preflight import Say, silent
 from keepsight.train.rewards import DEFAULT_REWARDS, Reward
 from keepsight.train.vismem_controls import check_controls, compare
@@ -33,8 +35,8 @@ from keepsight.train.vismem_run import (
     Questions,
     Run,
     check_run,
-    device_of,
     execute,
+    load_here,
     ready,
     record_of,
     rewards_of,
@@ -113,7 +115,9 @@ def train_vismem_formation(
         raise KeepsightError(f"{source} is an adapter with a configuration of its own; leave `vismem` out.")
     check_run(run)
     check_controls(controls)
-    config = _adapter_config(source)[0] if is_adapter else plan_vismem(source, vismem)
+    config, base_name = _adapter_config(source) if is_adapter else (plan_vismem(source, vismem), str(source))
+    names = tuple(control.name for control in controls)
+    check_four_bit(base_name, settings.load_in_4bit, current_engine(), controls=names)
     if settings.gradient_checkpointing and config.form == "incremental":
         raise KeepsightError(
             "gradient_checkpointing cannot be combined with form='incremental', whose kept keys and values it would "
@@ -124,9 +128,9 @@ def train_vismem_formation(
 
     def make() -> Made:
         if is_adapter:
-            model, processor = load(source, dtype=settings.dtype, device=device_of(settings), trainable=True)
+            model, processor = load_here(source, base_name, settings, trainable=True)
         else:
-            base, processor = load(source, dtype=settings.dtype, device=device_of(settings))
+            base, processor = load_here(source, base_name, settings)
             own = copy.deepcopy(vismem) if vismem is not None else VisMemConfig()
             add_memory_tokens(processor, own)
             with torch.random.fork_rng():
@@ -193,6 +197,8 @@ def train_vismem_invocation(
     check_run(run)
     check_controls(controls)
     config, base = _adapter_config(source)
+    names = tuple(control.name for control in controls)
+    check_four_bit(base, settings.load_in_4bit, current_engine(), controls=names)
     say(f"{Invocation.title}: rewards {Invocation.objective_name}; KL against {Invocation.reference_name}")
     if not settings.invocation_cost:
         say("invocation_cost is 0, as in the paper: a memory that never harms may end up invoked always")
@@ -200,7 +206,7 @@ def train_vismem_invocation(
     def make() -> Made:
         policy = None
         if settings.train == "tokens":
-            model, processor = load(source, dtype=settings.dtype, device=device_of(settings), trainable=True)
+            model, processor = load_here(source, base, settings, trainable=True)
         else:
             model, processor, policy = _with_policy(source, base, settings)
         warn_untrained(model, settings)
@@ -264,7 +270,7 @@ def _with_policy(source: str | Path, base_name: str, settings: InvocationSetting
     from transformers import AutoProcessor
 
     _, infos = check_sources(source)
-    base, _ = load(base_name, dtype=settings.dtype, device=device_of(settings))
+    base, _ = load_here(base_name, base_name, settings)
     processor = AutoProcessor.from_pretrained(infos[0].path)
     path = Backbone.of(base).decoder_path.replace(".", r"\.")
     lora = LoraConfig(

@@ -12,14 +12,13 @@ from peft import get_peft_model
 
 from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightError
-from keepsight.loading import load
 from keepsight.train import output
 from keepsight.train.accounting import RunCost
 from keepsight.train.controls import WHAT, Comparison, Control, Outcome, control_folder
 from keepsight.train.data import CheckedData
 from keepsight.train.learner import matched_lora
 from keepsight.train.vismem_report import VisMemReport
-from keepsight.train.vismem_run import Made, Run, device_of, execute, ready, record_of
+from keepsight.train.vismem_run import Made, Run, execute, load_here, ready, record_of
 from keepsight.train.vismem_stages import PolicyAlone
 from keepsight.vismem import VisMemConfig, add_memory_tokens
 
@@ -106,7 +105,8 @@ def _untrained(report: VisMemReport) -> Outcome:
 
 def _made(run: Run, base_name: str, control: Control, parameters: int) -> Made:
     whole = control.name == "sft"
-    base, processor = load(base_name, dtype="float32" if whole else run.settings.dtype, device=device_of(run.settings))
+    settings = replace(run.settings, dtype="float32") if whole else run.settings
+    base, processor = load_here(base_name, base_name, settings)
     parts = Backbone.of(base)
     wrapper: Any = base
     if whole:

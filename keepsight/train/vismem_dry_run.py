@@ -8,7 +8,6 @@ step is the decoder's, from the loss to its input embeddings; forming is estimat
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,12 @@ from keepsight.backbone import Backbone
 from keepsight.bases import base_config
 from keepsight.errors import KeepsightError
 from keepsight.sources import check_sources
-from keepsight.train.dry_run import DEFAULT_TOKENS, DryRun, Need, meta_model, trace
+from keepsight.train.dry_run import DEFAULT_TOKENS
 from keepsight.train.engines import Engine, current_engine
 from keepsight.train.flops import ModelShape
+from keepsight.train.four_bit import packed_weights
+from keepsight.train.needs import DryRun, Need, cache_bytes, weight_bytes
+from keepsight.train.tracing import meta_model, trace
 from keepsight.train.vismem_settings import InvocationSettings, RlSettings
 from keepsight.vismem import VisMemBranch, VisMemConfig
 
@@ -72,6 +74,7 @@ def dry_run_vismem(
     half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and recorded in ("bfloat16", "float16"))
     dtype, stored = (torch.bfloat16, 2) if half else (torch.float32, 4)
     base = meta_model(name, dtype)
+    packed = packed_weights(Backbone.of(base)) if settings.load_in_4bit else 0
     with torch.device("meta"):
         model = get_peft_model(base, config)
     backbone, memory = Backbone.of(model), VisMemBranch.of(model).active
@@ -101,13 +104,13 @@ def dry_run_vismem(
     table.requires_grad_(False)
     trajectories = settings.batch_size * settings.group_size
     need = Need(
-        weights=frozen * stored + 4 * (memory_size + (trained if is_second else 0)),
+        weights=weight_bytes(frozen, stored, packed) + 4 * (memory_size + (trained if is_second else 0)),
         gradients=4 * trained,
         optimiser=8 * trained + (4 * trained if is_second and settings.kl else 0),  # and the reference's copy
         activations=checkpointed if checkpoints else plain,
         activations_plain=plain,
         activations_checkpointed=checkpointed,
-        cache=_cache(backbone, settings.rows_per_rollout, whole, stored),
+        cache=cache_bytes(backbone, settings.rows_per_rollout, whole, stored),
     )
     patches = visual * backbone.merge_side**2
     forward = shape.forward(1, whole, patches)
@@ -152,10 +155,3 @@ def _lora_size(backbone: Backbone, rank: int) -> int:
                 projection: Any = getattr(Backbone.mixer(layer), name)
                 total += rank * (projection.in_features + projection.out_features)
     return total
-
-
-def _cache(backbone: Backbone, rows: int, length: int, size: int) -> int:
-    text = backbone.text_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layers = sum(map(Backbone.has_softmax_attention, backbone.layers))
-    return math.ceil(2 * rows * length * layers * text.num_key_value_heads * head_dim * size)

@@ -22,6 +22,7 @@ from keepsight.train.controls import Control, hold_out
 from keepsight.train.data import CheckedData, check_dataset, load_dataset_any, read_sample
 from keepsight.train.engines import check_engine, current_engine
 from keepsight.train.flops import ModelShape
+from keepsight.train.four_bit import load_base
 from keepsight.train.preflight import Say, check_settings, find_checkpoint
 from keepsight.train.rewards import Reward, load_rewards
 from keepsight.train.rollout import NO_MEMORY
@@ -164,9 +165,10 @@ def record_of(run: Run, stage: str, config: VisMemConfig | None, data: CheckedDa
     return {"stage": stage, "base": str(run.source), "samples": data.rows, "rewards": rewards, **memory, **chosen}
 
 
-def device_of(settings: RlSettings) -> str:
-    """Where this process trains."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if settings.on_gpu else "cpu"
+def load_here(source: str | Path, base: str | Path, settings: RlSettings, trainable: bool = False) -> tuple[Any, Any]:
+    """(model, processor) of a base, or of an adapter on it, where this process trains."""
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if settings.on_gpu else "cpu"
+    return load_base(source, base, settings, settings.dtype, device, trainable)
 
 
 def ready(model: Any, say: Say) -> Any:

@@ -43,6 +43,7 @@ class RlSettings:
         rows_per_forward: trajectories in one forward and backward; changes memory and speed, not the result.
         gradient_checkpointing: trade time for memory. None: on a GPU.
         dtype: of the base's weights; "auto" is the checkpoint's own. The memory is always trained in float32.
+        load_in_4bit: hold the decoder's linear maps in four bits (see `keepsight.train.four_bit`; ours).
         device: "cpu" or "cuda"; None: the GPU if there is one.
         seed: of initialisation, order of prompts, and sampling.
         logging_steps, save_steps: how often to log and to save a checkpoint.
@@ -72,6 +73,7 @@ class RlSettings:
     rows_per_forward: int = 4
     gradient_checkpointing: bool | None = None
     dtype: str = "auto"
+    load_in_4bit: bool = False
     device: str | None = None
     seed: int = 0
     logging_steps: int = 1
