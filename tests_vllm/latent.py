@@ -23,7 +23,8 @@ def main(job_file: str, answers_file: str) -> None:
     import torch
 
     import keepsight
-    from keepsight.serve.vllm.vismem import VllmBatch, VllmEngine
+    from keepsight.serve.vllm.engine import VllmEngine
+    from keepsight.serve.vllm.vismem import VllmBatch
     from keepsight.sources import check_sources
     from keepsight.vismem import MemoryPolicy
 
@@ -53,7 +54,7 @@ def _answers(batch: Any, processor: Any, requests: list[Any], length: int, bias:
     for request in requests:
         images = [Image.open(file).convert("RGB") for file in request["images"]]
         inputs = dict(processor(text=[request["text"]], images=images or None, return_tensors="pt"))
-        sampling = Sampling(length, 0.0, logit_bias={int(i): value for i, value in bias.items()}, logprobs=0)
+        sampling = Sampling(length, 0.0, logit_bias={int(i): value for i, value in bias.items()}, logprobs=0, seed=0)
         events: list[Any] = []
         length_of_prompt = inputs["input_ids"].shape[1]
         source = (request["text"], images)

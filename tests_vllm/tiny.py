@@ -242,9 +242,10 @@ PLACEHOLDER = dict.fromkeys(FAMILIES, _QWEN_PLACEHOLDER) | dict.fromkeys(
 )
 
 
-def make_base(family: str, folder: Path) -> Path:
-    """A random model of `family` with its processor."""
+def make_base(family: str, folder: Path, spare: int = 0) -> Path:
+    """A random model of `family` with its processor, and `spare` rows in its embedding that no token has."""
     config, processor = FAMILIES[family]()
+    config.text_config.vocab_size += spare
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():

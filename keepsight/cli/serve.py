@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -81,6 +82,14 @@ def serve(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the GPU if there is one.")
     ] = None,
+    engine: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option(help="What writes. vllm: an experiment, for a VisMem; it needs vLLM 0.32."),
+    ] = "transformers",
+    engine_args: Annotated[
+        str | None,
+        typer.Option(help="With --engine vllm: arguments for vLLM, as JSON: '{\"gpu_memory_utilization\": 0.6}'."),
+    ] = None,
 ) -> None:
     """Serve a model with its memory behind OpenAI's API. It answers /v1/chat/completions, with images and streaming.
 
@@ -111,6 +120,7 @@ def serve(
     from keepsight.train.collate import require_chat_template
 
     base_name, infos = check_sources(source, adapter or [], base)
+    options = _engine_args(engine, engine_args, infos)
     settings = ServeSettings(
         name=name or _name(source),
         limits=Limits(
@@ -140,6 +150,9 @@ def serve(
     require_chat_template(processor)
     log_to_stderr()
     api = _api(model, processor, settings)
+    if engine == "vllm":
+        with status("starting vLLM"):
+            api = _with_vllm(api, base_name, infos[0], options)
     memories = ", ".join(api.served.memories) or "none"
 
     def ready() -> None:
@@ -159,6 +172,49 @@ def _api(model: Any, processor: Any, settings: Any) -> Any:
     if latent is not None:
         warn(latent.branch, latent.policy)  # of memories that were never trained
     return Api(Served.of(model, processor), settings)
+
+
+def _engine_args(engine: str, given: str | None, infos: list[Any]) -> dict[str, Any]:
+    """Check what vLLM is asked for, before anything is loaded."""
+    if engine != "vllm":
+        if given is not None:
+            warnings.warn(
+                "--engine-args has no effect without --engine vllm, and was ignored.", KeepsightWarning, stacklevel=3
+            )
+        return {}
+    from keepsight.serve.vllm.check import check_version
+
+    check_version()
+    if [info.method for info in infos] != ["VISMEM"]:
+        found = ", ".join(info.method for info in infos) or "a plain model"
+        raise KeepsightError(
+            f"--engine vllm serves one VisMem and nothing beside it; given: {found}. For a PVM: keepsight export vllm "
+            "ADAPTER OUT, then vllm serve OUT. Everything else: without --engine vllm."
+        )
+    try:
+        options = json.loads(given or "{}")
+    except json.JSONDecodeError as error:
+        raise KeepsightError(f"--engine-args {given!r} is no JSON: {error}.") from None
+    if not isinstance(options, dict):
+        raise KeepsightError(f'--engine-args {given!r}: expected an object, as {{"gpu_memory_utilization": 0.6}}.')
+    warnings.warn(
+        "--engine vllm is an experiment: the model is loaded twice, and every answer with a memory is read twice. What "
+        "it costs stands in docs/serve-vllm.md.",
+        KeepsightWarning,
+        stacklevel=3,
+    )
+    return options
+
+
+def _with_vllm(api: Any, base: str, vismem: Any, options: dict[str, Any]) -> Any:
+    from keepsight.serve.api import Api
+    from keepsight.serve.vllm.engine import VllmEngine
+
+    served, limits = api.served, api.settings.limits
+    most = limits.max_prompt_tokens + limits.max_output_tokens
+    most = most if served.context is None else min(most, served.context)
+    made = VllmEngine(base, vismem, served.model, served.tokenizer, limits.max_batch, most, **options)
+    return Api(served, api.settings, made)
 
 
 def _name(source: str) -> str:

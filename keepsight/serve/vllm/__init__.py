@@ -7,4 +7,12 @@ memory.py      one block of `keepsight.pvm.module`, with its cache in vLLM's han
 model.py       what a VLM of vLLM needs to carry such blocks
 families.py    the architectures
 export.py      the folder that vLLM serves
+
+And, an experiment, VisMem with vLLM as the writer:
+
+latent_folder.py  the folder that vLLM loads
+rows.py           a VLM of vLLM that knows the four special tokens
+limits.py         what its sampler may choose
+vismem.py         answers written by vLLM, memories formed beside it
+engine.py         the same for `keepsight serve`
 """

@@ -16,70 +16,25 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import tempfile
+import secrets
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from keepsight.adapters import WEIGHTS, AdapterInfo
 from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightError
 from keepsight.serve.batch import Batch
-from keepsight.serve.engine import Engine
 from keepsight.serve.errors import explain
 from keepsight.serve.latent import LatentMemories
-from keepsight.serve.metrics import Metrics
 from keepsight.serve.rows import Job, Row
 from keepsight.serve.text import TextStream
-from keepsight.serve.vllm.check import UnsupportedVllmError, check_version
-from keepsight.serve.vllm.export import base_folder, write_folder
-from keepsight.serve.vllm.names import ROWS_FILE, ROWS_KEY, ROWS_MODULE, SERVED
-from keepsight.shards import read_header, read_json, weight_files
+from keepsight.serve.vllm.check import UnsupportedVllmError
 from keepsight.vismem.policy import MemoryPolicy
 from keepsight.vismem.tokens import TYPES
 
-
-def write_model(base: str, vismem: AdapterInfo, target: Path) -> int:
-    """Write the folder that vLLM loads: the base, linked, and the special tokens' rows.
-
-    Args:
-        base: name of the base model.
-        vismem: the adapter, checked.
-        target: the folder.
-
-    Returns:
-        V, rows of the base's embedding; the four tokens are V .. V + 3 in vLLM.
-
-    Raises:
-        KeepsightError: if the family is not served.
-    """
-    served = SERVED.get(str(vismem.config.get("base_model_type")))
-    if served is None:
-        known = ", ".join(served.name for served in SERVED.values())
-        raise KeepsightError(
-            f"{vismem.path} belongs to a base of model_type {vismem.config.get('base_model_type')!r}, which the vLLM "
-            f"plugin does not serve. Served: {known}. Without --engine vllm, keepsight serve takes every family."
-        )
-    source = base_folder(base)
-    rows = [
-        replace(tensor, name=f"{ROWS_MODULE}.{tensor.name.rpartition('.rows.')[2]}")
-        for tensor in read_header(vismem.path / WEIGHTS)
-        if ".rows." in tensor.name
-    ]
-    tables = [t for file in weight_files(source) for t in read_header(file) if t.name.endswith("embed_tokens.weight")]
-    vocabulary = tables[0].shape[0]
-    tied = not any(tensor.name.endswith("invoke_head") for tensor in rows)
-    config = read_json(source / "config.json", "a checkpoint folder has a config.json beside its weights")
-    config |= {"architectures": [served.latent_architecture], ROWS_KEY: {"vocabulary": vocabulary, "tied": tied}}
-    config.pop("auto_map", None)
-    text: dict[str, Any] | None = config.get("text_config")
-    for part in (text, config):
-        if part is not None and ("vocab_size" in part or part is text):
-            part["vocab_size"] = vocabulary + 4
-    write_folder(target, source, vismem.path, config, rows, ROWS_FILE)
-    return vocabulary
+#: Stands for the states of text that nobody has read yet: the policy asks only whether there is any.
+_UNREAD = torch.empty(0, 0)
 
 
 @dataclass(eq=False)
@@ -141,6 +96,7 @@ class VllmBatch:
         options = job.sampling.options(self.config)
         ends = [] if self.config.eos_token_id is None else self.config.eos_token_id
         for index in range(job.choices):
+            seed = secrets.randbits(63) if job.sampling.seed is None else (job.sampling.seed + index) % 2**63
             row = Row(
                 job=job,
                 index=index,
@@ -149,7 +105,7 @@ class VllmBatch:
                 text=TextStream(self.tokenizer, job.sampling.stop),
                 processors=None,
                 do_sample=options["do_sample"],
-                generator=torch.Generator().manual_seed((job.sampling.seed or 0) + index),
+                generator=torch.Generator().manual_seed(seed),
                 ends=frozenset([ends] if isinstance(ends, int) else ends),
                 latent=self.latent.blank("image" in prompt.get("mm_placeholders", {})) if job.memory else None,
             )
@@ -185,7 +141,8 @@ class VllmBatch:
             PlaceholderRange,
         )
 
-        ids = [self._inner.get(i, i) for i in answer.row.ids] if answer.row.latent is not None else answer.row.ids
+        inner = self._inner if answer.row.latent is not None else {}
+        ids = [inner.get(i, i) for i in answer.row.ids]  # a copy: ours grows while vLLM has its own
         if answer.latents or answer.prompt["type"] == "multimodal":
             items, hashes, places = (
                 dict(answer.prompt.get(n, {})) for n in ("mm_kwargs", "mm_hashes", "mm_placeholders")
@@ -313,6 +270,7 @@ class VllmBatch:
             row.write(ids, lambda _: False, lambda _: self._entry(token, told, row))
         else:
             ((ids,), _) = self.latent.next([row], [token])
+            row.latent.text = [_UNREAD]
             row.write(ids, self.latent.is_memory, lambda _: self._entry(token, told, row))
         row.ids += ids
 
@@ -346,6 +304,7 @@ class VllmBatch:
             answer.reader = Batch(self.model, self.tokenizer, True).read(job)
             row.latent.sight = answer.reader.rows[0].latent.sight
             answer.reader.rows[0].latent = row.latent
+        row.latent.text = []
         reader = answer.reader
         known = len(reader.rows[0].ids)
         latents: list[Any] = [None] * (len(row.ids) - known)
@@ -370,75 +329,3 @@ class VllmBatch:
 def _digest(latents: torch.Tensor) -> str:
     """What the prefix cache knows latents by: their content."""
     return hashlib.sha256(latents.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-class VllmEngine(Engine):
-    """The scheduler of `keepsight serve`, with vLLM as the writer.
-
-    Args:
-        base: name of the base model.
-        vismem: the adapter, checked.
-        model: both, as `keepsight.load` returns them: forms the memories.
-        tokenizer: the processor's; a copy of it is used.
-        max_batch: answers that are written at the same time.
-        most_tokens: prompt and answer together, at most.
-        policy: when memory is invoked; default: the adapter's own.
-        metrics: where to count.
-        options: further arguments for vLLM's engine, such as gpu_memory_utilization.
-
-    Raises:
-        KeepsightError: if vLLM is not installed, is another version, or does not serve this family.
-    """
-
-    wants_source = True
-
-    def __init__(
-        self,
-        base: str,
-        vismem: AdapterInfo,
-        model: Any,
-        tokenizer: Any,
-        max_batch: int,
-        most_tokens: int,
-        policy: MemoryPolicy | None = None,
-        metrics: Metrics | None = None,
-        **options: Any,
-    ):
-        check_version()
-        from vllm import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-
-        from keepsight.serve.vllm.limits import MemoryLimits
-
-        super().__init__(model, tokenizer, max_batch, metrics)
-        self._folder = tempfile.TemporaryDirectory(prefix="keepsight-vllm-")
-        folder = Path(self._folder.name) / "model"
-        vocabulary = write_model(base, vismem, folder)
-        defaults: dict[str, Any] = {
-            "dtype": str(Backbone.of(model).model.dtype).removeprefix("torch."),
-            "max_num_seqs": max_batch,
-            "max_model_len": most_tokens,
-            "mm_processor_cache_gb": 0,  # a request that is sent again brings its images again
-            "async_scheduling": False,  # `MemoryLimits` counts what has been written
-        }
-        needed = {"enable_prompt_embeds": True, "logits_processors": [MemoryLimits], "logprobs_mode": "raw_logprobs"}
-        self.llm = LLMEngine.from_engine_args(EngineArgs(model=str(folder), **(defaults | options | needed)))
-        self._batch = VllmBatch(self.llm, vocabulary, model, self.tokenizer, policy)
-
-    def close(self, seconds: float | None = None) -> bool:
-        """As `Engine.close`; ends vLLM too."""
-        stopped = super().close(seconds)
-        self.llm.engine_core.shutdown()
-        self._folder.cleanup()
-        return stopped
-
-    def _read(self, job: Job) -> None:
-        try:
-            self._batch.begin(job)
-        except Exception as error:
-            self._fail(job, error)
-            self.metrics.finished.labels("error").inc(job.choices)
-            job.forget()
-            return
-        self.metrics.prompt_tokens.inc(job.prompt_tokens)
-        self._batches = [self._batch]  # type: ignore[list-item]
