@@ -5,9 +5,11 @@ from typing import Any
 #: Public name -> the module it is in. They are imported when first used: training needs an extra, keepsight does not.
 _PUBLIC = {
     "FormationSettings": "vismem",
+    "GrpoSettings": "pvm_grpo",
     "InvocationSettings": "vismem",
     "SftSettings": "sft",
     "train_pvm": "sft",
+    "train_pvm_grpo": "pvm_grpo",
     "train_vismem_formation": "vismem",
     "train_vismem_invocation": "vismem",
 }

@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from keepsight.errors import KeepsightError
@@ -64,6 +65,20 @@ class CheckedData:
     text_only: int = 0
     longest: int | None = None
     cut: int = 0
+
+    @property
+    def digest(self) -> str:
+        """Of the words, the other columns and the images' names, in order, so that a resumed run knows its data.
+
+        Not of folders, so that data may move; and of images stored in the data only the place, as reading them is slow.
+        """
+        found = hashlib.blake2b(digest_size=8)
+        for row in self.dataset:
+            images = [
+                Path(cell["path"]).name if cell["path"] else [cell["row"], cell["index"]] for cell in row["images"]
+            ]
+            found.update(json.dumps([row["messages"], row["columns"], images]).encode())
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)

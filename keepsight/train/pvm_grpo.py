@@ -291,6 +291,7 @@ class _Job:
             "source": self.source,
             "base": self.base,
             "prompts": self.data.rows,
+            "digest of the data": self.data.digest,
             **learner_record(learner, self.plan),
             **record_of(settings),
         }

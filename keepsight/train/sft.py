@@ -220,6 +220,7 @@ class _Job:
         return {
             "base": self.base,
             "samples": self.data.rows,
+            "digest of the data": self.data.digest,
             **learner_record(learner, self.plan),
             **record_of(settings),
         }

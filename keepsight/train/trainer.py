@@ -59,6 +59,17 @@ class LearnerTrainer(_Base):
             optimizer.add_param_group({"params": gates, "lr": lr, "weight_decay": 0.0})
         return optimizer
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' batches of a step; none where all steps are taken.
+
+        A run that goes on from its last checkpoint in the middle of an epoch would otherwise take one step more, since
+        transformers looks at the number of steps only after one.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """TRL's step; a loss that is not finite ends the run."""
         with self.cover(model):

@@ -162,7 +162,15 @@ def record_of(run: Run, stage: str, config: VisMemConfig | None, data: CheckedDa
     memory = {} if config is None else {name: getattr(config, name) for name in names}
     chosen = {name: value for name, value in asdict(run.settings).items() if name not in free}
     rewards = [f"{reward.name}={reward.weight:g}" for reward in run.rewards]
-    return {"stage": stage, "base": str(run.source), "samples": data.rows, "rewards": rewards, **memory, **chosen}
+    return {
+        "stage": stage,
+        "base": str(run.source),
+        "samples": data.rows,
+        "digest of the data": data.digest,
+        "rewards": rewards,
+        **memory,
+        **chosen,
+    }
 
 
 def load_here(source: str | Path, base: str | Path, settings: RlSettings, trainable: bool = False) -> tuple[Any, Any]:

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import make_data, write_rows
+from tiny_training import make_data, read_rows, write_rows
 
 import keepsight
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.train.accounting import RunCost
 from keepsight.train.controls import Control
-from keepsight.train.output import last_checkpoint
+from keepsight.train.output import OutputError, last_checkpoint
 from keepsight.train.pvm_grpo import GrpoSettings, train_pvm_grpo
 from keepsight.train.rewards import RewardError
 from keepsight.train.sft import SftSettings, TrainReport, train_pvm
@@ -169,6 +169,10 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert (report.tokens, report.gates, report.last_reward) == (whole.tokens, whole.gates, whole.last_reward)
     assert report.cost is not None
     assert report.cost.sessions == 2
+    # With other answers it is another run.
+    write_rows(prompts, [{**row, "answer": "never"} for row in read_rows(prompts)])
+    with pytest.raises(OutputError, match="digest of the data"):
+        train_pvm_grpo(trained[0], prompts, out, settings=settings(**options), resume=True)
 
 
 def test_a_lora_beside_the_memory_resumes_too(trained: tuple[Path, TrainReport], prompts: Path, tmp_path: Path) -> None:

@@ -147,12 +147,13 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
-    options = {"max_steps": 40, "save_steps": 10, "batch_size": 2, "blindfold_steps": 15}
+    # Eight steps make an epoch, so that the run ends in the middle of one.
+    options = {"max_steps": 36, "save_steps": 10, "batch_size": 2, "blindfold_steps": 15}
     unbroken = train_pvm(tiny_vlm, data, tmp_path / "unbroken", settings=settings(**options))
 
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "keepsight.cli", "train", "pvm", str(tiny_vlm), "-d", str(data), "-o", str(out)]
-    flags = {"max-steps": 40, "save-steps": 10, "batch-size": 2, "grad-accum": 1, "lr": 3e-3, "blindfold-steps": 15}
+    flags = {"max-steps": 36, "save-steps": 10, "batch-size": 2, "grad-accum": 1, "lr": 3e-3, "blindfold-steps": 15}
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -172,7 +173,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tiny_vlm: Path, data: Path, tm
 
     # Resuming a finished run changes nothing.
     before = (out / WEIGHTS).read_bytes()
-    assert train_pvm(tiny_vlm, data, out, settings=settings(**options), resume=True).steps == 40
+    assert train_pvm(tiny_vlm, data, out, settings=settings(**options), resume=True).steps == 36
     assert (out / WEIGHTS).read_bytes() == before
 
 
@@ -209,6 +210,11 @@ def test_resuming_under_other_settings_is_refused(
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(OutputError, match=r"other settings: width was 96, now 32; .*lr was 0.003, now 0.001"):
         train_pvm(tiny_vlm, source, out, pvm=keepsight.PvmConfig(width=32), settings=settings(lr=1e-3), resume=True)
+    # Data in another folder are the same data; as many other samples are not.
+    rows = read_rows(source)
+    write_rows(source, [*rows[:3], rows[4], rows[3], *rows[5:]])
+    with pytest.raises(OutputError, match=r"other settings: digest of the data was \w+, now \w+\. "):
+        train_pvm(tiny_vlm, source, out, settings=settings(), resume=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 

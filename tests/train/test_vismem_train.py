@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import draw_digit, write_rows
+from tiny_training import draw_digit, read_rows, write_rows
 
 import keepsight
 from keepsight.errors import KeepsightError, KeepsightWarning
@@ -179,14 +179,12 @@ def test_a_killed_run_resumes_to_the_same_weights(
     options = {"max_steps": 4, "save_steps": 1}
     source = tiny_vlm if stage == "formation" else formed[0]
 
-    def train(out: Path, **more: Any) -> VisMemReport:
+    def train(out: Path, data: Path = questions, **more: Any) -> VisMemReport:
         common: dict[str, Any] = {"rewards": ["test_vismem_train:digits"], "text_only": "keep", **more}
         if stage == "formation":
             config = VisMemConfig(**SIZES)
-            return train_vismem_formation(
-                source, questions, out, vismem=config, settings=formation(**options), **common
-            )
-        return train_vismem_invocation(source, questions, out, settings=invocation(**options), **common)
+            return train_vismem_formation(source, data, out, vismem=config, settings=formation(**options), **common)
+        return train_vismem_invocation(source, data, out, settings=invocation(**options), **common)
 
     unbroken = train(tmp_path / "unbroken")
     out = tmp_path / "killed"
@@ -215,6 +213,12 @@ def test_a_killed_run_resumes_to_the_same_weights(
     options["max_steps"] = 9
     with pytest.raises(OutputError, match="max_steps was 4, now 9"):
         train(out, resume=True)
+    options["max_steps"] = 4
+    others = write_rows(
+        questions.parent / f"{stage}.jsonl", [{**row, "answer": "never"} for row in read_rows(questions)]
+    )
+    with pytest.raises(OutputError, match="digest of the data"):
+        train(out, others, resume=True)
 
 
 def test_data_that_cannot_be_rewarded_are_refused_before_weights_are_read(
