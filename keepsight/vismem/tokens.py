@@ -204,7 +204,7 @@ def find_delimiters(tokenizer: Any, delimiters: list[str]) -> list[int]:
     if not found:
         raise KeepsightError(f"The tokenizer has no token for any of the delimiters {delimiters}.")
     first = tokenizer.encode(delimiters[0], add_special_tokens=False)
-    return sorted(found, key=lambda index: (index != first[-1], index))
+    return sorted(found, key=lambda index: ([index] != first[-1:], index))  # a tokenizer may have nothing for it
 
 
 def decode(processor: Any, sequences: Any, target: Any, show_memory: bool = False, **kwargs: Any) -> list[str]:

@@ -58,6 +58,15 @@ def test_rows_leave_the_base_alone(name, tied, ids):
     assert all(torch.equal(base.state_dict()[k], v) for k, v in start.items())
 
 
+def test_a_tokenizer_without_the_first_delimiter_has_the_others(reference):
+    """A tokenizer of words has nothing for a line break, or makes nothing of it."""
+    _, processor, _ = reference
+    find = keepsight.vismem.tokens.find_delimiters
+    full_stop = processor.tokenizer.convert_tokens_to_ids(".")
+    assert processor.tokenizer.encode("\n", add_special_tokens=False) == []
+    assert find(processor.tokenizer, ["\n", "."]) == [full_stop]
+
+
 def test_loss_equals_the_bases_own():
     """Without the new tokens in it, and with their logits shut, the loss is transformers' own."""
     base = BY_NAME["qwen3_vl"].build()
