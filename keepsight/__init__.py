@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from keepsight import early  # noqa: F401  (first)
 from keepsight.errors import (
     AdapterMismatchError,
     BrokenAdapterError,

@@ -6,7 +6,6 @@ Results go to stdout, everything else to stderr, so that `keepsight generate ...
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 import sys
 import traceback
@@ -130,7 +129,6 @@ def quiet() -> None:
 
     warnings.simplefilter("always", KeepsightWarning)
     warnings.showwarning = lambda message, category, *rest, **more: warn(str(message))
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it wherever it is installed
     import transformers
 
     transformers.logging.set_verbosity_error()
