@@ -24,10 +24,11 @@ from transformers import LogitsProcessorList
 from keepsight.backbone import Backbone
 from keepsight.pvm import scope as pvm_scope
 from keepsight.serve import cache as shared
+from keepsight.serve.choosing import next_tokens
 from keepsight.serve.errors import explain
 from keepsight.serve.latent import LatentMemories
 from keepsight.serve.rows import Job, Row
-from keepsight.serve.sampling import choose, log_probs
+from keepsight.serve.sampling import log_probs
 from keepsight.serve.text import TextStream
 from keepsight.vismem import scope as vismem_scope
 
@@ -115,7 +116,7 @@ class Batch:
         self.constant = {name: model_kwargs[name] for name in ("logits_to_keep",) if name in model_kwargs}
         positions = model_kwargs.get("position_ids")  # [B, T], or [P, B, T] with P rotary dimensions
         if positions is not None:
-            positions = positions[..., 0, -1].clone()
+            positions = positions[..., 0, -1].to("cpu", copy=True)
         latent = None if self.latent is None else self.latent.start(inputs, input_ids)
         ends = generation_config._eos_token_tensor
         processors = LogitsProcessorList([*logits_processor, *job.sampling.processors(input_ids.shape[1])])
@@ -204,7 +205,7 @@ class Batch:
         assert self.logits is not None
         if self.latent is not None:
             self.latent.form(self.rows)
-        chosen = [self._choose_one(row, self.logits[i : i + 1]) for i, row in enumerate(self.rows)]
+        chosen = next_tokens(self.rows, self.logits, self.latent)
         if self.latent is None:
             ids: list[list[int]] = [[token] for token in chosen]
             latents: list[list[Any]] = [[None] for _ in chosen]
@@ -217,20 +218,6 @@ class Batch:
                 except Exception as error:
                     row.error = explain(error)
         return ids, latents
-
-    def _choose_one(self, row: Row, logits: torch.Tensor) -> int:
-        """One row's next token, of logits [1, V]."""
-        try:
-            scores = logits.clone()
-            if self.latent is not None:
-                scores = self.latent.constrained(scores, self.latent.allowed(row))
-            if row.processors:
-                ids = torch.tensor([row.ids], device=scores.device)
-                scores = row.processors(ids if self.latent is None else self.latent.hidden(ids), scores)
-            return choose(scores, row.do_sample, row.generator)
-        except Exception as error:
-            row.error = explain(error)
-            return 0
 
     def _write(self, row: Row, ids: list[int], logits: torch.Tensor) -> None:
         """Send the text of new positions, and find out whether the answer is over."""
@@ -265,13 +252,15 @@ class Batch:
     def _forward(self, ids: list[list[int]], latents: list[list[Any]]) -> None:
         count, before = len(ids[0]), self.length
         device = self.base.device
-        lengths = torch.tensor([len(row.ids) for row in self.rows], device=device)
+        lengths = [len(row.ids) for row in self.rows]
         mask = None
-        if int(lengths.min()) < before:
-            mask = (torch.arange(before + count, device=device) >= before - lengths[:, None]).long()
-        steps = torch.arange(1, count + 1, device=device)
+        if min(lengths) < before:
+            gaps = torch.tensor([[before - length] for length in lengths], device=device)
+            mask = (torch.arange(before + count, device=device) >= gaps).long()
         newest = [row.position for row in self.rows if row.position is not None]
-        positions = torch.stack(newest, -1)[..., None] + steps if newest else None  # [(P,) B, c]
+        positions = None
+        if newest:  # [(P,) B, c]
+            positions = (torch.stack(newest, -1)[..., None] + torch.arange(1, count + 1)).to(device)
         with contextlib.ExitStack() as stack:
             if self.latent is not None:
                 stack.enter_context(self.latent.watching())

@@ -102,8 +102,13 @@ class LatentMemories(MemoryDecoder):
         """Bool [1, 2]: whether the row may invoke each type now."""
         return self._allowed([row.latent], len(row.ids), row.job.prompt_tokens + row.job.sampling.max_tokens)
 
+    @staticmethod
+    def is_inserting(row: Row) -> bool:
+        """Whether the row's next positions are those of a memory that goes in, so that nothing is chosen."""
+        return bool(row.latent.queue)
+
     def constrained(self, logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-        """Logits [1, V] without what cannot be chosen: end tokens, and invocations that are not allowed."""
+        """Logits [B, V] without what cannot be chosen: end tokens, and invocations that are not allowed."""
         return self._constrained(logits, allowed)
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
@@ -115,7 +120,8 @@ class LatentMemories(MemoryDecoder):
         allowed = []
         for row in rows:
             allowed.append(self.allowed(row))
-            row.latent.draws = torch.rand(1, 3, generator=row.generator) if self.policy.name == "random" else None
+            draws = self.policy.name == "random" and not self.is_inserting(row)
+            row.latent.draws = torch.rand(1, 3, generator=row.generator) if draws else None
         ids, latents, _ = self._next([row.latent for row in rows], chosen, torch.cat(allowed), None, 0)
         return ids, latents
 

@@ -116,7 +116,7 @@ class Row:
         job: its request.
         index: which of the request's answers.
         ids: token ids of the prompt and of what has been fed of the answer.
-        position: position of the newest token, [P] for P rotary dimensions; None if the model takes none.
+        position: position of the newest token, [P] for P rotary dimensions, on the CPU; None if the model takes none.
         text: its text.
         processors: transformers' logits processors for this row.
         do_sample: draw, or take the likeliest.
@@ -142,6 +142,7 @@ class Row:
     invocations: list[Invocation] = field(default_factory=list)
     reason: str | None = None
     error: ApiError | None = None
+    _seen: torch.Tensor | None = None
 
     @property
     def room(self) -> int:
@@ -152,6 +153,14 @@ class Row:
     def is_over(self) -> bool:
         """Finished, failed, or nobody waits for it."""
         return self.reason is not None or self.error is not None or self.job.is_cancelled
+
+    def seen(self, device: torch.device) -> torch.Tensor:
+        """Ids [1, T] for logits processors. Kept from step to step, because making them anew takes long for a long
+        prompt."""
+        known = 0 if self._seen is None else self._seen.shape[1]
+        added = torch.tensor([self.ids[known:]], dtype=torch.long, device=device)
+        self._seen = added if self._seen is None else torch.cat([self._seen, added], 1)
+        return self._seen
 
     def write(self, ids: list[int], is_memory: Callable[[int], bool], entry: Callable[[int], Any]) -> None:
         """Send the text of new positions, and find out whether the answer is over.

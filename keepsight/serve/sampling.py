@@ -105,21 +105,27 @@ class Penalties(LogitsProcessor):
         return scores.index_add(1, ids, torch.tensor(minus).to(scores)[None])  # type: ignore[return-value]
 
 
-def choose(scores: torch.Tensor, do_sample: bool, generator: torch.Generator) -> int:
-    """A token id from processed scores [1, V].
+NO_TOKEN = "The model computes NaN, or every token is forbidden."
+
+
+def likeliest(scores: torch.Tensor) -> list[int | None]:
+    """The likeliest token of each row of processed scores [B, V]; None where they hold NaN or forbid every token."""
+    best = scores.max(-1)
+    return [
+        None if math.isnan(value) or value == -math.inf else token
+        for value, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+
+
+def draw(scores: torch.Tensor, generator: torch.Generator) -> int:
+    """A token drawn from processed scores [1, V].
 
     Raises:
         FloatingPointError: if they hold NaN, or forbid every token.
     """
-    if not do_sample:
-        best = scores[0].max(-1)
-        value = float(best.values)
-        if math.isnan(value) or value == -math.inf:
-            raise FloatingPointError("The model computes NaN, or every token is forbidden.")
-        return int(best.indices)
     probabilities = scores[0].float().softmax(-1).cpu()
     if not bool(probabilities.isfinite().all()):
-        raise FloatingPointError("The model computes NaN, or every token is forbidden.")
+        raise FloatingPointError(NO_TOKEN)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 

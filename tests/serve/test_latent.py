@@ -102,3 +102,23 @@ def test_a_memory_that_cannot_be_formed_is_one_requests_error(latent, monkeypatc
     finish(batch)
     assert doomed[1].send.failed is not None
     assert [doomed[i].send.ids() for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]
+
+
+@pytest.mark.parametrize("policy", ["free", "random"])
+def test_a_seed_gives_the_same_answer_in_any_company(policy):
+    """A memory goes in by one step alone, and by many beside rows that write: that must not cost draws."""
+    family = BY_NAME["qwen3_vl"]
+    model = attach(family.build(), max_invocations=3, max_text_states=4, policy=policy, random_probability=0.7)
+    with torch.no_grad():
+        VisMemBranch.of(model).active.rows.invoke_bias.fill_(0.6)
+    VisMemBranch.of(model).config.delimiter_ids = list(range(20, 40))
+    options = {"temperature": 1.2, "seed": 5}
+    expected = [alone(model, job) for job in jobs(family, model, **options)]
+    assert sum(len(one.done[0].invocations) for one in expected) > 3
+    batch, together = Batch(model, Numbers(), True), jobs(family, model, **options)
+    for job in together:
+        batch.join(batch.read(job))
+        report(batch.step())
+    finish(batch)
+    assert [job.send.ids() for job in together] == [one.ids() for one in expected]
+    assert [job.send.done[0].invocations for job in together] == [one.done[0].invocations for one in expected]
