@@ -74,17 +74,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_folders(shape: str, root: Path) -> dict[str, Path]:
-    """Config and processor of the plain model, and the same with a memory. No weights."""
-    import torch
+def describe_model(shape: str) -> tuple[Any, Any]:
+    """Config and processor of the plain model."""
     import transformers
 
-    import keepsight
-    from keepsight.backbone import Backbone
     from keepsight.lab.narration import IMAGE_PAD, TOKEN, VIDEO_PAD, VISION_END, VISION_START
     from keepsight.lab.reference import build_tokenizer
-    from keepsight.serve.vllm.export import describe
-    from keepsight.serve.vllm.names import SERVED
 
     sizes = SHAPES[shape]
     width, vision = sizes["text"]["hidden_size"], dict(sizes["vision"])
@@ -114,9 +109,23 @@ def make_folders(shape: str, root: Path) -> dict[str, Path]:
         tokenizer=build_tokenizer(),
         video_processor=transformers.Qwen3VLVideoProcessor(**geometry),
     )
+    return config, processor
+
+
+def make_folders(shape: str, root: Path) -> dict[str, Path]:
+    """Config and processor of the plain model, and the same with a memory. No weights."""
+    import torch
+    import transformers
+
+    import keepsight
+    from keepsight.backbone import Backbone
+    from keepsight.serve.vllm.export import describe
+    from keepsight.serve.vllm.names import SERVED
+
+    config, processor = describe_model(shape)
     with torch.device("meta"):
         backbone = Backbone.of(transformers.Qwen3VLForConditionalGeneration(config))
-    memory = keepsight.PvmConfig(**sizes["memory"])
+    memory = keepsight.PvmConfig(**SHAPES[shape]["memory"])
     memory.resolve(backbone)
     config.architectures = ["Qwen3VLForConditionalGeneration"]
     plain = config.to_dict()
@@ -180,11 +189,17 @@ def work(folder: str, options: dict[str, Any]) -> None:
 
 
 class Engine:
-    """An engine in a process of its own."""
+    """An engine in a process of its own.
 
-    def __init__(self, folder: Path, options: dict[str, Any]):
+    Args:
+        folder: the model's.
+        options: the worker's.
+        script: the benchmark whose worker it is.
+    """
+
+    def __init__(self, folder: Path, options: dict[str, Any], script: Path = HERE):
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE), "--worker", str(folder), json.dumps(options)],
+            [sys.executable, str(script), "--worker", str(folder), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -200,10 +215,10 @@ class Engine:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def turn(self, batch: int) -> dict[str, float]:
+    def turn(self, batch: int, **more: Any) -> dict[str, Any]:
         """Answer the first `batch` prompts."""
         assert self.process.stdin is not None
-        print(json.dumps({"batch": batch}), file=self.process.stdin, flush=True)
+        print(json.dumps({"batch": batch} | more), file=self.process.stdin, flush=True)
         return json.loads(self._read())
 
     def stop(self) -> None:

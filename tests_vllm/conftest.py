@@ -169,7 +169,7 @@ def serve(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         if done.returncode:
             raise RuntimeError(f"{done.stdout[-4000:]}\n{done.stderr[-40000:]}")
-        return json.loads((tmp_path / "answers.json").read_text())
+        return json.loads((tmp_path / "answers.json").read_text()) | {"log": done.stdout + done.stderr}
 
     return run
 
