@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,16 +13,17 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from keepsight.serve import protocol
+from keepsight.serve.answers import Answer
 from keepsight.serve.engine import Engine
-from keepsight.serve.errors import ApiError, bad
+from keepsight.serve.errors import ApiError, bad, no_route
 from keepsight.serve.fetch import Fetcher
 from keepsight.serve.handover import Events, Turn
 from keepsight.serve.http import EventStream, Gone, Guard, discard_body, error_response, read_body, until_gone
 from keepsight.serve.images import decode_image
+from keepsight.serve.names import TokenNames
 from keepsight.serve.prompts import Prompts
-from keepsight.serve.protocol import ChatRequest
-from keepsight.serve.rows import Finished, Job, Piece
+from keepsight.serve.protocol import ChatRequest, parse
+from keepsight.serve.rows import Job
 from keepsight.serve.sampling import Sampling
 from keepsight.serve.served import Served
 from keepsight.serve.settings import ServeSettings
@@ -47,6 +47,7 @@ class Api:
         limits = settings.limits
         self.engine = engine or Engine(served.model, served.tokenizer, limits.max_batch)
         self.metrics = self.engine.metrics
+        self.names = TokenNames(self.engine.names)
         self.uploads = Uploads(limits)
         fetcher = Fetcher(settings.remote_hosts, limits) if settings.remote_hosts else None
         sources = ImageSources(limits, self.uploads, fetcher, settings.local_folders)
@@ -73,7 +74,7 @@ class Api:
 
         @app.exception_handler(HTTPException)
         async def http_error(request: Request, error: HTTPException) -> Response:
-            return error_response(ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
+            return error_response(no_route(request.method, error))
 
         @app.exception_handler(Gone)
         async def client_gone(request: Request, error: Gone) -> Response:
@@ -127,7 +128,7 @@ class Api:
             body = await read_body(request, self.settings.limits)
             gone = asyncio.create_task(until_gone(request.receive))
             stack.callback(gone.cancel)
-            asked = await self._in_thread(protocol.parse, body)
+            asked = await self._in_thread(parse, body)
             del body
             self._check(asked)
             files = await self._in_thread(self.prompts.collect_images, asked)
@@ -139,12 +140,11 @@ class Api:
             del files
             self.engine.submit(job)
             stack.callback(self.engine.cancel, job)
-            answer = protocol.Answer(f"chatcmpl-{secrets.token_hex(12)}", self.settings.name)
+            answer = Answer(asked, job, self.settings.name, self.names)
             if not asked.stream:
-                return JSONResponse(await self._whole(asked, job, events, answer))
-            # An error before the first token still gets a status of its own.
-            first = await events.next()
-            stream = self._stream(asked, job, events, answer, first)
+                return JSONResponse(await answer.whole(events))
+            first = await events.next()  # an error before it still gets a status of its own
+            stream = answer.stream(events, first)
             return EventStream(stream, self.settings.limits.write_seconds, stack.pop_all().close)
 
     def _check(self, asked: ChatRequest) -> None:
@@ -188,69 +188,6 @@ class Api:
         """Run something in a worker thread. There is one for every request that can be open, so that a remote host that
         does not answer holds up nobody else."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, call, *args)
-
-    async def _whole(self, asked: ChatRequest, job: Job, events: Events, answer: protocol.Answer) -> dict[str, Any]:
-        texts = [""] * asked.n
-        entries: list[list[Any]] = [[] for _ in range(asked.n)]
-        finished: dict[int, Finished] = {}
-        while len(finished) < asked.n:
-            event = await events.next()
-            if isinstance(event, Piece):
-                texts[event.index] += event.text
-                entries[event.index] += event.logprobs
-            else:
-                finished[event.index] = event
-        choices = [
-            {
-                "index": i,
-                "message": {"role": "assistant", "content": texts[i], "refusal": None},
-                "logprobs": self._logprobs(asked, entries[i]),
-                "finish_reason": finished[i].reason,
-                "keepsight": protocol.describe_memory(job.memory, finished[i]),
-            }
-            for i in range(asked.n)
-        ]
-        return answer.whole(choices, protocol.usage(job.prompt_tokens, list(finished.values())))
-
-    async def _stream(
-        self,
-        asked: ChatRequest,
-        job: Job,
-        events: Events,
-        answer: protocol.Answer,
-        event: Piece | Finished,
-    ) -> AsyncGenerator[dict[str, Any], None]:
-        more = {"usage": None} if asked.include_usage else {}
-        finished: list[Finished] = []
-
-        def choice(index: int, delta: dict[str, Any], reason: str | None = None, **extra: Any) -> dict[str, Any]:
-            one = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason} | extra
-            return answer.chunk([one], **more)
-
-        for i in range(asked.n):
-            yield choice(i, {"role": "assistant", "content": "", "refusal": None})
-        try:
-            while True:
-                if isinstance(event, Piece):
-                    logprobs = self._logprobs(asked, event.logprobs)
-                    yield choice(event.index, {"content": event.text}, logprobs=logprobs)
-                else:
-                    finished.append(event)
-                    memory = protocol.describe_memory(job.memory, event)
-                    yield choice(event.index, {}, event.reason, keepsight=memory)
-                if len(finished) == asked.n:
-                    break
-                event = await events.next()
-        except ApiError as error:
-            yield error.body
-            return
-        if asked.include_usage:
-            yield answer.chunk([], usage=protocol.usage(job.prompt_tokens, finished))
-
-    def _logprobs(self, asked: ChatRequest, entries: list[Any]) -> dict[str, Any] | None:
-        if not asked.logprobs:
-            return None
-        return {"content": protocol.logprob_entries(entries, self.engine.names), "refusal": None}
 
     # Models and files
 

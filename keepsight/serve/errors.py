@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
+_ROUTES = ("/v1/chat/completions", "/v1/models", "/v1/files", "/health", "/metrics")
+
 log = logging.getLogger("keepsight.serve")
 
 
@@ -49,6 +53,16 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
 def too_large(message: str, param: str | None = None, code: str = "too_large") -> ApiError:
     """413: a limit on size is exceeded."""
     return ApiError(413, message, param=param, code=code)
+
+
+def no_route(method: str, error: HTTPException) -> ApiError:
+    """A route or a method that there is none of."""
+    message, code = str(error.detail), None
+    if error.status_code == 404:
+        message, code = f"There is nothing here. This server has {', '.join(_ROUTES)}.", "unknown_route"
+    elif error.status_code == 405:
+        message, code = f"{method} is not served here.", "method_not_allowed"
+    return ApiError(error.status_code, message, code=code, headers=dict(error.headers or {}))
 
 
 def explain(error: Exception) -> ApiError:

@@ -22,6 +22,10 @@ from keepsight.serve.images import check_bytes
 from keepsight.serve.settings import Limits
 
 _REDIRECTS = 3
+_NAT64, _UNICAST = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("2000::/3")
+_ISATAP = 0x00005EFE  # the half before the IPv4 address, but for one bit
+#: What `ipaddress` calls global and is not: documentation, 6to4 relays, and a cloud's own services (Azure's).
+_NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("3fff::/20", "192.88.99.0/24", "168.63.129.16/32")))
 _PORTS = {"http": 80, "https": 443}
 
 Resolve = Callable[[str, int], list[str]]
@@ -39,11 +43,14 @@ def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is None and ip in ipaddress.ip_network("64:ff9b::/96"):
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        last = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is None and (ip in _NAT64 or int(ip) >> 32 & 0xFDFFFFFF == _ISATAP):
+            inner = last
         if inner is not None:
             return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast
+        if ip not in _UNICAST:  # all of the public internet; what Python calls global outside of it depends on its age
+            return False
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_PUBLIC)
 
 
 class Fetcher:

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions, as far as they are served here: the request, checked; the answers, built.
+"""OpenAI's chat completions, as far as they are served here: the request, checked.
 
 What is not served is refused with the parameter's name, unless the value given is the one that means "off".
 """
@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from keepsight.serve.errors import ApiError, bad
-from keepsight.serve.rows import Finished, Invocation
 
 _MAX_STOP_LENGTH = 256
 _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -21,6 +19,11 @@ _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
 
 class TextPart(_Strict):
@@ -61,15 +64,27 @@ Part = Annotated[TextPart | ImagePart | FilePart, Field(discriminator="type")]
 
 
 class Message(_Strict):
-    """One turn."""
+    """One turn. An answer's `message` can be sent back as it came."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    parts: list[Part] = Field(alias="content")
+    name: str | None = None  # a label; no template knows it
+    annotations: list[Any] = Field(default_factory=list)
+    tool_calls: list[Any] = Field(default_factory=list)
 
-    @property
-    def parts(self) -> list[Any]:
-        """The content as parts."""
-        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+    @field_validator("annotations", "tool_calls")
+    @classmethod
+    def _none(cls, value: list[Any]) -> list[Any]:
+        if value:
+            raise ValueError("not supported by this server; leave it out")
+        return value
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _text_is_a_part(cls, value: Any) -> Any:
+        if not isinstance(value, (str, list)):
+            raise ValueError("expected text, or a list of parts")
+        return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _images_are_the_users(self) -> Message:
@@ -82,6 +97,7 @@ class StreamOptions(_Strict):
     """How a stream is sent."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class Extension(_Strict):
@@ -199,79 +215,26 @@ def _no_constant(name: str) -> Any:
     raise ValueError(name)
 
 
+#: What pydantic says in words of Python.
+_PLAINER = {
+    "model_type": "expected an object",
+    "model_attributes_type": "expected an object",
+    "union_tag_invalid": "type must be 'text', 'image_url' or 'file'",
+    "union_tag_not_found": "expected an object with a type: 'text', 'image_url' or 'file'",
+    "missing": "this is missing",
+}
+
+
 def _explained(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # Names of alternatives ("text", "list[...]") stand in pydantic's path and not in the client's.
-    path = [str(p) for p in first["loc"] if isinstance(p, int) or (p.isidentifier() and p not in ("str", "file"))]
-    param = ".".join(path) or None
+    place = list(first["loc"])
+    if len(place) > 4 and place[2] == "content":
+        del place[4]  # the kind of a part stands in pydantic's path and not in the client's
+    param = ".".join(map(str, place)) or None
     unknown = first["type"] == "extra_forbidden"
     if unknown:
         message = f"Unknown parameter {param}; this server does not know it."
     else:
-        text = first["msg"].removeprefix("Value error, ")
+        text = _PLAINER.get(first["type"], first["msg"]).removeprefix("Value error, ")
         message = f"{param}: {text[:1].lower()}{text[1:]}." if param else f"{text[:1].upper()}{text[1:]}."
     return bad(message, param, "unknown_parameter" if unknown else "invalid_value")
-
-
-def describe_invocation(invocation: Invocation) -> dict[str, Any]:
-    """One memory, in the extension field."""
-    return {
-        "kind": invocation.kind,
-        "invoked_as": invocation.invoked_as,
-        "text_offset": invocation.text_offset,
-        "latents": invocation.latents,
-        "chosen_by_model": invocation.was_sampled,
-    }
-
-
-def describe_memory(is_on: bool, finished: Finished) -> dict[str, Any]:
-    """The extension field of one choice."""
-    return {
-        "memory": is_on,
-        "memory_tokens": finished.memory_tokens,
-        "invocations": [describe_invocation(i) for i in finished.invocations],
-    }
-
-
-def usage(prompt: int, finished: list[Finished]) -> dict[str, Any]:
-    """Positions read and written. Memories count, as they do towards `max_tokens`."""
-    written = sum(f.tokens for f in finished)
-    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
-
-
-def logprob_entries(entries: list[Any], tokenizer: Any) -> list[dict[str, Any]]:
-    """OpenAI's list of token log-probabilities.
-
-    Args:
-        entries: (id, log-probability, [(id, log-probability) of the likeliest]).
-        tokenizer: names the tokens.
-    """
-
-    def describe(token: int, value: float) -> dict[str, Any]:
-        text = tokenizer.decode([token])
-        # JSON knows no infinity; OpenAI writes -9999.
-        return {"token": text, "logprob": max(value, -9999.0), "bytes": list(text.encode())}
-
-    return [
-        describe(token, value) | {"top_logprobs": [describe(*pair) for pair in top]} for token, value, top in entries
-    ]
-
-
-class Answer:
-    """Builds the objects of one answer.
-
-    Args:
-        name: id of the completion.
-        model: what the model is called.
-    """
-
-    def __init__(self, name: str, model: str):
-        self._head = {"id": name, "created": int(time.time()), "model": model, "system_fingerprint": None}
-
-    def whole(self, choices: list[dict[str, Any]], used: dict[str, Any]) -> dict[str, Any]:
-        """A `chat.completion`."""
-        return self._head | {"object": "chat.completion", "choices": choices, "usage": used}
-
-    def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """A `chat.completion.chunk`."""
-        return self._head | {"object": "chat.completion.chunk", "choices": choices} | more

@@ -50,6 +50,9 @@ def refused(call, *args):
             "ff02::1",
         ),
         *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "192.0.2.1", "198.18.0.1"),
+        # Old and new ways to write an IPv4 address as an IPv6 one; site-local; documentation; segment routing.
+        *("::7f00:1", "::ffff:0:7f00:1", "64:ff9b:1::7f00:1", "2001:4860::5efe:a00:1", "fec0::1", "3fff::1", "5f00::1"),
+        *("2001:4860::200:5efe:a00:1", "192.88.99.1", "168.63.129.16"),
     ],
 )
 def test_addresses_that_are_not_public(address):
@@ -253,7 +256,13 @@ def test_local_paths_are_read_from_allowed_folders_only(folders):
 def test_data_urls():
     sources = ImageSources(LIMITS, Uploads(LIMITS))
     assert sources.read("data:image/png;base64,eHh4", "there") == b"xxx"
-    for url in ("data:image/png;base64,e!", "data:image/png;base64", "data:text/html;base64,eHh4", "data:"):
+    # As browsers read them.
+    for body in ("+/+/eA==", "+/+/eA", "%2B%2F%2b%2feA%3D%3D", "+/+/\neA==\n", " +/+/ eA"):
+        assert sources.read(f"data:image/png;base64,{body}", "there") == b"\xfb\xff\xbfx"
+    assert sources.read("data:image/png,x%00", "there") == b"x\0"
+    for body in ("e!", "eHh4e", "=eA"):
+        assert refused(sources.read, f"data:image/png;base64,{body}") == "invalid_image_url"
+    for url in ("data:image/png;base64", "data:text/html;base64,eHh4", "data:"):
         assert refused(sources.read, url) == "invalid_image_url"
     assert refused(sources.read, "data:image/png;base64," + "eHh4" * 1000) == "image_too_large"
 

@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
+from keepsight.serve.names import TokenNames
 from keepsight.serve.text import TextStream
 from keepsight.shipped import resolve_base
 
@@ -83,3 +84,15 @@ def test_stop_texts(tokenizer, request):
         assert entries == list(range(len(entries)))
         assert shown.startswith(expected.rstrip())
     assert 10 < hits < 60
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_of_tokens_are_those_of_the_text(by_bytes, text):
+    ids = by_bytes.encode(text, add_special_tokens=False)
+    names = TokenNames(by_bytes)
+    assert b"".join(map(names.bytes, ids)).decode() == text
+
+
+def test_bytes_of_a_token_that_has_none(by_words):
+    names = TokenNames(by_words)
+    assert all(names.bytes(i).decode() == names.text(i) for i in range(len(by_words)))
