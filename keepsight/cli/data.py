@@ -79,7 +79,7 @@ def check(
         say("Training stops at samples without an image unless told: --text-only skip or --text-only keep.")
     if found.problems or found.text_only == len(found.rows):
         raise typer.Exit(1)
-    say("Good for training.")
+    say("Good for training with one of these." if found.text_only else "Good for training.")
 
 
 data_app.command("check")(check)

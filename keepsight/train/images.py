@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import warnings
 from pathlib import Path
@@ -18,7 +20,8 @@ def open_image(source: Any, folder: Path | None = None) -> Any:
     """Read an image completely.
 
     Args:
-        source: a path; bytes of an image file; a PIL image; or {"path": ..., "bytes": ...} as `datasets` stores them.
+        source: a path; bytes of an image file, also in base64, with `data:image/png;base64,` before them or without; a
+            PIL image; or {"path": ..., "bytes": ...} as `datasets` stores them.
         folder: what a relative path is relative to; default: the working directory.
 
     Returns:
@@ -33,6 +36,8 @@ def open_image(source: Any, folder: Path | None = None) -> Any:
         return source.convert("RGB")
     if isinstance(source, dict) and (source.get("bytes") or source.get("path")):
         source = source.get("bytes") or source["path"]
+    if is_base64(source):
+        source = _decoded(source)
     if isinstance(source, bytes):
         name, content = f"these {len(source)} bytes", io.BytesIO(source)
     elif isinstance(source, (str, Path)):
@@ -60,6 +65,19 @@ def open_image(source: Any, folder: Path | None = None) -> Any:
         raise ImageError(f"{name}: the image is damaged or cut off ({error}). Copy or export it again.") from error
 
 
+def is_base64(source: Any) -> bool:
+    """Whether this is an image as text: a data address, or how PNG, JPEG, GIF and WebP begin in base64."""
+    begins = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
+    return isinstance(source, str) and (source.startswith("data:") or (len(source) > 64 and source.startswith(begins)))
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.rpartition("base64,")[2].split()), validate=True)
+    except binascii.Error as error:
+        raise ImageError(f"the text {text[:32]}... is not an image in base64 ({error}).") from error
+
+
 def find_image(source: str | Path, folder: Path | None = None) -> Path:
     """The existing, readable file that `source` names.
 
@@ -71,7 +89,11 @@ def find_image(source: str | Path, folder: Path | None = None) -> Path:
     path = Path(source).expanduser()
     if folder is not None and not path.is_absolute():
         path = folder / path
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:  # a name that no file can have
+        raise ImageError(f"{str(path)[:64]}...: no such image file ({error.strerror}).") from error
+    if not there:
         raise ImageError(f"{path}: no such image file.")
     if path.is_dir():
         raise ImageError(f"{path} is a folder; give the image file itself.")

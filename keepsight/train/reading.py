@@ -69,6 +69,10 @@ def _read_folder(folder: Path, split: str, name: str) -> Source:
         datasets = import_datasets()
         try:
             return _from_datasets(name, datasets.load_from_disk(str(folder)), split, folder)
+        except KeepsightError:
+            raise
+        except IndexError as error:  # `datasets` writes no file where there are no rows, and then misses it
+            raise DataError(f"{name} is empty: it holds no samples.") from error
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{name}: a dataset folder that cannot be read ({_short(error)}).") from error
     found = [path for suffix in _FILES for path in [folder / f"metadata{suffix}"] if path.is_file()]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from keepsight.train.conversations import DataError, normalise_messages
-from keepsight.train.images import ImageError, find_image, open_image
+from keepsight.train.images import ImageError, find_image, is_base64, open_image
 from keepsight.train.reading import Source, import_datasets
 
 Kind = Literal["chat", "prompt"]
@@ -139,7 +139,7 @@ def check_images(sample: dict[str, Any], folder: Path | None, decode: bool) -> N
         try:
             if isinstance(item, dict) and not item.get("bytes") and item.get("path"):
                 item = item["path"]
-            if isinstance(item, (str, Path)):
+            if isinstance(item, (str, Path)) and not is_base64(item):
                 item = str(find_image(item, folder).resolve())
             if decode:
                 open_image(item)
@@ -164,7 +164,7 @@ def as_row(sample: dict[str, Any], row: int) -> dict[str, Any]:
     """
     cells = [
         {"path": item, "row": None, "index": None}
-        if isinstance(item, str)
+        if isinstance(item, str) and not is_base64(item)
         else {"path": None, "row": row, "index": index}
         for index, item in enumerate(sample["images"])
     ]

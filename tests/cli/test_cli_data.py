@@ -32,7 +32,7 @@ def test_good_data(data: Path, tiny_vlm: Path) -> None:
         "1 with 0",
         "5.6%",
         "1 equal an earlier sample",
-        "Good for training",
+        "Good for training with one of these",
     ):
         assert told in result.output, told
     assert "within the 100" in result.output

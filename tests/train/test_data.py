@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import shutil
@@ -65,13 +66,21 @@ def as_json_list(data: Path, folder: Path) -> Path:
     return path
 
 
+def as_base64(data: Path, folder: Path) -> Path:
+    rows = read_rows(data)
+    for index, row in enumerate(rows):
+        text = base64.b64encode((data.parent / row["images"][0]).read_bytes()).decode()
+        row["images"] = [[text, f"data:image/png;base64,{text}", {"bytes": text, "path": None}][index % 3]]
+    return write_rows(folder / "rows.jsonl", rows)
+
+
 def as_folder_with_one_file(data: Path, folder: Path) -> Path:
     return data.parent
 
 
 @pytest.mark.parametrize(
     "convert",
-    [as_parquet, as_saved_dataset, as_image_folder, as_csv, as_json_list, as_folder_with_one_file],
+    [as_parquet, as_saved_dataset, as_image_folder, as_csv, as_json_list, as_base64, as_folder_with_one_file],
     ids=lambda f: f.__name__,
 )
 def test_every_source_gives_the_same_samples(convert: Any, data: Path, tmp_path: Path) -> None:
@@ -251,6 +260,20 @@ def test_empty_files(content: str, tmp_path: Path) -> None:
         checked(path)
 
 
+def test_an_empty_saved_dataset(data: Path, tmp_path: Path) -> None:
+    datasets.Dataset.from_list(read_rows(data)).select([]).save_to_disk(str(tmp_path / "none"))
+    with pytest.raises(DataError, match="none is empty: it holds no samples"):
+        checked(tmp_path / "none")
+
+
+@pytest.mark.parametrize("text", ["data:image/png;base64," + "A?" * 4000, "iVBORw0KGgo" + "A" * 4001, "x" * 4000])
+def test_a_long_text_that_is_no_image_is_named_shortly(text: str, data: Path) -> None:
+    write_rows(data, [row | {"images": [text]} for row in read_rows(data)[:1]])
+    with pytest.raises(DataError, match=r"line 1, images\[0\]: .*") as error:
+        checked(data)
+    assert len(str(error.value)) < 300
+
+
 def test_half_a_json_file(data: Path) -> None:
     data.write_text(data.read_text()[:-30])
     with pytest.raises(DataError, match=r"line 16: not valid JSON .* The file seems to be cut off here"):
@@ -277,7 +300,7 @@ def test_a_folder_without_data(tmp_path: Path) -> None:
 
 def test_a_split_that_is_not_there(data: Path, tmp_path: Path) -> None:
     saved = as_saved_dataset(data, tmp_path)
-    with pytest.raises(DataError, match=r"no split 'validation'\. It has: train"):
+    with pytest.raises(DataError, match=r"^\S+ has no split 'validation'\. It has: train\.$"):
         load_dataset_any(saved, "validation")
 
 
