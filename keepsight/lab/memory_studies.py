@@ -13,7 +13,7 @@ from typing import Any
 from keepsight.lab.study import Claim, Column, Plot, Row, Study
 from keepsight.lab.study_results import Interval, Results, Verdict, judged
 from keepsight.lab.task_cells import cross_cell
-from keepsight.lab.transfer_studies import MEMORY, READING, training_of, unknown
+from keepsight.lab.transfer_studies import FAR, MEMORY, READING, training_of, unknown
 
 SIZES = (4, 8, 16, 32)
 """Latents of a long-term memory."""
@@ -33,7 +33,7 @@ def _compresses(results: Results) -> Verdict:
     pooled = {str(n): results.difference(f"long_{n}", f"pooled_{n}", "pair") for n in FEW}
     return unknown(results, ("pair",)) or judged(
         any(part[str(n)].low > 0 and pooled[str(n)].low > 0 for n in FEW),
-        f"At 1,024 tokens, by number of latents, a trained memory minus as many of the 32 visual embeddings: "
+        f"At {FAR:,} tokens, by number of latents, a trained memory minus as many of the 32 visual embeddings: "
         f"{_words(part)}; minus as many averages of neighbouring ones: {_words(pooled)}. (Holds if any size is ahead "
         "of both.)",
     )
@@ -44,7 +44,7 @@ def _longer(results: Results) -> Verdict:
     whole = results.difference("long_32", "insert", "pair")
     return unknown(results, ("pair",)) or judged(
         all(gap.mean > 0 for gap in steps.values()),
-        f"N_l at 1,024 tokens: {_words(steps)} (holds if all means rise). 32 latents minus all 32 embeddings again: "
+        f"N_l at {FAR:,} tokens: {_words(steps)} (holds if all means rise). 32 latents minus all 32 embeddings again: "
         f"{whole.points()}.",
     )
 
@@ -71,7 +71,7 @@ COMPRESS = Study(
             for n in SIZES
         ),
     ),
-    columns=(Column("pair", "pair at 1,024"), Column("pair_near", "pair at 48")),
+    columns=(Column("pair", f"pair at {FAR:,}"), Column("pair_near", "pair at 48")),
     claims=(
         Claim(
             "A memory compresses: it holds more of the images than as many visual embeddings, picked or averaged.",
@@ -104,7 +104,7 @@ def _types(results: Results) -> Verdict:
     told = "; ".join(f"{task}: {_words(found)}" for task, found in gains.items())
     base = {task: results.at("base", task) for task in gains}
     word = (
-        f"At 1,024 tokens the base has {base['read'].percent()} of what only pixels hold (`read`) and "
+        f"At {FAR:,} tokens the base has {base['read'].percent()} of what only pixels hold (`read`) and "
         f"{base['recall'].percent()} of what only the text holds (`recall`). Over the base, {told}. Short minus long "
         f"({best}) on `read`: {sees.points()}; long minus short on `recall`: {recalls.points()}."
     )
@@ -136,9 +136,9 @@ TOLD = Study(
     setting=(
         "`read` asks for a digit of the image. `recall` asks for one of eight digits that the first 32 tokens of the "
         "text have noted and that no pixel holds. One memory (or one of each type) is formed just before the "
-        "questions, some 970 words later; each is trained on both tasks (warm start and stage I, as in the studies on "
-        "transfer). The long memory is formed from the latest 8 text states (ours), or from all of them, trained so as "
-        "well (as published). Bounds: what is needed, put in again before the questions."
+        "questions, hundreds of words later; each is trained on both tasks (warm start and stage I, as in the studies "
+        "on transfer). The long memory is formed from the latest 8 text states (ours), or from all of them, trained "
+        "so as well (as published). Bounds: what is needed, put in again before the questions."
     ),
     cell=cross_cell,
     rows=(
@@ -159,8 +159,8 @@ TOLD = Study(
         Row("notes", "the words of the notes again", _insert("notes", 16)),
     ),
     columns=(
-        Column("read", "read at 1,024"),
-        Column("recall", "recall at 1,024"),
+        Column("read", f"read at {FAR:,}"),
+        Column("recall", f"recall at {FAR:,}"),
         Column("read_near", "read at 48"),
         Column("recall_near", "recall at 48"),
     ),

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,11 @@ class TaskPretrainConfig:
             every task is known.
         dense_tokens, dense_rows: of a batch of the dense stage.
         short_tokens, short_rows: of a batch of short narrations.
+        long_every: every so many steps of the dense and of the short stage, the word before is also told in long texts,
+            in which no answer is trained.
+        long_tokens, long_rows: of such texts.
         matrix_lr, lr: peak learning rates of Muon and of AdamW.
-        word_before: weight of telling the word before, in the dense stage.
+        word_before: weight of telling the word before.
         max_jump: largest single jump of the position ids.
         tasks: what the base is to know.
     """
@@ -84,7 +87,10 @@ class TaskPretrainConfig:
     dense_tokens: int = 96
     dense_rows: int = 16
     short_tokens: int = 48
-    short_rows: int = 20
+    short_rows: int = 16
+    long_every: tuple[int, int] = (4, 2)
+    long_tokens: int = 1024
+    long_rows: int = 2
     matrix_lr: float = 0.015
     lr: float = 2e-3
     word_before: float = 0.5
@@ -153,9 +159,12 @@ def pretrain_tasks(out: Path, config: TaskPretrainConfig, progress: Progress = l
     with one_thread():
         _align(model, processor, config, rng, progress)
         model.model.visual.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            before = _WordBefore(model.config.text_config.hidden_size)
         diet = Diet(config.tasks)
-        dense = _dense(model, processor, config, diet, rng, progress)
-        _short(model, processor, config, diet, rng, progress)
+        dense = _dense(processor, _Stepper(model, config, diet, before), config, rng, progress)
+        _short(processor, _Stepper(model, config, diet, before), config, rng, progress)
         save_reference(model.eval(), out, processor)
         model, processor = load_reference(out)
         short = {name: task_accuracy(model, processor, name, 40, 64, config.seed) for name in config.tasks}
@@ -208,77 +217,76 @@ class _WordBefore(torch.nn.Module):
         return F.cross_entropy(told.transpose(1, 2), batch.input_ids[:, batch.start : -1])
 
 
-def _stepper(
-    model: Any, config: TaskPretrainConfig, diet: Diet, before: _WordBefore | None
-) -> Callable[[TaskBatch, float, float, torch.Tensor | None], None]:
-    """The returned function makes one optimiser step: `step(batch, pace, text_weight, position_ids)`."""
-    decoder = model.model.language_model
-    words = decoder.embed_tokens.weight
-    trained = [p for p in model.parameters() if p.requires_grad] + (list(before.parameters()) if before else [])
-    matrices = [p for p in trained if p.ndim == 2 and p is not words]
-    kept = {id(p) for p in matrices}
-    muon = torch.optim.Muon(matrices, lr=config.matrix_lr, weight_decay=0.0)
-    adam = torch.optim.AdamW(
-        [p for p in trained if id(p) not in kept], lr=config.lr, weight_decay=0.0, betas=(0.9, 0.99)
-    )
+class _Stepper:
+    """Optimiser steps over what is trainable of a model, and over what tells the word before."""
 
-    def step(batch: TaskBatch, pace: float, text_weight: float, position_ids: torch.Tensor | None) -> None:
-        set_lr(muon, config.matrix_lr * pace)
-        set_lr(adam, config.lr * pace)
-        output = model(
-            **batch.model_inputs(), position_ids=position_ids, use_cache=False, output_hidden_states=before is not None
-        )
-        diet.taste(batch, output.logits.detach())
+    def __init__(self, model: Any, config: TaskPretrainConfig, diet: Diet, before: _WordBefore):
+        self.model, self.config, self.diet, self.before = model, config, diet, before
+        self.words = model.model.language_model.embed_tokens.weight
+        self.trained = [*(p for p in model.parameters() if p.requires_grad), *before.parameters()]
+        matrices = [p for p in self.trained if p.ndim == 2 and p is not self.words]
+        kept = {id(p) for p in matrices}
+        others = [p for p in self.trained if id(p) not in kept]
+        self.muon = torch.optim.Muon(matrices, lr=config.matrix_lr, weight_decay=0.0)
+        self.adam = torch.optim.AdamW(others, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.99))
+
+    def step(self, batch: TaskBatch, pace: float, text_weight: float, position_ids: torch.Tensor | None = None) -> None:
+        """One step on the answers, all words by `text_weight`, and the word before."""
+        output = self._forward(batch, position_ids)
+        self.diet.taste(batch, output.logits.detach())
         loss, _ = narration_loss(output.logits, batch, text_weight)
-        if before is not None:
-            loss = loss + config.word_before * before.loss(output.hidden_states[2], words, batch)
+        self._update(loss + self._told(output, batch), pace)
+
+    def step_on_long_text(self, processor: Any, rng: np.random.Generator, pace: float) -> None:
+        """One step on the word before alone, in texts whose answers do not count."""
+        facts = self.diet.draw(rng, self.config.long_tokens, self.config.long_tokens // 16)
+        batch = make_batch(processor, facts, self.config.long_rows, "train", rng)
+        self._update(self._told(self._forward(batch, None), batch), pace)
+
+    def _forward(self, batch: TaskBatch, position_ids: torch.Tensor | None) -> Any:
+        return self.model(**batch.model_inputs(), position_ids=position_ids, use_cache=False, output_hidden_states=True)
+
+    def _told(self, output: Any, batch: TaskBatch) -> torch.Tensor:
+        return self.config.word_before * self.before.loss(output.hidden_states[2], self.words, batch)
+
+    def _update(self, loss: torch.Tensor, pace: float) -> None:
+        set_lr(self.muon, self.config.matrix_lr * pace)
+        set_lr(self.adam, self.config.lr * pace)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for optimizer in (muon, adam):
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        for optimizer in (self.muon, self.adam):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    return step
-
 
 def _dense(
-    model: Any,
-    processor: Any,
-    config: TaskPretrainConfig,
-    diet: Diet,
-    rng: np.random.Generator,
-    progress: Progress,
+    processor: Any, stepper: _Stepper, config: TaskPretrainConfig, rng: np.random.Generator, progress: Progress
 ) -> int:
     """Returns the number of steps that it took until every task was known."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        before = _WordBefore(model.config.text_config.hidden_size)
-    step_on = _stepper(model, config, diet, before)
     for step in range(config.dense_steps):
-        batch = make_batch(processor, diet.draw(rng, config.dense_tokens, 0), config.dense_rows, "train", rng)
-        step_on(batch, min(1.0, (step + 1) / 50), 0.05, None)
+        if step % config.long_every[0] == 0:
+            stepper.step_on_long_text(processor, rng, min(1.0, (step + 1) / 50))
+        facts = stepper.diet.draw(rng, config.dense_tokens, 0)
+        stepper.step(make_batch(processor, facts, config.dense_rows, "train", rng), min(1.0, (step + 1) / 50), 0.05)
         progress("dense", step + 1, config.dense_steps)
-        if min(diet.accuracy.values()) > KNOWN:
+        if min(stepper.diet.accuracy.values()) > KNOWN:
             return step + 1
     return config.dense_steps
 
 
 def _short(
-    model: Any,
-    processor: Any,
-    config: TaskPretrainConfig,
-    diet: Diet,
-    rng: np.random.Generator,
-    progress: Progress,
+    processor: Any, stepper: _Stepper, config: TaskPretrainConfig, rng: np.random.Generator, progress: Progress
 ) -> None:
-    step_on = _stepper(model, config, diet, None)
     for step in range(config.short_steps):
-        batch = make_batch(processor, diet.draw(rng, config.short_tokens, 4), config.short_rows, "train", rng)
+        pace = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / config.short_steps))
+        if step % config.long_every[1] == 0:
+            stepper.step_on_long_text(processor, rng, pace)
+        facts = stepper.diet.draw(rng, config.short_tokens, 4)
+        batch = make_batch(processor, facts, config.short_rows, "train", rng)
         positions = None
         if config.max_jump and rng.random() < 0.8:
-            positions = jumping_positions(model, batch, rng, config.max_jump)
-        pace = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / config.short_steps))
-        step_on(batch, min(1.0, (step + 1) / 20) * pace, 0.2, positions)
+            positions = jumping_positions(stepper.model, batch, rng, config.max_jump)
+        stepper.step(batch, pace, 0.2, positions)
         progress("short", step + 1, config.short_steps)
 
 

@@ -1,7 +1,7 @@
 """Cross-domain and continual learning: what a memory, LoRA and full fine-tuning carry over to tasks they did not see.
 
 On bases that know several tasks of `keepsight.lab.tasks` in short narrations; training shows PVM, LoRA and full
-fine-tuning narrations of at most about 250 tokens, and tests ask at 1,024.
+fine-tuning narrations of at most about 250 tokens, and tests ask at `FAR`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ STAGES = ("read", "colour", "pair", "recall")
 """Continual learning: what each of the four stages trains on."""
 METHODS = ("pvm", "vismem", "lora", "sft")
 LABELS = METHOD_LABELS | {"vismem": "VisMem, long (warm start + stage I)"}
+FAR = 1024
+"""Generated tokens at which is asked: where the bases fail at every task, and do not where filler is hidden."""
 READING: dict[str, Any] = {
     "near": 48,
-    "far": 1024,
+    "far": FAR,
     "rows": 32,
     "split": "test",
     "base": {"tasks": list(LEARNT)},
@@ -62,8 +64,9 @@ def _carries_over(method: str) -> Any:
         beside = ", ".join(f"{LABELS[m]} {gap.points()}" for m, gap in rivals.items())
         return unknown(results, OTHERS) or judged(
             mean.low > 0,
-            f"Trained on perception only, over the base on the other tasks at 1,024 tokens: {mean.points()} ({words}); "
-            f"against the same trained on all: {loss.points()}. Others, trained on perception only, over the base: "
+            f"Trained on perception only, over the base on the other tasks at {FAR:,} tokens: {mean.points()} "
+            f"({words}); against the same trained on all: {loss.points()}. Others, trained on perception only, over "
+            "the base: "
             f"{beside}.",
         )
 
@@ -76,13 +79,13 @@ CROSS = Study(
     title="Cross-domain: trained on perception, tested on all",
     setting=(
         "Bases that know five tasks in short narrations (mean at 48 tokens). Each method trains either on perception "
-        "only (`read` a digit, name its `colour`) or on all, and is asked each task at 1,024 tokens. `path` asks for "
-        "running sums along a path; `pair` shows two images told apart by their paper; `recall` asks what only the "
-        "text has said, where a memory of the image cannot help. PVM, LoRA and SFT: 240 steps on narrations of at most "
-        "about 250 tokens, learning rates as tuned for plain reading. VisMem: one long memory of 32 latents formed "
-        "just before the questions, 200 steps of warm start (ours) and 60 of stage I, on narrations of 200 to 600 "
-        "tokens. The lab's other tasks (`locate`, `count`, `rows`) are left out: a base of this size does not learn "
-        "them within minutes, and what a base cannot do in short outputs no memory can bring back in long ones."
+        f"only (`read` a digit, name its `colour`) or on all, and is asked each task at {FAR:,} tokens. `path` asks "
+        "for running sums along a path; `pair` shows two images told apart by their paper; `recall` asks what only "
+        "the text has said, where a memory of the image cannot help. PVM, LoRA and SFT: 240 steps on narrations of at "
+        "most about 250 tokens, learning rates as tuned for plain reading. VisMem: one long memory of 32 latents "
+        "formed just before the questions, 200 steps of warm start (ours) and 60 of stage I, on narrations of 200 to "
+        "600 tokens. The lab's other tasks (`locate`, `count`, `rows`) are left out: a base of this size does not "
+        "learn them within minutes, and what a base cannot do in short outputs no memory can bring back in long ones."
     ),
     cell=cross_cell,
     rows=(
@@ -133,7 +136,7 @@ def _forgets_less(method: str) -> Any:
         less = ", ".join(f"{gap.points()} more by {LABELS[m]}" for m, gap in kept.items())
         return judged(
             all(ahead[m].low > 0 for m in ("lora", "sft")),
-            f"On the first stage's task after the last stage, at 1,024 tokens: {words}. Lost from the first stage to "
+            f"On the first stage's task after the last stage, at {FAR:,} tokens: {words}. Lost from the first stage to "
             f"the last: {lost}; forgotten {less}.",
         )
 
@@ -146,7 +149,7 @@ CONTINUAL = Study(
     title="Continual learning over four stages",
     setting=(
         f"Four stages of training, one after the other and without replay: {', '.join(STAGES)}. After each, the first "
-        "stage's task is asked at 1,024 tokens, and the stage's own. For PVM, LoRA and SFT a stage is 120 steps, of "
+        f"stage's task is asked at {FAR:,} tokens, and the stage's own. For PVM, LoRA and SFT a stage is 120 steps, of "
         "which the first 60 are short narrations, blindfolded for PVM. For VisMem it is 30 steps of stage I behind a "
         "warm start of 150 steps in the first stage and of 40 in the others. Bases as in the study before."
     ),
