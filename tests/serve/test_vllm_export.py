@@ -15,11 +15,13 @@ from transformers import AutoConfig, AutoProcessor
 from typer.testing import CliRunner
 
 import keepsight
+from keepsight.adapters import inspect_adapter
 from keepsight.cli import app
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.serve.vllm import check
 from keepsight.serve.vllm import export as exporting
 from keepsight.serve.vllm.export import ExportError, export_vllm
+from keepsight.serve.vllm.latent_folder import write_model
 from keepsight.shipped import reference_path
 
 MEMORY, INDEX = "keepsight_memory.safetensors", "model.safetensors.index.json"
@@ -179,3 +181,37 @@ def test_the_plugin_leaves_an_environment_without_vllm_alone(monkeypatch: pytest
     monkeypatch.setattr(check, "installed_version", lambda: None)
     monkeypatch.setitem(sys.modules, "vllm", None)
     register()
+
+
+def test_the_folder_of_a_vismem_holds_the_base_and_four_rows(tmp_path: Path) -> None:
+    """vLLM loads it where `keepsight serve --engine vllm` lets it write."""
+    adapter = inspect_adapter(saved(tmp_path / "adapter", keepsight.VisMemConfig()))
+    vocabulary = write_model("keepsight/reference", adapter, tmp_path / "out")
+    plain = json.loads((reference_path() / "config.json").read_text())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["KeepsightLatentQwen3VLForConditionalGeneration"]
+    assert vocabulary == plain["text_config"]["vocab_size"] == config["text_config"]["vocab_size"] - 4
+    assert config["keepsight_vismem"]["vocabulary"] == vocabulary
+    theirs = load_file(adapter.path / "adapter_model.safetensors")
+    rows = {name: tensor for name, tensor in theirs.items() if ".rows." in name}
+    ours = load_file(tmp_path / "out" / "keepsight_tokens.safetensors")
+    assert len(ours) == len(rows) > 3
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, next(t for n, t in rows.items() if n.endswith(name.removeprefix("memory_rows"))))
+
+
+def test_serving_with_vllm_says_what_is_missing(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vismem = saved(tmp_path / "vismem", keepsight.VisMemConfig())
+
+    def told(*arguments: str) -> str:
+        done = CliRunner().invoke(app, ["serve", *arguments, "--engine", "vllm"], env={"TERM": "dumb"})
+        assert done.exit_code == 1
+        return " ".join(done.output.split())
+
+    monkeypatch.setattr(check, "installed_version", lambda: None)
+    assert "vLLM is not installed" in told(str(vismem))
+    monkeypatch.setattr(check, "installed_version", lambda: "0.32.0")
+    assert "serves one VisMem and nothing beside it; given: PVM" in told(str(adapter))
+    assert "given: VISMEM, PVM" in told(str(vismem), "-a", str(adapter))
+    assert "is no JSON" in told(str(vismem), "--engine-args", "{half")
+    assert "expected an object" in told(str(vismem), "--engine-args", "[1]")
