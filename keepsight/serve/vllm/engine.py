@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -93,6 +94,7 @@ class VllmEngine(Engine):
         return stopped
 
     def _read(self, job: Job) -> None:
+        self._batches = [self._batch]  # type: ignore[list-item]
         try:
             self._batch.begin(job)
         except Exception as error:
@@ -101,4 +103,8 @@ class VllmEngine(Engine):
             job.forget()
             return
         self.metrics.prompt_tokens.inc(job.prompt_tokens)
-        self._batches = [self._batch]  # type: ignore[list-item]
+
+    def _drop(self, batch: Any, error: Exception) -> None:
+        super()._drop(batch, error)
+        with contextlib.suppress(Exception):  # vLLM may be what has failed
+            self._batch.leave()

@@ -224,7 +224,7 @@ class VllmBatch:
         Returns:
             The rows that left: finished, failed, or cancelled.
         """
-        gone = self._sweep()
+        gone = self.leave()
         if not self.answers:
             return gone
         by_name = {answer.request: answer for answer in self.answers}
@@ -239,7 +239,7 @@ class VllmBatch:
         for answer in waiting:
             if not answer.row.is_over:
                 self._guarded(answer, self._insert)
-        return gone + self._sweep()
+        return gone + self.leave()
 
     @staticmethod
     def _guarded(answer: Answer, call: Any, *args: Any) -> None:
@@ -286,12 +286,12 @@ class VllmBatch:
             self.llm.abort_request([answer.request])
             answer.request = None
 
-    def _sweep(self) -> list[Row]:
+    def leave(self) -> list[Row]:
         """Let the answers leave that are over."""
         over = [answer for answer in self.answers if answer.row.is_over]
+        self.answers = [answer for answer in self.answers if not answer.row.is_over]
         for answer in over:
             self._abort(answer)
-        self.answers = [answer for answer in self.answers if not answer.row.is_over]
         return [answer.row for answer in over]
 
     # The memory's side
