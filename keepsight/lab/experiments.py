@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 
 from keepsight.backbone import Backbone
 from keepsight.lab.narration import FACT_LENGTH, Narrations, make_narrations
@@ -33,6 +33,7 @@ from keepsight.pvm.hooks import MEMORY
 from keepsight.pvm.memory import VisualMemory
 from keepsight.pvm.module import PvmBlock
 from keepsight.train.blindfold import blindfold
+from keepsight.train.learner import matched_lora
 
 Progress = Callable[[int, int], None]
 """Called as `progress(done, total)` after every optimiser step."""
@@ -120,7 +121,8 @@ def attach(model: Any, method: str, plan: TrainPlan, seed: int) -> Any:
                 retrieve_hidden_states(wrapped, plan.layers)
             return wrapped
         if method in ("lora", "lora_long"):
-            return get_peft_model(model, lora_config(model, pvm_size(model, plan), plan.lora_targets))
+            lora, _ = matched_lora(Backbone.of(model), pvm_size(model, plan), plan.lora_targets)
+            return get_peft_model(model, lora)
     if method == "sft":
         model.requires_grad_(False)
         model.model.language_model.requires_grad_(True)
@@ -152,30 +154,6 @@ def pvm_size(model: Any, plan: TrainPlan) -> int:
     config.resolve(Backbone.of(model))
     with torch.device("meta"):
         return len(plan.layers) * sum(p.numel() for p in PvmBlock(config.block_shape).parameters())
-
-
-def lora_config(model: Any, budget: int, targets: tuple[str, ...]) -> LoraConfig:
-    """LoRA on the decoder's linear maps, of as many parameters as fit in `budget`.
-
-    The common rank is the largest that fits; single maps get one rank more while that brings the count closer to the
-    budget.
-    """
-    backbone = Backbone.of(model)
-    cost = {
-        f"{backbone.decoder_path}.layers.{i}.{name}": module.in_features + module.out_features
-        for i, layer in enumerate(backbone.layers)
-        for name, module in layer.named_modules()
-        if name.rpartition(".")[2] in targets and isinstance(module, torch.nn.Linear)
-    }
-    rank = budget // sum(cost.values())
-    spare = budget - rank * sum(cost.values())
-    more: dict[str, int] = {}
-    for name, each in cost.items():
-        if each <= spare:
-            more[name] = rank + 1
-            spare -= each
-    alphas = {name: 2 * r for name, r in more.items()}
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(cost), rank_pattern=more, alpha_pattern=alphas)
 
 
 def training_batch(processor: Any, plan: TrainPlan, step: int, rng: np.random.Generator) -> Narrations:

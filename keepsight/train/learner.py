@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -155,24 +156,31 @@ class Learner:
         return self, policy
 
 
-def lora_targets(backbone: Backbone) -> dict[str, int]:
-    """Every linear map of the decoder's layers -> parameters that one rank of LoRA adds to it."""
+def lora_targets(backbone: Backbone, names: Collection[str] | None = None) -> dict[str, int]:
+    """Linear maps of the decoder's layers -> parameters that one rank of LoRA adds to each.
+
+    Args:
+        backbone: the base; its meta tensors will do.
+        names: last parts of the maps' names, such as ("q_proj", "v_proj"); None for all maps.
+    """
     return {
         f"{backbone.decoder_path}.layers.{index}.{name}": module.in_features + module.out_features
         for index, layer in enumerate(backbone.layers)
         for name, module in layer.named_modules()
         if isinstance(module, torch.nn.Linear) and BRANCH not in name and "router" not in name
+        if names is None or name.rpartition(".")[2] in names
     }
 
 
-def matched_lora(backbone: Backbone, parameters: int) -> tuple[LoraConfig, int]:
-    """A LoRA on all linear maps of the decoder with as nearly as possible so many parameters.
+def matched_lora(backbone: Backbone, parameters: int, names: Collection[str] | None = None) -> tuple[LoraConfig, int]:
+    """A LoRA on the decoder's linear maps with as nearly as possible so many parameters.
 
     The common rank is the largest that fits; single maps get one rank more while that fits as well.
 
     Args:
         backbone: the base; its meta tensors will do.
         parameters: how many to match.
+        names: of the maps, as in `lora_targets`; None for all.
 
     Returns:
         (the LoRA, how many parameters it has).
@@ -180,7 +188,7 @@ def matched_lora(backbone: Backbone, parameters: int) -> tuple[LoraConfig, int]:
     Raises:
         KeepsightError: if not even the smallest LoRA has so few.
     """
-    cost = lora_targets(backbone)
+    cost = lora_targets(backbone, names)
     rank = parameters // sum(cost.values())
     chosen = {name: rank for name in cost if rank}
     spare = parameters - rank * sum(cost.values())
