@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import secrets
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +36,10 @@ from keepsight.vismem.tokens import TYPES
 
 #: Stands for the states of text that nobody has read yet: the policy asks only whether there is any.
 _UNREAD = torch.empty(0, 0)
+
+
+#: vLLM's own limit, and OpenAI's.
+_MOST_LOGPROBS = 20
 
 
 @dataclass(eq=False)
@@ -189,7 +194,7 @@ class VllmBatch:
             top_k=(config.top_k or 0) if row.do_sample else 0,
             seed=seed if row.do_sample else None,
             logit_bias=sampling.logit_bias or None,
-            logprobs=sampling.logprobs,
+            logprobs=None if sampling.logprobs is None else _MOST_LOGPROBS,
             stop_token_ids=stops,
             ignore_eos=True,
             detokenize=False,
@@ -275,11 +280,16 @@ class VllmBatch:
         row.ids += ids
 
     def _entry(self, token: int, told: Any, row: Row) -> Any:
-        """Log-probabilities as the protocol wants them: (id, its own, [(id, of the likeliest)])."""
-        named = [(self._outer.get(i, i), found) for i, found in told.items()]
-        own = next(found.logprob for i, found in named if i == token)
-        best = sorted((found.rank, i, found.logprob) for i, found in named if found.rank <= row.job.sampling.logprobs)
-        return token, own, [(i, value) for _, i, value in best]
+        """Log-probabilities as the protocol wants them: (id, its own, [(id, of the likeliest)]).
+
+        vLLM's are over all columns. Those that this request does not have are taken out, as far as they are among the
+        likeliest: the special tokens without memory; with it, what the base has at their ids.
+        """
+        foreign = self._hidden if row.latent is not None else [*self._outer]
+        share = sum(math.exp(found.logprob) for i, found in told.items() if i in foreign)
+        found = {self._outer.get(i, i): f.logprob - math.log1p(-share) for i, f in told.items() if i not in foreign}
+        likeliest = sorted(found.items(), key=lambda one: -one[1])
+        return token, found[token], likeliest[: row.job.sampling.logprobs]
 
     def _abort(self, answer: Answer) -> None:
         if answer.request is not None:
