@@ -286,7 +286,7 @@ class VllmBatch:
         likeliest: the special tokens without memory; with it, what the base has at their ids.
         """
         foreign = self._hidden if row.latent is not None else [*self._outer]
-        share = sum(math.exp(found.logprob) for i, found in told.items() if i in foreign)
+        share = min(sum(math.exp(found.logprob) for i, found in told.items() if i in foreign), 1 - 1e-9)
         found = {self._outer.get(i, i): f.logprob - math.log1p(-share) for i, f in told.items() if i not in foreign}
         likeliest = sorted(found.items(), key=lambda one: -one[1])
         return token, found[token], likeliest[: row.job.sampling.logprobs]
