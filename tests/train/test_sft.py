@@ -328,7 +328,7 @@ def test_gradient_checkpointing_and_accumulation_change_nothing(tiny_vlm: Path, 
 def test_bad_settings_are_refused_before_weights_are_read(
     options: dict[str, Any], lesson: str, tiny_vlm: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "load", lambda *args, **kwargs: pytest.fail("the weights were read"))
+    monkeypatch.setattr(run, "load_base", lambda *args, **kwargs: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match=lesson):
         train_pvm(tiny_vlm, data, tmp_path / "out", **({"settings": settings()} | options))
 

@@ -226,7 +226,7 @@ def test_data_that_cannot_be_rewarded_are_refused_before_weights_are_read(
 ) -> None:
     from keepsight.train import vismem
 
-    monkeypatch.setattr(vismem, "load", lambda *args, **kwargs: pytest.fail("the weights were read"))
+    monkeypatch.setattr(vismem, "load_here", lambda *args, **kwargs: pytest.fail("the weights were read"))
     with pytest.raises(DataError, match="no image"):
         train_vismem_formation(tiny_vlm, questions, tmp_path / "a", rewards=[digits], settings=formation())
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
