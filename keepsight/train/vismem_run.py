@@ -36,6 +36,7 @@ from keepsight.train.vismem_saving import (
     restore,
     save_checkpoint,
     save_final,
+    warn_of_no_signal,
 )
 from keepsight.train.vismem_settings import FormationSettings, InvocationSettings, RlSettings
 from keepsight.train.vismem_stages import Stage
@@ -310,6 +311,8 @@ def execute(
         f"{moved_tensors} of {len(trained)} trained tensors changed; no bit of any of the other {untouched} did "
         "(digests before and after)"
     )
+    if run.is_main:
+        warn_of_no_signal(folder)
     metrics = None
     if held_out is not None:
         say(f"evaluating on {held_out.rows:,} held-out questions")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from keepsight.atomic import new_folder, write_text
-from keepsight.errors import KeepsightError
+from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.train import output
 from keepsight.train.vismem_stages import POLICY
 
@@ -104,3 +105,22 @@ def cut_metrics(folder: Path, step: int) -> None:
         except (ValueError, KeyError):
             continue  # the last line of a killed run
     write_text(file, "".join(f"{line}\n" for line in kept))
+
+
+def warn_of_no_signal(folder: Path) -> None:
+    """Warn of a run whose rewards or memories, by its metrics, can have taught nothing."""
+    file = folder / METRICS
+    steps = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    if steps and all(step.get("invoked") == 0 for step in steps):
+        why = (
+            "no memory was invoked in any step, so none learned. In stage I raise --delimiter-probability "
+            "and --anywhere-probability (or check that texts have delimiters), in stage II --start-bias"
+        )
+    elif steps and all(step.get("groups_without_signal") == 1 for step in steps):
+        why = (
+            "in no step did the rewards of a question's trajectories differ, so they taught nothing. Look at what is "
+            "written and scored, raise --temperature or --group-size, or take questions that are answered sometimes"
+        )
+    else:
+        return
+    warnings.warn(f"{folder}: {why}.", KeepsightWarning, stacklevel=2)

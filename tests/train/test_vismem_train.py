@@ -156,6 +156,25 @@ def test_stage_two_changes_the_policys_part_and_nothing_else(
     model.generate(**{name: torch.as_tensor(value) for name, value in inputs.items()}, max_new_tokens=12)
 
 
+def never(completions: list[str], **columns: Any) -> list[float]:
+    """Nothing is ever right."""
+    return [0.0] * len(completions)
+
+
+def test_a_run_that_can_have_learned_nothing_says_so(tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
+    def train(name: str, **options: Any) -> None:
+        config, rewards = VisMemConfig(**SIZES), [never]
+        settings = formation(max_steps=2, **options)
+        train_vismem_formation(
+            tiny_vlm, questions, tmp_path / name, vismem=config, rewards=rewards, settings=settings, text_only="keep"
+        )
+
+    with pytest.warns(KeepsightWarning, match="in no step did the rewards of a question's trajectories differ"):
+        train("unrewarded")
+    with pytest.warns(KeepsightWarning, match="no memory was invoked in any step"):
+        train("uninvoked", delimiter_share=0.0, anywhere_probability=1e-9)
+
+
 def test_everything_is_logged(formed: tuple[Path, VisMemReport]) -> None:
     out, report = formed
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
