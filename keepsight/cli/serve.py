@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -57,7 +58,8 @@ def serve(
     trusted_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="A name to answer under (Host header). Default: localhost, where only that is listened on; else any."
+            help="A name to answer under (Host header), beside localhost; repeat for several. Default: localhost, "
+            "where only that is listened on; else any."
         ),
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Answers that are written at the same time.", min=1)] = 8,
@@ -113,7 +115,13 @@ def serve(
     if api_key is not None and not api_key.strip():
         raise KeepsightError("--api-key is empty; leave it out, or choose one.")
     is_local = host in ("127.0.0.1", "localhost", "::1")
-    trusted = tuple(h.lower() for h in trusted_host or ()) or (_LOOPBACK if is_local else ())
+    wrong = [h for h in trusted_host or () if not re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", h)]
+    if wrong:
+        raise KeepsightError(
+            f"--trusted-host {wrong[0]}: expected a name such as models.example.com; no scheme, no port."
+        )
+    trusted = tuple(h.lower() for h in trusted_host or ())
+    trusted = (*trusted, *_LOOPBACK) if trusted or is_local else ()
 
     from keepsight.loading import load_checked
     from keepsight.sources import check_sources

@@ -65,7 +65,7 @@ class Api:
         app.post("/v1/files")(self.upload)
         app.get("/v1/files/{name}")(self.file)
         app.delete("/v1/files/{name}")(self.delete)
-        app.get("/health")(self.health)
+        app.api_route("/health", methods=["GET", "HEAD"])(self.health)
         app.get("/metrics")(self.page)
 
         @app.exception_handler(ApiError)
@@ -90,6 +90,7 @@ class Api:
     async def _lifespan(self, app: Any) -> AsyncIterator[None]:
         self.engine.start()
         yield
+        self.engine.cut_off()  # uvicorn has waited; what is still here has had its time
         await asyncio.to_thread(self.engine.close)
         self._workers.shutdown(wait=False, cancel_futures=True)
 

@@ -14,7 +14,7 @@ from collections import deque
 from typing import Any
 
 from keepsight.serve.batch import Batch
-from keepsight.serve.errors import ApiError, explain
+from keepsight.serve.errors import ApiError, cut_off, explain
 from keepsight.serve.metrics import Metrics
 from keepsight.serve.rows import Failed, Finished, Job, Row
 
@@ -40,7 +40,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._batches: list[Batch] = []
-        self._is_closing = False
+        self._is_closing = self._is_cut_off = False
         self._last_sign = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="keepsight-engine", daemon=True)
 
@@ -83,6 +83,12 @@ class Engine:
             self._thread.join(seconds)
         return not self._thread.is_alive()
 
+    def cut_off(self) -> None:
+        """End every request with an error, before the next step. Any thread may call this."""
+        with self._changed:
+            self._is_cut_off = True
+            self._changed.notify()
+
     def silence(self) -> float | None:
         """Seconds since the engine last showed that it moves; None if its thread has died."""
         return time.monotonic() - self._last_sign if self._thread.is_alive() else None
@@ -102,6 +108,8 @@ class Engine:
                     self._last_sign = time.monotonic()
                 if self._is_closing and not self._waiting and not self._batches:
                     return
+                if self._is_cut_off:
+                    self._end_all()
                 job = self._next_job()
             try:
                 if job is not None:
@@ -114,6 +122,13 @@ class Engine:
                     self._drop(batch, error)
             self._last_sign = time.monotonic()
             self.metrics.running.set(self.running)
+
+    def _end_all(self) -> None:
+        for job in (*self._waiting, *(row.job for batch in self._batches for row in batch.rows)):
+            self._fail(job, cut_off())
+        for job in self._waiting:
+            job.forget()
+        self._waiting.clear()
 
     def _next_job(self) -> Job | None:
         """The oldest request, if there is room for all its answers. First come, first served."""

@@ -55,6 +55,11 @@ def too_large(message: str, param: str | None = None, code: str = "too_large") -
     return ApiError(413, message, param=param, code=code)
 
 
+def cut_off() -> ApiError:
+    """503: the server ends, and what it had left to do took too long."""
+    return ApiError(503, "The server was stopped before the answer was complete.", code="shutting_down")
+
+
 def no_route(method: str, error: HTTPException) -> ApiError:
     """A route or a method that there is none of."""
     message, code = str(error.detail), None

@@ -14,7 +14,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from keepsight.serve.errors import ApiError, log_error, too_large
+from keepsight.serve.errors import ApiError, cut_off, log_error, too_large
 from keepsight.serve.metrics import Metrics
 from keepsight.serve.settings import Limits, ServeSettings
 
@@ -114,6 +114,10 @@ class EventStream(Response):
             await self._write(send, b"", False)
         except (Gone, OSError, asyncio.TimeoutError):
             log.info("a client left, or read too slowly, before its stream was complete")
+        except asyncio.CancelledError:  # the end of the server, and of its patience
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                await self._write(send, f"data: {json.dumps(cut_off().body)}\n\n".encode(), True)
+                await self._write(send, b"", False)
         finally:
             self._close()
             await self._events.aclose()
@@ -162,6 +166,10 @@ class Guard:
             refusal = self._refusal(scope)
             app = self.app if refusal is None else error_response(refusal)
             await app(scope, receive, counted)
+        except asyncio.CancelledError:
+            log.info("the end came before an answer was complete")
+            if not status:
+                await error_response(cut_off())(scope, receive, counted)
         except Exception as error:
             log_error("a request failed", error)
             if status and not is_complete:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import socket
@@ -25,6 +26,9 @@ def bind(host: str, port: int) -> socket.socket:
         taken = socket.socket(family, kind)
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(address)
+        # Linux lets sockets that may be reused share an address until one of them listens; a second server would find
+        # out only after it has loaded its model.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         raise KeepsightError(
             f"{host}:{port} cannot be listened on ({error.strerror or error}). Choose another with --host and --port."
@@ -68,6 +72,11 @@ def run(app: Any, taken: socket.socket, shutdown_seconds: float, ready: Callable
             if self.started:
                 ready()
 
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a successor may have the address at once
+    # What is there now stays to the end. Looking through half a million objects for garbage, again and again, would
+    # silence all streams for that long.
+    gc.collect()
+    gc.freeze()
     # uvicorn raises the signal that ended it once more; SIGTERM was what we were asked to do, and no failure.
     former = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
@@ -75,12 +84,25 @@ def run(app: Any, taken: socket.socket, shutdown_seconds: float, ready: Callable
     finally:
         signal.signal(signal.SIGTERM, former)
         taken.close()
+        gc.unfreeze()
+
+
+class _Brief(logging.Formatter):
+    """One line per record. No tracebacks: they end with messages, and messages quote requests."""
+
+    def formatException(self, ei: Any) -> str:
+        """The type alone."""
+        return getattr(ei[0], "__name__", "")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A line; starlette hands its tracebacks on as text."""
+        return " ".join(super().format(record).partition("Traceback (most recent call last)")[0].split("\n")).rstrip()
 
 
 def log_to_stderr() -> None:
     """Log requests (method, route, status, time) and where errors happened; never what was asked or answered."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Brief("%(asctime)s %(levelname)s %(message)s"))
     for name in ("keepsight.serve", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

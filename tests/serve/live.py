@@ -30,8 +30,12 @@ class Live:
         url: its address.
     """
 
-    def __init__(self, api: Api, port: int):
-        self.api, self.port, self.url = api, port, f"http://127.0.0.1:{port}"
+    def __init__(self, api: Api, port: int, server: uvicorn.Server):
+        self.api, self.port, self.url, self._server = api, port, f"http://127.0.0.1:{port}", server
+
+    def stop(self) -> None:
+        """As SIGTERM does."""
+        self._server.should_exit = True
 
     def client(self, **more: Any) -> openai.OpenAI:
         return openai.OpenAI(**({"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0} | more))
@@ -52,18 +56,20 @@ def wait_for(condition: Any, seconds: float = 20.0) -> None:
 
 
 @contextmanager
-def serving(model: Any, processor: Any, limits: Limits | None = None, **settings: Any) -> Iterator[Live]:
-    """A server with these settings; stopped in good order at the end."""
+def serving(
+    model: Any, processor: Any, limits: Limits | None = None, patience: int = 30, **settings: Any
+) -> Iterator[Live]:
+    """A server with these settings; stopped in good order at the end, with `patience` seconds for what runs."""
     api = Api(Served.of(model, processor), ServeSettings(name=NAME, limits=limits or Limits(), **settings))
     taken = socket.socket()
     taken.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(api.app(), log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=30)
+    config = uvicorn.Config(api.app(), log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=patience)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
     thread.start()
     wait_for(lambda: server.started)
     try:
-        yield Live(api, taken.getsockname()[1])
+        yield Live(api, taken.getsockname()[1], server)
     finally:
         server.should_exit = True
         thread.join(30)

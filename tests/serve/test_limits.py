@@ -309,4 +309,4 @@ def test_health_and_metrics(strict):
     ok = 'keepsight_responses_total{path="/v1/chat/completions",status="200"}'
     assert value(after, ok) == value(before, ok) + 1
     assert "process_resident_memory_bytes" in after
-    assert httpx.get(f"{strict.url}/health").status_code == 200
+    assert httpx.get(f"{strict.url}/health").status_code == httpx.head(f"{strict.url}/health").status_code == 200

@@ -1,23 +1,30 @@
 """`keepsight serve` as a process: it says where it listens, and an order to stop lets what runs finish."""
 
+import io
+import logging
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import transformers
-from live import ask, images, wait_for
+from live import NAME, ask, images, serving, wait_for
 from typer.testing import CliRunner
 
 from keepsight.cli import app
 from keepsight.cli.serve import _name
+from keepsight.errors import KeepsightError
+from keepsight.serve.server import _Brief, bind
+from keepsight.serve.settings import Limits
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +98,49 @@ def test_mistakes_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
         assert "Choose another" in message("--port", taken.getsockname()[1])
     assert "no such folder" in message("--allow-local-dir", tmp_path / "missing")
     assert "expected a host" in message("--allow-remote-host", "https://a.example/")
+    for name in ("https://a.example", "a.example:80", "*.example", ""):
+        assert "expected a name" in message("--trusted-host", name)
     assert "no such folder" in message(tmp_path / "missing")
+
+
+def test_an_address_is_taken_once_and_free_again():
+    """Also before the first server listens, and as soon as it is gone."""
+    taken = bind("127.0.0.1", 0)
+    port = taken.getsockname()[1]
+    with pytest.raises(KeepsightError, match="Choose another"):
+        bind("127.0.0.1", port)
+    taken.close()
+    bind("127.0.0.1", port).close()
+
+
+def test_the_log_holds_no_messages_of_errors():
+    lines = io.StringIO()
+    handler = logging.StreamHandler(lines)
+    handler.setFormatter(_Brief("%(message)s"))
+    log = logging.Logger("test")
+    log.addHandler(handler)
+    try:
+        raise ValueError("zebra")
+    except ValueError:
+        log.exception("it failed")
+        log.error(traceback.format_exc())
+    assert lines.getvalue() == "it failed ValueError\n\n"
+
+
+def test_what_is_not_finished_in_time_is_cut_off_and_told(remembering):
+    options = {"model": NAME, "messages": ask(images(1)[0]), "max_tokens": 2048, "logit_bias": {"3": -100}, "n": 8}
+    with serving(*remembering, limits=Limits(max_batch=8), patience=1) as live, ThreadPoolExecutor(2) as pool:
+        client = live.client()
+        stream = client.chat.completions.create(stream=True, **options)
+        next(iter(stream))
+        waits = pool.submit(client.chat.completions.create, **options)
+        wait_for(lambda: live.api._open == 2)
+        live.stop()
+        with pytest.raises(openai.APIError, match="stopped"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError, match="stopped"):
+            waits.result()
+    assert live.is_idle()
 
 
 def test_a_model_is_called_what_its_folder_is_called(tmp_path):
