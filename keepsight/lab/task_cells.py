@@ -58,7 +58,7 @@ def fitted(
         model = attach(model, method, plan, seed)
 
     def batch(step: int, rng: np.random.Generator) -> Any:
-        shape = (48, 4) if step < plan.warmup_steps else (settings["train_tokens"], plan.max_gap)
+        shape = (96, 0) if step < plan.warmup_steps else (settings["train_tokens"], plan.max_gap)
         return make_batch(processor, short_facts(rng, tasks, *shape), plan.batch, "train", rng)
 
     trained = fit(model, method, plan, seed + 1000 * stage, batch, progress)

@@ -70,11 +70,15 @@ class TaskPretrainConfig:
         align_steps, dense_steps, short_steps: optimiser steps of the three stages; the dense stage stops early once
             every task is known.
         dense_tokens, dense_rows: of a batch of the dense stage.
+        dense_peak: step of the dense stage from which on the learning rates fall as one over the steps.
         short_tokens, short_rows: of a batch of short narrations.
+        short_pace: learning rates at the beginning of their stage, as a share of the peak.
         long_every: every so many steps of the dense and of the short stage, the word before is also told in long texts,
             in which no answer is trained.
         long_tokens, long_rows: of such texts.
         matrix_lr, lr: peak learning rates of Muon and of AdamW.
+        decay: weight decay of the matrices. Without it, states grow to a hundred times the embeddings' size, and what a
+            memory adds to them is lost (LOG.md).
         word_before: weight of telling the word before.
         max_jump: largest single jump of the position ids.
         tasks: what the base is to know.
@@ -85,14 +89,17 @@ class TaskPretrainConfig:
     dense_steps: int = 1000
     short_steps: int = 500
     dense_tokens: int = 96
+    dense_peak: int = 150
     dense_rows: int = 16
     short_tokens: int = 48
     short_rows: int = 16
+    short_pace: float = 0.35
     long_every: tuple[int, int] = (4, 2)
     long_tokens: int = 1024
     long_rows: int = 2
     matrix_lr: float = 0.015
     lr: float = 2e-3
+    decay: float = 0.5
     word_before: float = 0.5
     max_jump: int = 3000
     tasks: tuple[str, ...] = LEARNT
@@ -227,7 +234,7 @@ class _Stepper:
         matrices = [p for p in self.trained if p.ndim == 2 and p is not self.words]
         kept = {id(p) for p in matrices}
         others = [p for p in self.trained if id(p) not in kept]
-        self.muon = torch.optim.Muon(matrices, lr=config.matrix_lr, weight_decay=0.0)
+        self.muon = torch.optim.Muon(matrices, lr=config.matrix_lr, weight_decay=config.decay)
         self.adam = torch.optim.AdamW(others, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.99))
 
     def step(self, batch: TaskBatch, pace: float, text_weight: float, position_ids: torch.Tensor | None = None) -> None:
@@ -264,10 +271,11 @@ def _dense(
 ) -> int:
     """Returns the number of steps that it took until every task was known."""
     for step in range(config.dense_steps):
+        pace = min((step + 1) / 50, 1.0, config.dense_peak / (step + 1))
         if step % config.long_every[0] == 0:
-            stepper.step_on_long_text(processor, rng, min(1.0, (step + 1) / 50))
+            stepper.step_on_long_text(processor, rng, pace)
         facts = stepper.diet.draw(rng, config.dense_tokens, 0)
-        stepper.step(make_batch(processor, facts, config.dense_rows, "train", rng), min(1.0, (step + 1) / 50), 0.05)
+        stepper.step(make_batch(processor, facts, config.dense_rows, "train", rng), pace, 0.05)
         progress("dense", step + 1, config.dense_steps)
         if min(stepper.diet.accuracy.values()) > KNOWN:
             return step + 1
@@ -278,7 +286,7 @@ def _short(
     processor: Any, stepper: _Stepper, config: TaskPretrainConfig, rng: np.random.Generator, progress: Progress
 ) -> None:
     for step in range(config.short_steps):
-        pace = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / config.short_steps))
+        pace = config.short_pace * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / config.short_steps)))
         if step % config.long_every[1] == 0:
             stepper.step_on_long_text(processor, rng, pace)
         facts = stepper.diet.draw(rng, config.short_tokens, 4)
