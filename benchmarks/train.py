@@ -39,7 +39,15 @@ MEASURED = {
         "keepsight/vismem",
         *(
             f"keepsight/train/{name}.py"
-            for name in ("grpo", "rollout", "vismem_trainer", "vismem_stages", "vismem_replay")
+            for name in (
+                "grpo",
+                "rollout",
+                "vismem_prefix",
+                "vismem_replay",
+                "vismem_stages",
+                "vismem_trainer",
+                "vismem_update",
+            )
         ),
     ),
 }

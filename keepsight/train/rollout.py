@@ -4,7 +4,8 @@ A prompt is what the processor makes of one conversation: a dict of model inputs
 model wrote after it. Every trajectory is drawn from a seed of its own, so it does not depend on which others are
 beside it: one process or eight, one call or ten, the same trajectories (up to rounding of the model itself).
 
-Counterfactuals replay a trajectory up to its first invocation, and then go on without memory, or with the other type.
+Counterfactuals share a trajectory's beginning up to its first invocation, and then go on without memory, or with the
+other type. Those without memory can be written beside the trajectories, in the same batch (`shadow_seeds`).
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from keepsight.backbone import Backbone
@@ -43,6 +43,7 @@ class Trajectory:
         admitted: bool [T, 2], where the model could have chosen to invoke a short / a long memory.
         invocations: its memories; `position` is an index into `ids`.
         log_probs: [T], of what the model chose, if they were asked for; 0 elsewhere.
+        without: what was written beside it from its first memory on, without any; None if it was not asked for.
     """
 
     prompt: int
@@ -51,6 +52,7 @@ class Trajectory:
     admitted: torch.Tensor
     invocations: list[Invocation] = field(repr=False)
     log_probs: torch.Tensor | None = field(default=None, repr=False)
+    without: Trajectory | None = field(default=None, repr=False)
 
     @property
     def invoked(self) -> bool:
@@ -134,8 +136,9 @@ def sample(
     rows_per_call: int | None = None,
     replays: Sequence[Replay | None] | None = None,
     with_log_probs: bool = False,
+    shadow_seeds: Sequence[int] | None = None,
 ) -> list[Trajectory]:
-    """Write trajectories, with KV cache, in batches.
+    """Write trajectories, with KV cache, in batches. A prompt is read once for all its copies in a batch.
 
     Drawn from the model's whole distribution at `temperature`: whatever the model's generation config says of top-k,
     top-p or penalties is left out, since the log-probabilities in training know nothing of it.
@@ -144,58 +147,51 @@ def sample(
         model: carries VisMem; in eval mode.
         prompts: model inputs of one row each.
         seeds: one per trajectory: `len(prompts) * copies`.
-        policy: when memory is invoked. Its `seeds` and `replay` are set here.
+        policy: when memory is invoked. Its `seeds`, `replay`, `copies` and `shadows` are set here.
         copies: trajectories per prompt, next to each other in the result.
         max_words: longest text, in tokens; memories do not count.
         temperature: of sampling.
-        rows_per_call: at most so many trajectories at once; None: all.
+        rows_per_call: at most so many trajectories at once; None: all. Shadows come on top, at most as many.
         replays: one per trajectory, what to write first.
         with_log_probs: keep the log-probabilities of what was chosen. That holds all logits of a call at once; training
             computes them anew in small batches.
+        shadow_seeds: one per trajectory: also write what would have been written without memory, from its first memory
+            on. The same as `counterfactuals(..., "without")` with these seeds, at no step of its own.
     """
     assert len(seeds) == len(prompts) * copies
     limit = rows_per_call or len(seeds)
-    if copies > 1 and (copies > limit or not _can_be_copied(prompts)):  # every copy as a row of its own
-        spread = [index for index in range(len(prompts)) for _ in range(copies)]
-        rows = sample(
-            model,
-            [prompts[i] for i in spread],
-            seeds,
-            policy,
-            max_words=max_words,
-            temperature=temperature,
-            rows_per_call=rows_per_call,
-            replays=replays,
-            with_log_probs=with_log_probs,
-        )
-        return [dataclasses.replace(row, prompt=i) for row, i in zip(rows, spread, strict=True)]
     found: list[Trajectory] = []
-    step = max(1, limit // copies)
-    for start in range(0, len(prompts), step):
-        part = slice(start * copies, (start + step) * copies)
+    for some, rows, count in _calls(len(prompts), copies, limit):
         own = dataclasses.replace(
-            policy, seeds=list(seeds[part]), replay=None if replays is None else list(replays[part])
+            policy,
+            seeds=list(seeds[rows]),
+            replay=None if replays is None else list(replays[rows]),
+            shadows=None if shadow_seeds is None else list(shadow_seeds[rows]),
+            copies=count,
         )
-        found += _call(model, prompts[start : start + step], own, copies, max_words, temperature, start, with_log_probs)
+        found += _call(model, prompts[some], own, max_words, temperature, some.start, with_log_probs)
     return found
 
 
-def _can_be_copied(prompts: Sequence[Prompt]) -> bool:
-    """Whether `num_return_sequences` keeps images with their rows.
-
-    Before 5.20, transformers copies pixels image by image: rows with several images get each other's, but for families
-    that say where their images end (Qwen).
-    """
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 20):
-        return True
-    return all("image_grid_thw" in prompt or "pixel_values" not in prompt for prompt in prompts)
+def _calls(prompts: int, copies: int, limit: int) -> Iterator[tuple[slice, slice, int]]:
+    """(prompts, trajectories, copies) of each call of at most `limit` trajectories: whole groups, or parts of one."""
+    if copies <= limit:
+        step = limit // copies
+        for first in range(0, prompts, step):
+            last = min(first + step, prompts)
+            yield slice(first, last), slice(first * copies, last * copies), copies
+        return
+    for prompt in range(prompts):
+        for first in range(0, copies, limit):
+            count = min(limit, copies - first)
+            start = prompt * copies + first
+            yield slice(prompt, prompt + 1), slice(start, start + count), count
 
 
 def _call(
     model: Any,
     prompts: Sequence[Prompt],
     policy: MemoryPolicy,
-    copies: int,
     words: int,
     temperature: float,
     first: int,
@@ -214,7 +210,7 @@ def _call(
         out = model.generate(
             **inputs,
             memory=policy,
-            num_return_sequences=copies,
+            num_return_sequences=1,
             max_new_tokens=room,
             min_new_tokens=0,
             stopping_criteria=StoppingCriteriaList([_WordLimit(tokens, length, words)]),
@@ -241,8 +237,19 @@ def _call(
         invocations = [dataclasses.replace(i, position=i.position - length) for i in out.invocations[row]]
         chosen, admitted = out.sampled[row, :end], out.allowed[row, :end] & admits
         own = None if chosen_log_probs is None else chosen_log_probs[row, :end]
-        result.append(Trajectory(first + row // copies, ids[:end], chosen, admitted, invocations, own))
-    return result
+        result.append(Trajectory(first + row // policy.copies, ids[:end], chosen, admitted, invocations, own))
+    trajectories = result[: len(prompts) * policy.copies]
+    for row, shadow in zip(out.shadowed, result[len(trajectories) :], strict=True):
+        trajectories[row] = dataclasses.replace(trajectories[row], without=_branched(trajectories[row], shadow))
+    return trajectories
+
+
+def _branched(trajectory: Trajectory, shadow: Trajectory) -> Trajectory:
+    """A shadow's text; up to the memory that it lacks, it is the trajectory's and was not chosen again."""
+    chosen = shadow.chosen.clone()
+    chosen[: trajectory.invocations[0].position] = False
+    admitted = torch.zeros_like(shadow.admitted)
+    return dataclasses.replace(shadow, prompt=trajectory.prompt, chosen=chosen, admitted=admitted)
 
 
 def padding_id(model: Any) -> int:

@@ -29,6 +29,7 @@ from keepsight.train.preflight import Say, silent
 from keepsight.train.rewards import DEFAULT_REWARDS, Reward
 from keepsight.train.vismem_controls import check_controls, compare
 from keepsight.train.vismem_plan import plan_vismem
+from keepsight.train.vismem_progress import OnLog
 from keepsight.train.vismem_report import VisMemReport
 from keepsight.train.vismem_run import (
     Made,
@@ -45,7 +46,6 @@ from keepsight.train.vismem_run import (
 from keepsight.train.vismem_saving import save_adapter
 from keepsight.train.vismem_settings import FormationSettings, InvocationSettings
 from keepsight.train.vismem_stages import POLICY, Formation, Invocation, Stage
-from keepsight.train.vismem_trainer import OnLog
 from keepsight.vismem import VisMemBranch, VisMemConfig, add_memory_tokens
 
 __all__ = [

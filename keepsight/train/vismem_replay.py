@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from keepsight.backbone import Backbone
 from keepsight.train.grpo import token_log_probs
 from keepsight.train.rollout import Prompt, Trajectory, banned_ids, is_tokenwise, padding_id, stack_prompts
+from keepsight.train.vismem_prefix import Prefixes, continued
 from keepsight.vismem import VisMemBranch, splice
 from keepsight.vismem.memory import Formation, Sight
 from keepsight.vismem.tokens import TYPES, MemoryTokens
@@ -60,6 +61,7 @@ def log_probs(
     trajectories: Sequence[Trajectory],
     latents: torch.Tensor,
     temperature: float = 1.0,
+    prefixes: Prefixes | None = None,
 ) -> torch.Tensor:
     """Log-probabilities of what the model chose: [n, T], 0 elsewhere; T is the longest trajectory's.
 
@@ -71,22 +73,34 @@ def log_probs(
         trajectories: n of them.
         latents: their memories [m, D]; `recorded_latents` or `formed_latents`.
         temperature: of sampling.
+        prefixes: the prompts' keys and values, if they need not be read again.
     """
     base = Backbone.of(model).model
-    inputs = with_completions([prompts[t.prompt] for t in trajectories], trajectories, padding_id(base), base.device)
-    length = max(len(t.ids) for t in trajectories)
+    inputs: dict[str, Any]
+    length, pad = max(len(t.ids) for t in trajectories), padding_id(base)
+    if prefixes is None:
+        own = [prompts[t.prompt] for t in trajectories]
+        inputs = with_completions(own, trajectories, pad, base.device) | {"use_cache": False}
+    else:
+        ids, valid = completions(trajectories, pad)
+        found = prefixes.take([t.prompt for t in trajectories])
+        inputs = continued(found, ids.to(base.device), valid.to(base.device))
     with splice(model, inputs["input_ids"], latents):
-        logits = model(**inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
+        logits = model(**inputs, logits_to_keep=length + 1).logits[:, :-1]
     ids, chosen = inputs["input_ids"][:, -length:], chosen_mask(trajectories).to(base.device)
     admitted = pad_right([t.admitted for t in trajectories])
     tokens = MemoryTokens(VisMemBranch.of(model).config.token_ids or [])
     switched = [tokens.invoke[kind] for kind in TYPES]
-    found = token_log_probs(logits / temperature, ids, banned_ids(model), switched, admitted)
-    return torch.where(chosen, found, torch.zeros_like(found))
+    each = token_log_probs(logits / temperature, ids, banned_ids(model), switched, admitted)
+    return torch.where(chosen, each, torch.zeros_like(each))
 
 
 def log_probs_without_memory(
-    model: Any, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], temperature: float = 1.0
+    model: Any,
+    prompts: Sequence[Prompt],
+    trajectories: Sequence[Trajectory],
+    temperature: float = 1.0,
+    prefixes: Prefixes | None = None,
 ) -> torch.Tensor:
     """Log-probabilities [n, T] of the chosen words under the same policy had it never had a memory.
 
@@ -101,7 +115,7 @@ def log_probs_without_memory(
         )
         for t, k in zip(trajectories, keep, strict=True)
     ]
-    found = log_probs(model, prompts, plain, _nothing(model), temperature)
+    found = log_probs(model, prompts, plain, _nothing(model), temperature, prefixes)
     result = found.new_zeros(len(trajectories), max(len(t.ids) for t in trajectories))
     for row, (values, kept) in enumerate(zip(found, keep, strict=True)):
         result[row, : len(kept)][kept] = values[: int(kept.sum())]
@@ -113,16 +127,20 @@ def with_completions(
 ) -> dict[str, torch.Tensor]:
     """Inputs of one uncached forward: prompts padded on the left, what was written after them on the right."""
     inputs = stack_prompts(prompts, pad)
-    more = {
-        "input_ids": pad_right([t.ids.cpu() for t in trajectories], pad),
-        "attention_mask": pad_right([torch.ones(len(t.ids), dtype=torch.long) for t in trajectories]),
-    }
+    ids, valid = completions(trajectories, pad)
+    more = {"input_ids": ids, "attention_mask": valid.long()}
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     for name, value in inputs.items():
         if name in more or is_tokenwise(name, prompts):
             added = more.get(name, torch.zeros_like(more["input_ids"]))
             inputs[name] = torch.cat([value, added.to(value)], 1)
     return {name: value.to(device) for name, value in inputs.items()}
+
+
+def completions(trajectories: Sequence[Trajectory], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What was written, padded on the right: ids [n, T], and where they are valid: bool [n, T]."""
+    ids = pad_right([t.ids.cpu() for t in trajectories], pad)
+    return ids, pad_right([torch.ones(len(t.ids), dtype=torch.bool) for t in trajectories])
 
 
 def chosen_mask(trajectories: Sequence[Trajectory]) -> torch.Tensor:

@@ -27,6 +27,7 @@ from keepsight.train.preflight import Say, check_settings, find_checkpoint
 from keepsight.train.rewards import Reward, load_rewards
 from keepsight.train.rollout import NO_MEMORY
 from keepsight.train.trainer import TrainingDivergedError
+from keepsight.train.vismem_progress import OnLog
 from keepsight.train.vismem_report import VisMemReport, card
 from keepsight.train.vismem_saving import (
     Save,
@@ -40,7 +41,7 @@ from keepsight.train.vismem_saving import (
 )
 from keepsight.train.vismem_settings import FormationSettings, InvocationSettings, RlSettings
 from keepsight.train.vismem_stages import Stage
-from keepsight.train.vismem_trainer import OnLog, VisMemTrainer
+from keepsight.train.vismem_trainer import VisMemTrainer
 from keepsight.train.vismem_warm import warm_up
 from keepsight.vismem import VisMemBranch, VisMemConfig
 

@@ -10,6 +10,7 @@ stage II, invocation   trains the special tokens' rows (and, if asked for, a LoR
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from keepsight.errors import KeepsightError
 from keepsight.train import grpo
 from keepsight.train.rollout import NO_MEMORY, Prompt, Trajectory, counterfactuals, row_seed
+from keepsight.train.vismem_prefix import Prefixes
 from keepsight.train.vismem_replay import formed_latents, log_probs, log_probs_without_memory, recorded_latents
 from keepsight.train.vismem_settings import FormationSettings, InvocationSettings
 from keepsight.vismem import MemoryPolicy, VisMemBranch, parameter_groups
@@ -26,6 +28,8 @@ from keepsight.vismem.tokens import TYPES
 
 #: The tuner prefix of the LoRA that stage II may train.
 POLICY = "policy"
+#: Called with counterfactuals and their kind, for the accounts.
+Written = Callable[[list[Trajectory], str], None]
 #: Trajectories -> their scores [n].
 Score = Callable[[Sequence[Trajectory]], torch.Tensor]
 
@@ -54,13 +58,18 @@ class Batch:
         return torch.tensor([t.invoked for t in self.trajectories])
 
 
-class Stage:
+def shadow_seeds(seeds: Sequence[int], kind: str = "without") -> list[int]:
+    """The seeds of counterfactuals, of their trajectories'."""
+    return [row_seed(seed, kind) for seed in seeds]
+
+
+class Stage(ABC):
     """One stage of training.
 
     Args:
         model: carries VisMem.
         settings: of the stage.
-        written: called with every counterfactual rollout, for the accounts.
+        written: called with counterfactuals and their kind, for the accounts.
     """
 
     name: str
@@ -70,7 +79,7 @@ class Stage:
     reference_name: str
     objective_name: str
 
-    def __init__(self, model: Any, settings: Any, written: Callable[[list[Trajectory]], None] | None = None):
+    def __init__(self, model: Any, settings: Any, written: Written | None = None):
         self.model, self.settings, self.written = model, settings, written
         branch = VisMemBranch.of(model)
         if branch.active is None:
@@ -81,37 +90,41 @@ class Stage:
         for parameter in self.trained().values():
             parameter.requires_grad_(True)
 
+    @abstractmethod
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """Name in the model -> parameter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def groups(self) -> list[dict[str, Any]]:
         """Optimiser groups."""
-        raise NotImplementedError
 
+    @abstractmethod
     def policy(self, progress: float) -> MemoryPolicy:
         """When memory is invoked, after `progress` (0 to 1) of the steps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def objective(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What advantages are made of [n], and values to log, each [n]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def depends(self, trajectory: Trajectory) -> bool:
         """Whether a trajectory's log-probabilities depend on what is trained."""
-        raise NotImplementedError
 
-    def log_probs(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+    @abstractmethod
+    def log_probs(
+        self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], prefixes: Prefixes | None = None
+    ) -> torch.Tensor:
         """[n, T], with gradients."""
-        raise NotImplementedError
 
-    def reference(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+    @abstractmethod
+    def reference(
+        self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], prefixes: Prefixes | None = None
+    ) -> torch.Tensor:
         """[n, T], of the reference of the KL penalty."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self) -> dict[str, list[torch.nn.Parameter]]:
         """What is trained, by the names under which gradient norms are logged."""
-        raise NotImplementedError
 
     def _gain(self, batch: Batch) -> torch.Tensor | None:
         """dS [n], by prefix replay; None if the settings leave it out."""
@@ -119,27 +132,40 @@ class Stage:
             return None
         return grpo.memory_gain(batch.scores, self._scores_of(batch, "without"))
 
+    @property
+    def changes_prompts(self) -> bool:
+        """Whether what is trained takes part in reading a prompt, so that its states do not stay."""
+        return False
+
+    @property
+    def wants_shadows(self) -> bool:
+        """Whether dS is wanted, so that rollouts should write their counterfactuals beside them."""
+        return self.invokes and self.settings.gain == "replay"
+
     def _scores_of(self, batch: Batch, kind: str) -> torch.Tensor:
         """Scores [n] of the counterfactuals; a trajectory that is its own keeps its score."""
         settings = self.settings
-        others = counterfactuals(
-            self.model,
-            batch.prompts,
-            batch.trajectories,
-            [row_seed(seed, kind) for seed in batch.seeds],
-            kind,
-            max_words=settings.max_words,
-            max_invocations=settings.max_invocations,
-            temperature=settings.temperature,
-            rows_per_call=settings.rows_per_rollout,
-        )
+        if kind == "without":  # written beside the trajectories
+            others = [t.without or t for t in batch.trajectories]
+        else:
+            others = counterfactuals(
+                self.model,
+                batch.prompts,
+                batch.trajectories,
+                shadow_seeds(batch.seeds, kind),
+                kind,
+                max_words=settings.max_words,
+                max_invocations=settings.max_invocations,
+                temperature=settings.temperature,
+                rows_per_call=settings.rows_per_rollout,
+            )
         where = [i for i, (a, b) in enumerate(zip(batch.trajectories, others, strict=True)) if a is not b]
         scores = batch.scores.clone()
         if where:
             new = [others[i] for i in where]
             scores[where] = batch.score(new)
             if self.written is not None:
-                self.written(new)
+                self.written(new, kind)
         return scores
 
     def _remember_start(self) -> None:
@@ -206,14 +232,18 @@ class Formation(Stage):
         """Without a memory in it, nothing of it depends on the memory modules."""
         return trajectory.invoked
 
-    def log_probs(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+    def log_probs(
+        self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], prefixes: Prefixes | None = None
+    ) -> torch.Tensor:
         """Memories are formed anew, with gradients."""
         latents = formed_latents(self.model, trajectories)
-        return log_probs(self.model, prompts, trajectories, latents, self.settings.temperature)
+        return log_probs(self.model, prompts, trajectories, latents, self.settings.temperature, prefixes)
 
-    def reference(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+    def reference(
+        self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], prefixes: Prefixes | None = None
+    ) -> torch.Tensor:
         """The policy without memory."""
-        return log_probs_without_memory(self.model, prompts, trajectories, self.settings.temperature)
+        return log_probs_without_memory(self.model, prompts, trajectories, self.settings.temperature, prefixes)
 
     def parts(self) -> dict[str, list[torch.nn.Parameter]]:
         """Query builder, short-term former, long-term former, gains."""
@@ -237,12 +267,17 @@ class Invocation(Stage):
     objective_name = "dS - alpha (p_type + p_neg) - cost * invocations"
     settings: InvocationSettings
 
-    def __init__(self, model: Any, settings: Any, written: Callable[[list[Trajectory]], None] | None = None):
+    def __init__(self, model: Any, settings: Any, written: Written | None = None):
         super().__init__(model, settings, written)
         if settings.start_bias:
             with torch.no_grad():
                 self.memory.rows.invoke_bias += settings.start_bias
         self._remember_start()
+
+    @property
+    def changes_prompts(self) -> bool:
+        """The policy's LoRA does; the special tokens stand in no prompt."""
+        return self.settings.train == "lora"
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The special tokens' rows and biases, and the policy's LoRA."""
@@ -287,15 +322,19 @@ class Invocation(Stage):
         """Not to invoke is a choice, too."""
         return True
 
-    def log_probs(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+    def log_probs(
+        self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], prefixes: Prefixes | None = None
+    ) -> torch.Tensor:
         """Latents are constants of the trajectory."""
         latents = recorded_latents(self.model, trajectories)
-        return log_probs(self.model, prompts, trajectories, latents, self.settings.temperature)
+        return log_probs(self.model, prompts, trajectories, latents, self.settings.temperature, prefixes)
 
-    def reference(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+    def reference(
+        self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], prefixes: Prefixes | None = None
+    ) -> torch.Tensor:
         """The policy before stage II, on the same latents."""
         with self._as_at_start():
-            return self.log_probs(prompts, trajectories)
+            return self.log_probs(prompts, trajectories, prefixes)
 
     def parts(self) -> dict[str, list[torch.nn.Parameter]]:
         """Invocation rows, end rows, LoRA."""
@@ -329,6 +368,11 @@ class PolicyAlone(Stage):
         super().__init__(model, settings)
         self._remember_start()
 
+    @property
+    def changes_prompts(self) -> bool:
+        """The policy reads them."""
+        return True
+
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """What was named."""
         return {name: p for name, p in self._named().items() if name in self._names}
@@ -349,15 +393,19 @@ class PolicyAlone(Stage):
         """Every trajectory."""
         return True
 
-    def log_probs(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+    def log_probs(
+        self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], prefixes: Prefixes | None = None
+    ) -> torch.Tensor:
         """Of plain text."""
         latents = recorded_latents(self.model, trajectories)
-        return log_probs(self.model, prompts, trajectories, latents, self.settings.temperature)
+        return log_probs(self.model, prompts, trajectories, latents, self.settings.temperature, prefixes)
 
-    def reference(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]) -> torch.Tensor:
+    def reference(
+        self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], prefixes: Prefixes | None = None
+    ) -> torch.Tensor:
         """The policy as it was."""
         with self._as_at_start():
-            return self.log_probs(prompts, trajectories)
+            return self.log_probs(prompts, trajectories, prefixes)
 
     def parts(self) -> dict[str, list[torch.nn.Parameter]]:
         """All of it."""

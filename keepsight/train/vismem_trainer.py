@@ -12,81 +12,26 @@ process in which nothing was invoked adds zeros, so that none waits for another)
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightError
 from keepsight.train import grpo
-from keepsight.train.checkpointing import stop_below_learners
 from keepsight.train.rewards import Reward, score_each
 from keepsight.train.rollout import Trajectory, row_seed, sample, texts
-from keepsight.train.trainer import TrainingDivergedError
+from keepsight.train.vismem_accounts import Accounts
+from keepsight.train.vismem_progress import Means, OnLog, Progress
 from keepsight.train.vismem_prompts import Order, Question, Questions, Samples
-from keepsight.train.vismem_replay import chosen_mask
 from keepsight.train.vismem_settings import RlSettings
-from keepsight.train.vismem_stages import Batch, Stage
+from keepsight.train.vismem_stages import Batch, Stage, shadow_seeds
+from keepsight.train.vismem_update import Update
 from keepsight.vismem import MemoryPolicy
-from keepsight.vismem.tokens import LONG, TYPES
-
-OnLog = Callable[[dict[str, float], int, int], None]
-"""Called as `on_log(values, step, total steps)`."""
-
-
-@dataclass
-class Progress:
-    """Where a run is.
-
-    Attributes:
-        step: optimiser batches done.
-        kl_coefficient: of the next step.
-        tokens_generated: positions written in rollouts, memories included, by all processes.
-        tokens_trained: positions of prompts and completions that went through forward and backward.
-        seconds: in the training loop.
-        first, last: the first and the last logged values.
-    """
-
-    step: int = 0
-    kl_coefficient: float = 0.0
-    tokens_generated: int = 0
-    tokens_trained: int = 0
-    seconds: float = 0.0
-    first: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
-
-
-class Means:
-    """Means of what happened in a step, over all processes."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, name: str, values: torch.Tensor | Sequence[float]) -> None:
-        """Values to average over."""
-        found = torch.as_tensor(values).detach().cpu().double().flatten()
-        self.sums[name] = self.sums.get(name, 0.0) + float(found.sum())
-        self.counts[name] = self.counts.get(name, 0) + len(found)
-
-    def merged(self, accelerator: Any) -> dict[str, float]:
-        """Name -> mean over all processes."""
-        parts = [(self.sums, self.counts)]
-        if accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            parts = gather_object(parts)
-        names = dict.fromkeys(name for sums, _ in parts for name in sums)
-        total = {name: sum(sums.get(name, 0.0) for sums, _ in parts) for name in names}
-        count = {name: sum(counts.get(name, 0) for _, counts in parts) for name in names}
-        return {name: total[name] / count[name] for name in names if count[name]}
+from keepsight.vismem.tokens import TYPES
 
 
 class VisMemTrainer:
@@ -128,17 +73,13 @@ class VisMemTrainer:
         self.questions = Questions(samples, processor, Backbone.of(model).model.dtype)
         self.order = Order(len(samples), self.settings.batch_size, self.settings.seed)
         self.steps = self.settings.max_steps or math.ceil(self.settings.epochs * self.order.steps_per_epoch)
-        self.optimizer = torch.optim.AdamW(stage.groups(), weight_decay=self.settings.weight_decay)
-        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.progress = Progress(kl_coefficient=self.settings.kl)
-        self.stage.written = self._count_written
+        checkpoints = uses_checkpointing(model, self.settings)
+        processes = accelerator.num_processes
+        self.accounts = Accounts(self.progress, meter, processes, checkpoints, stage.forms_again)
+        self.update = Update(stage, accelerator, self.progress, self.accounts, checkpoints)
+        stage.written = self.accounts.wrote_again
         self._means = Means()
-        self._lengths: list[int] = []
-        self._patches: list[int] = []
-
-    @property
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def train(self) -> Progress:
         """Take all steps that are left.
@@ -194,30 +135,24 @@ class VisMemTrainer:
 
     def _step(self, step: int) -> dict[str, float]:
         self._means, settings = Means(), self.settings
-        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * grpo.learning_rate(step, self.steps, settings.warmup_ratio, settings.scheduler)
+        self.update.set_rate(step, self.steps)
         everyone = self.order.batch(step)
         places = range(self.accelerator.process_index, len(everyone), self.accelerator.num_processes)
         questions = [self.questions[everyone[place]] for place in places]
         seeds = [row_seed(settings.seed, step, place, copy) for place in places for copy in range(settings.group_size)]
-        self._lengths = [q.inputs["input_ids"].shape[1] for q in questions]
-        self._patches = [self.meter.shape.patches(q.inputs) for q in questions] if self.meter is not None else []
+        self.accounts.begin([question.inputs for question in questions])
         with _seeded(row_seed(settings.seed, step, "other draws")):
             batch = self._rollout(questions, seeds, step)
             advantages = self._advantages(batch)
             total = len(everyone) * settings.group_size
-            values = self._optimise(batch, advantages, total)
+            values = self.update.take(batch, advantages, total, self._means)
         nothing = (
             {"loss": 0.0, "kl": 0.0} if settings.kl else {"loss": 0.0}
         )  # where nothing depended on what is trained
         merged = nothing | self._means.merged(self.accelerator)
         if settings.kl:
             self.progress.kl_coefficient = grpo.kl_coefficient(settings.kl, merged["kl"], settings.target_kl)
-        return merged | values | {"kl_coefficient": self.progress.kl_coefficient, "lr": self._rate}
-
-    @property
-    def _rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return merged | values | {"kl_coefficient": self.progress.kl_coefficient, "lr": self.update.rate}
 
     def _rollout(self, questions: Sequence[Question], seeds: Sequence[int], step: int) -> Batch:
         settings, prompts = self.settings, [question.inputs for question in questions]
@@ -237,8 +172,9 @@ class VisMemTrainer:
                 max_words=settings.max_words,
                 temperature=settings.temperature,
                 rows_per_call=settings.rows_per_rollout,
+                shadow_seeds=shadow_seeds(seeds) if self.stage.wants_shadows else None,
             )
-            self._count_written(trajectories)
+            self.accounts.wrote(trajectories)
             scores, each = self._score(questions, trajectories)
             for reward, column in zip(self.rewards, each.T, strict=True):
                 self._means.add(f"reward/{reward.__name__}", column)
@@ -272,139 +208,6 @@ class VisMemTrainer:
         self._means.add("groups_without_signal", (spread == 0).double())
         return grpo.group_advantages(objective, self.settings.group_size)
 
-    def _optimise(self, batch: Batch, advantages: torch.Tensor, total: int) -> dict[str, float]:
-        settings = self.settings
-        rows = [i for i, trajectory in enumerate(batch.trajectories) if self.stage.depends(trajectory)]
-        others = [i for i in range(len(batch.trajectories)) if i not in set(rows)]
-        self._means.add("loss", -advantages[others])  # constants: their ratio is 1
-        rows.sort(key=lambda i: len(batch.trajectories[i].ids), reverse=True)  # alike lengths together
-        parts = [rows[i : i + settings.rows_per_forward] for i in range(0, len(rows), settings.rows_per_forward)]
-        old: list[torch.Tensor | None] = [None] * len(parts)
-        reference: list[torch.Tensor | None] = [None] * len(parts)
-        norms: dict[str, float] = {}
-        for iteration in range(settings.iterations):
-            for index, part in enumerate(parts):
-                own = [batch.trajectories[i] for i in part]
-                with torch.no_grad():
-                    if iteration == 0 and settings.kl:
-                        reference[index] = self.stage.reference(batch.prompts, own)
-                        self._count_read(own)
-                    if iteration == 0 and settings.iterations > 1:
-                        old[index] = self.stage.log_probs(batch.prompts, own)
-                        self._count_read(own)
-                self._backward(batch, own, advantages[part], old[index], reference[index], total)
-            norms = self._apply()
-        return norms
-
-    def _backward(
-        self,
-        batch: Batch,
-        own: list[Trajectory],
-        advantages: torch.Tensor,
-        old: torch.Tensor | None,
-        reference: torch.Tensor | None,
-        total: int,
-    ) -> None:
-        settings = self.settings
-        with checkpointing(self.model, self.uses_checkpointing):
-            log_probs = self.stage.log_probs(batch.prompts, own)
-            mask = chosen_mask(own).to(log_probs.device)
-            before = log_probs.detach() if old is None else old
-            advantages = advantages.to(log_probs.device, log_probs.dtype)
-            policy = grpo.trajectory_mean(grpo.clipped_loss(log_probs, before, advantages, settings.clip), mask)
-            losses = policy
-            if reference is not None:
-                penalty = grpo.kl_to(log_probs, reference.to(log_probs))
-                losses = policy + self.progress.kl_coefficient * grpo.trajectory_mean(penalty, mask)
-                self._means.add("kl", penalty[mask])
-            loss = losses.sum() / total
-            if not torch.isfinite(loss):
-                raise TrainingDivergedError(
-                    f"The loss is {loss.item()} in step {self.progress.step + 1}; training has stopped. Checkpoints "
-                    f"saved before are whole. Try a lower lr (now {settings.lr:g})."
-                )
-            if loss.requires_grad:
-                loss.backward()
-        self._means.add("loss", losses)
-        ratio = (log_probs.detach() - before).exp()
-        self._means.add("clipped", ((ratio - 1).abs() > settings.clip)[mask])
-        self._count_trained(own)
-
-    def _apply(self) -> dict[str, float]:
-        """Sum gradients over processes, clip, step; the norms of the gradients before clipping."""
-        parameters = self._parameters
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self.accelerator.num_processes > 1:
-            flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-            flat = self.accelerator.reduce(flat, "sum")
-            start = 0
-            for parameter in parameters:
-                parameter.grad = flat[start : start + parameter.numel()].view_as(parameter).clone()
-                start += parameter.numel()
-        norms = {}
-        for name, part in self.stage.parts().items():
-            grads = [p.grad.norm() for p in part if p.grad is not None]
-            norms[f"gradient_norm/{name}"] = float(torch.stack(grads).norm()) if grads else 0.0
-        whole = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
-        if not math.isfinite(whole):
-            raise TrainingDivergedError(
-                f"The gradient's norm is {whole} in step {self.progress.step + 1}; training has stopped. Checkpoints "
-                f"saved before are whole. Try a lower lr (now {self.settings.lr:g})."
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norms | {"gradient_norm": whole}
-
-    @property
-    def uses_checkpointing(self) -> bool:
-        """Whether gradients are checkpointed."""
-        wanted = self.settings.gradient_checkpointing
-        return Backbone.of(self.model).model.device.type == "cuda" if wanted is None else wanted
-
-    # Accounts
-
-    def _count_written(self, trajectories: Sequence[Trajectory]) -> None:
-        new = [len(t.ids) for t in trajectories]
-        self.progress.tokens_generated += self._everywhere(sum(new))
-        if self.meter is not None and trajectories:
-            lengths = [self._lengths[t.prompt] for t in trajectories]
-            patches = sum(self._patches[prompt] for prompt in {t.prompt for t in trajectories})
-            self.meter.generated(len(new), max(lengths), max(new), tokens=sum(new), patches=patches)
-            self._count_formed(trajectories, backwards=0)
-
-    def _count_trained(self, trajectories: Sequence[Trajectory]) -> None:
-        lengths = [self._lengths[t.prompt] + len(t.ids) for t in trajectories]
-        self.progress.tokens_trained += self._everywhere(sum(lengths))
-        if self.meter is not None:
-            again = self.uses_checkpointing
-            patches = sum(self._patches[t.prompt] for t in trajectories)
-            self.meter.trained(len(lengths), max(lengths), tokens=sum(lengths), patches=patches, checkpointing=again)
-            if self.stage.forms_again:
-                self._count_formed(trajectories, backwards=1 + again)
-
-    def _count_read(self, trajectories: Sequence[Trajectory]) -> None:
-        if self.meter is not None:
-            longest = max(self._lengths[t.prompt] + len(t.ids) for t in trajectories)
-            patches = sum(self._patches[t.prompt] for t in trajectories)
-            self.meter.read(len(trajectories), longest, patches=patches)
-
-    def _count_formed(self, trajectories: Sequence[Trajectory], backwards: int) -> None:
-        """A long-term memory is a pass of the decoder over what it is formed from, a short-term one of the encoder."""
-        for invocation in (i for t in trajectories for i in t.invocations):
-            formation, shape = invocation.formation, self.meter.shape
-            if invocation.kind == LONG:
-                seen = len(formation.sight.visual) + len(formation.text) + len(invocation.latents)
-                self.meter.add(shape.decoder(1, seen) * (1 + backwards))
-            else:
-                assert formation.sight.patches is not None
-                self.meter.add(2.0 * shape.vision * len(formation.sight.patches.x) * (1 + backwards))
-
-    def _everywhere(self, count: int) -> int:
-        """Other processes are taken to have done as much: exact counts would need all of them at the same place."""
-        return count * self.accelerator.num_processes
-
     def _log(self, values: dict[str, float]) -> None:
         progress, settings = self.progress, self.settings
         values |= {"tokens_generated": progress.tokens_generated, "tokens_trained": progress.tokens_trained}
@@ -422,7 +225,7 @@ class VisMemTrainer:
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self.stage.trained().items():
             tensors[f"value/{name}"] = parameter.detach()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            for key, value in self.update.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}/{name}"] = value
         tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
         return tensors, dict(vars(self.progress))
@@ -442,10 +245,10 @@ class VisMemTrainer:
                 if key.partition("/")[2] == name and not key.startswith("value/")
             }
             if kept:
-                self.optimizer.state[parameter] = {
+                self.update.optimizer.state[parameter] = {
                     key: value.clone() if key == "step" else value.to(parameter) for key, value in kept.items()
                 }
-        self.progress = Progress(**rest)
+        vars(self.progress).update(rest)
 
 
 @contextlib.contextmanager
@@ -456,26 +259,7 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing without training mode: dropout stays off, in the memory and in every other adapter."""
-    if not wanted:
-        yield
-        return
-    base = Backbone.of(model).model
-    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-    base.gradient_checkpointing_enable({"use_reentrant": False})
-    stop_below_learners(base)
-    for layer in layers:
-        layer.training = True  # of this module only, not of those inside
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
-        base.gradient_checkpointing_disable()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object."""
-    return json.loads(path.read_text())
+def uses_checkpointing(model: Any, settings: RlSettings) -> bool:
+    """Whether a run checkpoints gradients: if it is asked to, and by default on a GPU."""
+    wanted = settings.gradient_checkpointing
+    return Backbone.of(model).model.device.type == "cuda" if wanted is None else wanted

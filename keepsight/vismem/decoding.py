@@ -21,11 +21,12 @@ import torch
 
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.vismem import scope
+from keepsight.vismem.branching import take_rows
 from keepsight.vismem.checks import refuse, warn, with_stop_strings
 from keepsight.vismem.formers import Formers
 from keepsight.vismem.memory import Formation, Invocation, Sight, read_sights, splice_values
 from keepsight.vismem.output import Record, VisMemOutput
-from keepsight.vismem.policy import MemoryPolicy
+from keepsight.vismem.policy import MemoryPolicy, drawn
 from keepsight.vismem.tokens import LONG, SHORT, TYPES, MemoryTokens, id_tensor
 from keepsight.vismem.tuner import VisMemBranch
 
@@ -111,6 +112,8 @@ class _Row:
     is_done: bool = False
     plan: dict[int, str] = field(default_factory=dict)
     draws: torch.Tensor | None = None  # [room, 3], see `MemoryPolicy.draws`
+    shadow: int | None = None  # seed of a shadow that has not branched off yet
+    is_shadow: bool = False
 
 
 class MemoryDecoder:
@@ -143,31 +146,47 @@ class MemoryDecoder:
     ) -> Any:
         """The loop; called by transformers' `generate` in place of its own."""
         copies = generation_config.num_return_sequences or 1
-        self.policy.check_rows(len(input_ids))
+        self.policy.check_rows(len(input_ids) * self.policy.copies)
         max_length = stopping_criteria.max_length
         pad = generation_config._pad_token_tensor
         record = Record(generation_config)
 
         output = model._prefill(input_ids, generation_config, model_kwargs)
         rows = self._start(input_ids, copies)
+        if self.policy.copies > 1:
+            index = torch.arange(len(input_ids)).repeat_interleave(self.policy.copies)
+            input_ids = input_ids[index.to(input_ids.device)]
+            take_rows(index, output, model_kwargs)
         prompt = input_ids.shape[1]
+        shadowed: list[int] = []
         draws = self.policy.draws(None if max_length is None else max_length - prompt)
-        for index, row in enumerate(rows):
-            row.draws = None if draws is None else draws[index]
+        for place, row in enumerate(rows):
+            row.draws = None if draws is None else draws[place]
         while True:
             step = input_ids.shape[1] - prompt
             logits = output.logits[:, -1].float()
             self._form_waiting(rows, input_ids.shape[1])
             allowed = self._allowed(rows, input_ids.shape[1], max_length)
             seen = self._hidden(input_ids, pad) if any(row.count for row in rows) else input_ids
-            scores = self._constrained(logits_processor(seen, logits.clone()), allowed)
-            if generation_config.do_sample and draws is not None:
-                chosen = pick(scores.softmax(-1), draws[:, step, 0])
-            elif generation_config.do_sample:
-                chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0]
-            else:
-                chosen = scores.argmax(-1)
+            processed = logits_processor(seen, logits.clone())
+            scores = self._constrained(processed, allowed)
+            chosen = _chosen(scores, rows, step, generation_config.do_sample)
             ids, latents, sampled = self._next(rows, chosen.tolist(), allowed, pad, step)
+            branching = [i for i, row in enumerate(rows) if row.shadow is not None and row.waiting is not None]
+            if branching:
+                index = torch.tensor([*range(len(rows)), *branching])
+                on_device = index.to(input_ids.device)
+                shadows = self._shadows(rows, branching, draws)
+                without = self._constrained(processed[branching], torch.zeros(len(branching), 2, dtype=torch.bool))
+                scores, logits = torch.cat([scores, without]), logits[on_device]
+                allowed = torch.cat([allowed, torch.zeros(len(branching), 2, dtype=torch.bool)])
+                own = _chosen(without, shadows, step, generation_config.do_sample)
+                more, none, own_sampled = self._next(shadows, own.tolist(), allowed[-len(branching) :], pad, step)
+                ids, latents, sampled = ids + more, latents + none, torch.cat([sampled, own_sampled])
+                rows, shadowed = rows + shadows, shadowed + branching
+                input_ids = input_ids[on_device]
+                take_rows(index, output, model_kwargs)
+                record.take(index)
             new = torch.tensor(ids, device=input_ids.device)
             record.add(new, sampled, allowed, scores, logits)
             input_ids = torch.cat([input_ids, new], 1)
@@ -195,16 +214,30 @@ class MemoryDecoder:
             scores=record.scores(prompt, input_ids),
             logits=record.logits(prompt, input_ids),
             past_key_values=cache,
+            shadowed=shadowed,
         )
+
+    def _shadows(self, rows: list[_Row], branching: list[int], draws: torch.Tensor | None) -> list[_Row]:
+        """Rows that go on from where `branching` rows invoke their first memory, and invoke none."""
+        assert draws is not None
+        found = []
+        for index in branching:
+            row, room = rows[index], draws.shape[1]
+            assert row.shadow is not None
+            own = _Row(row.sight, words=row.words, count=self.limit, draws=drawn(row.shadow, room), is_shadow=True)
+            row.shadow = None
+            found.append(own)
+        return found
 
     def _start(self, input_ids: torch.Tensor, copies: int) -> list[_Row]:
         sights = read_sights(
             self.branch.backbone, self.watch.vision_calls, input_ids, self.watch.hidden, self.arguments, copies
         )
         self.watch.vision_calls.clear()
-        rows = [_Row(sight) for sight in sights]
+        rows = [_Row(sight) for sight in sights for _ in range(self.policy.copies)]
         for index, row in enumerate(rows):
             row.plan = dict(self.policy.plan(index))
+            row.shadow = None if self.policy.shadows is None else self.policy.shadows[index]
             replay = self.policy.replay[index] if self.policy.replay is not None else None
             if replay is not None:
                 row.queue = self._replayed(replay)
@@ -353,7 +386,7 @@ class MemoryDecoder:
         hidden, limit = self.watch.hidden, self.branch.config.max_text_states
         ends = self.tokens.end.values()
         for row, states, tokens, values in zip(rows, hidden, ids, latents, strict=True):
-            if row.is_done:
+            if row.is_done or row.is_shadow:
                 continue
             # An end token closes the memory before it, latents and all: H restarts there.
             last = max((i for i, token in enumerate(tokens) if token in ends), default=-1)
@@ -376,6 +409,15 @@ class MemoryDecoder:
                     KeepsightWarning,
                     stacklevel=2,
                 )
+
+
+def _chosen(scores: torch.Tensor, rows: list[_Row], step: int, do_sample: bool) -> torch.Tensor:
+    """The next token of every row [B], by its own draws if it has any."""
+    if not do_sample:
+        return scores.argmax(-1)
+    if rows[0].draws is None:
+        return torch.multinomial(scores.softmax(-1), 1)[:, 0]
+    return pick(scores.softmax(-1), torch.stack([row.draws[step, 0] for row in rows if row.draws is not None]))
 
 
 def pick(probabilities: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

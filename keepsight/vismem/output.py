@@ -25,6 +25,7 @@ class VisMemOutput(ModelOutput):
             that stands there has 0 and all others -inf.
         logits: with `output_logits`: likewise, unprocessed.
         past_key_values: the cache.
+        shadowed: of the rows after the first B, which row each is the shadow of (`MemoryPolicy.shadows`).
     """
 
     sequences: torch.Tensor | None = None
@@ -35,6 +36,7 @@ class VisMemOutput(ModelOutput):
     scores: tuple[torch.Tensor, ...] | None = None
     logits: tuple[torch.Tensor, ...] | None = None
     past_key_values: Any = None
+    shadowed: list[int] | None = None
 
 
 class Record:
@@ -65,6 +67,12 @@ class Record:
         for name, value in (("scores", scores), ("logits", logits)):
             if self._keep[name]:
                 self._values[name] += [value] + [torch.full_like(value, -torch.inf)] * more
+
+    def take(self, index: torch.Tensor) -> None:
+        """The rows are now those of `index`."""
+        self._sampled = [value[index] for value in self._sampled]
+        self._allowed = [value[index] for value in self._allowed]
+        self._values = {name: [v[index.to(v.device)] for v in values] for name, values in self._values.items()}
 
     @property
     def sampled(self) -> torch.Tensor:

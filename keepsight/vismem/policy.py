@@ -46,6 +46,11 @@ class MemoryPolicy:
         replay: per row, what to write first.
         seeds: per row, the seed of all that is drawn at random in it, tokens and invocations. The row is then the same
             whatever rows are beside it. Default: torch's own generator draws for all.
+        copies: continuations per row of the prompt, which is read once for all of them. (`num_return_sequences` reads
+            it once for each.) Per-row settings above count continuations.
+        shadows: per row, the seed of a second continuation that branches off where the first memory is invoked and
+            goes on without any: what would have been written. It costs no reading of its own, and its row comes after
+            all others in the output; see `VisMemOutput.shadowed`. Needs `seeds`.
     """
 
     name: PolicyName = "free"
@@ -55,6 +60,8 @@ class MemoryPolicy:
     replay: Sequence[Replay | None] | None = None
     places: Literal["delimiters", "anywhere"] = "delimiters"
     seeds: Sequence[int] | None = None
+    copies: int = 1
+    shadows: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.name not in get_args(PolicyName):
@@ -75,6 +82,10 @@ class MemoryPolicy:
                 raise KeepsightError(f"probability={self.probability}: expected a number from 0 to 1.")
         if self.places not in ("delimiters", "anywhere"):
             raise KeepsightError(f"places={self.places!r}: expected 'delimiters' or 'anywhere'.")
+        if self.copies < 1:
+            raise KeepsightError(f"copies={self.copies}: expected at least 1.")
+        if self.shadows is not None and (self.seeds is None or self.replay is not None):
+            raise KeepsightError("shadows: they need `seeds` for the first continuations, and go with no `replay`.")
         if self.places == "anywhere" and self.name != "random":
             raise KeepsightError(f"places={self.places!r} has no effect under policy {self.name!r}.")
 
@@ -114,12 +125,18 @@ class MemoryPolicy:
             return None
         if room is None:
             raise KeepsightError("seeds: the length must be bounded; pass max_new_tokens.")
-        return torch.stack([torch.rand(room, 3, generator=torch.Generator().manual_seed(s)) for s in self.seeds])
+        return torch.stack([drawn(seed, room) for seed in self.seeds])
 
     def check_rows(self, rows: int) -> None:
         """Raise unless per-row settings fit the number of rows."""
-        for name, value in (("at", self.at), ("replay", self.replay), ("seeds", self.seeds)):
+        given = {"at": self.at, "replay": self.replay, "seeds": self.seeds, "shadows": self.shadows}
+        for name, value in given.items():
             if value is not None and not isinstance(value, Mapping) and len(value) != rows:
                 raise KeepsightError(
                     f"{name} holds {len(value)} entries for {rows} rows (num_return_sequences counts)."
                 )
+
+
+def drawn(seed: int, room: int) -> torch.Tensor:
+    """What a row draws for each position [room, 3]: for a token, an invocation, and its type."""
+    return torch.rand(room, 3, generator=torch.Generator().manual_seed(seed))

@@ -8,6 +8,7 @@ from vismem_training import FAMILY_NAMES, RANDOM, ROWS, model_and_prompts, seeds
 
 from keepsight.train.grpo import clipped_loss, group_advantages, trajectory_mean
 from keepsight.train.rollout import counterfactuals, sample
+from keepsight.train.vismem_prefix import Prefixes
 from keepsight.train.vismem_replay import (
     chosen_mask,
     formed_latents,
@@ -228,3 +229,56 @@ def test_steps_raise_the_objective_on_their_own_trajectories():
         optimizer.zero_grad()
     assert objectives == sorted(objectives)
     assert objectives[-1] > objectives[0] + 1e-3
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_shadows_are_replays(name, copies):
+    """What is written beside a trajectory is what a replay of its beginning, without memory, goes on to write."""
+    model, prompts = model_and_prompts(name)
+    own, other = seeds(3 * copies, "trajectories"), seeds(3 * copies, "shadows")
+    for limit in (None, 2):
+        found = sample(
+            model, prompts, own, RANDOM, copies=copies, max_words=14, rows_per_call=limit, shadow_seeds=other
+        )
+        assert same(found, sample(model, prompts, own, RANDOM, copies=copies, max_words=14))
+        replays = counterfactuals(model, prompts, found, other, "without", max_words=14)
+        assert any(t.invoked for t in found)
+        for trajectory, replay in zip(found, replays, strict=True):
+            if not trajectory.invoked:
+                assert trajectory.without is None
+                continue
+            shadow = trajectory.without
+            assert same([shadow], [replay])
+            assert shadow.prompt == replay.prompt == trajectory.prompt
+            assert torch.equal(shadow.chosen, replay.chosen)
+            assert torch.equal(shadow.admitted, replay.admitted)
+            assert not shadow.invoked
+    # The test can fail: other seeds write other shadows.
+    others = counterfactuals(model, prompts, found, seeds(3 * copies, "others"), "without", max_words=14)
+    assert any(t.invoked and not same([t.without], [o]) for t, o in zip(found, others, strict=True))
+
+
+def test_prompts_read_once_give_the_same_log_probs_and_gradients(name):
+    """Keys and values of the prompts stand for the prompts, in ragged batches and in any order of the rows."""
+    model, prompts = model_and_prompts(name)
+    trajectories = written(model, prompts)
+    order = [5, 0, 8, 3, 2, 6]
+    some = [trajectories[i] for i in order]
+    memory = VisMemBranch.of(model).active
+    parameters = [p for n, p in memory.named_parameters() if not n.startswith("rows.")]
+    prefixes = Prefixes(model, prompts)
+    found, gradients = {}, {}
+    for way in (None, prefixes):
+        latents = formed_latents(model, some)
+        values = log_probs(model, prompts, some, latents, 1.3, way)
+        found[way is None] = (values.detach(), log_probs_without_memory(model, prompts, some, 1.3, way).detach())
+        gradients[way is None] = torch.autograd.grad(values.sum(), parameters, allow_unused=True)
+    for a, b in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+    for a, b in zip(gradients[True], gradients[False], strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4 * float(a.abs().max()) + 1e-6)
+    # Another prompt's states are another prompt's.
+    wrong = log_probs(model, prompts, some, latents.detach(), 1.3, Prefixes(model, [*prompts[1:], prompts[0]]))
+    assert (wrong - found[True][0]).abs().max() > 0.03
