@@ -27,25 +27,16 @@ from keepsight.train.engines import current_engine
 from keepsight.train.four_bit import check_four_bit
 from keepsight.train.preflight import Say, silent
 from keepsight.train.rewards import DEFAULT_REWARDS, Reward
+from keepsight.train.vismem_asked import Questions, Run, check_run, record_of, rewards_of
 from keepsight.train.vismem_controls import check_controls, compare
 from keepsight.train.vismem_plan import plan_vismem
 from keepsight.train.vismem_progress import OnLog
 from keepsight.train.vismem_report import VisMemReport
-from keepsight.train.vismem_run import (
-    Made,
-    Questions,
-    Run,
-    check_run,
-    execute,
-    load_here,
-    ready,
-    record_of,
-    rewards_of,
-    warn_untrained,
-)
+from keepsight.train.vismem_run import Made, execute, load_here, ready, warn_untrained
 from keepsight.train.vismem_saving import save_adapter
-from keepsight.train.vismem_settings import FormationSettings, InvocationSettings
-from keepsight.train.vismem_stages import POLICY, Formation, Invocation, Stage
+from keepsight.train.vismem_settings import FormationSettings, InvocationSettings, uses_checkpointing
+from keepsight.train.vismem_stage import Stage
+from keepsight.train.vismem_stages import POLICY, Formation, Invocation
 from keepsight.vismem import VisMemBranch, VisMemConfig, add_memory_tokens
 
 __all__ = [
@@ -118,11 +109,7 @@ def train_vismem_formation(
     config, base_name = _adapter_config(source) if is_adapter else (plan_vismem(source, vismem), str(source))
     names = tuple(control.name for control in controls)
     check_four_bit(base_name, settings.load_in_4bit, current_engine(), controls=names)
-    if settings.gradient_checkpointing and config.form == "incremental":
-        raise KeepsightError(
-            "gradient_checkpointing cannot be combined with form='incremental', whose kept keys and values it would "
-            "compute twice. Use form='literal', or leave gradient checkpointing off and lower rows_per_forward."
-        )
+    uses_checkpointing(settings, config.form, settings.on_gpu)
     warm = f", after {settings.warm_start_steps} steps of warm start (ours)" if settings.warm_start_steps else ""
     say(f"{Formation.title}: rewards {Formation.objective_name}; KL against {Formation.reference_name}{warm}")
 

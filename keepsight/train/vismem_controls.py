@@ -17,8 +17,9 @@ from keepsight.train.accounting import RunCost
 from keepsight.train.controls import WHAT, Comparison, Control, Outcome, control_folder
 from keepsight.train.data import CheckedData
 from keepsight.train.learner import matched_lora
+from keepsight.train.vismem_asked import Run, record_of
 from keepsight.train.vismem_report import VisMemReport
-from keepsight.train.vismem_run import Made, Run, execute, load_here, ready, record_of
+from keepsight.train.vismem_run import Made, execute, load_here, ready
 from keepsight.train.vismem_stages import PolicyAlone
 from keepsight.vismem import VisMemConfig, add_memory_tokens
 

@@ -25,7 +25,7 @@ from keepsight.train.flops import ModelShape
 from keepsight.train.four_bit import packed_weights
 from keepsight.train.needs import DryRun, Need, cache_bytes, weight_bytes
 from keepsight.train.tracing import meta_model, trace
-from keepsight.train.vismem_settings import InvocationSettings, RlSettings
+from keepsight.train.vismem_settings import InvocationSettings, RlSettings, uses_checkpointing
 from keepsight.vismem import VisMemBranch, VisMemConfig
 
 
@@ -96,8 +96,7 @@ def dry_run_vismem(
     traced = trace(model, rows, whole, visual)
     seen = visual + min(config.max_text_states or settings.max_words // max(1, memories), settings.max_words)
     forming = 0.0 if is_second else rows * memories * (seen + config.num_queries + config.num_long) / (rows * whole)
-    wanted = settings.gradient_checkpointing
-    checkpoints = torch.cuda.is_available() if wanted is None else wanted
+    checkpoints = uses_checkpointing(settings, config.form, torch.cuda.is_available())
     logits = rows * (settings.max_words + latents) * backbone.text_config.vocab_size * (stored + 3 * 4)
     plain, checkpointed = (round(kept * (1 + forming)) + logits for kept in (traced.kept, traced.checkpointed))
     shape = ModelShape.of(model)

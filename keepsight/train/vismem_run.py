@@ -5,29 +5,25 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
-from peft import PeftConfig
 
 from keepsight.backbone import Backbone
-from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.errors import KeepsightWarning
 from keepsight.train import output
 from keepsight.train.accounting import CostMeter
-from keepsight.train.checksums import changed, checksums
-from keepsight.train.controls import Control, hold_out
-from keepsight.train.data import CheckedData, check_dataset, load_dataset_any, read_sample
-from keepsight.train.engines import check_engine, current_engine
+from keepsight.train.checksums import checksums
+from keepsight.train.data import CheckedData, read_sample
 from keepsight.train.flops import ModelShape
 from keepsight.train.four_bit import load_base
-from keepsight.train.preflight import Say, check_settings, find_checkpoint
-from keepsight.train.rewards import Reward, load_rewards
+from keepsight.train.preflight import Say, find_checkpoint
 from keepsight.train.rollout import NO_MEMORY
-from keepsight.train.trainer import TrainingDivergedError
-from keepsight.train.vismem_progress import OnLog
+from keepsight.train.vismem_asked import Run
+from keepsight.train.vismem_proof import Only, prove
 from keepsight.train.vismem_report import VisMemReport, card
 from keepsight.train.vismem_saving import (
     Save,
@@ -40,38 +36,10 @@ from keepsight.train.vismem_saving import (
     warn_of_no_signal,
 )
 from keepsight.train.vismem_settings import FormationSettings, InvocationSettings, RlSettings
-from keepsight.train.vismem_stages import Stage
+from keepsight.train.vismem_stage import Stage
 from keepsight.train.vismem_trainer import VisMemTrainer
 from keepsight.train.vismem_warm import warm_up
-from keepsight.vismem import VisMemBranch, VisMemConfig
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run is asked for.
-
-    Attributes:
-        source: where the model comes from.
-        folder: gets everything.
-        settings: of the stage.
-        rewards: what is scored.
-        resume, overwrite: what to do with what is in the folder.
-        say, on_log: who listens.
-    """
-
-    source: str | Path
-    folder: Path
-    settings: RlSettings
-    rewards: list[Reward]
-    resume: bool
-    overwrite: bool
-    say: Say
-    on_log: OnLog | None
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process talks and writes."""
-        return int(os.environ.get("RANK", "0")) == 0
+from keepsight.vismem import VisMemBranch
 
 
 @dataclass(frozen=True)
@@ -89,90 +57,6 @@ class Made:
     processor: Any
     stage: Stage
     save: Save
-
-
-@dataclass(frozen=True)
-class Questions:
-    """Where questions come from, and how they are checked.
-
-    Attributes:
-        dataset, split: what `load_dataset_any` reads.
-        eval_dataset, eval_split: the same for held-out questions.
-        text_only, check: see `train_vismem_formation`.
-        on_check: called as `on_check(done, total)`.
-    """
-
-    dataset: Any
-    split: str
-    eval_dataset: Any
-    eval_split: str | None
-    text_only: Literal["error", "skip", "keep"]
-    check: Literal["full", "quick"]
-    on_check: Callable[[int, int], None] | None
-
-    def checked(self, run: Run, controls: Sequence[Control]) -> tuple[CheckedData, CheckedData | None]:
-        """(for training, held out); with controls and no evaluation data, a tenth of the questions is held out."""
-        held_out = None
-        data = self._checked(self.dataset, self.split, run.rewards, self.on_check)
-        if self.eval_dataset is not None:
-            held_out = self._checked(self.eval_dataset, self.eval_split or self.split, run.rewards, None)
-        elif controls:
-            data, held_out = hold_out(data)
-        for where, why in data.skipped[:5]:
-            run.say(f"skipped {where}: {why}")
-        more = f", {held_out.rows:,} are held out" if held_out is not None else ""
-        run.say(f"{data.rows:,} questions are good{more}; loading {run.source}")
-        return data, held_out
-
-    def _checked(self, dataset: Any, split: str, rewards: list[Reward], progress: Any) -> CheckedData:
-        return check_dataset(
-            load_dataset_any(dataset, split),
-            kind="prompt",
-            text_only=self.text_only,
-            decode=self.check == "full",
-            need_answer=any(reward.name in ("answer", "match") for reward in rewards),
-            progress=progress,
-        )
-
-
-def rewards_of(given: Sequence[str | Reward | Callable[..., Any]]) -> list[Reward]:
-    """Rewards by name, as they are, or made of functions f(prompts, completions, **columns)."""
-    given = [given] if isinstance(given, str) else list(given)
-    names = [one for one in given if isinstance(one, str)]
-    ready = [one for one in given if isinstance(one, Reward)]
-    functions = [one for one in given if not isinstance(one, (str, Reward))]
-    made = [Reward(getattr(one, "__name__", type(one).__name__), 1.0, one) for one in functions]
-    return [*(load_rewards(names) if names or not given else []), *ready, *made]
-
-
-def check_run(run: Run) -> None:
-    """Refuse engines, trackers, devices and output folders that cannot be used."""
-    settings = run.settings
-    check_engine(current_engine(), "vismem", on_gpu=settings.on_gpu)
-    check_settings(cast(Any, settings))  # scheduler, trackers and device, which all settings have
-    if run.resume and run.overwrite:
-        raise KeepsightError("resume goes on with a run and overwrite starts anew; choose one of them.")
-    if run.is_main:
-        output.check_output(run.folder, run.resume, run.overwrite)
-
-
-def record_of(run: Run, stage: str, config: VisMemConfig | None, data: CheckedData) -> dict[str, Any]:
-    """What must be the same for a run to be resumed."""
-    free = {"logging_steps", "save_steps", "keep_checkpoints", "report_to", "device", "rows_per_rollout"}
-    general = {f.name for f in fields(PeftConfig)} | {"token_ids", "delimiter_ids"}
-    names = [f.name for f in fields(VisMemConfig) if f.name not in general and not f.name.startswith("base_")]
-    memory = {} if config is None else {name: getattr(config, name) for name in names}
-    chosen = {name: value for name, value in asdict(run.settings).items() if name not in free}
-    rewards = [f"{reward.name}={reward.weight:g}" for reward in run.rewards]
-    return {
-        "stage": stage,
-        "base": str(run.source),
-        "samples": data.rows,
-        "digest of the data": data.digest,
-        "rewards": rewards,
-        **memory,
-        **chosen,
-    }
 
 
 def load_here(source: str | Path, base: str | Path, settings: RlSettings, trainable: bool = False) -> tuple[Any, Any]:
@@ -258,7 +142,7 @@ def execute(
         plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in record.items() if v is not None}
         accelerator.init_trackers(folder.name, config=plain)
 
-    before, start = checksums(model, skip=set(trained)), checksums(_Only(trained))
+    before, start = checksums(model, skip=set(trained)), checksums(Only(trained))
     size = sum(p.numel() for p in trained.values())
     meter = CostMeter(folder, name, ModelShape.of(model), trained_parameters=size, resume=checkpoint is not None)
 
@@ -307,7 +191,7 @@ def execute(
 
     progress = trainer.train()
 
-    untouched, moved_tensors = _proof(model, trained, before, start, stage, folder)
+    untouched, moved_tensors = prove(model, trained, before, start, stage, folder)
     say(
         f"{moved_tensors} of {len(trained)} trained tensors changed; no bit of any of the other {untouched} did "
         "(digests before and after)"
@@ -345,46 +229,6 @@ def execute(
         warm_start=warm_start,
         metrics=metrics,
     )
-
-
-def _proof(
-    model: Any,
-    trained: dict[str, torch.nn.Parameter],
-    before: dict[str, str] | None,
-    start: dict[str, str] | None,
-    stage: Stage,
-    folder: Path,
-) -> tuple[int, int]:
-    """(tensors of which no bit changed, trained tensors that changed); raises if anything else did."""
-    after, end = checksums(model, skip=set(trained)), checksums(_Only(trained))
-    assert before is not None
-    assert after is not None
-    assert start is not None
-    assert end is not None
-    wrong = changed(before, after)
-    if wrong:
-        raise KeepsightError(
-            f"{len(wrong)} tensors that {stage.title} must not change did change, such as {wrong[0]}; nothing was "
-            f"saved. This must never happen: please report it with the settings in {folder / output.RECORD}."
-        )
-    broken = [name for name, p in trained.items() if not bool(p.isfinite().all())]
-    if broken:
-        raise TrainingDivergedError(
-            f"After the last step {len(broken)} tensors hold NaN or infinite values, such as {broken[0]}; the result "
-            "was not saved. Earlier checkpoints stay. Try a lower learning rate."
-        )
-    return len(after), len(changed(start, end))
-
-
-class _Only(torch.nn.Module):
-    """A module that holds some parameters under their names, to take checksums of."""
-
-    def __init__(self, parameters: dict[str, torch.nn.Parameter]):
-        super().__init__()
-        self.held = parameters
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        yield from self.held.items()
 
 
 def _check_space(

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from keepsight.errors import KeepsightWarning
+from keepsight.errors import KeepsightError, KeepsightWarning
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -41,7 +41,8 @@ class RlSettings:
         max_invocations: at most so many per trajectory; None: the memory's own setting.
         rows_per_rollout: trajectories written at once by one process.
         rows_per_forward: trajectories in one forward and backward; changes memory and speed, not the result.
-        gradient_checkpointing: trade time for memory. None: on a GPU.
+        gradient_checkpointing: trade time for memory. None: on a GPU, but not where an incremental memory is formed,
+            whose kept keys and values cannot be computed twice.
         dtype: of the base's weights; "auto" is the checkpoint's own. The memory is always trained in float32.
         load_in_4bit: hold the decoder's linear maps in four bits (see `keepsight.train.four_bit`; ours).
         device: "cpu" or "cuda"; None: the GPU if there is one.
@@ -191,3 +192,32 @@ class InvocationSettings(RlSettings):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number of at least 0.")
         if not math.isfinite(self.start_bias):
             raise ValueError(f"start_bias={self.start_bias}: expected a number.")
+
+
+def uses_checkpointing(settings: RlSettings, form: str, on_gpu: bool) -> bool:
+    """Whether a stage checkpoints gradients.
+
+    Args:
+        settings: of the stage.
+        form: of the memory. Stage I forms memories with gradients; stage II takes them as they were, in either form.
+        on_gpu: whether the model is on a GPU.
+
+    Raises:
+        KeepsightError: if it was asked for and cannot be combined with the memory's form.
+    """
+    wanted = settings.gradient_checkpointing
+    if form != "incremental" or not isinstance(settings, FormationSettings):
+        return on_gpu if wanted is None else wanted
+    if wanted:
+        raise KeepsightError(
+            "gradient_checkpointing cannot be combined with form='incremental', whose kept keys and values it would "
+            "compute twice. Use form='literal', or leave gradient checkpointing off and lower rows_per_forward."
+        )
+    if on_gpu and wanted is None:
+        warnings.warn(
+            "Gradient checkpointing, which is usual on a GPU, is off: form='incremental' cannot be combined with it. "
+            "If memory runs out, lower rows_per_forward. (gradient_checkpointing=False says that this is meant.)",
+            KeepsightWarning,
+            stacklevel=3,
+        )
+    return False

@@ -14,23 +14,24 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from keepsight.backbone import Backbone
-from keepsight.errors import KeepsightError
+from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.train import grpo
 from keepsight.train.rewards import Reward, score_each
 from keepsight.train.rollout import Trajectory, row_seed, sample, texts
 from keepsight.train.vismem_accounts import Accounts
 from keepsight.train.vismem_progress import Means, OnLog, Progress
 from keepsight.train.vismem_prompts import Order, Question, Questions, Samples
-from keepsight.train.vismem_settings import RlSettings
-from keepsight.train.vismem_stages import Batch, Stage, shadow_seeds
+from keepsight.train.vismem_settings import RlSettings, uses_checkpointing
+from keepsight.train.vismem_stage import Batch, Stage, shadow_seeds
 from keepsight.train.vismem_update import Update
-from keepsight.vismem import MemoryPolicy
+from keepsight.vismem import MemoryPolicy, VisMemBranch
 from keepsight.vismem.tokens import TYPES
 
 
@@ -74,7 +75,10 @@ class VisMemTrainer:
         self.order = Order(len(samples), self.settings.batch_size, self.settings.seed)
         self.steps = self.settings.max_steps or math.ceil(self.settings.epochs * self.order.steps_per_epoch)
         self.progress = Progress(kl_coefficient=self.settings.kl)
-        checkpoints = uses_checkpointing(model, self.settings)
+        backbone, form = Backbone.of(model), VisMemBranch.of(model).config.form
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", KeepsightWarning)  # who made the settings was warned
+            checkpoints = uses_checkpointing(self.settings, form, backbone.model.device.type == "cuda")
         processes = accelerator.num_processes
         self.accounts = Accounts(self.progress, meter, processes, checkpoints, stage.forms_again)
         self.update = Update(stage, accelerator, self.progress, self.accounts, checkpoints)
@@ -145,7 +149,7 @@ class VisMemTrainer:
             batch = self._rollout(questions, seeds, step)
             advantages = self._advantages(batch)
             total = len(everyone) * settings.group_size
-            values = self.update.take(batch, advantages, total, self._means)
+            values = self._optimise(batch, advantages, total)
         nothing = (
             {"loss": 0.0, "kl": 0.0} if settings.kl else {"loss": 0.0}
         )  # where nothing depended on what is trained
@@ -208,6 +212,9 @@ class VisMemTrainer:
         self._means.add("groups_without_signal", (spread == 0).double())
         return grpo.group_advantages(objective, self.settings.group_size)
 
+    def _optimise(self, batch: Batch, advantages: torch.Tensor, total: int) -> dict[str, float]:
+        return self.update.take(batch, advantages, total, self._means)
+
     def _log(self, values: dict[str, float]) -> None:
         progress, settings = self.progress, self.settings
         values |= {"tokens_generated": progress.tokens_generated, "tokens_trained": progress.tokens_trained}
@@ -257,9 +264,3 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
-
-
-def uses_checkpointing(model: Any, settings: RlSettings) -> bool:
-    """Whether a run checkpoints gradients: if it is asked to, and by default on a GPU."""
-    wanted = settings.gradient_checkpointing
-    return Backbone.of(model).model.device.type == "cuda" if wanted is None else wanted

@@ -20,7 +20,7 @@ from keepsight.train.vismem_prefix import Prefixes
 from keepsight.train.vismem_progress import Means, Progress
 from keepsight.train.vismem_replay import chosen_mask
 from keepsight.train.vismem_settings import RlSettings
-from keepsight.train.vismem_stages import Batch, Stage
+from keepsight.train.vismem_stage import Batch, Stage
 
 
 class Update:

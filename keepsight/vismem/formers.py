@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from keepsight.backbone import Backbone
+from keepsight.errors import KeepsightError
 from keepsight.vismem import layout
 from keepsight.vismem.memory import Formation, Sight
 from keepsight.vismem.module import LatentMemory, match_rms
@@ -195,6 +196,14 @@ class Formers:
 
     def _decode(self, x: torch.Tensor, valid: torch.Tensor, cache: Any = None) -> torch.Tensor:
         """The decoder's last hidden states [B, L, D] of inputs x, after what `cache` holds; `valid` covers both."""
+        if cache is not None and any(
+            layer.training and getattr(layer, "gradient_checkpointing", False) for layer in self.backbone.layers
+        ):
+            raise KeepsightError(
+                "form='incremental' reads kept keys and values, which transformers drops under gradient checkpointing: "
+                "the memory would not see the image. Call model.gradient_checkpointing_disable(), or use "
+                "form='literal'."
+            )
         positions = (valid.long().cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :]
         bank = self.memory.long_bank
         with low_rank(bank):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from vismem_training import FAMILY_NAMES, RANDOM, ROWS, model_and_prompts, seeds, written
 
+from keepsight.errors import KeepsightError
 from keepsight.train.grpo import clipped_loss, group_advantages, trajectory_mean
 from keepsight.train.rollout import counterfactuals, sample
 from keepsight.train.vismem_prefix import Prefixes
@@ -282,3 +283,13 @@ def test_prompts_read_once_give_the_same_log_probs_and_gradients(name):
     # Another prompt's states are another prompt's.
     wrong = log_probs(model, prompts, some, latents.detach(), 1.3, Prefixes(model, [*prompts[1:], prompts[0]]))
     assert (wrong - found[True][0]).abs().max() > 0.03
+
+
+def test_checkpointing_switched_on_by_hand_is_refused_by_an_incremental_memory():
+    model, prompts = model_and_prompts("qwen2_5_vl", form="incremental")
+    trajectories = written(model, prompts)
+    formed_latents(model, trajectories)
+    model.train()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(KeepsightError, match="would not see the image"):
+        formed_latents(model, trajectories)
