@@ -8,6 +8,7 @@ Variants, in turn, in an order that rotates from round to round, each with 1, 4 
 request after the other (an image, a line of text; a fixed number of tokens, greedy):
 
     generate        `model.generate`, in this process, one request at a time: no server at all
+    generate+pvm    the same with a memory
     transformers    `transformers serve` (one VLM request at a time; its continuous batching takes no images)
     keepsight       `keepsight serve` on the same model, without memory
     keepsight+pvm   the same with a memory
@@ -107,6 +108,14 @@ class InProcess:
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor = model, processor
 
+    @property
+    def parameters(self) -> dict[str, int]:
+        """How many the base has, and how many its memory."""
+        counts = {"base": 0, "memory": 0}
+        for name, parameter in self.model.named_parameters():
+            counts["memory" if "pvm_blocks" in name else "base"] += parameter.numel()
+        return counts
+
     def ask(self, content: Any, image: Any, tokens: int) -> int:
         """Tokens of one answer."""
         return len(generated_ids(self.model, self.processor, image, tokens))
@@ -133,11 +142,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     memory = arguments.adapter or make_memory(base, folder / "memory")
     images = [image for image, _ in example_images(arguments.requests, seed=3)]
     bodies = [messages(image) for image in images]
-    model, processor = keepsight.load(base)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     flags = ["--max-batch", str(max(arguments.clients)), "--max-prompt-tokens", "8000"]
-    variants: dict[str, Any] = {"generate": InProcess(model, processor)}
+    remembering = InProcess(*keepsight.load(memory, base=base))
+    variants: dict[str, Any] = {"generate": InProcess(*keepsight.load(base)), "generate+pvm": remembering}
     if "transformers" in arguments.variants:
         words = ["transformers.cli.transformers", "serve", base, "--port", str(port), "--host", "127.0.0.1"]
         server = Server(words, url=f"http://127.0.0.1:{port}", healthy="/health")
@@ -154,7 +163,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for round_ in range(arguments.rounds):
             for clients in arguments.clients:
                 for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-                    if name == "generate" and clients > 1:
+                    if name.startswith("generate") and clients > 1:
                         continue  # one request at a time is all it does
                     found = load(variants[name], images, bodies, clients, arguments.tokens)
                     samples[name][str(clients)].append(found)
@@ -163,7 +172,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if isinstance(variant, OverHttp):
                 variant.server.process.kill()
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": remembering.parameters["base"],
+        "parameters_of_memory": remembering.parameters["memory"],
         "samples": samples,
         "summary": summarize(samples, arguments.requests * arguments.tokens, arguments.tokens),
     }
@@ -208,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    names = ["generate", "transformers", "keepsight", "keepsight+pvm"]
+    names = ["generate", "generate+pvm", "transformers", "keepsight", "keepsight+pvm"]
     parser.add_argument("--variants", nargs="+", choices=names, default=names)
     parser.add_argument("--name")
     parser.add_argument("--note", default="")

@@ -128,6 +128,7 @@ def serve(
     from keepsight.train.collate import require_chat_template
 
     base_name, infos = check_sources(source, adapter or [], base)
+    _refuse_twins(infos)
     options = _engine_args(engine, engine_args, infos)
     settings = ServeSettings(
         name=name or _name(source),
@@ -145,6 +146,7 @@ def serve(
         local_folders=tuple(folder.resolve() for folder in allow_local_dir or ()),
         remote_hosts=tuple(allow_remote_host or ()),
         trusted_hosts=trusted,
+        adapters=tuple((_adapter_name(info.path), info.method) for info in infos),
     )
     if not is_local and api_key is None:
         warnings.warn(
@@ -180,6 +182,18 @@ def _api(model: Any, processor: Any, settings: Any) -> Any:
     if latent is not None:
         warn(latent.branch, latent.policy)  # of memories that were never trained
     return Api(Served.of(model, processor), settings)
+
+
+def _refuse_twins(infos: list[Any]) -> None:
+    """One model has one memory of a kind; of two, the second would be loaded and do nothing."""
+    taken: dict[str, Any] = {}
+    for info in infos:
+        if info.method in taken:
+            raise KeepsightError(
+                f"{taken[info.method].path} and {info.path} are both {info.method}s, and only one can be active. Start "
+                "a server for each, on ports of their own."
+            )
+        taken[info.method] = info
 
 
 def _engine_args(engine: str, given: str | None, infos: list[Any]) -> dict[str, Any]:
@@ -229,3 +243,9 @@ def _name(source: str) -> str:
     """A folder's own name; a hub id as it is."""
     path = Path(source)
     return path.resolve().name if path.exists() else source
+
+
+def _adapter_name(path: Path) -> str:
+    """A folder's own name; a hub id of what lies in the hub's cache."""
+    cached = [part.removeprefix("models--").replace("--", "/") for part in path.parts if part.startswith("models--")]
+    return cached[-1] if cached else path.resolve().name

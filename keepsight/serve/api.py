@@ -208,7 +208,10 @@ class Api:
             "object": "model",
             "created": self.served.created,
             "owned_by": "keepsight",
-            "keepsight": {"memories": list(self.served.memories)},
+            "keepsight": {
+                "memories": list(self.served.memories),
+                "adapters": [{"name": name, "method": method} for name, method in self.settings.adapters],
+            },
         }
 
     async def upload(self, request: Request) -> Any:

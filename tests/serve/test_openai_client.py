@@ -1,9 +1,12 @@
 """OpenAI's own client, unchanged, against `keepsight serve`."""
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+import torch
+from helpers import with_continuation
 from live import NAME, as_bytes, ask, generated, images, serving
 
 LENGTH = 24
@@ -54,6 +57,53 @@ def test_a_stream_is_the_whole_answer(client):
     assert memories == {c.index: c.keepsight for c in whole.choices}
     assert usage == whole.usage
     assert sorted(e.logprob for e in logprobs) == sorted(e.logprob for c in whole.choices for e in c.logprobs.content)
+
+
+def test_an_answer_goes_back_into_the_conversation_as_it_came(client, remembering):
+    first, second = images(2)
+    turns = ask(first)
+    message = complete(client, first).choices[0].message
+    turns += [message, *ask(second, "read")]
+    found = client.chat.completions.create(model=NAME, messages=turns, max_tokens=LENGTH).choices[0].message.content
+    model, processor = remembering
+    asked = {"type": "text", "text": "read"}
+    inputs = processor.apply_chat_template(
+        [
+            {"role": "user", "content": [{"type": "image", "image": first}, asked]},
+            {"role": "assistant", "content": [{"type": "text", "text": message.content}]},
+            {"role": "user", "content": [{"type": "image", "image": second}, asked]},
+        ],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    out = model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False)
+    assert found == processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_log_probabilities_are_those_of_one_plain_forward(client, remembering, memory):
+    model, processor = remembering
+    picture = images(1)[0]
+    answer = complete(client, picture, logprobs=True, top_logprobs=5, extra_body={"keepsight": {"memory": memory}})
+    entries = answer.choices[0].logprobs.content
+    ids = processor.tokenizer.convert_tokens_to_ids([entry.token for entry in entries])
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "read"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    inputs = with_continuation(dict(inputs), torch.tensor([ids]))
+    with torch.no_grad(), contextlib.nullcontext() if memory else model.disable_adapter():
+        expected = model(**inputs).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
+    found = torch.tensor([entry.logprob for entry in entries])
+    torch.testing.assert_close(found, expected[range(len(ids)), ids], rtol=0, atol=5e-5)
+    likeliest = torch.tensor([[top.logprob for top in entry.top_logprobs] for entry in entries])
+    torch.testing.assert_close(likeliest, expected.topk(5).values, rtol=0, atol=5e-5)
 
 
 def test_log_probabilities(client):
@@ -165,7 +215,7 @@ def test_conversations_several_images_and_uploads(client):
 
 def test_models(client):
     (model,) = client.models.list().data
-    assert (model.id, model.keepsight) == (NAME, {"memories": ["pvm"]})
+    assert (model.id, model.keepsight) == (NAME, {"memories": ["pvm"], "adapters": []})
     assert client.models.retrieve(NAME).id == NAME
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other/model")

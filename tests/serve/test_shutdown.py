@@ -12,6 +12,7 @@ import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -21,7 +22,7 @@ from live import NAME, ask, images, serving, wait_for
 from typer.testing import CliRunner
 
 from keepsight.cli import app
-from keepsight.cli.serve import _name
+from keepsight.cli.serve import _adapter_name, _name, _refuse_twins
 from keepsight.errors import KeepsightError
 from keepsight.serve.server import _Brief, bind
 from keepsight.serve.settings import Limits
@@ -101,6 +102,8 @@ def test_mistakes_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
     for name in ("https://a.example", "a.example:80", "*.example", ""):
         assert "expected a name" in message("--trusted-host", name)
     assert "no such folder" in message(tmp_path / "missing")
+    with pytest.raises(KeepsightError, match="both PVMs"):
+        _refuse_twins([SimpleNamespace(path=name, method=kind) for name, kind in (("a", "PVM"), ("b", "PVM"))])
 
 
 def test_an_address_is_taken_once_and_free_again():
@@ -149,3 +152,5 @@ def test_a_model_is_called_what_its_folder_is_called(tmp_path):
     assert _name(str(folder)) == "my-memory"
     assert _name("owner/name") == "owner/name"
     assert _name("keepsight/reference") == "keepsight/reference" or Path("keepsight/reference").exists()
+    assert _adapter_name(folder) == "my-memory"
+    assert _adapter_name(Path("cache/models--owner--name/snapshots/0123")) == "owner/name"
