@@ -31,6 +31,14 @@ _EXTRA_OF = {
     "uvicorn": "serve",
     "prometheus_client": "serve",
 }
+_FULL_DISK = (
+    "No space left",
+    "PytorchStreamWriter",
+    "inline_container",  # torch.save, where a write came to less than it should
+    "file write failed",
+    "Disk quota",
+    "File too large",
+)
 _IMAGE_LIBRARIES = ("PIL", "torchvision")  # both extras bring them
 
 
@@ -105,7 +113,7 @@ def explain(error: Exception, extra: str = "train") -> str:
             "out of memory. Try fewer samples at once (--batch-size 1), --gradient-checkpointing, smaller images, a "
             "shorter --max-length, or --dtype bfloat16."
         )
-    if any(sign in text for sign in ("No space left", "PytorchStreamWriter", "file write failed", "Disk quota")):
+    if any(sign in text for sign in _FULL_DISK):
         return (
             "the disk is full, or cannot be written. Checkpoints saved before are whole: free some space and give the "
             "same command with --resume."

@@ -127,6 +127,7 @@ def pvm_grpo(
         raise KeepsightError(f"--lora-rank has no effect with --policy {policy}; it is for --policy lora.")
     given = layers is not None or width is not None or not causal
     memory = PvmConfig(layers=ask.parse_layers(layers), width=width, causal=causal) if given else None
+    ask.warn_of_idle(chosen)
     if dry_run:
         return ask.show_dry_run(source, settings, memory, dataset, split, tokens, policy, lora_rank)
     dataset, output_dir = ask.check_choices(resume, overwrite, dataset, output_dir)

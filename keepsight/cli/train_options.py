@@ -124,6 +124,22 @@ def check_choices(resume: bool, overwrite: bool, dataset: str | None, output_dir
     return dataset, output_dir
 
 
+def warn_of_idle(chosen: dict[str, Any]) -> None:
+    """Warn of options that have no effect as the others are."""
+    dry, evaluates = chosen["dry_run"], chosen["eval_dataset"] is not None
+    idle = {
+        "--tokens": not dry and chosen["tokens"] is not None and "without --dry-run",
+        "--control": dry and chosen["control"] and "with --dry-run, which is of the memory's own run",
+        "--eval-split": not evaluates and chosen["eval_split"] is not None and "without --eval-dataset",
+        "--eval-steps": not (evaluates or chosen["control"])
+        and chosen.get("eval_steps") is not None
+        and "without --eval-dataset",
+    }
+    for name, why in idle.items():
+        if why and is_first():
+            warn(f"{name} has no effect {why}.")
+
+
 def show_dry_run(
     source: str,
     settings: Any,

@@ -96,6 +96,7 @@ def pvm(
 
     settings = ask.settings_of(SftSettings, chosen)
     memory = PvmConfig(layers=ask.parse_layers(layers), width=width, causal=causal)
+    ask.warn_of_idle(chosen)
     if dry_run:
         return ask.show_dry_run(source, settings, memory, dataset, split, tokens)
     dataset, output_dir = ask.check_choices(resume, overwrite, dataset, output_dir)

@@ -177,6 +177,7 @@ def formation(
             raise KeepsightError(f"{source} is an adapter, whose memory has its sizes already; leave {names} out.")
         config = None  # type: ignore[assignment]
     settings = ask.settings_of(FormationSettings, chosen, target_kl=target_kl or None)
+    ask.warn_of_idle(chosen)
     if dry_run:
         return _dry_run(chosen, settings, config)
     _run(train_vismem_formation, chosen, settings, vismem=config)
@@ -267,6 +268,7 @@ def invocation(
     from keepsight.train.vismem import InvocationSettings, train_vismem_invocation
 
     settings = ask.settings_of(InvocationSettings, chosen, target_kl=target_kl or None)
+    ask.warn_of_idle(chosen)
     if dry_run:
         return _dry_run(chosen, settings, None)
     _run(train_vismem_invocation, chosen, settings)

@@ -86,7 +86,7 @@ class Reward:
         return {name: value for name, value in columns.items() if name in parameters}
 
     def _checked(self, given: Any, count: int) -> list[float]:
-        values = given.tolist() if isinstance(given, torch.Tensor) else given
+        values = given.tolist() if hasattr(given, "tolist") else given  # a tensor, or an array
         if not isinstance(values, (list, tuple)):
             raise RewardError(
                 f"reward {self.name!r} returned {type(given).__name__}; expected a list of {count} numbers, one per "

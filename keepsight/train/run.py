@@ -36,6 +36,7 @@ from keepsight.train.trainer import TrainingDivergedError
 
 FROZEN = "keepsight_frozen.json"
 """Digests of all frozen tensors at the very start of a run, for the check at its end, resumed or not."""
+_SAVING = ".saving-"
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ def execute(run: Run, checkpoint: Path | None, say: preflight.Say) -> TrainRepor
         if run.overwrite and (moved := output.move_aside(folder)) is not None:
             say(f"{folder} held something; it is now {moved}")
         folder.mkdir(parents=True, exist_ok=True)
+        for half in folder.glob(f"{_SAVING}*"):  # of a session that was killed while it saved the result
+            shutil.rmtree(half, ignore_errors=True)
         output.write_record(folder, run.record)
 
     trainer = run.build(model, learner)
@@ -258,7 +261,7 @@ def _save(trainer: Any, run: Run) -> None:
             "was saved. Earlier checkpoints stay. Try a lower learning rate."
         )
     folder, is_main = run.folder, run.engine.is_main
-    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder)) if is_main else folder / ".saving-other"
+    temporary = Path(tempfile.mkdtemp(prefix=_SAVING, dir=folder)) if is_main else folder / f"{_SAVING}other"
     trainer.save_model(str(temporary))
     card = run.card(trainer)  # on all processes: it reads gates, which FSDP spreads over them
     if is_main:

@@ -9,6 +9,7 @@ for, the blindfold warm-up (see `keepsight.train.blindfold`).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 from keepsight.adapters import find_adapter
 from keepsight.bases import check_weights
-from keepsight.errors import KeepsightError
+from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.pvm import PvmConfig
 from keepsight.train import output, preflight
 from keepsight.train.blindfold import blindfold
@@ -130,6 +131,14 @@ def train_pvm(
         checkpointing=settings.checkpoints_gradients,
     )
     preflight.say_data(data, "samples", str(source), settings.max_length, say)
+    steps = preflight.total_steps(settings, _steps_per_epoch(data, settings, engine))
+    if 0 < steps <= settings.blindfold_steps:
+        warnings.warn(
+            f"blindfold_steps={settings.blindfold_steps} covers all {steps} steps: the memory never learns beside what "
+            "the base sees itself. It is meant for a beginning.",
+            KeepsightWarning,
+            stacklevel=2,
+        )
     job = _Job(str(source), plan, data, held_out, processor, collator, engine, on_log, callbacks or [], say)
     report = job.train("pvm", memory, folder, settings, checkpoint, resume, overwrite)
     if not controls:
@@ -226,8 +235,7 @@ class _Job:
         }
 
     def _check_space(self, learner: Learner, folder: Path, settings: SftSettings, checkpoint: Path | None) -> None:
-        per_step = settings.batch_size * settings.grad_accum * self.engine.processes
-        steps = preflight.total_steps(settings, math.ceil(self.data.rows / per_step))
+        steps = preflight.total_steps(settings, _steps_per_epoch(self.data, settings, self.engine))
         there = len(list(folder.glob("checkpoint-*"))) if checkpoint is not None else 0
         trained, saved = sizes(learner, self.plan)
         preflight.check_space(folder, trained, saved, steps, settings, there)
@@ -248,6 +256,10 @@ class _Job:
         ]
         title = "A persistent visual memory (PVM)" if name == "pvm" else f"The {name} of a visual memory"
         return result_card(self.base, f"{title} for {self.base}", rows, trainer)
+
+
+def _steps_per_epoch(data: CheckedData, settings: SftSettings, engine: Engine) -> int:
+    return math.ceil(data.rows / (settings.batch_size * settings.grad_accum * engine.processes))
 
 
 def record_of(settings: Any) -> dict[str, Any]:

@@ -94,6 +94,9 @@ class LearnerTrainer(_Base):
             stop_below_learners(self.model)
         return super().compute_loss(model, *args, **kwargs)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None of TRL's, which tells how to use another kind of model: the result gets one of ours."""
+
     @property
     def _checkpoints_reentrantly(self) -> bool:
         """TRL's choice under DeepSpeed ZeRO-3."""

@@ -114,3 +114,15 @@ def test_an_output_folder_that_holds_something(trained: Trained, tiny_vlm: Path,
 def test_bad_flags(flags: list[str], lesson: str, tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert lesson in message(keepsight_cli("train", "pvm", tiny_vlm, "-d", data, "-o", out, *FLAGS, *flags))
+
+
+def test_options_without_effect_are_warned_of(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    dry = keepsight_cli("train", "pvm", tiny_vlm, "--dry-run", "--tokens", 64, "--control", "lora")
+    assert dry.exit_code == 0, dry.output
+    assert "--control has no effect with --dry-run" in dry.output
+    idle = ["--tokens", 64, "--eval-steps", 2, "--eval-split", "test"]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    refused = keepsight_cli("train", "pvm", tiny_vlm, "-d", data, "-o", tmp_path / "full", *FLAGS, *idle)
+    for name in idle[::2]:
+        assert f"{name} has no effect without" in refused.output, name

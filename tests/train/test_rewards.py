@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -123,6 +124,12 @@ def test_weights_and_import_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [reward.weight for reward in rewards] == [0.5, 0.25, 1.0]
     total = score_completions(rewards, ["?"] * 2, ["B", "wrong"], {"answer": ["B", "B"], "level": [3, 4]})
     assert total.tolist() == [0.5 - 0.25 + 3, -1.25 + 4]
+
+
+@pytest.mark.parametrize("made", [torch.tensor, numpy.array, tuple, list])
+def test_whatever_holds_numbers_is_taken(made: Any) -> None:
+    reward = Reward("own", 1.0, lambda completions: made([0.5, 1.0]))
+    assert reward(["?"] * 2, ["a", "b"]) == [0.5, 1.0]
 
 
 def raising(completions: Any, **columns: Any) -> list[float]:

@@ -163,8 +163,11 @@ def test_a_killed_run_resumes_to_the_same_weights(tiny_vlm: Path, data: Path, tm
     assert run.wait() == -signal.SIGKILL
     assert not (out / WEIGHTS).exists()
 
+    (out / ".saving-x").mkdir()  # what a kill leaves while the result is saved
     said: list[str] = []
     report = train_pvm(tiny_vlm, data, out, settings=settings(**options), resume=True, say=said.append)
+    assert not (out / ".saving-x").exists()
+    assert "keepsight.load" in (out / "README.md").read_text()
     assert report.resumed_from is not None
     assert report.resumed_from >= 10
     assert any(line.startswith("resuming from") for line in said)
@@ -216,6 +219,11 @@ def test_resuming_under_other_settings_is_refused(
     with pytest.raises(OutputError, match=r"other settings: digest of the data was \w+, now \w+\. "):
         train_pvm(tiny_vlm, source, out, settings=settings(), resume=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_blindfold_that_never_comes_off_is_warned_of(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.warns(keepsight.errors.KeepsightWarning, match="blindfold_steps=2 covers all 2 steps"):
+        train_pvm(tiny_vlm, data, tmp_path / "out", settings=settings(max_steps=2, blindfold_steps=2))
 
 
 def test_a_full_folder_is_not_written_into(trained: tuple[Path, TrainReport], tiny_vlm: Path, tmp_path: Path) -> None:
@@ -369,6 +377,9 @@ def test_a_full_disk_is_named() -> None:
         os.write(os.open("/dev/full", os.O_WRONLY), b"x")
     assert error.value.errno == errno.ENOSPC
     assert "the disk is full" in explain(error.value)
+    with pytest.raises(RuntimeError) as torchs:
+        torch.save(torch.ones(100_000), "/dev/full")
+    assert "the disk is full" in explain(torchs.value)
 
 
 def test_training_an_adapter_is_refused(trained: tuple[Path, TrainReport], data: Path, tmp_path: Path) -> None:
