@@ -67,7 +67,7 @@ COMPRESS = Study(
         *(Row(f"part_{n}", f"{n} of the 32 visual embeddings", _insert("part", n)) for n in FEW),
         *(Row(f"pooled_{n}", f"{n} averages of visual embeddings", _insert("pooled", n)) for n in FEW),
         *(
-            Row(f"long_{n}", f"long memory, N = {n}", {**training_of("vismem", 0), "config": {"num_long": n}})
+            Row(f"long_{n}", f"long memory, N = {n}", {**training_of("vismem"), "config": {"num_long": n}})
             for n in SIZES
         ),
     ),
@@ -146,15 +146,15 @@ TOLD = Study(
         Row(
             "short",
             "only short",
-            {**training_of("vismem", 0), "plan": {**MEMORY, "kinds": ["short"]}, "kinds": ["short"]},
+            {**training_of("vismem"), "plan": {**MEMORY, "kinds": ["short"]}, "kinds": ["short"]},
         ),
-        Row("long", "only long, formed from 8 text states", training_of("vismem", 0)),
+        Row("long", "only long, formed from 8 text states", training_of("vismem")),
         Row(
             "long_all",
             "only long, formed from all text states",
-            {**training_of("vismem", 0), "config": {"num_long": 16, "max_text_states": None}},
+            {**training_of("vismem"), "config": {"num_long": 16, "max_text_states": None}},
         ),
-        Row("pvm", "PVM with blindfold warm-up (ours)", training_of("pvm", 120)),
+        Row("pvm", "PVM with blindfold warm-up (ours)", training_of("pvm")),
         Row("insert", "the visual embeddings again", _insert("embeddings", 16)),
         Row("notes", "the words of the notes again", _insert("notes", 16)),
     ),
