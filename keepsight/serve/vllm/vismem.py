@@ -117,7 +117,8 @@ class VllmBatch:
             answer = Answer(row, prompt)
             self.answers.append(answer)
             self._submit(answer)
-        job.when_read()  # the images are decoded; what memories are formed from stays with the answers
+        job.source = None  # pixels stay with the answers twice: as vLLM wants them, and for the former
+        job.when_read()
 
     def _render(self, job: Job) -> dict[str, Any]:
         assert job.source is not None
