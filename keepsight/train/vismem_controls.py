@@ -69,6 +69,7 @@ def compare(
         data: what the memory was trained on.
         held_out: what it was evaluated on.
     """
+    two_stages = report.stage == "invocation"
     words = {"formation": "the memory, invoked at random", "invocation": "the memory, invoked by the model"}
     outcomes = [report.outcome("vismem", words[report.stage], run.settings.lr)]
     for control in controls:
@@ -76,8 +77,9 @@ def compare(
             outcomes.append(_untrained(report))
             continue
         settings = replace(run.settings, lr=control.rate(run.settings.lr))
-        own = replace(run, folder=control_folder(run.folder, control), settings=settings, source=base, overwrite=False)
-        run.say(f"control {control.name} in {own.folder}")
+        start = _start(run, control, base)
+        own = replace(run, folder=control_folder(run.folder, control), settings=settings, source=start, overwrite=False)
+        run.say(f"control {control.name} in {own.folder}, from {start}")
         if own.is_main:
             output.check_output(own.folder, own.resume)
         record = record_of(own, f"control {control.name}", None, data)
@@ -92,13 +94,23 @@ def compare(
     return Comparison(
         tuple(outcomes),
         f"The same questions, steps and seeds, GRPO for all; {about}, one sampled answer each, from the same seeds. "
-        "Controls are rewarded by the score itself: without a memory there is no gain from one.",
+        "Controls are rewarded by the score itself: without a memory there is no gain from one."
+        + " They go on from those of the same name beside stage I, where there are some; else they start from the base "
+        "and have stage II's steps alone." * two_stages,
     )
 
 
+def _start(run: Run, control: Control, base: str) -> str:
+    """Where a control starts: where its own stage I left it, if the memory's folder holds that; else at the base."""
+    before = control_folder(Path(run.source), control)
+    kept = "config.json" if control.name == "sft" else "adapter_config.json"
+    return str(before) if (before / kept).is_file() else base
+
+
 def _untrained(report: VisMemReport) -> Outcome:
-    """The base as it is: the run's own model, never invoking."""
-    found = (report.metrics or {}).get("eval_reward_without_memory")
+    """The base as it is: the run's own model, never invoking, and without a LoRA that stage II has trained on it."""
+    metrics = report.metrics or {}
+    found = metrics.get("eval_reward_of_base", metrics.get("eval_reward_without_memory"))
     return Outcome(
         "none", WHAT["none"], metrics=None if found is None else {"eval_reward": found}, cost=RunCost(name="none")
     )
@@ -107,15 +119,16 @@ def _untrained(report: VisMemReport) -> Outcome:
 def _made(run: Run, base_name: str, control: Control, parameters: int) -> Made:
     whole = control.name == "sft"
     settings = replace(run.settings, dtype="float32") if whole else run.settings
-    base, processor = load_here(base_name, base_name, settings)
+    goes_on = str(run.source) != base_name
+    base, processor = load_here(run.source, run.source if whole else base_name, settings, trainable=goes_on)
     parts = Backbone.of(base)
     wrapper: Any = base
     if whole:
         modules = (parts.decoder, base.get_input_embeddings(), base.get_output_embeddings())
         wanted = {id(p) for module in modules for p in module.parameters()}
     else:
-        lora, _ = matched_lora(parts, parameters)
-        wrapper = get_peft_model(base, lora)
+        if not goes_on:
+            wrapper = get_peft_model(base, matched_lora(parts, parameters)[0])
         wrapper.peft_config["default"].base_model_name_or_path = base_name
         wanted = {id(p) for name, p in wrapper.named_parameters() if ".lora_" in name}
     spare = copy.deepcopy(processor)  # what is saved has no memory's tokens

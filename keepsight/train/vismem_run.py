@@ -37,6 +37,7 @@ from keepsight.train.vismem_saving import (
 )
 from keepsight.train.vismem_settings import FormationSettings, InvocationSettings, RlSettings
 from keepsight.train.vismem_stage import Stage
+from keepsight.train.vismem_stages import without_policy
 from keepsight.train.vismem_trainer import VisMemTrainer
 from keepsight.train.vismem_warm import warm_up
 from keepsight.vismem import VisMemBranch
@@ -204,6 +205,9 @@ def execute(
         metrics = trainer.evaluate(_Samples(held_out), stage.policy(1.0))
         if stage.invokes:
             metrics["eval_reward_without_memory"] = trainer.evaluate(_Samples(held_out), NO_MEMORY)["eval_reward"]
+        if getattr(settings, "train", None) == "lora" and stage.invokes:
+            with without_policy(model):
+                metrics["eval_reward_of_base"] = trainer.evaluate(_Samples(held_out), NO_MEMORY)["eval_reward"]
     if run.is_main:
         save_final(made.save, folder, card(run.source, run.rewards, trainer))
     cost = meter.write()

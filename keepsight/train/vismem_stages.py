@@ -9,10 +9,12 @@ stage II, invocation   trains the special tokens' rows (and, if asked for, a LoR
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 
 from keepsight.errors import KeepsightError
 from keepsight.train import grpo
@@ -26,6 +28,19 @@ from keepsight.vismem.tokens import TYPES
 
 #: The tuner prefix of the LoRA that stage II may train.
 POLICY = "policy"
+
+
+@contextlib.contextmanager
+def without_policy(model: Any) -> Iterator[None]:
+    """The model without the LoRA that stage II trains on its policy."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and POLICY in m.lora_A]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 class Formation(Stage):

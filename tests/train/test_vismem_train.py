@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_training import draw_digit, read_rows, write_rows
 
 import keepsight
@@ -453,9 +453,23 @@ def test_the_commands_train_both_stages_beside_controls(
     assert "LORA" in str(beside.peft_config["default"].peft_type)
     keepsight.load(tmp_path / "one" / "control-sft")
 
-    two = run_command("vismem-invocation", "one", "-o", "two", *flags, "--start-bias", "2")
+    # Stage II's controls go on from stage I's, here from a LoRA that no other run has; the base stays the base.
+    before = load_file(tmp_path / "one" / "control-lora" / WEIGHTS)
+    save_file(
+        {n: t + 0.5 if ".lora_B." in n else t for n, t in before.items()}, tmp_path / "one/control-lora" / WEIGHTS
+    )
+    beside_two = ["--train", "lora", "--control", "lora,sft,none"]
+    two = run_command("vismem-invocation", "one", "-o", "two", *flags, "--start-bias", "2", *beside_two)
     assert two.exit_code == 0, two.output
     assert "p_type" in two.stderr
+    after = load_file(tmp_path / "two" / "control-lora" / WEIGHTS)
+    assert after.keys() == before.keys()
+    assert all((after[n] - t - 0.5).abs().max() < 0.01 for n, t in before.items() if ".lora_B." in n)
+    assert any(not torch.equal(after[n], t + 0.5) for n, t in before.items() if ".lora_B." in n)
+    assert "control sft in two/control-sft, from one/control-sft" in two.stderr
+    told = {one["name"]: one for one in json.loads((tmp_path / "two" / "comparison.json").read_text())["outcomes"]}
+    assert told["none"]["metrics"]["eval_reward"] == none["metrics"]["eval_reward"]
+    assert told["lora"]["parameters"] == lora["parameters"]
     again = run_command("vismem-invocation", "one", "-o", "two", *flags, "--start-bias", "2")
     assert again.exit_code != 0
     assert "not empty" in str(again.output) + str(again.exception)
