@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from keepsight.train.data import CheckedData
 from keepsight.train.four_bit import trainable_as_it_is
 from keepsight.train.learner import Learner
@@ -69,6 +71,12 @@ def make_grpo_trainer(
                 settings.seed,
             )
 
+        def _generate(self, prompts: Any) -> Any:
+            *found, images, tool_images = super()._generate(prompts)
+            if images is not None:  # TRL says None for a prompt without an image, which processors do not take
+                images = [of_prompt or [] for of_prompt in images] if any(images) else None
+            return *found, images, tool_images
+
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             batch = super()._generate_and_score_completions(inputs)
             meter = self.setup.meter
@@ -112,6 +120,8 @@ def make_grpo_trainer(
         mask_truncated_completions=settings.mask_truncated,
         reward_weights=[reward.weight for reward in rewards],
         shuffle_dataset=True,
+        # TRL gathers the images of all processes for its logs, and waits for ever where one has none.
+        log_multimodal=False,
     )
     with trainable_as_it_is(model):
         trainer = PvmGrpoTrainer(
@@ -123,7 +133,13 @@ def make_grpo_trainer(
             processing_class=processor,
             callbacks=[report_callback(on_log), *(callbacks or [])],
         )
+    trainer.model.register_forward_pre_hook(_without_empty, with_kwargs=True)
     return finish(trainer, Setup(settings, learner))
+
+
+def _without_empty(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Leaves out tensors of no rows: TRL's share of the images where none of a forward's prompts has one."""
+    return args, {name: x for name, x in kwargs.items() if not (isinstance(x, torch.Tensor) and x.shape[:1] == (0,))}
 
 
 def as_prompts(data: CheckedData) -> Any:

@@ -41,7 +41,7 @@ def job(tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
         draw_digit(index).save(folder / f"{index}.png")
         rows.append({"prompt": "describe", "answer": str(index)} | ({"image": f"{index}.png"} if index else {}))
     data = write_rows(folder / "questions.jsonl", rows)
-    return {"base": str(tiny_vlm), "data": str(data), "vismem": MEMORY, "settings": SETTINGS}
+    return {"run": "formation", "base": str(tiny_vlm), "data": str(data), "vismem": MEMORY, "settings": SETTINGS}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -19,10 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import TrainerCallback
+from trl import GRPOTrainer
 
 import keepsight
 from keepsight.backbone import Backbone
 from keepsight.train.engines import whole
+from keepsight.train.pvm_grpo import GrpoSettings, train_pvm_grpo
 from keepsight.train.sft import SftSettings, train_pvm
 from keepsight.train.vismem import FormationSettings, train_vismem_formation
 from keepsight.train.vismem_trainer import VisMemTrainer
@@ -39,8 +42,17 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         backbone = Backbone.of(model)
-        backbone.vlm.register_forward_pre_hook(lambda *_: self.saw_image.append(False))
-        backbone.vision_tower.register_forward_pre_hook(lambda *_: self.saw_image.__setitem__(-1, True))
+
+        def forward(*_: Any) -> None:
+            if torch.is_grad_enabled():  # not in rollouts
+                self.saw_image.append(False)
+
+        def vision(*_: Any) -> None:
+            if torch.is_grad_enabled():
+                self.saw_image[-1] = True
+
+        backbone.vlm.register_forward_pre_hook(forward)
+        backbone.vision_tower.register_forward_pre_hook(vision)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         for name, parameter in model.named_parameters():
@@ -50,6 +62,14 @@ class Watch(TrainerCallback):
                 self.gradients[f"{state.global_step}.{name.partition('base_model.')[2]}"] = whole(
                     parameter.grad
                 ).clone()
+
+    def write(self, output: str, report: Any, rank: int, **more: Any) -> None:
+        """Write what was seen beside a run's folder."""
+        facts = {"sharded": self.sharded, "saw_image": self.saw_image, "base_unchanged": report.base_unchanged}
+        facts |= {"resumed_from": report.resumed_from, **more}
+        Path(f"{output}-rank{rank}.json").write_text(json.dumps(facts))
+        if rank == 0:
+            save_file(self.gradients, f"{output}-gradients.safetensors")
 
 
 def run_pvm(job: dict[str, Any], rank: int) -> None:
@@ -64,10 +84,48 @@ def run_pvm(job: dict[str, Any], rank: int) -> None:
         resume="resume_from" in job,
         callbacks=[watch],
     )
-    facts = {"sharded": watch.sharded, "saw_image": watch.saw_image, "base_unchanged": report.base_unchanged}
-    Path(f"{job['output']}-rank{rank}.json").write_text(json.dumps(facts | {"resumed_from": report.resumed_from}))
-    if rank == 0:
-        save_file(watch.gradients, f"{job['output']}-gradients.safetensors")
+    watch.write(job["output"], report, rank)
+
+
+def run_grpo(job: dict[str, Any], rank: int) -> None:
+    """Refine a memory and a LoRA on its language model as a job says.
+
+    Completions are sampled, and then replaced by ones that follow from their prompts: what a process samples depends on
+    how many rows it samples at once.
+    """
+    watch, sample = Watch(), GRPOTrainer._generate_single_turn
+
+    def scripted(self: Any, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        written, *rest = sample(self, prompt_ids, *args, **kwargs)
+        assert len(written) == len(prompt_ids)
+        copies: dict[str, int] = {}
+        completions = []
+        for prompt in map(str, prompt_ids):
+            copies[prompt] = copies.get(prompt, 0) + 1
+            choose = random.Random(f"{prompt} {copies[prompt]}")
+            completions.append([choose.randrange(20, 60) for _ in range(choose.randint(2, 5))])
+        return completions, *rest
+
+    GRPOTrainer._generate_single_turn = scripted
+    try:
+        report = train_pvm_grpo(
+            job["base"],
+            job["data"],
+            job["output"],
+            policy="lora",
+            lora_rank=2,
+            pvm=keepsight.PvmConfig(**job["pvm"]),
+            settings=GrpoSettings(**job["settings"], rewards=("worker:said",)),
+            callbacks=[watch],
+        )
+    finally:
+        GRPOTrainer._generate_single_turn = sample
+    watch.write(job["output"], report, rank, reward=[report.first_reward, report.last_reward])
+
+
+def said(completions: list[list[dict[str, str]]], **columns: Any) -> list[float]:
+    """A reward that differs from text to text, by TRL's convention."""
+    return letters([one[0]["content"] for one in completions])
 
 
 def letters(completions: list[str], **columns: Any) -> list[float]:
@@ -134,17 +192,38 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = init  # type: ignore[method-assign]
 
 
+def deepspeed_on_cpu() -> None:
+    """Let accelerate start DeepSpeed on CPUs, which it does where it is not told that they are CPUs."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    partial, whole_state = PartialState.__init__, AcceleratorState.__init__
+
+    def init_partial(self: Any, cpu: bool = False, **kwargs: Any) -> None:
+        partial(self, False, **kwargs | {"backend": "gloo"})
+
+    def init(self: Any, mixed_precision: Any = None, cpu: bool = False, **kwargs: Any) -> None:
+        whole_state(self, mixed_precision, False, **kwargs)
+
+    PartialState.__init__, AcceleratorState.__init__ = init_partial, init  # type: ignore[method-assign]
+
+
+RUNS = {"pvm": run_pvm, "grpo": run_grpo, "formation": run_formation}
+
+
 def main(file: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
     torch.set_num_threads(1)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_cpu()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        deepspeed_on_cpu()
     for job in json.loads(Path(file).read_text()):
         if "resume_from" in job:
             if rank == 0:
                 break_off(Path(job["resume_from"]), Path(job["output"]))
             torch.distributed.barrier()
-        (run_formation if "vismem" in job else run_pvm)(job, rank)
+        RUNS[job.get("run", "pvm")](job, rank)
 
 
 if __name__ == "__main__":
