@@ -25,7 +25,9 @@ from keepsight.lab.study_results import Results, Verdict
 
 MODULES = (
     "keepsight.lab.pvm_studies",
+    "keepsight.lab.pvm_ablations",
     "keepsight.lab.vismem_studies",
+    "keepsight.lab.vismem_ablations",
     "keepsight.lab.memory_studies",
     "keepsight.lab.transfer_studies",
 )

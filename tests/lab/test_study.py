@@ -176,7 +176,8 @@ def test_learning_rates_are_the_winners_of_the_tuning():
     for method, (_, rates) in TRIES.items():
         means = {lr: results.at(f"{method}-{lr:g}", "mean").mean for lr in rates}
         assert means[CHOSEN[method]] == max(means.values()), method
-        assert len(rates) == 4
+        assert len(rates) >= 4
+        assert min(rates) < CHOSEN[method] < max(rates), f"{method}: the best stands at an end of what was tried"
 
 
 def test_committed_results_belong_to_the_studies_as_they_are(tmp_path):
