@@ -96,7 +96,8 @@ class _Brief(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """A line; starlette hands its tracebacks on as text."""
-        return " ".join(super().format(record).partition("Traceback (most recent call last)")[0].split("\n")).rstrip()
+        text, traceback, _ = super().format(record).partition("Traceback (most recent call last)")
+        return " ".join((text + ("stopped half-way" if traceback else "")).split())
 
 
 def log_to_stderr() -> None:

@@ -127,7 +127,7 @@ def test_the_log_holds_no_messages_of_errors():
     except ValueError:
         log.exception("it failed")
         log.error(traceback.format_exc())
-    assert lines.getvalue() == "it failed ValueError\n\n"
+    assert lines.getvalue() == "it failed ValueError\nstopped half-way\n"
 
 
 def test_what_is_not_finished_in_time_is_cut_off_and_told(remembering):
