@@ -4,7 +4,7 @@
 # The paper's recipe (qwen3-vl-8b-sft.sh) with its 64 samples per step made of 1 x 64 accumulation.
 #
 # - the base in bfloat16, the memory in float32; gradient checkpointing; samples of at most 2,048 tokens
-# - a 4-bit base is not offered: it could not be tested here
+# - it fits without packing the base; --load-in-4bit leaves room for longer samples
 # NOT TESTED on a GPU; what it needs is estimated in recipes/README.md.
 #
 #   recipes/pvm/qwen3-vl-8b-sft-24gb.sh train.jsonl my-memory
