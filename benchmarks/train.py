@@ -44,6 +44,7 @@ MEASURED = {
                 "rollout",
                 "vismem_prefix",
                 "vismem_replay",
+                "vismem_stage",
                 "vismem_stages",
                 "vismem_trainer",
                 "vismem_update",
