@@ -14,13 +14,15 @@ request after the other (an image, a line of text; a fixed number of tokens, gre
     keepsight+pvm   the same with a memory
 
 All servers are up all the time; only one is asked. Every answer must have the full length, or the run stops. vLLM is
-measured by serve_vllm.py. Raw times go to benchmarks/results/serve/NAME.json.
+measured by serve_vllm.py. The server's (or this process's) processor time is taken as well: on a machine that others use
+it is what can be compared. Raw times go to benchmarks/results/serve/NAME.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import socket
 import sys
 import tempfile
@@ -89,6 +91,11 @@ class OverHttp:
         self.server, self.model = server, model
         self.client = httpx.Client(timeout=600, limits=httpx.Limits(max_connections=64))
 
+    def cpu_seconds(self) -> float:
+        """What the server has computed so far."""
+        fields = Path(f"/proc/{self.server.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def ask(self, content: Any, image: Any, tokens: int) -> int:
         """Tokens of one answer."""
         body = {"model": self.model, "messages": content, "max_tokens": tokens, "temperature": 0}
@@ -116,13 +123,17 @@ class InProcess:
             counts["memory" if "pvm_blocks" in name else "base"] += parameter.numel()
         return counts
 
+    def cpu_seconds(self) -> float:
+        """What this process has computed so far."""
+        return time.process_time()
+
     def ask(self, content: Any, image: Any, tokens: int) -> int:
         """Tokens of one answer."""
         return len(generated_ids(self.model, self.processor, image, tokens))
 
 
 def load(variant: Any, images: list[Any], bodies: list[Any], clients: int, tokens: int) -> dict[str, Any]:
-    """All requests, by so many clients at a time: seconds for all, and of each."""
+    """All requests, by so many clients at a time: seconds for all, by the clock and of the processor, and of each."""
 
     def one(index: int) -> float:
         started = time.perf_counter()
@@ -130,10 +141,11 @@ def load(variant: Any, images: list[Any], bodies: list[Any], clients: int, token
         assert written == tokens, f"{written} tokens instead of {tokens}"
         return time.perf_counter() - started
 
-    started = time.perf_counter()
+    started, computed = time.perf_counter(), variant.cpu_seconds()
     with ThreadPoolExecutor(clients) as pool:
         seconds = list(pool.map(one, range(len(images))))
-    return {"seconds": time.perf_counter() - started, "each": seconds}
+    computed = variant.cpu_seconds() - computed
+    return {"seconds": time.perf_counter() - started, "cpu_seconds": computed, "each": seconds}
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -180,7 +192,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def summarize(samples: dict[str, dict[str, list[Any]]], total: int, tokens: int) -> dict[str, Any]:
-    """Tokens per second of all clients together, and milliseconds per token of one."""
+    """Tokens per second of all clients together, and milliseconds per token of one and of the processor."""
     summary: dict[str, Any] = {}
     for name, by_clients in samples.items():
         for clients, rounds in by_clients.items():
@@ -190,19 +202,28 @@ def summarize(samples: dict[str, dict[str, list[Any]]], total: int, tokens: int)
                     "tokens_per_second": spread([total / round_["seconds"] for round_ in rounds]),
                     "ms_per_token": spread(each),
                 }
+                computed = [1000 * round_["cpu_seconds"] / total for round_ in rounds if "cpu_seconds" in round_]
+                if computed:
+                    summary[name][clients]["cpu_ms_per_token"] = spread(computed)
     return summary
 
 
 def show(result: dict[str, Any]) -> None:
     """Print a result as a table."""
     table = Table(title=f"{result['result']['parameters'] / 1e6:.1f}M parameters, {result['conditions']['device']}")
-    for name in ("variant", "clients", "tokens / s [quartiles]", "ms per token of one client [quartiles]"):
+    columns = (
+        "tokens / s [quartiles]",
+        "ms per token of one client [quartiles]",
+        "processor, ms per token [quartiles]",
+    )
+    for name in ("variant", "clients", *columns):
         table.add_column(name)
     for name, by_clients in result["result"]["summary"].items():
         for clients, found in by_clients.items():
             cells = [
                 f"{found[key]['median']:.1f} [{found[key]['q1']:.1f}, {found[key]['q3']:.1f}]"
-                for key in ("tokens_per_second", "ms_per_token")
+                for key in ("tokens_per_second", "ms_per_token", "cpu_ms_per_token")
+                if key in found
             ]
             table.add_row(name, clients, *cells)
     make_console().print(table)
