@@ -198,7 +198,7 @@ def execute(
         "(digests before and after)"
     )
     if run.is_main:
-        warn_of_no_signal(folder)
+        warn_of_no_signal(folder, stage.invokes)
     metrics = None
     if held_out is not None:
         say(f"evaluating on {held_out.rows:,} held-out questions")

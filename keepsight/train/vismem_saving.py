@@ -107,11 +107,11 @@ def cut_metrics(folder: Path, step: int) -> None:
     write_text(file, "".join(f"{line}\n" for line in kept))
 
 
-def warn_of_no_signal(folder: Path) -> None:
-    """Warn of a run whose rewards or memories, by its metrics, can have taught nothing."""
+def warn_of_no_signal(folder: Path, invokes: bool) -> None:
+    """Warn of a run whose rewards or memories, by its metrics, can have taught nothing; controls invoke none."""
     file = folder / METRICS
     steps = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    if steps and all(step.get("invoked") == 0 for step in steps):
+    if invokes and steps and all(step.get("invoked") == 0 for step in steps):
         why = (
             "no memory was invoked in any step, so none learned. In stage I raise --delimiter-probability "
             "and --anywhere-probability (or check that texts have delimiters), in stage II --start-bias"

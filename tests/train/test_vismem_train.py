@@ -18,6 +18,7 @@ from tiny_training import draw_digit, read_rows, write_rows
 import keepsight
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.train.accounting import RunCost
+from keepsight.train.controls import Control
 from keepsight.train.conversations import DataError
 from keepsight.train.output import OutputError, last_checkpoint
 from keepsight.train.rewards import RewardError
@@ -162,17 +163,24 @@ def never(completions: list[str], **columns: Any) -> list[float]:
 
 
 def test_a_run_that_can_have_learned_nothing_says_so(tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
-    def train(name: str, **options: Any) -> None:
-        config, rewards = VisMemConfig(**SIZES), [never]
-        settings = formation(max_steps=2, **options)
+    def train(name: str, controls: Any = (), **options: Any) -> None:
         train_vismem_formation(
-            tiny_vlm, questions, tmp_path / name, vismem=config, rewards=rewards, settings=settings, text_only="keep"
+            tiny_vlm,
+            questions,
+            tmp_path / name,
+            vismem=VisMemConfig(**SIZES),
+            rewards=[never],
+            settings=formation(max_steps=2, **options),
+            text_only="keep",
+            controls=controls,
         )
 
     with pytest.warns(KeepsightWarning, match="in no step did the rewards of a question's trajectories differ"):
         train("unrewarded")
-    with pytest.warns(KeepsightWarning, match="no memory was invoked in any step"):
-        train("uninvoked", delimiter_share=0.0, anywhere_probability=1e-9)
+    with pytest.warns(KeepsightWarning) as told:
+        train("uninvoked", delimiter_share=0.0, anywhere_probability=1e-9, controls=[Control("lora")])
+    warned = [str(one.message) for one in told if str(tmp_path) in str(one.message)]
+    assert ["no memory was invoked in any step" in one for one in warned] == [True, False]
 
 
 def test_everything_is_logged(formed: tuple[Path, VisMemReport]) -> None:
@@ -476,8 +484,6 @@ def test_the_commands_train_both_stages_beside_controls(
 
 
 def test_a_control_that_vismem_has_not_is_refused(tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
-    from keepsight.train.controls import Control
-
     with pytest.raises(KeepsightError, match="Take lora"):
         train_vismem_formation(
             tiny_vlm, questions, tmp_path / "out", rewards=[digits], settings=formation(), controls=[Control("mlp")]
