@@ -161,6 +161,7 @@ def test_every_policy_writes_what_the_hugging_face_path_writes(latent, tmp_path)
     branch = VisMemBranch.of(reference.model)
     with torch.no_grad():
         branch.active.long_slots.add_(1.0)
+        branch.active.short_slots.add_(1.0)
     changed = [reference.answer(request, MemoryPolicy(**FORCED))["tokens"] for request in nine]
     assert sum(tokens != answer["tokens"][: len(tokens)] for tokens, answer in zip(changed, out[1], strict=True)) >= 3
 
