@@ -106,6 +106,11 @@ def check_engine(
         )
     if engine.name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise KeepsightError("The accelerate config asks for DeepSpeed, which is not installed: pip install deepspeed")
+    if engine.name.startswith("zero") and method == "pvm" and not on_gpu:
+        raise KeepsightError(
+            "accelerate starts DeepSpeed on GPUs only: on CPUs every process would hold the whole model (plain data "
+            "parallel), and what expects ZeRO-3 would fail. Launch with recipes/accelerate/ddp.yaml."
+        )
     if method == "vismem" and engine.name not in ("single", "ddp"):
         why = (
             "every process forms its memories at steps of its own, and sharded weights have to be gathered by all "

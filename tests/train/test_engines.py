@@ -100,3 +100,9 @@ def test_deepspeed_must_be_installed() -> None:
 def test_sharding_on_cpus_warns_that_it_does_nothing() -> None:
     with pytest.warns(KeepsightWarning, match="no effect"):
         check_engine(Engine("fsdp2", 2), "pvm", on_gpu=False)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_deepspeed_on_cpus_is_refused(name: str, deepspeed: None) -> None:
+    with pytest.raises(KeepsightError, match=r"on GPUs only.*ddp\.yaml"):
+        check_engine(Engine(name, 2), "pvm", on_gpu=False)
