@@ -98,17 +98,18 @@ LONG_ROWS = ("long", "long_all")
 def _types(results: Results) -> Verdict:
     rows = ("short", *LONG_ROWS)
     gains = {task: {row: results.difference(row, "base", task) for row in rows} for task in ("read", "recall")}
-    best = results.best(LONG_ROWS, "recall")
-    sees = results.difference("short", best, "read")
-    recalls = results.difference(best, "short", "recall")
+    seeing, recalling = (results.best(LONG_ROWS, task) for task in ("read", "recall"))
+    sees = results.difference("short", seeing, "read")
+    recalls = results.difference(recalling, "short", "recall")
     told = "; ".join(f"{task}: {_words(found)}" for task, found in gains.items())
     base = {task: results.at("base", task) for task in gains}
     word = (
         f"At {FAR:,} tokens the base has {base['read'].percent()} of what only pixels hold (`read`) and "
-        f"{base['recall'].percent()} of what only the text holds (`recall`). Over the base, {told}. Short minus long "
-        f"({best}) on `read`: {sees.points()}; long minus short on `recall`: {recalls.points()}."
+        f"{base['recall'].percent()} of what only the text holds (`recall`). Over the base, {told}. On `read`, short "
+        f"minus the better long memory ({seeing}): {sees.points()}; on `recall`, the better long memory ({recalling}) "
+        f"minus short: {recalls.points()}."
     )
-    helps = gains["read"]["short"].low > 0 and gains["recall"][best].low > 0
+    helps = gains["read"]["short"].low > 0 and gains["recall"][recalling].low > 0
     return unknown(results, ("read", "recall")) or judged(helps and sees.low > 0 and recalls.low > 0, word)
 
 
