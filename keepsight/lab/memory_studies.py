@@ -124,8 +124,9 @@ def _each_its_own(results: Results) -> Verdict:
     }
     return unknown(results, ("read", "recall")) or judged(
         read.low > 0 and recall.low <= 0,
-        f"PVM over the base: read {read.points()}, recall {recall.points()}. Put in again before the questions, the "
-        f"visual embeddings give read {pixels.points()}, the notes' words give recall {words.points()}; crosswise "
+        f"PVM over the base: read {read.points()}, recall {recall.points()} (holds if only the first is surely above "
+        f"zero). Put in again before the questions, the visual embeddings give read {pixels.points()}, the notes' "
+        f"words give recall {words.points()}; crosswise "
         f"{_words(crossed)}.",
     )
 
