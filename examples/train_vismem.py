@@ -1,0 +1,94 @@
+"""Teach a latent memory to the small VLM that ships with keepsight: an image, a long text, and then what it showed.
+
+    python examples/train_vismem.py data FOLDER    # images of digits, and questions with a long text behind the image
+    python examples/train_vismem.py score ADAPTER  # held-out handwriting, 1,300 words after the image
+
+With some hundred words behind an image the model no longer sees it well; a memory, formed anew from the image while the
+model writes, can help. docs/train-vismem.md has the commands in between, which take `facts` as their reward, and what
+came of them. Needs: pip install "keepsight[train,lab]"
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import keepsight
+from keepsight.lab.digits import CELLS, draw_grids
+from keepsight.lab.evaluation import SCORED
+from keepsight.lab.narration import VOCABULARY, filler_ids, gaps_for_length, make_narrations
+from keepsight.lab.vismem import Reading, decision_column
+
+CONDITIONS = (
+    ("no memory", None, False),
+    ("long", "long", False),
+    ("long, other image's", "long", True),
+    ("short", "short", False),
+    ("short, other image's", "short", True),
+)
+SPLITS = {"short": ("train", 256, 0, 40), "train": ("train", 256, 400, 800), "test": ("test", 64, 1000, 1400)}
+"""File -> whose handwriting, how many questions, and words between image and answer. No glyph is in train and test."""
+
+
+def told(text: str) -> dict[str, str]:
+    """What a text says first of each cell: {"b3": "7"}."""
+    words, found = text.split(), {}
+    for cell, digit in itertools.pairwise(words):
+        if cell in CELLS and digit.isdigit():
+            found.setdefault(cell, digit)
+    return found
+
+
+def facts(completions: list[str], answer: list[str], **columns: object) -> list[float]:
+    """Reward: the share of right facts among those told after the first, which is told before a memory can be there."""
+    scores = []
+    for text, truth in zip(completions, map(told, answer), strict=True):
+        later = list(told(text).items())[1:]
+        scores.append(sum(truth[cell] == digit for cell, digit in later) / max(1, len(later)))
+    return scores
+
+
+def write_data(folder: Path) -> None:
+    """Questions as `keepsight train` reads them: prompt, answer, image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, (name, (glyphs, count, shortest, longest)) in enumerate(SPLITS.items()):
+        rng = np.random.default_rng(index)
+        images, digits = draw_grids(count, glyphs, rng)
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for row, (image, grid) in enumerate(zip(images, digits, strict=True)):
+                image.save(folder / f"{name}-{row}.png")
+                words = filler_ids(1, int(rng.integers(shortest, longest + 1)), rng)[0]
+                prompt = " ".join(["describe :", *(VOCABULARY[word] for word in words)])
+                answer = " ".join(f"{cell} {digit}" for cell, digit in zip(CELLS, grid, strict=True))
+                file.write(json.dumps({"prompt": prompt, "answer": answer, "image": f"{name}-{row}.png"}) + "\n")
+
+
+@torch.no_grad()
+def score(adapter: str, images: int = 32, length: int = 1300) -> None:
+    """Six facts per image, near `length` words: read without memory, with one just before, with another image's."""
+    model, processor = keepsight.load(adapter)
+    right: dict[str, list[float]] = {}
+    for part in range(images // 16):
+        batch = make_narrations(processor, gaps_for_length(length), 16, "test", np.random.default_rng([9, part]))
+        reading = Reading(model.eval(), batch, decision_column(batch))
+        start, truth, others = reading.mark(), batch.truth()[:, -SCORED:], batch.truth(1)[:, -SCORED:]
+        for name, kind, swap in CONDITIONS:
+            reading.rewind(start)
+            if kind is not None:
+                reading.invoke(kind)
+                latents = reading.form(kind)
+                reading.splice(kind, latents.roll(1, 0) if swap else latents)
+            found = reading.predict(batch.answers[-SCORED:])
+            likely = found.softmax(-1).gather(-1, truth[..., None]).mean()
+            values = ((found.argmax(-1) == truth).float().mean(), likely, (found.argmax(-1) == others).float().mean())
+            right.setdefault(name, []).append(torch.stack(values))
+    for name, parts in right.items():
+        read, likely, followed = torch.stack(parts).mean(0).tolist()
+        print(f"{name:22} right {read:.3f}  probability {likely:.3f}  right for the other image {followed:.3f}")
+
+
+if __name__ == "__main__":
+    write_data(Path(sys.argv[2])) if sys.argv[1] == "data" else score(sys.argv[2])
