@@ -14,8 +14,8 @@ request after the other (an image, a line of text; a fixed number of tokens, gre
     keepsight+pvm   the same with a memory
 
 All servers are up all the time; only one is asked. Every answer must have the full length, or the run stops. vLLM is
-measured by serve_vllm.py. The server's (or this process's) processor time is taken as well: on a machine that others use
-it is what can be compared. Raw times go to benchmarks/results/serve/NAME.json.
+measured by serve_vllm.py. The server's (or this process's) processor time is taken too: on a machine that others use it
+is what can be compared. Raw times go to benchmarks/results/serve/NAME.json.
 """
 
 from __future__ import annotations

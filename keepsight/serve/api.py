@@ -103,7 +103,6 @@ class Api:
                 429,
                 f"{self._open} requests are open, which is all that this server takes. Try again in a moment.",
                 code="too_many_requests",
-                headers={"Retry-After": "1"},
             )
         self._open += 1
         self.metrics.open.set(self._open)

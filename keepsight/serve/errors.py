@@ -21,7 +21,7 @@ class ApiError(Exception):
             client and never to a log.
         param: the parameter at fault.
         code: a word for programs.
-        headers: further headers, such as `Retry-After`.
+        headers: further headers. 429 and 503 say when to try again.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class ApiError(Exception):
     ):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = headers or {}
+        self.headers = ({"Retry-After": "1"} if status in (429, 503) else {}) | (headers or {})
 
     @property
     def body(self) -> dict[str, Any]:

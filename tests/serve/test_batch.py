@@ -78,6 +78,12 @@ def test_memory_off_is_the_base_beside_rows_with_memory():
     assert [one.ids() for one in expected_on] != [one.ids() for one in expected_off]
 
 
+def test_memory_off_is_the_base_bit_for_bit(family):
+    model, base = attach(family.build()), family.build()
+    for off, plain in zip(jobs(family, model, memory=False, logprobs=5), jobs(family, base, logprobs=5), strict=True):
+        assert alone(model, off).logprobs == alone(base, plain).logprobs
+
+
 def test_a_row_that_fails_in_the_forward_fails_alone():
     family = BY_NAME["qwen3_vl"]
     model = attach(family.build())

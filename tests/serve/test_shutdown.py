@@ -141,8 +141,9 @@ def test_what_is_not_finished_in_time_is_cut_off_and_told(remembering):
         live.stop()
         with pytest.raises(openai.APIError, match="stopped"):
             list(stream)
-        with pytest.raises(openai.InternalServerError, match="stopped"):
+        with pytest.raises(openai.InternalServerError, match="stopped") as error:
             waits.result()
+        assert error.value.response.headers["Retry-After"]
     assert live.is_idle()
 
 
