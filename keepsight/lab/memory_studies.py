@@ -137,10 +137,11 @@ TOLD = Study(
     title="What only pixels hold, and what only the text holds",
     setting=(
         "`read` asks for a digit of the image. `recall` asks for one of eight digits that the first 32 tokens of the "
-        "text have noted and that no pixel holds. One memory (or one of each type) is formed just before the "
-        "questions, hundreds of words later; each is trained on both tasks (warm start and stage I, as in the studies "
-        "on transfer). The long memory is formed from the latest 8 text states (ours), or from all of them, trained "
-        "so as well (as published). Bounds: what is needed, put in again before the questions."
+        "text have noted and that no pixel holds. One memory is formed just before the questions, hundreds "
+        "of words later, and trained on both tasks (warm start and stage I, as in the studies on transfer). The long "
+        "memory is formed from the latest 8 text states (ours), or from all of them, trained so as well (as "
+        "published). For comparison: what is needed, put in again before the questions; words put in again are read "
+        "no better, so that row is no bound."
     ),
     cell=cross_cell,
     rows=(
