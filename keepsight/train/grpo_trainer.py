@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from keepsight.errors import KeepsightWarning
 from keepsight.train.data import CheckedData
 from keepsight.train.four_bit import trainable_as_it_is
 from keepsight.train.learner import Learner
@@ -131,10 +133,37 @@ def make_grpo_trainer(
             train_dataset=as_prompts(data),
             eval_dataset=None if eval_data is None else as_prompts(eval_data),
             processing_class=processor,
-            callbacks=[report_callback(on_log), *(callbacks or [])],
+            callbacks=[report_callback(on_log), _signal_callback(settings), *(callbacks or [])],
         )
     trainer.model.register_forward_pre_hook(_without_empty, with_kwargs=True)
     return finish(trainer, Setup(settings, learner))
+
+
+def _signal_callback(settings: GrpoSettings) -> Any:
+    """A callback that warns at the end of a run whose rewards, by its logs, can have taught nothing."""
+    from transformers import TrainerCallback
+
+    class Signal(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            steps = [entry for entry in state.log_history if "frac_reward_zero_std" in entry]
+            if not steps or not state.is_world_process_zero:
+                return
+            if settings.mask_truncated and all(entry.get("completions/clipped_ratio") == 1 for entry in steps):
+                why = (
+                    f"every completion was cut off at {settings.max_new_tokens} tokens, and such are left out of the "
+                    "loss, so nothing was learned. Raise --max-new-tokens, or let them count (--no-mask-truncated)"
+                )
+            elif all(entry["frac_reward_zero_std"] == 1 for entry in steps):
+                why = (
+                    "in no step did the rewards of a prompt's completions differ, so they taught nothing. Look at what "
+                    "is written and scored, raise --temperature or --completions, or take prompts that are answered "
+                    "sometimes"
+                )
+            else:
+                return
+            warnings.warn(f"{args.output_dir}: {why}.", KeepsightWarning, stacklevel=2)
+
+    return Signal()
 
 
 def _without_empty(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

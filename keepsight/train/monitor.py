@@ -68,6 +68,7 @@ def line(values: dict[str, Any], step: int, total: int) -> list[str]:
     words = [f"loss {values['loss']:.4f}"]
     for name, said, form in (
         ("reward", "reward", ".3f"),
+        ("frac_reward_zero_std", "no signal", ".0%"),
         ("completions/mean_length", "length", ".0f"),
         ("completions/clipped_ratio", "cut off", ".0%"),
         ("kl", "kl", ".4f"),

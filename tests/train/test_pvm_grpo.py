@@ -42,6 +42,9 @@ REWARDS = """
 def length(completions, **columns):
     return [len(one[0]["content"].split()) / 4 for one in completions]
 
+def same(completions, **columns):
+    return [0.5] * len(completions)
+
 def dots(completions, **columns):
     return [one[0]["content"].split().count(".") / 4 for one in completions]
 
@@ -71,6 +74,20 @@ def settings(**changes: Any) -> GrpoSettings:
 
 def state(model: Any) -> dict[str, torch.Tensor]:
     return {name.replace("base_model.model.", ""): tensor for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "lesson"),
+    [
+        ({"rewards": ("rl_rewards:same",)}, "in no step did the rewards of a prompt's completions differ"),
+        ({"mask_truncated": True, "max_new_tokens": 1}, "every completion was cut off at 1 tokens"),
+    ],
+)
+def test_a_run_that_can_have_learned_nothing_says_so(
+    changes: dict[str, Any], lesson: str, trained: tuple[Path, TrainReport], prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.warns(KeepsightWarning, match=lesson):
+        train_pvm_grpo(trained[0], prompts, tmp_path / "out", policy="none", settings=settings(max_steps=1, **changes))
 
 
 @pytest.mark.parametrize("policy", ["full", "lora", "none"])
