@@ -134,6 +134,9 @@ def warn_of_idle(chosen: dict[str, Any]) -> None:
         "--eval-steps": not (evaluates or chosen["control"])
         and chosen.get("eval_steps") is not None
         and "without --eval-dataset",
+        "--warm-start-lr": not chosen.get("warm_start_steps")
+        and chosen.get("warm_start_lr", 3e-3) != 3e-3
+        and "without --warm-start-steps",
     }
     for name, why in idle.items():
         if why and is_first():

@@ -126,3 +126,5 @@ def test_options_without_effect_are_warned_of(tiny_vlm: Path, data: Path, tmp_pa
     refused = keepsight_cli("train", "pvm", tiny_vlm, "-d", data, "-o", tmp_path / "full", *FLAGS, *idle)
     for name in idle[::2]:
         assert f"{name} has no effect without" in refused.output, name
+    cold = keepsight_cli("train", "vismem-formation", tiny_vlm, "--dry-run", "--tokens", 64, "--warm-start-lr", 1e-2)
+    assert "--warm-start-lr has no effect without --warm-start-steps" in cold.output
