@@ -309,7 +309,7 @@ def test_rewards_see_the_samples_columns(tiny_vlm: Path, questions: Path, tmp_pa
         tmp_path / "out",
         vismem=VisMemConfig(**SIZES),
         rewards=[spy],
-        settings=formation(max_steps=1),
+        settings=formation(max_steps=1, delimiter_share=0.0),
         text_only="keep",
     )
     assert len(seen) >= 6
@@ -318,16 +318,17 @@ def test_rewards_see_the_samples_columns(tiny_vlm: Path, questions: Path, tmp_pa
 
 
 def test_prompts_where_nothing_was_invoked_teach_nothing(tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
-    """No memory, no gradient: the weights stay, and nothing breaks."""
-    report = train_vismem_formation(
-        tiny_vlm,
-        questions,
-        tmp_path / "out",
-        vismem=VisMemConfig(**SIZES),
-        rewards=[digits],
-        settings=formation(delimiter_probability=1e-9, anywhere_probability=1e-9, max_steps=2),
-        text_only="keep",
-    )
+    """No memory, no gradient: the weights stay, nothing breaks, and it is told."""
+    with pytest.warns(KeepsightWarning, match="no memory was invoked in any step"):
+        report = train_vismem_formation(
+            tiny_vlm,
+            questions,
+            tmp_path / "out",
+            vismem=VisMemConfig(**SIZES),
+            rewards=[digits],
+            settings=formation(delimiter_probability=1e-9, anywhere_probability=1e-9, max_steps=2),
+            text_only="keep",
+        )
     assert report.last["gradient_norm"] == 0
     assert report.changed == 0
 
@@ -382,15 +383,16 @@ def test_a_diverging_run_stops_and_keeps_what_was_good(
 
 def test_stage_two_of_an_untrained_memory_warns(tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
     one = tmp_path / "one"
-    train_vismem_formation(
-        tiny_vlm,
-        questions,
-        one,
-        vismem=VisMemConfig(**SIZES),
-        rewards=[digits],
-        settings=formation(max_steps=1, delimiter_probability=1e-9, anywhere_probability=1e-9),
-        text_only="keep",
-    )
+    with pytest.warns(KeepsightWarning, match="no memory was invoked"):
+        train_vismem_formation(
+            tiny_vlm,
+            questions,
+            one,
+            vismem=VisMemConfig(**SIZES),
+            rewards=[digits],
+            settings=formation(max_steps=1, delimiter_probability=1e-9, anywhere_probability=1e-9),
+            text_only="keep",
+        )
     with pytest.warns(KeepsightWarning, match="learn when to invoke noise"):
         train_vismem_invocation(
             one, questions, tmp_path / "two", rewards=[digits], settings=invocation(max_steps=1), text_only="keep"
@@ -433,12 +435,12 @@ def run_command(*words: str) -> Any:
 def test_the_commands_train_both_stages_beside_controls(
     tiny_vlm: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "my_rewards.py").write_text(
+    (tmp_path / "rewards_of_stages.py").write_text(
         "def digits(completions, answer, **columns):\n"
         "    return [sum(w.isdigit() for w in text.split()) / 9 for text in completions]\n"
     )
     monkeypatch.chdir(tmp_path)
-    flags = ["--data", str(questions), "--text-only", "keep", "--reward", "my_rewards:digits", "--device", "cpu"]
+    flags = ["--data", str(questions), "--text-only", "keep", "--reward", "rewards_of_stages:digits", "--device", "cpu"]
     flags += ["--max-steps", "1", "--batch-size", "2", "--group-size", "2", "--max-words", "4", "--lr", "1e-3"]
     flags += ["--max-invocations", "2", "--eval-dataset", str(questions)]
     sizes = ["--num-short", "2", "--num-long", "3", "--num-queries", "2", "--delimiter-probability", "1"]
