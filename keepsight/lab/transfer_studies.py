@@ -137,11 +137,11 @@ def _forgets_less(method: str) -> Any:
         kept = {m: results.difference(m, method, "forgotten") for m in ("lora", "sft")}
         lost = ", ".join(f"{LABELS[m]} {results.at(m, 'forgotten').points()}" for m in METHODS)
         words = ", ".join(f"{gap.points()} against {LABELS[m]}" for m, gap in ahead.items())
-        less = ", ".join(f"{gap.points()} more by {LABELS[m]}" for m, gap in kept.items())
+        less = ", ".join(f"{LABELS[m]} {gap.points()}" for m, gap in kept.items())
         return judged(
             all(ahead[m].low > 0 for m in ("lora", "sft")),
             f"On the first stage's task after the last stage, at {FAR:,} tokens: {words}. Lost from the first stage to "
-            f"the last: {lost}; forgotten {less}.",
+            f"the last: {lost}; the others' loss minus its own: {less}.",
         )
 
     return judge
