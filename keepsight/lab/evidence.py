@@ -98,7 +98,7 @@ def _cost(studies: Mapping[str, Study], results: Mapping[str, Results]) -> str:
     return (
         f"**What it took.** {len(cells)} of {wanted} cells (one row with one seed each) have been run, in "
         f"{seconds / 60:.0f} CPU minutes on one thread each{made}. A base of narrations that was not there yet costs a "
-        "cell about 65 CPU seconds more; most were made before and are not counted. "
+        "cell about 65 CPU seconds more, a base of five tasks about 155; most were made before and are not counted. "
         "`keepsight lab run` runs what is missing, and may be killed at any time: it goes on where it was. No GPU was "
         "used.\n"
     )

@@ -22,12 +22,12 @@ def draw(study: Study, results: Results) -> bytes:
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
     with matplotlib.rc_context(style):
         rows = [name for name in (study.plot.rows or [row.name for row in study.rows]) if results.cells.get(name)]
-        height = 3.9 if study.plot.kind == "lines" else 0.9 + 0.36 * len(rows) * max(1, len(study.plot.columns))
+        height = 3.9 if study.plot.kind == "lines" else 1.1 + 0.3 * len(rows) * max(1, len(study.plot.columns))
         figure = Figure(figsize=(7.6, height), dpi=140, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         (_lines if study.plot.kind == "lines" else _bars)(axes, study, study.plot, results, rows)
-        axes.set_title(study.title, loc="left", fontsize=11, color=INK)
+        figure.suptitle(study.title, x=0.01, ha="left", fontsize=11, color=INK)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -65,20 +65,29 @@ def _lines(axes: Any, study: Study, plot: Plot, results: Results, rows: list[str
 
 
 def _bars(axes: Any, study: Study, plot: Plot, results: Results, rows: list[str]) -> None:
+    """A group of bars per row, the first row on top; where there are several columns, a legend tells them apart."""
     labels = {column.key: column for column in study.columns}
-    bars = [(name, column) for name in rows for column in plot.columns if results.values(name, column)]
-    for place, (name, column) in enumerate(reversed(bars)):
-        found, scale = results.at(name, column), 100 if labels[column].percent else 1
-        colour = CYCLE[plot.columns.index(column) % len(CYCLE)]
+    several, thick = len(plot.columns) > 1, 0.8 / len(plot.columns)
+    for index, column in enumerate(plot.columns):
+        there = [(place, name) for place, name in enumerate(rows) if results.values(name, column)]
+        found, scale = [results.at(name, column) for _, name in there], 100 if labels[column].percent else 1
         axes.barh(
-            place, scale * found.mean, xerr=scale * _half(found), color=colour, height=0.62, capsize=3, ecolor=INK
+            [place + (index - (len(plot.columns) - 1) / 2) * thick for place, _ in there],
+            [scale * f.mean for f in found],
+            xerr=[scale * _half(f) for f in found],
+            color=CYCLE[index % len(CYCLE)],
+            height=0.9 * thick,
+            capsize=3,
+            ecolor=INK,
+            label=labels[column].label,
         )
-    several = len(plot.columns) > 1
-    ticks = [f"{study.row(n).label}{f', {labels[c].label}' if several else ''}" for n, c in reversed(bars)]
-    axes.set_yticks(range(len(bars)), ticks)
+    axes.set_yticks(range(len(rows)), [study.row(name).label for name in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     if all(labels[column].percent for column in plot.columns):
         axes.set_xlim(0, 104)
     first = labels[plot.columns[0]]
     named = f"{first.label} tokens" if first.label.replace(",", "").isdigit() else first.label
     axes.set_xlabel(("% right" if first.percent else "") + ("" if several else f" ({named})"))
+    if several:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(plot.columns), fontsize=9)
