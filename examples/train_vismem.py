@@ -2,12 +2,14 @@
 
     python examples/train_vismem.py data FOLDER    # images of digits, and questions with a long text behind the image
     python examples/train_vismem.py score ADAPTER  # held-out handwriting, 1,300 words after the image
+    python examples/train_vismem.py tell ADAPTER FOLDER  # what the model itself tells of held-out handwriting
 
 With some hundred words behind an image the model no longer sees it well; a memory, formed anew from the image while the
 model writes, can help. docs/train-vismem.md has the commands in between, which take `facts` as their reward, and what
 came of them. Needs: pip install "keepsight[train,lab]"
 """
 
+import contextlib
 import itertools
 import json
 import sys
@@ -15,12 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import keepsight
 from keepsight.lab.digits import CELLS, draw_grids
 from keepsight.lab.evaluation import SCORED
 from keepsight.lab.narration import VOCABULARY, filler_ids, gaps_for_length, make_narrations
 from keepsight.lab.vismem import Reading, decision_column
+from keepsight.vismem import MemoryPolicy
+from keepsight.vismem.scope import replace_latents
 
 CONDITIONS = (
     ("no memory", None, False),
@@ -29,7 +34,7 @@ CONDITIONS = (
     ("short", "short", False),
     ("short, other image's", "short", True),
 )
-SPLITS = {"short": ("train", 256, 0, 40), "train": ("train", 256, 400, 800), "test": ("test", 64, 1000, 1400)}
+SPLITS = {"short": ("train", 256, 0, 40), "train": ("train", 256, 400, 800), "test": ("test", 192, 400, 800)}
 """File -> whose handwriting, how many questions, and words between image and answer. No glyph is in train and test."""
 
 
@@ -90,5 +95,52 @@ def score(adapter: str, images: int = 32, length: int = 1300) -> None:
         print(f"{name:22} right {read:.3f}  probability {likely:.3f}  right for the other image {followed:.3f}")
 
 
+@torch.no_grad()
+def tell(adapter: str, folder: Path, behind: int = 3, words: int = 32, rows: int = 32) -> None:
+    """What the model writes about held-out images, with one memory behind its first fact (three tokens and a stop)."""
+    model, processor = keepsight.load(adapter)
+    questions = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    image_pad = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    for name, kind, swap in CONDITIONS:
+        rewards, right = [], []
+        for first in range(0, len(questions), rows):
+            part = questions[first : first + rows]
+            texts = [
+                processor.apply_chat_template(
+                    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["prompt"]}]}],
+                    add_generation_prompt=True,
+                )
+                for row in part
+            ]
+            images = [[Image.open(folder / row["image"])] for row in part]
+            inputs = processor(text=texts, images=images, return_tensors="pt", padding=True)
+            seeds = list(range(first, first + len(part)))
+            at = {} if kind is None else {behind: kind}
+            with replace_latents(lambda _, latents: latents.roll(1, 0)) if swap else contextlib.nullcontext():
+                written = model.generate(
+                    **inputs,
+                    memory=MemoryPolicy("forced", at=at, seeds=seeds),
+                    max_new_tokens=words,
+                    do_sample=True,
+                    top_k=0,
+                    suppress_tokens=[image_pad],
+                )
+            for row, ids in zip(part, written[:, inputs["input_ids"].shape[1] :], strict=True):
+                text, truth = processor.tokenizer.decode(ids, skip_special_tokens=True), told(row["answer"])
+                rewards += facts([text], [row["answer"]])
+                right += [truth[cell] == digit for cell, digit in list(told(text).items())[1:]]
+        error = 1.96 * np.std(rewards) / len(rewards) ** 0.5
+        print(
+            f"{name:22} reward {np.mean(rewards):.3f} ± {error:.3f}  right {np.mean(right):.3f} of {len(right)} facts "
+            "after the first"
+        )
+
+
 if __name__ == "__main__":
-    write_data(Path(sys.argv[2])) if sys.argv[1] == "data" else score(sys.argv[2])
+    what, *where = sys.argv[1:]
+    if what == "data":
+        write_data(Path(where[0]))
+    elif what == "score":
+        score(where[0])
+    else:
+        tell(where[0], Path(where[1]))
