@@ -1,12 +1,19 @@
-"""How the tests start two processes."""
+"""What the tests of several processes share: running jobs in one or two of them, and comparing what came out."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from worker import main
+
+WEIGHTS = "adapter_model.safetensors"
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 
 
@@ -17,3 +24,38 @@ def launch(engine: str, jobs: Path) -> None:
     alone = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*command, str(jobs)], env=os.environ | alone, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-6000:]
+
+
+def run_jobs(out: Path, *jobs: dict[str, Any], engine: str | None = None) -> Path:
+    """Run jobs, the first of which writes to `out`: in two processes under an engine, or in this one. Returns `out`."""
+    file = out.with_suffix(".jobs")
+    file.write_text(json.dumps(jobs))
+    if engine is None:
+        main(str(file))
+    else:
+        launch(engine, file)
+    return out
+
+
+def facts(out: Path, rank: int = 0) -> dict[str, Any]:
+    """What one process of a run noted down."""
+    return json.loads(Path(f"{out}-rank{rank}.json").read_text())
+
+
+def same_gradients(double: Path, single: Path, steps: int) -> dict[str, torch.Tensor]:
+    """Assert that two processes saw the gradients of one, in so many steps; returns the gradients of the one."""
+    gradients, expected = (load_file(f"{out}-gradients.safetensors") for out in (double, single))
+    assert gradients.keys() == expected.keys()
+    assert {name.partition(".")[0] for name in expected} == {str(step) for step in range(steps)}
+    for name, tensor in expected.items():
+        bound = 3e-5 * float(tensor.abs().max())
+        torch.testing.assert_close(gradients[name], tensor, rtol=0, atol=bound, msg=name)
+    return expected
+
+
+def same_weights(double: Path, single: Path, file: str = WEIGHTS) -> None:
+    """Assert that two processes ended with the weights of one."""
+    weights, expected = load_file(double / file), load_file(single / file)
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6, msg=name)

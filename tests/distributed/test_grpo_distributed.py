@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from launching import launch
-from safetensors.torch import load_file
+from launching import WEIGHTS, facts, run_jobs, same_gradients, same_weights
 from tiny_training import draw_digit, write_rows
-from worker import main
 
 import keepsight
 
-WEIGHTS = "adapter_model.safetensors"
 # Two prompts per process and step, and more words than images: some process sees none while the other does.
 SETTINGS = {
     "max_steps": 2,
@@ -48,39 +43,22 @@ def job(tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 def single(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, eight completions per step."""
     out = tmp_path_factory.mktemp("single") / "out"
-    file = out.with_suffix(".jobs")
-    file.write_text(json.dumps([job | {"output": str(out), "settings": SETTINGS | {"grad_accum": 4}}]))
-    main(str(file))
-    return out
+    return run_jobs(out, job | {"output": str(out), "settings": SETTINGS | {"grad_accum": 4}})
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
 def double(request: pytest.FixtureRequest, job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two processes with four completions per step each."""
     out = tmp_path_factory.mktemp(request.param) / request.param
-    jobs = [job | {"output": str(out), "settings": SETTINGS | {"grad_accum": 2}}]
-    out.with_suffix(".jobs").write_text(json.dumps(jobs))
-    launch(request.param, out.with_suffix(".jobs"))
-    return out
-
-
-def facts(out: Path, rank: int = 0) -> dict[str, Any]:
-    return json.loads(Path(f"{out}-rank{rank}.json").read_text())
+    half = job | {"output": str(out), "settings": SETTINGS | {"grad_accum": 2}}
+    return run_jobs(out, half, engine=request.param)
 
 
 def test_gradients_and_weights_are_those_of_one_process(double: Path, single: Path) -> None:
-    gradients, expected = (load_file(f"{out}-gradients.safetensors") for out in (double, single))
-    assert gradients.keys() == expected.keys()
-    assert {name.partition(".")[0] for name in expected} == {"0", "1"}
-    for name, tensor in expected.items():
-        bound = 3e-5 * float(tensor.abs().max())
-        torch.testing.assert_close(gradients[name], tensor, rtol=0, atol=bound, msg=name)
+    expected = same_gradients(double, single, steps=2)
     assert sum(float(tensor.abs().max()) > 0 for tensor in expected.values()) > len(expected) / 2
     for file in (WEIGHTS, f"policy/{WEIGHTS}"):
-        weights, wanted = load_file(double / file), load_file(single / file)
-        assert weights.keys() == wanted.keys()
-        for name, tensor in wanted.items():
-            torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6, msg=name)
+        same_weights(double, single, file)
 
 
 def test_a_process_without_an_image_kept_step_with_one_that_had_some(double: Path, single: Path) -> None:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from launching import launch
+from launching import WEIGHTS, facts, run_jobs, same_gradients, same_weights
 from packaging.version import parse
 from safetensors.torch import load_file
 from tiny_training import make_data, read_rows, write_rows
-from worker import main
 
 import keepsight
 
-WEIGHTS = "adapter_model.safetensors"
 # One sample per forward, so that every second forward has no image; an open gate, so that every tensor has a gradient.
 SETTINGS = {"max_steps": 4, "save_steps": 2, "batch_size": 1, "lr": 1e-3, "text_only": "keep", "device": "cpu"}
 # transformers 5.17 loads the optimiser to cpu:0, which torch does not know; 5.23 does not.
@@ -37,10 +34,7 @@ def job(tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 def single(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, four samples per step."""
     out = tmp_path_factory.mktemp("single") / "out"
-    file = out.with_suffix(".jobs")
-    file.write_text(json.dumps([job | {"output": str(out), "settings": SETTINGS | {"grad_accum": 4}}]))
-    main(str(file))
-    return out
+    return run_jobs(out, job | {"output": str(out), "settings": SETTINGS | {"grad_accum": 4}})
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
@@ -51,26 +45,13 @@ def double(request: pytest.FixtureRequest, job: dict[str, Any], tmp_path_factory
     unbroken = job | {"output": str(out)}
     resumed = job | {"output": f"{out}-resumed", "resume_from": str(out)}
     jobs = [unbroken] if request.param == "ddp" and CANNOT_RESUME else [unbroken, resumed]
-    out.with_suffix(".jobs").write_text(json.dumps(jobs))
-    launch(request.param, out.with_suffix(".jobs"))
-    return out
-
-
-def facts(out: Path, rank: int = 0) -> dict[str, Any]:
-    return json.loads(Path(f"{out}-rank{rank}.json").read_text())
+    return run_jobs(out, *jobs, engine=request.param)
 
 
 def test_gradients_and_weights_are_those_of_one_process(double: Path, single: Path) -> None:
-    gradients, expected = (load_file(f"{out}-gradients.safetensors") for out in (double, single))
-    assert gradients.keys() == expected.keys()
-    assert {name.partition(".")[0] for name in expected} == {"0", "1", "2", "3"}
-    for name, tensor in expected.items():
+    for name, tensor in same_gradients(double, single, steps=4).items():
         assert tensor.abs().max() > 0, name
-        torch.testing.assert_close(gradients[name], tensor, rtol=0, atol=3e-5 * float(tensor.abs().max()), msg=name)
-    weights, expected = load_file(double / WEIGHTS), load_file(single / WEIGHTS)
-    assert weights.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6, msg=name)
+    same_weights(double, single)
 
 
 def test_a_process_without_an_image_kept_step_with_one_that_had_some(double: Path, single: Path) -> None:

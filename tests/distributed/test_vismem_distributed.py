@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import launch
+from launching import WEIGHTS, facts, run_jobs, same_gradients, same_weights
 from safetensors.torch import load_file
 from tiny_training import draw_digit, write_rows
-from worker import main
 
-WEIGHTS = "adapter_model.safetensors"
 MEMORY = {"num_queries": 2, "num_short": 2, "num_long": 3, "query_width": 16, "query_heads": 2}
 # Rollouts and forwards hold the same rows on one process as on two, so that only sums are in another order.
 SETTINGS = {
@@ -49,31 +46,17 @@ def runs(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple
     """Output folders of (one process, two processes under DDP); the second has a resumed run beside it."""
     folder = tmp_path_factory.mktemp("formation")
     single, double = folder / "single", folder / "double"
-    (folder / "single.jobs").write_text(json.dumps([job | {"output": str(single)}]))
-    main(str(folder / "single.jobs"))
+    run_jobs(single, job | {"output": str(single)})
     resumed = job | {"output": f"{double}-resumed", "resume_from": str(double)}
-    (folder / "double.jobs").write_text(json.dumps([job | {"output": str(double)}, resumed]))
-    launch("ddp", folder / "double.jobs")
+    run_jobs(double, job | {"output": str(double)}, resumed, engine="ddp")
     return single, double
-
-
-def facts(out: Path, rank: int = 0) -> dict[str, Any]:
-    return json.loads(Path(f"{out}-rank{rank}.json").read_text())
 
 
 def test_gradients_and_weights_are_those_of_one_process(runs: tuple[Path, Path]) -> None:
     single, double = runs
-    gradients, expected = (load_file(f"{out}-gradients.safetensors") for out in (double, single))
-    assert gradients.keys() == expected.keys()
-    assert {name.partition(".")[0] for name in expected} == {"0", "1", "2", "3"}
-    for name, tensor in expected.items():
-        bound = 3e-5 * float(tensor.abs().max())
-        torch.testing.assert_close(gradients[name], tensor, rtol=0, atol=bound, msg=name)
+    expected = same_gradients(double, single, steps=4)
     assert sum(float(tensor.abs().max()) > 0 for tensor in expected.values()) > len(expected) / 2
-    weights, expected = load_file(double / WEIGHTS), load_file(single / WEIGHTS)
-    assert weights.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6, msg=name)
+    same_weights(double, single)
 
 
 def test_a_process_in_which_nothing_was_invoked_kept_step(runs: tuple[Path, Path]) -> None:
