@@ -14,6 +14,7 @@ from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGener
 
 import keepsight
 from keepsight.backbone import Backbone
+from keepsight.compat import cache_argument
 from keepsight.pvm import replace_memory
 from keepsight.pvm.memory import VisualCacheLayer
 
@@ -146,6 +147,7 @@ class Decoder:
         self.cache: Any = (
             StaticCache(config=model.config, max_cache_len=max_length) if static else DynamicCache(config=model.config)
         )
+        self.given = cache_argument(model, self.cache)  # not in `_forward`, which may be compiled
         remembered: list[torch.Tensor] = []
 
         def look(packed: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -154,7 +156,7 @@ class Decoder:
 
         model.model.visual.embeds = embeds
         with torch.no_grad(), replace_memory(look):
-            output = model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            output = model(**inputs, **self.given, use_cache=True, logits_to_keep=1)
         self.token = output.logits[:, -1:].argmax(-1)
         self.length = inputs["input_ids"].shape[1]
         delta = int(model.model.rope_deltas.flatten()[0])
@@ -179,9 +181,7 @@ class Decoder:
             assert self.memory is not None
             kept = self.memory.states
             self.memory.states = {name: block.project(self.packed) for name, block in self.blocks.items()}
-        output = self.model(
-            input_ids=token, position_ids=position, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
+        output = self.model(input_ids=token, position_ids=position, **self.given, use_cache=True, logits_to_keep=1)
         if self.reproject:
             self.memory.states = kept  # or the projections would be outputs of the compiled graph
         return output.logits

@@ -25,6 +25,7 @@ from PIL import Image
 from shapes import build_config
 from stepping import peak_bytes, time_in_turn
 
+from keepsight.compat import checkpointing_arguments
 from keepsight.errors import KeepsightWarning
 from keepsight.lab.narration import VOCABULARY
 from keepsight.lab.reference import build_tokenizer
@@ -140,8 +141,7 @@ def trl_trainer(base: Any, processor: Any, samples: list[dict[str, Any]], args: 
         beta=0.015,
         temperature=1.0,
         generation_kwargs={"suppress_tokens": [*never, tokenizer.eos_token_id], "min_new_tokens": words},
-        gradient_checkpointing=args.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **checkpointing_arguments(GRPOConfig, args.checkpointing),
         bf16=args.dtype == "bfloat16",
         use_cpu=args.device == "cpu",
         report_to="none",

@@ -16,6 +16,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import keepsight
 from keepsight.backbone import Backbone
+from keepsight.compat import enable_checkpointing
 from keepsight.train.checkpointing import stop_below_learners
 from keepsight.train.learner import matched_lora
 
@@ -53,7 +54,7 @@ def build_variants(base: Any, checkpointing: bool) -> dict[str, Any]:
                 if key.endswith(".gate"):
                     parameter.fill_(0.1)  # at 0 all but the gate would have gradients of zero
         if checkpointing:
-            found[name].gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(found[name])
             stop_below_learners(found[name])  # for all alike, as keepsight's trainer does
     return found
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from keepsight.backbone import Backbone
+from keepsight.compat import find_cache
 from keepsight.diagnose.attention_trace import AttentionTrace
 from keepsight.diagnose.layout import PromptWatch, VisualLayout
 from keepsight.diagnose.metering import Metered, scores_of
@@ -118,7 +119,7 @@ class AttentionMeter:
         """Pre-hook of the decoder: which step this is; if it is one to measure, the layers are metered."""
         if threading.get_ident() != self._thread or vismem_scope.is_base_only():  # a latent memory is being formed
             return
-        cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        cache, embeds = find_cache(args, kwargs), kwargs.get("inputs_embeds")
         if embeds is None:
             return
         start = int(cache.get_seq_length()) if cache is not None else 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
+from keepsight.compat import cache_argument, find_output_cache
 from keepsight.diagnose.tampering import Contents, stretched
 from keepsight.pvm import memory_off, replace_memory, swap_memory
 from keepsight.pvm.tuner import PvmBranch
@@ -128,15 +129,16 @@ class PvmHandle:
     ) -> torch.Tensor:
         """See `Memory.read_swapped`: only the memory in the cache is exchanged."""
         model = self.model
-        donor = model(**new, use_cache=True, logits_to_keep=1).past_key_values
+        donor = find_output_cache(model(**new, use_cache=True, logits_to_keep=1))
         # the new image first: some models keep the position offset of the last prompt that they read
         begun = model(**reader.with_text(inputs, text[:cut]), use_cache=True, logits_to_keep=1)
-        swap_memory(begun.past_key_values, donor)
+        cache = find_output_cache(begun)
+        swap_memory(cache, donor)
         logits = [begun.logits[0, -1:]]
         rest = text[cut:-1].to(logits[0].device)[None]
         if rest.shape[1]:
             # no attention mask: a single row has no padding, and Qwen would take a mask of all slots for all positions
-            out = model(input_ids=rest, past_key_values=begun.past_key_values, use_cache=True)
+            out = model(input_ids=rest, use_cache=True, **cache_argument(model, cache))
             logits.append(out.logits[0])
         return reader.log_probabilities(torch.cat(logits))
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from keepsight.backbone import Backbone
+from keepsight.compat import find_cache
 from keepsight.diagnose.layout import PromptWatch, VisualLayout
 from keepsight.diagnose.memories import reading_branches
 from keepsight.errors import KeepsightError
@@ -98,7 +99,7 @@ class RetrievalMeter:
             return
         if vismem_scope.is_base_only():  # a latent memory is being formed beside this one
             return
-        cache = kwargs.get("past_key_values")
+        cache = find_cache(args, kwargs)
         start = int(cache.get_seq_length()) if cache is not None else 0
         length = kwargs["inputs_embeds"].shape[1]
         if start == 0:

@@ -18,6 +18,7 @@ import torch
 from peft import get_peft_model
 
 from keepsight.backbone import Backbone
+from keepsight.compat import cache_argument, find_output_cache
 from keepsight.lab.evaluation import SCORED
 from keepsight.lab.narration import Narrations
 from keepsight.lab.tasks import TaskBatch
@@ -104,7 +105,7 @@ class Reading:
             output = self.backbone.vlm(**inputs, use_cache=True)
             self.sights: list[Sight] = read_sights(self.backbone, watch.vision_calls, ids, output[0], inputs)
         self.embeddings = torch.stack(seen.rows(ids))
-        self._cache = output.past_key_values
+        self._cache: Any = find_output_cache(output)
         places, _ = self.backbone.vlm.get_rope_index(
             input_ids=ids,
             mm_token_type_ids=inputs["mm_token_type_ids"],
@@ -182,8 +183,8 @@ class Reading:
             inputs_embeds=embeddings,
             attention_mask=torch.ones(rows, self._length, dtype=torch.long),
             position_ids=places.expand(3, rows, count),
-            past_key_values=self._cache,
             use_cache=True,
+            **cache_argument(self.backbone.decoder, self._cache),
         )
         self.last = output.last_hidden_state[:, -1]
         return output.last_hidden_state

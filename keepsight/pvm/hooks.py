@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from keepsight.backbone import Backbone
+from keepsight.compat import find_cache, find_output_cache
 from keepsight.pvm.memory import VisualCacheLayer, VisualMemory
 
 MASK = "keepsight_visual_mask"
@@ -109,7 +110,7 @@ class PvmRoute:
 
     def _make_memory(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         mask = kwargs.pop(MASK, None)
-        cache = kwargs.get("past_key_values")
+        cache = find_cache(args, kwargs)
         past = VisualCacheLayer.of(cache)
         if mask is None and past is None:
             return None
@@ -126,9 +127,9 @@ class PvmRoute:
     @staticmethod
     def _store_memory(decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         memory = kwargs.get(MEMORY)
-        cache = getattr(output, "past_key_values", None)
+        cache = find_output_cache(output)
         if cache is None:
-            cache = kwargs.get("past_key_values")
+            cache = find_cache(args, kwargs)
         if memory is not None and cache is not None:
             memory.store(cache)
 

@@ -22,6 +22,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from keepsight.backbone import Backbone
+from keepsight.compat import cache_argument, find_output_cache
 from keepsight.pvm import scope as pvm_scope
 from keepsight.serve import cache as shared
 from keepsight.serve.choosing import next_tokens
@@ -111,7 +112,7 @@ class Batch:
     ) -> torch.Tensor:
         """What `generate` calls in place of its loop."""
         output = model._prefill(input_ids, generation_config, model_kwargs)
-        self.cache = output.past_key_values
+        self.cache = find_output_cache(output)
         self.can_share = shared.can_share(self.cache)
         self.constant = {name: model_kwargs[name] for name in ("logits_to_keep",) if name in model_kwargs}
         positions = model_kwargs.get("position_ids")  # [B, T], or [P, B, T] with P rotary dimensions
@@ -269,9 +270,9 @@ class Batch:
                 input_ids=torch.tensor(ids, device=device),
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=self.cache,
                 use_cache=True,
                 return_dict=True,
+                **cache_argument(self.base, self.cache),
                 **self.constant,
             )
             if self.latent is not None:

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from keepsight.backbone import Backbone
+from keepsight.compat import find_cache
 from keepsight.errors import KeepsightError
 
 _visual: ContextVar[torch.Tensor | None] = ContextVar("keepsight_blindfold_visual", default=None)
@@ -63,7 +64,7 @@ def blindfold(model: nn.Module) -> Iterator[None]:
         if not here.get() or visual is None:
             return None
         _visual.set(None)
-        _check_call(kwargs)
+        _check_call(args, kwargs)
         embeds = kwargs["inputs_embeds"]
         mask = blindfold_mask(visual, kwargs.get("attention_mask"), embeds.dtype)
         return args, {**kwargs, "attention_mask": mask}
@@ -132,8 +133,8 @@ def _check(backbone: Backbone) -> None:
         )
 
 
-def _check_call(kwargs: dict) -> None:
-    cache = kwargs.get("past_key_values")
+def _check_call(args: tuple, kwargs: dict) -> None:
+    cache = find_cache(args, kwargs)
     length = cache.get_seq_length() if cache is not None else 0
     if isinstance(length, torch.Tensor):
         length = int(length)

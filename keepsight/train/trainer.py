@@ -6,12 +6,13 @@ import copy
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from keepsight.compat import checkpointing_arguments, checkpoints_reentrantly
 from keepsight.errors import KeepsightError
 from keepsight.sources import POLICY
 from keepsight.train.accounting import CostMeter
@@ -100,10 +101,7 @@ class LearnerTrainer(_Base):
     @property
     def _checkpoints_reentrantly(self) -> bool:
         """TRL's choice under DeepSpeed ZeRO-3."""
-        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-            if (getattr(self.args, name, None) or {}).get("use_reentrant"):
-                return True
-        return False
+        return checkpoints_reentrantly(self.args)
 
     def cover(self, model: Any) -> Any:
         """What a training step happens under."""
@@ -179,9 +177,6 @@ class Setup:
 
 def common_arguments(settings: RunSettings, folder: Path, config_class: Any, evaluates: bool) -> dict[str, Any]:
     """The arguments of TRL's configs that all runs share."""
-    checkpointing = settings.checkpoints_gradients
-    # Newer transformers call it activation_checkpointing.
-    renamed = "activation" if any(f.name == "activation_checkpointing" for f in fields(config_class)) else "gradient"
     return {
         "output_dir": str(folder),
         "num_train_epochs": settings.epochs,
@@ -194,8 +189,7 @@ def common_arguments(settings: RunSettings, folder: Path, config_class: Any, eva
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "bf16": settings.uses_bf16,
-        f"{renamed}_checkpointing": checkpointing,
-        f"{renamed}_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        **checkpointing_arguments(config_class, settings.checkpoints_gradients),
         "use_cpu": not settings.on_gpu,
         "ddp_find_unused_parameters": False,  # a memory without images gives gradients of zero, not none
         "seed": settings.seed,

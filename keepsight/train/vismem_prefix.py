@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from keepsight.backbone import Backbone
+from keepsight.compat import cache_argument, find_output_cache
 from keepsight.train.rollout import Prompt
 
 
@@ -74,19 +75,21 @@ class Prefixes:
             lambda decoder, args, kwargs: places.append(kwargs.get("position_ids")), with_kwargs=True
         )
         try:
-            cache = self.model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+            cache = find_output_cache(self.model(**inputs, use_cache=True, logits_to_keep=1))
         finally:
             note.remove()
         length = inputs["input_ids"].shape[1]
         place = torch.tensor([length - 1]) if places[0] is None else places[0][..., -1].flatten()[-3:]
+        assert cache is not None
         states = [(layer.keys[:, :, :-1], layer.values[:, :, :-1]) for layer in cache.layers]
         return Prefix(states, int(inputs["input_ids"][0, -1]), place)
 
 
-def continued(prefixes: Sequence[Prefix], ids: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
+def continued(model: Any, prefixes: Sequence[Prefix], ids: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
     """Inputs of one forward over what follows some prompts.
 
     Args:
+        model: whose inputs they are.
         prefixes: of n rows.
         ids: what follows [n, T], padded on the right.
         valid: bool [n, T].
@@ -109,8 +112,8 @@ def continued(prefixes: Sequence[Prefix], ids: torch.Tensor, valid: torch.Tensor
         "input_ids": torch.cat([last, ids], 1),
         "attention_mask": torch.cat([seen, own], 1).long(),
         "position_ids": place if kinds == 3 else place[0],
-        "past_key_values": cache,
         "use_cache": True,
+        **cache_argument(model, cache),
     }
 
 

@@ -84,7 +84,7 @@ def log_probs(
     else:
         ids, valid = completions(trajectories, pad)
         found = prefixes.take([t.prompt for t in trajectories])
-        inputs = continued(found, ids.to(base.device), valid.to(base.device))
+        inputs = continued(base, found, ids.to(base.device), valid.to(base.device))
     with splice(model, inputs["input_ids"], latents):
         logits = model(**inputs, logits_to_keep=length + 1).logits[:, :-1]
     ids, chosen = inputs["input_ids"][:, -length:], chosen_mask(trajectories).to(base.device)

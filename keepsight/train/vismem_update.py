@@ -11,6 +11,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from keepsight.backbone import Backbone
+from keepsight.compat import disable_checkpointing, enable_checkpointing
 from keepsight.train import grpo
 from keepsight.train.checkpointing import stop_below_learners
 from keepsight.train.rollout import Trajectory
@@ -164,7 +165,7 @@ def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
         return
     base = Backbone.of(model).model
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-    base.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(base)
     stop_below_learners(base)
     for layer in layers:
         layer.training = True  # of this module only, not of those inside
@@ -173,4 +174,4 @@ def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
-        base.gradient_checkpointing_disable()
+        disable_checkpointing(base)

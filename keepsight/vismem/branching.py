@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from keepsight.compat import find_output_cache
+
 
 def take_rows(index: torch.Tensor, output: Any, arguments: dict[str, Any]) -> None:
     """Make a batch in the middle of `generate` that of the rows in `index`.
@@ -23,7 +25,9 @@ def take_rows(index: torch.Tensor, output: Any, arguments: dict[str, Any]) -> No
     rows = len(output.logits)
     index = index.to(output.logits.device)
     output.logits = output.logits[index]
-    output.past_key_values.reorder_cache(index)
+    cache = find_output_cache(output)
+    assert cache is not None
+    cache.reorder_cache(index)
     for name, value in arguments.items():
         if not torch.is_tensor(value):
             continue

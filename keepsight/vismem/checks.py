@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
+from keepsight.compat import find_cache
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.vismem.policy import MemoryPolicy
 from keepsight.vismem.tokens import LONG, SHORT, MemoryTokens
@@ -41,11 +42,11 @@ def refuse(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         raise KeepsightError("use_cache=False: memory needs the KV cache; leave use_cache out.")
     if kwargs.get("inputs_embeds") is not None:
         raise KeepsightError("inputs_embeds: memory needs input_ids, to know which positions are visual.")
-    cache = kwargs.get("past_key_values")
+    cache = find_cache((), kwargs)
     if cache is not None and int(cache.get_seq_length()):
         raise KeepsightError(
-            "past_key_values already holds a prompt, whose visual states memory can no longer read. Pass the whole "
-            "conversation as input_ids, or memory='off'."
+            "The KV cache that was given already holds a prompt, whose visual states memory can no longer read. Pass "
+            "the whole conversation as input_ids, or memory='off'."
         )
 
 

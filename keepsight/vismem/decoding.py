@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from keepsight.compat import cache_argument, find_output_cache
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.vismem import scope
 from keepsight.vismem.branching import take_rows
@@ -204,7 +205,6 @@ class MemoryDecoder:
         self._warn_missed(rows)
         if not generation_config.return_dict_in_generate:
             return input_ids
-        cache = output.past_key_values if "past_key_values" in output else None
         return VisMemOutput(
             sequences=input_ids,
             invocations=[row.invocations for row in rows],
@@ -213,8 +213,8 @@ class MemoryDecoder:
             sights=[row.sight for row in rows],
             scores=record.scores(prompt, input_ids),
             logits=record.logits(prompt, input_ids),
-            past_key_values=cache,
             shadowed=shadowed,
+            **cache_argument(VisMemOutput, find_output_cache(output)),
         )
 
     def _shadows(self, rows: list[_Row], branching: list[int], draws: torch.Tensor | None) -> list[_Row]:

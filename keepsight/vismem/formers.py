@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from keepsight.backbone import Backbone
+from keepsight.compat import cache_argument
 from keepsight.errors import KeepsightError
 from keepsight.vismem import layout
 from keepsight.vismem.memory import Formation, Sight
@@ -211,9 +212,9 @@ class Formers:
                 inputs_embeds=x,
                 attention_mask=valid.long(),
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=cache is not None,
                 **{BANK: bank},
+                **cache_argument(self.backbone.decoder, cache),
             )
         return output.last_hidden_state
 

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.utils import ModelOutput
 
+from keepsight.compat import GenerationOutput
 from keepsight.vismem.memory import Invocation, Sight
 
 
 @dataclass
-class VisMemOutput(ModelOutput):
-    """What `generate(..., return_dict_in_generate=True)` returns.
+class VisMemOutput(GenerationOutput):
+    """What `generate(..., return_dict_in_generate=True)` returns: transformers' own output, and what memory adds.
+
+    The KV cache stands under the name that the installed transformers gives it. `attentions` and `hidden_states` are
+    not collected and stay None.
 
     Attributes:
         sequences: ids [B, T]; a memory stands there as `<invoke> <end> ... <end>` (see `tokens.py`).
@@ -24,18 +27,13 @@ class VisMemOutput(ModelOutput):
         scores: with `output_scores`: per new position, processed logits [B, V]; where nothing was chosen, the token
             that stands there has 0 and all others -inf.
         logits: with `output_logits`: likewise, unprocessed.
-        past_key_values: the cache.
         shadowed: of the rows after the first B, which row each is the shadow of (`MemoryPolicy.shadows`).
     """
 
-    sequences: torch.Tensor | None = None
     invocations: list[list[Invocation]] | None = None
     sampled: torch.Tensor | None = None
     allowed: torch.Tensor | None = None
     sights: list[Sight] | None = None
-    scores: tuple[torch.Tensor, ...] | None = None
-    logits: tuple[torch.Tensor, ...] | None = None
-    past_key_values: Any = None
     shadowed: list[int] | None = None
 
 

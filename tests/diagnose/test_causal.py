@@ -11,6 +11,7 @@ from families import Row, TinyFamily, make_inputs
 from forced import forced_open
 from helpers import attach, with_continuation
 
+from keepsight.compat import cache_argument, find_output_cache
 from keepsight.diagnose import Battery, Reader, lab_cases, memory_of
 from keepsight.diagnose.memories import remembered
 from keepsight.diagnose.statistics import Estimate, estimate
@@ -143,11 +144,11 @@ def test_swap_acts_on_the_memory_in_the_cache(family: TinyFamily) -> None:
     assert memory is not None
     with torch.no_grad():
         with remembered() as seen:
-            donor = model(**theirs, use_cache=True).past_key_values
-        caches = [model(**mine, use_cache=True).past_key_values for _ in range(3)]
+            donor = find_output_cache(model(**theirs, use_cache=True))
+        caches = [find_output_cache(model(**mine, use_cache=True)) for _ in range(3)]
         swap_memory(caches[1], donor)
         swap_memory(caches[2], caches[0])
-        plain, swapped, same = (model(input_ids=tail, past_key_values=cache).logits for cache in caches)
+        plain, swapped, same = (model(input_ids=tail, **cache_argument(model, cache)).logits for cache in caches)
         assert torch.equal(plain, same), "its own memory changes nothing"
         assert (plain - swapped).abs().max() > 1e-3
 
@@ -163,7 +164,7 @@ def test_swap_refuses_what_has_no_memory(family: TinyFamily) -> None:
     model = family.build()
     inputs = make_inputs(family, model, [Row(2, (2, 2), 4)])
     with torch.no_grad():
-        bare = model(**inputs, use_cache=True).past_key_values
+        bare = find_output_cache(model(**inputs, use_cache=True))
     with pytest.raises(ValueError, match="holds no visual memory"):
         swap_memory(bare, bare)
 

@@ -8,6 +8,7 @@ from families import BY_NAME, FAMILIES, Row, make_inputs
 from helpers import MIXED_ROWS, attach, logits
 
 from keepsight.backbone import Backbone
+from keepsight.compat import cache_argument, enable_checkpointing, find_output_cache
 from keepsight.train.blindfold import BlindfoldError, blindfold, blindfold_mask
 
 COVERABLE = [family for family in FAMILIES if not family.hybrid]
@@ -92,7 +93,7 @@ def test_gradient_checkpointing_changes_nothing(coverable):
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     plain = gradients()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model)
     again = gradients()
     assert plain.keys() == again.keys()
     assert any(g.abs().sum() > 0 for g in plain.values())
@@ -115,7 +116,7 @@ def test_the_backward_may_come_after_the_block():
             loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model)
     early, late = gradients(False), gradients(True)
     assert all(torch.equal(early[name], late[name]) for name in early)
 
@@ -152,9 +153,9 @@ def test_continuing_a_cache_is_refused():
     family = BY_NAME["qwen3_vl"]
     model = family.build()
     inputs = make_inputs(family, model, ONE_IMAGE)
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = find_output_cache(model(**inputs, use_cache=True))
     with pytest.raises(BlindfoldError, match="continues a cache"), blindfold(model):
-        model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
+        model(input_ids=inputs["input_ids"][:, -1:], **cache_argument(model, cache))
 
 
 def test_the_mask_keeps_what_a_given_mask_hides():

@@ -18,6 +18,7 @@ from helpers import (
 )
 from transformers import DynamicCache, StaticCache
 
+from keepsight.compat import cache_argument, find_output_cache
 from keepsight.pvm.memory import VisualCacheLayer
 from keepsight.pvm.module import PvmBlock
 
@@ -71,9 +72,9 @@ def test_a_static_cache_serves_a_second_request(family):
     rows = [[Row((2, 2), 4, seed=11)], [Row(2, (2, 2), 5, seed=12)]]
     first, second = (make_inputs(family, model, r) for r in rows)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
-    generate(model, first, past_key_values=cache, disable_compile=True)
+    generate(model, first, **cache_argument(model, cache), disable_compile=True)
     cache.reset()
-    again = generate(model, second, past_key_values=cache, disable_compile=True).sequences
+    again = generate(model, second, **cache_argument(model, cache), disable_compile=True).sequences
     assert again.tolist() == generate(model, second).sequences.tolist()
 
 
@@ -124,7 +125,7 @@ def test_continued_conversation_with_a_second_image(family):
     model, inputs = built(family, [first])
     later = make_inputs(family, model, [second])
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = find_output_cache(model(**inputs, use_cache=True))
         n = inputs["input_ids"].shape[1]
         turn = {k: v for k, v in later.items() if k != "attention_mask"}
         turn["attention_mask"] = torch.ones(1, n + later["input_ids"].shape[1], dtype=torch.long)
@@ -138,7 +139,7 @@ def test_continued_conversation_with_a_second_image(family):
         if "batch_num_images" in both:  # two single-image turns, encoded as single images
             both["batch_num_images"] = torch.tensor([1, 1])
         whole = model(**both, use_cache=False).logits[:, n:]
-        torch.testing.assert_close(model(**turn, past_key_values=cache).logits, whole, **CLOSE)
+        torch.testing.assert_close(model(**turn, **cache_argument(model, cache)).logits, whole, **CLOSE)
 
 
 def _positions(model, first, later):
@@ -158,13 +159,13 @@ def test_a_cropped_image_is_forgotten():
     model, inputs = built(family, [Row(2, (2, 2), 3, (2, 2), 3, seed=31)])
     keep = 2 + 4 + 3
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = find_output_cache(model(**inputs, use_cache=True))
         cache.crop(keep - inputs["input_ids"].shape[1])
         word = torch.tensor([[50]])
-        after_crop = model(input_ids=word, past_key_values=cache).logits
+        after_crop = model(input_ids=word, **cache_argument(model, cache)).logits
         short = {"input_ids": inputs["input_ids"][:, :keep], "pixel_values": inputs["pixel_values"][:1]}
-        fresh = model(**short, use_cache=True).past_key_values
-        never_seen = model(input_ids=word, past_key_values=fresh).logits
+        fresh = find_output_cache(model(**short, use_cache=True))
+        never_seen = model(input_ids=word, **cache_argument(model, fresh)).logits
     torch.testing.assert_close(after_crop, never_seen, **CLOSE)
 
 
@@ -218,7 +219,8 @@ def test_interleaved_requests_never_see_each_others_image(family):
                 positions = _positions_of_step(model, request, step)
                 if positions is not None:
                     extra["position_ids"] = positions
-                states[i] = model(input_ids=token, past_key_values=states[i].past_key_values, use_cache=True, **extra)
+                extra |= cache_argument(model, find_output_cache(states[i]))
+                states[i] = model(input_ids=token, use_cache=True, **extra)
                 torch.testing.assert_close(states[i].logits[:, -1], alone[i].logits[step + 1], **CLOSE)
 
 
@@ -265,12 +267,15 @@ def test_compiled_decode_equals_eager(name):
     @torch.no_grad()
     def steps(step):
         cache = StaticCache(config=text, max_cache_len=32)
-        state = model(**inputs, past_key_values=cache, use_cache=True)
+        state = model(**inputs, **cache_argument(model, cache), use_cache=True)
         found = []
         for i in range(3):
             position = torch.tensor([[n + i]])
             state = step(
-                input_ids=torch.tensor([[40 + i]]), position_ids=position, past_key_values=cache, use_cache=True
+                input_ids=torch.tensor([[40 + i]]),
+                position_ids=position,
+                **cache_argument(model, cache),
+                use_cache=True,
             )
             found.append(state.logits)
         return torch.cat(found)
@@ -284,8 +289,9 @@ def test_memory_lives_and_dies_with_the_cache():
     family = BY_NAME["qwen3_vl"]
     model, inputs = built(family)
     out = generate(model, inputs)
-    layer = VisualCacheLayer.of(out.past_key_values)
-    assert layer is out.past_key_values.layers[-1]
+    cache = find_output_cache(out)
+    layer = VisualCacheLayer.of(cache)
+    assert layer is cache.layers[-1]
     assert len(layer.states) == 2
     assert not any(t.requires_grad for states in layer.states.values() for t in states)
     fresh = DynamicCache(config=model.config.get_text_config())

@@ -10,6 +10,7 @@ from helpers import CLOSE, LAYERS, MIXED_ROWS, attach, built, logits
 from peft import get_peft_model
 
 import keepsight
+from keepsight.compat import cache_argument, find_output_cache
 
 
 def test_gate_zero_equals_base(family):
@@ -108,6 +109,6 @@ def test_a_typed_placeholder_is_no_image():
     whole = logits(model, inputs)
     start = {k: v[:, :-3] if k in ("input_ids", "attention_mask") else v for k, v in inputs.items()}
     with torch.no_grad():
-        cache = model(**start, use_cache=True).past_key_values
-        rest = model(input_ids=inputs["input_ids"][:, -3:], past_key_values=cache).logits
+        cache = find_output_cache(model(**start, use_cache=True))
+        rest = model(input_ids=inputs["input_ids"][:, -3:], **cache_argument(model, cache)).logits
     torch.testing.assert_close(rest, whole[:, -3:], **CLOSE)

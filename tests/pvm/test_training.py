@@ -9,6 +9,7 @@ from helpers import MIXED_ROWS, attach, built
 from peft import LoraConfig, get_peft_model
 
 import keepsight
+from keepsight.compat import cache_argument, enable_checkpointing, find_output_cache
 
 
 def gradients(model, inputs):
@@ -25,7 +26,7 @@ def gradients(model, inputs):
 def test_gradient_checkpointing_changes_nothing(family, reentrant):
     model, inputs = built(family)
     plain, loss = gradients(model, inputs)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    enable_checkpointing(model, reentrant)
     if reentrant:  # reentrant checkpointing needs an input that requires gradients; trainers do the same
         model.enable_input_require_grads()
     checkpointed, loss_again = gradients(model, inputs)
@@ -41,7 +42,7 @@ def test_two_forwards_before_a_backward():
     model, _ = built(family)
     requests = [make_inputs(family, model, [Row((2, 2), 5, seed=s)]) for s in (1, 2)]
     separately = [gradients(model, r)[0] for r in requests]
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model)
     model.zero_grad()
     losses = [model(**r, labels=r["input_ids"], use_cache=False).loss for r in requests]
     (losses[0] + losses[1]).backward()
@@ -109,10 +110,10 @@ def test_a_late_memory_warns():
     model, inputs = built(family, [Row((2, 2), 5, seed=1)])
     model.add_adapter("late", keepsight.PvmConfig(layers=[1], width=32))
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = find_output_cache(model(**inputs, use_cache=True))
         model.set_adapter("late")
         with pytest.warns(keepsight.KeepsightWarning, match="'late' was switched on after"):
-            model(input_ids=torch.tensor([[9]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[9]]), **cache_argument(model, cache))
 
 
 def test_iso_parameter_control_has_as_many_parameters_and_looks_at_no_image():

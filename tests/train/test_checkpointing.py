@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 import keepsight
 from keepsight.backbone import Backbone
+from keepsight.compat import enable_checkpointing
 from keepsight.train.checkpointing import stop_below_learners
 from keepsight.train.sft import SftSettings, train_pvm
 
@@ -55,7 +56,7 @@ def test_only_the_hooks_that_ask_for_input_gradients_go(family: Any) -> None:
     seen: list[int] = []
     handle = model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
     for _ in range(2):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     assert stop_below_learners(model) >= 2
     assert stop_below_learners(model) == 0
     assert handle.id in model.get_input_embeddings()._forward_hooks

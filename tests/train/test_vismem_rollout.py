@@ -6,6 +6,7 @@ import pytest
 import torch
 from vismem_training import FAMILY_NAMES, RANDOM, ROWS, model_and_prompts, seeds, written
 
+from keepsight.compat import enable_checkpointing
 from keepsight.errors import KeepsightError
 from keepsight.train.grpo import clipped_loss, group_advantages, trajectory_mean
 from keepsight.train.rollout import counterfactuals, sample
@@ -290,6 +291,6 @@ def test_checkpointing_switched_on_by_hand_is_refused_by_an_incremental_memory()
     trajectories = written(model, prompts)
     formed_latents(model, trajectories)
     model.train()
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model.get_base_model())
     with pytest.raises(KeepsightError, match="would not see the image"):
         formed_latents(model, trajectories)

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from vismem_helpers import CLOSE, ROWS, attach, built, forced, generate
 
 from keepsight.backbone import Backbone
+from keepsight.compat import enable_checkpointing
 from keepsight.vismem import VisMemBranch, VisMemConfig, scope
 from keepsight.vismem.formers import Formers, pad
 from keepsight.vismem.memory import Formation, Sight
@@ -321,7 +322,7 @@ def test_gradient_checkpointing(name, reentrant):
             if hasattr(module, "dropout"):
                 module.dropout = 0.0
         if checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            enable_checkpointing(base, reentrant)
         formers = branch.formers()
         total = sum(
             formers.form(i.kind, [fresh(i.formation)]).pow(2).sum() * 1e-3

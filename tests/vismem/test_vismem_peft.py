@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import BY_NAME, make_inputs
 from helpers import attach as attach_pvm
+from helpers import load_by_transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from vismem_helpers import CLOSE, ROWS, SIZES, at_choices, attach, built, forced, generate, strengthen, uncached
@@ -37,8 +38,14 @@ def test_save_then_load_equals_before(name, tmp_path):
     for options in ({}, {"low_cpu_mem_usage": True}):
         loaded = PeftModel.from_pretrained(family.build(), tmp_path, **options).eval()
         assert same(latents(loaded, inputs), before)
-    plain = family.build()
-    plain.load_adapter(str(tmp_path))
+
+
+def test_transformers_load_adapter_equals_before(name, tmp_path):
+    model, inputs = built(name, num_short=2)
+    before = latents(model, inputs)
+    model.save_pretrained(tmp_path)
+    plain = BY_NAME[name].build()
+    load_by_transformers(plain, tmp_path)
     assert same(latents(plain, inputs), before)
 
 

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, TextStreamer
 from vismem_helpers import CLOSE, ROWS, at_choices, attach, built, forced, generate, strengthen, uncached
 
 import keepsight
+from keepsight.compat import cache_argument
 from keepsight.vismem import MemoryPolicy, VisMemBranch, VisMemConfig, add_memory_tokens, decode
 from keepsight.vismem.tokens import MemoryTokens
 
@@ -269,7 +270,7 @@ def test_what_is_refused(name):
         ({"output_hidden_states": True}, "not collected"),
         ({"prefill_chunk_size": 4}, "prefill_chunk_size"),
         ({"custom_generate": print}, "custom_generate"),
-        ({"past_key_values": cache}, "already holds a prompt"),
+        (cache_argument(model, cache), "already holds a prompt"),
         ({"memory": "sometimes"}, "expected one of"),
         ({"memory": "forced"}, "names the places"),
     ]:

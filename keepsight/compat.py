@@ -1,0 +1,136 @@
+"""All that differs between the supported releases of transformers and PEFT, and nothing else.
+
+transformers 5.24 calls the KV cache `cache` where earlier releases call it `past_key_values`: in the arguments of every
+call, and among the fields of every output. So a cache is found by what it is, an instance of transformers' `Cache`, and
+is given under the name by which the callee's own signature asks for one. `gradient_checkpointing` is on its way to
+become `activation_checkpointing`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
+from typing import Any
+
+from packaging.version import Version
+from transformers.cache_utils import Cache
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from keepsight.errors import KeepsightError
+
+#: What `generate` returns, with the name of the cache as this release writes it: base of our own generation outputs.
+GenerationOutput = GenerateDecoderOnlyOutput
+
+
+def find_cache(args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Cache | None:
+    """The KV cache among the arguments of a call, whatever its name and position.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+
+    Returns:
+        The cache; None if the call carries none.
+
+    Raises:
+        KeepsightError: if there are two.
+    """
+    found: Cache | None = None
+    for value in (*args, *(kwargs or {}).values()):
+        if isinstance(value, Cache) and value is not found:
+            if found is not None:
+                raise KeepsightError(
+                    f"Found two KV caches in one call ({type(found).__name__} and {type(value).__name__}); expected "
+                    "one. Give the cache once, under one name."
+                )
+            found = value
+    return found
+
+
+def find_output_cache(output: Any) -> Cache | None:
+    """The KV cache in what a model, a decoder or `generate` returned: a `ModelOutput`, or a tuple; None without one."""
+    if isinstance(output, Mapping):
+        return find_cache(output.values())
+    return find_cache(output) if isinstance(output, tuple) else None
+
+
+def cache_argument(callee: Any, cache: Cache | None) -> dict[str, Cache]:
+    """The keyword argument that gives a cache to a call, e.g. `model(input_ids=ids, **cache_argument(model, cache))`.
+
+    Args:
+        callee: a model or one of its modules, with or without adapters, or the class of an output.
+        cache: the KV cache, or None.
+
+    Returns:
+        The cache under the name of the parameter of `callee` whose type is a cache; where none is declared (a wrapper
+        that passes everything on, as PEFT's), under the name that this release gives it. Nothing for None.
+    """
+    if cache is None:
+        return {}
+    return {_cache_parameter(_signed(callee)) or _cache_parameter(GenerationOutput) or _no_name(): cache}
+
+
+def _signed(callee: Any) -> Callable[..., Any]:
+    """Whose signature tells the name: a class's own, or its `forward`."""
+    return callee if inspect.isclass(callee) else type(callee).forward
+
+
+@functools.cache
+def _cache_parameter(callee: Callable[..., Any]) -> str | None:
+    parameters = inspect.signature(callee).parameters.values()
+    names = [p.name for p in parameters if re.search(r"\bCache\b", str(p.annotation))]
+    return names[0] if names else None
+
+
+def _no_name() -> str:
+    raise KeepsightError(
+        f"transformers {metadata.version('transformers')} declares no KV cache in its GenerateDecoderOnlyOutput, where "
+        "keepsight reads its name. Install a release that keepsight was tested with (see docs/compatibility.md)."
+    )
+
+
+def checkpointing_arguments(config_class: type, enabled: bool) -> dict[str, Any]:
+    """The arguments of a `TrainingArguments` class that switch checkpointing, not reentrant, on or off."""
+    name = "activation" if "activation_checkpointing" in inspect.signature(config_class).parameters else "gradient"
+    options = {"use_reentrant": False} if enabled else None
+    return {f"{name}_checkpointing": enabled, f"{name}_checkpointing_kwargs": options}
+
+
+def checkpoints_reentrantly(arguments: Any) -> bool:
+    """Whether training under these `TrainingArguments` checkpoints reentrantly, by either name."""
+    options = (getattr(arguments, f"{name}_checkpointing_kwargs", None) for name in ("activation", "gradient"))
+    return any(given.get("use_reentrant") for given in options if given)
+
+
+def enable_checkpointing(model: Any, use_reentrant: bool = False) -> None:
+    """Trade time for memory in a transformers model, with or without adapters."""
+    _checkpointing(model, "enable")({"use_reentrant": use_reentrant})
+
+
+def disable_checkpointing(model: Any) -> None:
+    """The opposite."""
+    _checkpointing(model, "disable")()
+
+
+def _checkpointing(model: Any, verb: str) -> Callable[..., None]:
+    renamed = getattr(model, f"activation_checkpointing_{verb}", None)
+    return renamed or getattr(model, f"gradient_checkpointing_{verb}")
+
+
+def why_transformers_loads_no_adapter() -> str | None:
+    """Why transformers' own `model.load_adapter` does not work with the PEFT that is installed; None if it does.
+
+    transformers 5.24 asks for a PEFT that is not released yet, for its own method only.
+    """
+    from transformers.integrations.peft import MIN_PEFT_VERSION as wanted
+
+    installed = metadata.version("peft")
+    if Version(installed) >= Version(wanted):
+        return None
+    return (
+        f"transformers {metadata.version('transformers')}'s own load_adapter refuses PEFT {installed} (it wants "
+        f">= {wanted}): use PeftModel.from_pretrained or keepsight.load, which need no newer PEFT."
+    )

@@ -1,0 +1,175 @@
+"""What `keepsight.compat` says of the installed transformers and PEFT, on every release alike."""
+
+import ast
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import BY_NAME, Row, make_inputs
+from helpers import attach, logits
+from peft import PeftModel
+from transformers import Trainer, TrainingArguments
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import keepsight
+from keepsight import compat
+from keepsight.backbone import Backbone
+from keepsight.vismem import VisMemOutput
+
+ROOT = Path(__file__).parents[1]
+ROWS = [Row(2, (2, 2), 4, seed=1)]
+
+
+def test_a_cache_is_found_by_what_it_is_whatever_its_name_and_place():
+    cache = DynamicCache()
+    ids = torch.zeros(1, 2)
+    for args, kwargs in [
+        ((ids, cache), {}),
+        ((), {"cache": cache}),
+        ((), {"memory_of_keys": cache, "use_cache": True}),
+    ]:
+        assert compat.find_cache(args, kwargs) is cache
+    assert compat.find_cache((cache,), {"cache": cache}) is cache  # one cache under two names
+    both = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    assert compat.find_cache((), {"cache": both}) is both
+
+
+def test_a_call_that_says_cache_and_carries_none_has_none():
+    nothing = [(), (torch.zeros(1),)]
+    assert all(compat.find_cache(args, {"use_cache": True, "cache": None, "position": 3}) is None for args in nothing)
+    assert compat.find_cache() is None
+
+
+def test_two_caches_in_one_call_are_refused():
+    with pytest.raises(keepsight.KeepsightError, match="two KV caches in one call"):
+        compat.find_cache((DynamicCache(),), {"cache": DynamicCache()})
+
+
+def test_the_cache_of_an_output_is_found_in_every_kind_of_output(family):
+    model = family.build()
+    inputs = make_inputs(family, model, ROWS)
+    generated = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    with torch.no_grad():
+        outputs = [model(**inputs, use_cache=True, return_dict=wanted) for wanted in (True, False)]
+        assert compat.find_output_cache(model(**inputs, use_cache=False)) is None
+    assert all(compat.find_output_cache(output).get_seq_length() for output in (generated, *outputs))
+    assert compat.find_output_cache(torch.zeros(1)) is None
+
+
+def test_a_cache_is_taken_under_the_name_that_is_passed(family):
+    """The model, its decoder, and a PEFT model around it fill the very cache that they are given."""
+    model = family.build()
+    inputs = make_inputs(family, model, ROWS)
+    ids = inputs["input_ids"]
+    decoder = Backbone.of(model).decoder
+    wrapped = attach(family.build())
+    embeds = model.get_input_embeddings()(ids)
+    for callee, given in [(model, inputs), (wrapped, inputs), (decoder, {"inputs_embeds": embeds})]:
+        cache = DynamicCache(config=model.config.get_text_config())
+        with torch.no_grad():
+            output = callee(**given, use_cache=True, **compat.cache_argument(callee, cache))
+        assert cache.get_seq_length() == ids.shape[1]
+        assert compat.find_output_cache(output) is cache
+    assert compat.cache_argument(model, None) == {}
+
+
+def test_generate_takes_a_cache_under_the_name_that_is_passed():
+    family = BY_NAME["internvl_qwen2"]
+    model = family.build()
+    inputs = make_inputs(family, model, ROWS)
+    cache = DynamicCache(config=model.config.get_text_config())
+    model.generate(**inputs, max_new_tokens=2, do_sample=False, **compat.cache_argument(model, cache))
+    assert cache.get_seq_length()
+
+
+def test_a_parameter_is_found_by_its_type_where_a_model_names_it_otherwise():
+    class Renamed(torch.nn.Module):
+        def forward(self, x: torch.Tensor, kept_states: "DynamicCache | None" = None, keys: "Cache | None" = None):  # noqa: F821
+            return keys
+
+    cache = DynamicCache()
+    model = Renamed()
+    assert model(torch.zeros(1), **compat.cache_argument(model, cache)) is cache
+
+
+def test_the_vismem_output_names_its_cache_as_generate_does():
+    cache = DynamicCache()
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    output = VisMemOutput(sequences=ids, sampled=ids.bool(), **compat.cache_argument(VisMemOutput, cache))
+    assert isinstance(output, GenerateDecoderOnlyOutput)
+    theirs = GenerateDecoderOnlyOutput(sequences=ids, **compat.cache_argument(GenerateDecoderOnlyOutput, cache))
+    assert set(theirs) < set(output)
+    (name,) = set(theirs) - {"sequences"}
+    assert output[name] is getattr(output, name) is compat.find_output_cache(output) is cache
+    assert output.to_tuple()[0] is ids
+    # The old name is an alias where transformers keeps one, and the name itself on older releases.
+    assert output["past_key_values"] is output.past_key_values is cache
+
+
+def test_training_arguments_switch_checkpointing_under_this_release_s_name(tmp_path):
+    for enabled in (False, True):
+        arguments = TrainingArguments(str(tmp_path), **compat.checkpointing_arguments(TrainingArguments, enabled))
+        trainer = Trainer(model=BY_NAME["qwen3_vl"].build(), args=arguments)
+        assert not compat.checkpoints_reentrantly(trainer.args)
+        values = [v for k, v in vars(arguments).items() if re.fullmatch("(gradient|activation)_checkpointing", k)]
+        assert any(values) == enabled
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"])
+def test_reentrant_checkpointing_is_seen_under_either_name(name):
+    for options, expected in [(None, False), ({"use_reentrant": False}, False), ({"use_reentrant": True}, True)]:
+        assert compat.checkpoints_reentrantly(SimpleNamespace(**{name: options})) == expected
+    assert not compat.checkpoints_reentrantly(SimpleNamespace())
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_checkpointing_is_switched_without_a_deprecated_name():
+    for model in (BY_NAME["qwen3_vl"].build(), attach(BY_NAME["qwen3_vl"].build())):
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        compat.enable_checkpointing(model)
+        assert all(layer.gradient_checkpointing for layer in layers)
+        compat.disable_checkpointing(model)
+        assert not any(layer.gradient_checkpointing for layer in layers)
+
+
+def test_what_is_said_of_transformers_load_adapter_is_what_it_does(tmp_path):
+    family = BY_NAME["qwen3_vl"]
+    model = attach(family.build())
+    inputs = make_inputs(family, model, ROWS)
+    model.save_pretrained(tmp_path)
+    why = compat.why_transformers_loads_no_adapter()
+    plain = family.build()
+    if why is None:
+        plain.load_adapter(str(tmp_path))
+        assert torch.equal(logits(plain, inputs), logits(model, inputs))
+    else:
+        assert re.search(r"load_adapter refuses PEFT [\d.]+ .*PeftModel.from_pretrained or keepsight.load", why)
+        with pytest.raises(ValueError, match="version of PEFT"):
+            plain.load_adapter(str(tmp_path))
+    # PEFT's own way needs no newer PEFT on any release (`keepsight.load`: tests/test_loading.py).
+    assert torch.equal(logits(PeftModel.from_pretrained(family.build(), tmp_path), inputs), logits(model, inputs))
+
+
+def test_nothing_else_names_a_cache_argument():
+    names = re.compile("past_key_values|cache_params")
+    found = []
+    for folder in ("keepsight", "src", "tests", "tests_vllm", "benchmarks", "examples"):
+        for file in (ROOT / folder).rglob("*.py"):
+            if file.name not in ("compat.py", "test_compat.py") and names.search(file.read_text()):
+                found.append(str(file.relative_to(ROOT)))
+            elif file.name != "test_compat.py":
+                tree = ast.parse(file.read_text())
+                found += [str(file.relative_to(ROOT)) for node in ast.walk(tree) if _names_the_new_argument(node)]
+    assert not found
+
+
+def _names_the_new_argument(node: ast.AST) -> bool:
+    """`.get("cache")` or `["cache"]` on keyword arguments."""
+    looked_up = isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("get", "pop") and node.args[:1]
+    key = node.args[0] if looked_up else node.slice if isinstance(node, ast.Subscript) else None
+    whose = node.func.value if looked_up else getattr(node, "value", None)
+    return isinstance(key, ast.Constant) and key.value == "cache" and "kwargs" in getattr(whose, "id", "")
