@@ -64,8 +64,8 @@ def work(folder: str, options: dict[str, Any]) -> None:
     import torch
 
     import keepsight
-    from keepsight.serve.batch import Batch
-    from keepsight.serve.latent import LatentMemories
+    from keepsight.serve.hf.batch import Batch
+    from keepsight.serve.hf.latent import LatentMemories
     from keepsight.vismem import MemoryPolicy
 
     root = Path(folder)
@@ -99,8 +99,8 @@ def work(folder: str, options: dict[str, Any]) -> None:
 
 
 def _vllm(root: Path, model: Any, processor: Any, policy: Any, options: dict[str, Any]) -> Any:
+    from keepsight.checkpoints.sources import check_sources
     from keepsight.serve.vllm.engine import VllmEngine
-    from keepsight.sources import check_sources
 
     base, (vismem,) = check_sources(root / "vismem", [], root / "base")
     most = options["visual_tokens"] + options["text_tokens"] + options["new_tokens"] + 64
@@ -118,8 +118,8 @@ def _jobs(processor: Any, options: dict[str, Any], count: int, memory: bool) -> 
     import numpy as np
     from PIL import Image
 
-    from keepsight.serve.rows import Job
-    from keepsight.serve.sampling import Sampling
+    from keepsight.serve.hf.rows import Job
+    from keepsight.serve.hf.sampling import Sampling
 
     side = 32 * round(options["visual_tokens"] ** 0.5)
     noise = np.random.default_rng(0).integers(0, 255, (options["requests"], side, side, 3), dtype=np.uint8)

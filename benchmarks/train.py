@@ -32,7 +32,7 @@ from keepsight.errors import KeepsightWarning
 RESULTS = Path(__file__).parent / "results" / "train"
 _SHARED = ("keepsight/backbone.py", *(f"benchmarks/{name}.py" for name in ("train", "stepping", "shapes", "measuring")))
 MEASURED = {
-    "sft": (*_SHARED, "benchmarks/train_sft.py", "keepsight/pvm", "keepsight/train/learner.py"),
+    "sft": (*_SHARED, "benchmarks/train_sft.py", "keepsight/pvm", "src/keepsight/train/run/learner.py"),
     "grpo": (
         *_SHARED,
         "benchmarks/train_grpo.py",

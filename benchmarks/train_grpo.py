@@ -29,10 +29,10 @@ from keepsight.compat import checkpointing_arguments
 from keepsight.errors import KeepsightWarning
 from keepsight.lab.narration import VOCABULARY
 from keepsight.lab.reference import build_tokenizer
-from keepsight.train.rewards import Reward
-from keepsight.train.vismem_settings import FormationSettings
-from keepsight.train.vismem_stages import Formation
-from keepsight.train.vismem_trainer import VisMemTrainer
+from keepsight.train.rewards.rewards import Reward
+from keepsight.train.vismem.settings import FormationSettings
+from keepsight.train.vismem.stages import Formation
+from keepsight.train.vismem.trainer import VisMemTrainer
 from keepsight.vismem import MemoryPolicy, VisMemConfig, add_memory_tokens
 
 REFERENCE = "trl"

@@ -8,7 +8,7 @@ ADAPTER is a folder or hub id of a memory (see train_pvm.py); its base model is 
 import sys
 
 import keepsight
-from keepsight.train.images import open_image
+from keepsight.data.images import open_image
 
 
 def answer(model, processor, image, prompt: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from keepsight import PvmConfig
 from keepsight.lab.digits import CELLS, draw_grids
-from keepsight.train.sft import SftSettings, train_pvm
+from keepsight.train.pvm.sft import SftSettings, train_pvm
 
 
 def write_data(folder: Path, count: int) -> Path:

@@ -23,9 +23,9 @@ import keepsight
 from keepsight.lab.digits import CELLS, draw_grids
 from keepsight.lab.evaluation import SCORED
 from keepsight.lab.narration import VOCABULARY, filler_ids, gaps_for_length, make_narrations
-from keepsight.lab.vismem import Reading, decision_column
 from keepsight.vismem import MemoryPolicy
 from keepsight.vismem.scope import replace_latents
+from studies.vismem import Reading, decision_column
 
 CONDITIONS = (
     ("no memory", None, False),

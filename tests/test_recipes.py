@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from keepsight.cli import app
-from keepsight.train.engines import current_engine
+from keepsight.train.run.engines import current_engine
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from keepsight.lab.reference import build_model, save_reference
-from keepsight.train.sft import SftSettings, TrainReport, train_pvm
+from keepsight.train.pvm.sft import SftSettings, TrainReport, train_pvm
 
 QUICK = {"max_steps": 12, "batch_size": 4, "grad_accum": 1, "lr": 3e-3, "logging_steps": 4, "save_steps": 6}
 FLAGS = ["--max-steps", "12", "--batch-size", "4", "--grad-accum", "1", "--lr", "3e-3", "--logging-steps", "4"]

@@ -23,9 +23,9 @@ def main(job_file: str, answers_file: str) -> None:
     import torch
 
     import keepsight
+    from keepsight.checkpoints.sources import check_sources
     from keepsight.serve.vllm.engine import VllmEngine
     from keepsight.serve.vllm.vismem import VllmBatch
-    from keepsight.sources import check_sources
     from keepsight.vismem import MemoryPolicy
 
     torch.set_num_threads(1)
@@ -47,8 +47,8 @@ def main(job_file: str, answers_file: str) -> None:
 def _answers(batch: Any, processor: Any, requests: list[Any], length: int, bias: dict[str, float]) -> list[Any]:
     from PIL import Image
 
-    from keepsight.serve.rows import Job
-    from keepsight.serve.sampling import Sampling
+    from keepsight.serve.hf.rows import Job
+    from keepsight.serve.hf.sampling import Sampling
 
     rows = []
     for request in requests:

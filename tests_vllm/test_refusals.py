@@ -76,7 +76,7 @@ def test_other_models_do_not_notice_the_plugin(qwen3, serve):
         assert answer["tokens"] == qwen3.answer(request, memory=False)["tokens"]
     code = (
         "import keepsight.serve.vllm.check as c; c.installed_version = lambda: '0.99.0'\n"
-        "from keepsight.serve.vllm_plugin import register; register()\n"
+        "from keepsight.serve.vllm.plugin import register; register()\n"
         "from vllm import ModelRegistry\n"
         "print('Qwen3VLForConditionalGeneration' in ModelRegistry.get_supported_archs())"
     )

@@ -23,10 +23,10 @@ from PIL import Image
 from test_server import content
 
 import keepsight
-from keepsight.serve.batch import Batch
-from keepsight.serve.latent import LatentMemories
-from keepsight.serve.rows import Job
-from keepsight.serve.sampling import Sampling
+from keepsight.serve.hf.batch import Batch
+from keepsight.serve.hf.latent import LatentMemories
+from keepsight.serve.hf.rows import Job
+from keepsight.serve.hf.sampling import Sampling
 from keepsight.vismem import MemoryPolicy, VisMemBranch
 
 LENGTH = 30

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from keepsight.cli import app
-from keepsight.train.sft import TrainReport
+from keepsight.train.pvm.sft import TrainReport
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -13,8 +13,8 @@ from transformers import AutoProcessor
 from typer.testing import CliRunner
 
 from keepsight.cli import app
-from keepsight.train.collate import ConversationCollator
-from keepsight.train.data import check_dataset, load_dataset_any, read_sample
+from keepsight.data.check import check_dataset, load_dataset_any, read_sample
+from keepsight.data.collate import ConversationCollator
 
 
 def run(*words: Any) -> Any:

@@ -43,8 +43,8 @@ def vismem_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import numpy as np
 
     from keepsight.lab.narration import make_narrations
-    from keepsight.lab.vismem import attach_vismem
-    from keepsight.train.warm_start import distill
+    from keepsight.train.vismem.warm_start import distill
+    from studies.vismem import attach_vismem
 
     model, processor = load_reference()
     model = attach_vismem(model, processor, 0)

@@ -13,7 +13,7 @@ import torch
 from families import BY_NAME, Row, TinyFamily, make_inputs
 from helpers import MIXED_ROWS, attach, generate
 
-from keepsight.diagnose.attention import AttentionMeter
+from keepsight.diagnose.instruments.attention import AttentionMeter
 from keepsight.errors import KeepsightError
 
 EAGER_CLOSE = {"rtol": 1e-5, "atol": 1e-5}

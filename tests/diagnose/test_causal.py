@@ -13,10 +13,10 @@ from helpers import attach, with_continuation
 
 from keepsight.compat import cache_argument, find_output_cache
 from keepsight.diagnose import Battery, Reader, lab_cases, memory_of
-from keepsight.diagnose.memories import remembered
+from keepsight.diagnose.battery.verdict import verdict_from
+from keepsight.diagnose.memories.memory import remembered
+from keepsight.diagnose.memories.tampering import matched_noise, mixed_from, taken_from
 from keepsight.diagnose.statistics import Estimate, estimate
-from keepsight.diagnose.tampering import matched_noise, mixed_from, taken_from
-from keepsight.diagnose.verdict import verdict_from
 from keepsight.pvm import memory_off, replace_memory, swap_memory
 
 LONG = 2048

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from keepsight.diagnose.decay import fit_decay
+from keepsight.diagnose.instruments.decay import fit_decay
 
 N = np.arange(20, 4000)
 

@@ -31,9 +31,9 @@ from keepsight.diagnose import (
     memory_of,
     watch_forming,
 )
-from keepsight.diagnose.invocations import repetition, tenth
-from keepsight.diagnose.latents import forced, parsed
-from keepsight.diagnose.linear import linear_probe, shuffled
+from keepsight.diagnose.battery.invocations import repetition, tenth
+from keepsight.diagnose.battery.linear import linear_probe, shuffled
+from keepsight.diagnose.memories.latents import forced, parsed
 from keepsight.errors import KeepsightError
 from keepsight.vismem import replace_latents, splice
 

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from keepsight.diagnose import LengthScore, Reader, Sample, Settings, examine, lab_cases, read_dataset, read_results
-from keepsight.diagnose.lengths import contains
-from keepsight.diagnose.plots import save_plots
+from keepsight.diagnose.battery.lengths import contains
 from keepsight.diagnose.report import render_report
+from keepsight.diagnose.report.plots import save_plots
 from keepsight.errors import KeepsightError
 
 QUICK = Settings(steps=24, causal_steps=16, samples=2)

@@ -24,11 +24,11 @@ from trl import GRPOTrainer
 
 import keepsight
 from keepsight.backbone import Backbone
-from keepsight.train.engines import whole
-from keepsight.train.pvm_grpo import GrpoSettings, train_pvm_grpo
-from keepsight.train.sft import SftSettings, train_pvm
-from keepsight.train.vismem import FormationSettings, train_vismem_formation
-from keepsight.train.vismem_trainer import VisMemTrainer
+from keepsight.train.pvm.grpo import GrpoSettings, train_pvm_grpo
+from keepsight.train.pvm.sft import SftSettings, train_pvm
+from keepsight.train.run.engines import whole
+from keepsight.train.vismem.train import FormationSettings, train_vismem_formation
+from keepsight.train.vismem.trainer import VisMemTrainer
 from keepsight.vismem import VisMemConfig
 
 

@@ -15,9 +15,9 @@ import openai
 import uvicorn
 
 from keepsight.lab.samples import example_images
-from keepsight.serve.api import Api
-from keepsight.serve.served import Served
-from keepsight.serve.settings import Limits, ServeSettings
+from keepsight.serve.hf.served import Served
+from keepsight.serve.openai.api import Api
+from keepsight.serve.openai.settings import Limits, ServeSettings
 
 NAME = "tiny"
 

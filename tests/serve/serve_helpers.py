@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from families import FIRST_WORD, LAST_WORD, VOCAB, Row, TinyFamily, make_inputs
 
-from keepsight.serve.batch import Batch
-from keepsight.serve.rows import Failed, Finished, Job, Piece
-from keepsight.serve.sampling import Sampling
+from keepsight.serve.hf.batch import Batch
+from keepsight.serve.hf.rows import Failed, Finished, Job, Piece
+from keepsight.serve.hf.sampling import Sampling
 
 #: Random models write words only, never placeholder or end tokens.
 WORDS_ONLY = {i: -1e4 for i in range(VOCAB) if not FIRST_WORD <= i < LAST_WORD}

@@ -6,7 +6,7 @@ from families import BY_NAME, FAMILIES, Row
 from helpers import OnlyWords, attach
 from serve_helpers import Numbers, alone, finish, make_job, report, values
 
-from keepsight.serve.batch import Batch
+from keepsight.serve.hf.batch import Batch
 
 ROWS = [Row(3, (1, 2), 2, (2, 2), 4, seed=1), Row(1, (2, 2), 5, seed=2), Row(7, seed=3), Row(9, (2, 1), 3, seed=4)]
 LENGTHS = [14, 5, 9, 3]

@@ -11,8 +11,8 @@ from helpers import OnlyWords, attach
 from live import wait_for
 from serve_helpers import Numbers, alone, make_job
 
-from keepsight.serve.engine import Engine
 from keepsight.serve.errors import ApiError
+from keepsight.serve.hf.engine import Engine
 
 ROWS = [Row(3, (1, 2), 2, (2, 2), 4, seed=1), Row(1, (2, 2), 5, seed=2), Row(7, seed=3), Row(30, seed=4)]
 

@@ -8,7 +8,7 @@ import torch
 from families import BY_NAME, Row
 from serve_helpers import Numbers, alone, finish, make_job, report
 
-from keepsight.serve.batch import Batch
+from keepsight.serve.hf.batch import Batch
 from keepsight.vismem import VisMemBranch
 from keepsight.vismem.tokens import MemoryTokens
 

@@ -13,7 +13,7 @@ import pytest
 from live import NAME, as_bytes, as_url, ask, images, serving, wait_for
 from PIL import Image
 
-from keepsight.serve.settings import Limits
+from keepsight.serve.openai.settings import Limits
 
 LIMITS = Limits(
     max_batch=2,

@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 from keepsight.cli import app
 from keepsight.cli.serve import _adapter_name, _name, _refuse_twins
 from keepsight.errors import KeepsightError
-from keepsight.serve.server import _Brief, bind
-from keepsight.serve.settings import Limits
+from keepsight.serve.openai.server import _Brief, bind
+from keepsight.serve.openai.settings import Limits
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def test_sigterm_finishes_what_runs(process):
 
 
 def test_mistakes_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("keepsight.loading.load_checked", lambda *a, **k: pytest.fail("it loads"))
+    monkeypatch.setattr("keepsight.checkpoints.load.load_checked", lambda *a, **k: pytest.fail("it loads"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "Choose another" in message("--port", taken.getsockname()[1])
     assert "no such folder" in message("--allow-local-dir", tmp_path / "missing")

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
-from keepsight.serve.names import TokenNames
+from keepsight.serve.openai.names import TokenNames
 from keepsight.serve.text import TextStream
 from keepsight.shipped import resolve_base
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoProcessor
 from typer.testing import CliRunner
 
 import keepsight
-from keepsight.adapters import inspect_adapter
+from keepsight.checkpoints.adapters import inspect_adapter
 from keepsight.cli import app
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.serve.vllm import check
@@ -176,7 +176,7 @@ def test_one_minor_version_of_vllm(version: str | None, reason: str | None, monk
 
 
 def test_the_plugin_leaves_an_environment_without_vllm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from keepsight.serve.vllm_plugin import register
+    from keepsight.serve.vllm.plugin import register
 
     monkeypatch.setattr(check, "installed_version", lambda: None)
     monkeypatch.setitem(sys.modules, "vllm", None)

@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 import keepsight
 from keepsight.backbone import Backbone
 from keepsight.compat import enable_checkpointing
-from keepsight.train.checkpointing import stop_below_learners
-from keepsight.train.sft import SftSettings, train_pvm
+from keepsight.train.pvm.sft import SftSettings, train_pvm
+from keepsight.train.run.checkpointing import stop_below_learners
 
 
 class Calls(TrainerCallback):

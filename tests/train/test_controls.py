@@ -14,12 +14,12 @@ from tiny_training import QUICK
 
 import keepsight
 from keepsight.backbone import Backbone
+from keepsight.data.check import check_dataset, load_dataset_any
 from keepsight.errors import KeepsightError
-from keepsight.train.accounting import RunCost
-from keepsight.train.controls import Control, hold_out, parse_controls
-from keepsight.train.data import check_dataset, load_dataset_any
-from keepsight.train.learner import lora_size, matched_lora, ranked_lora
-from keepsight.train.sft import SftSettings, train_pvm
+from keepsight.train.cost.accounting import RunCost
+from keepsight.train.pvm.sft import SftSettings, train_pvm
+from keepsight.train.run.controls import Control, hold_out, parse_controls
+from keepsight.train.run.learner import lora_size, matched_lora, ranked_lora
 
 ALL = ["lora,mlp", "sft=1e-3", "none"]
 

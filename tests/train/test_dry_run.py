@@ -12,11 +12,11 @@ from families import BY_NAME, TinyFamily
 import keepsight
 from keepsight.backbone import Backbone
 from keepsight.pvm.hooks import MEMORY
-from keepsight.train.dry_run import dry_run
-from keepsight.train.engines import Engine
-from keepsight.train.learner import Learner, ranked_lora
-from keepsight.train.settings import GrpoSettings, SftSettings
-from keepsight.train.tracing import SeenImage, trace
+from keepsight.train.cost.dry_run import dry_run
+from keepsight.train.cost.tracing import SeenImage, trace
+from keepsight.train.run.engines import Engine
+from keepsight.train.run.learner import Learner, ranked_lora
+from keepsight.train.run.settings import GrpoSettings, SftSettings
 
 PVM = keepsight.PvmConfig(layers=[1, 3], width=32)
 

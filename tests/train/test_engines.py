@@ -10,7 +10,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.train.engines import Engine, check_engine, current_engine
+from keepsight.train.run.engines import Engine, check_engine, current_engine
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
 
@@ -65,7 +65,7 @@ def test_vismem_is_trained_data_parallel_only(name: str, spoken: str, why: str, 
 @pytest.fixture
 def deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if DeepSpeed were installed."""
-    from keepsight.train import engines
+    from keepsight.train.run import engines
 
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: object())
 

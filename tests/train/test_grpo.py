@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from keepsight.train import grpo
+from keepsight.train.vismem import grpo
 
 
 def test_advantages_by_hand():

@@ -18,12 +18,12 @@ from tiny_training import make_data, read_rows, write_rows
 
 import keepsight
 from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.train.accounting import RunCost
-from keepsight.train.controls import Control
-from keepsight.train.output import OutputError, last_checkpoint
-from keepsight.train.pvm_grpo import GrpoSettings, train_pvm_grpo
-from keepsight.train.rewards import RewardError
-from keepsight.train.sft import SftSettings, TrainReport, train_pvm
+from keepsight.train.cost.accounting import RunCost
+from keepsight.train.pvm.grpo import GrpoSettings, train_pvm_grpo
+from keepsight.train.pvm.sft import SftSettings, TrainReport, train_pvm
+from keepsight.train.rewards.rewards import RewardError
+from keepsight.train.run.controls import Control
+from keepsight.train.run.output import OutputError, last_checkpoint
 
 WEIGHTS = "adapter_model.safetensors"
 QUICK: dict[str, Any] = {

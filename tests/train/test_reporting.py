@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tiny_training import make_data, write_rows
 
-from keepsight.train.pvm_grpo import GrpoSettings, train_pvm_grpo
-from keepsight.train.sft import SftSettings, train_pvm
-from keepsight.train.vismem import (
+from keepsight.train.pvm.grpo import GrpoSettings, train_pvm_grpo
+from keepsight.train.pvm.sft import SftSettings, train_pvm
+from keepsight.train.vismem.train import (
     FormationSettings,
     InvocationSettings,
     train_vismem_formation,

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from keepsight.errors import KeepsightWarning
-from keepsight.train.answers import same_answer
-from keepsight.train.rewards import Reward, RewardError, load_rewards, score_completions, score_each
+from keepsight.train.rewards.answers import same_answer
+from keepsight.train.rewards.rewards import Reward, RewardError, load_rewards, score_completions, score_each
 
 
 @pytest.mark.parametrize(

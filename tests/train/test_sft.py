@@ -20,9 +20,9 @@ from tiny_training import FLAGS, QUICK, draw_digit, make_data, read_rows, write_
 
 import keepsight
 from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.train import run
-from keepsight.train.output import OutputError, check_space, last_checkpoint
-from keepsight.train.sft import SftSettings, TrainingDivergedError, TrainReport, train_pvm
+from keepsight.train.pvm.sft import SftSettings, TrainingDivergedError, TrainReport, train_pvm
+from keepsight.train.run import run
+from keepsight.train.run.output import OutputError, check_space, last_checkpoint
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -32,8 +32,8 @@ def settings(**changes: Any) -> SftSettings:
 
 
 def answer_loss(model: Any, processor: Any, data: Path) -> float:
-    from keepsight.train.collate import ConversationCollator
-    from keepsight.train.data import check_dataset, load_dataset_any, read_sample
+    from keepsight.data.check import check_dataset, load_dataset_any, read_sample
+    from keepsight.data.collate import ConversationCollator
 
     checked = check_dataset(load_dataset_any(data))
     batch = ConversationCollator(processor)([read_sample(row, checked.source) for row in checked.dataset])

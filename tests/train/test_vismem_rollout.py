@@ -8,10 +8,9 @@ from vismem_training import FAMILY_NAMES, RANDOM, ROWS, model_and_prompts, seeds
 
 from keepsight.compat import enable_checkpointing
 from keepsight.errors import KeepsightError
-from keepsight.train.grpo import clipped_loss, group_advantages, trajectory_mean
-from keepsight.train.rollout import counterfactuals, sample
-from keepsight.train.vismem_prefix import Prefixes
-from keepsight.train.vismem_replay import (
+from keepsight.train.vismem.grpo import clipped_loss, group_advantages, trajectory_mean
+from keepsight.train.vismem.prefix import Prefixes
+from keepsight.train.vismem.replay import (
     chosen_mask,
     formed_latents,
     log_probs,
@@ -19,6 +18,7 @@ from keepsight.train.vismem_replay import (
     pad_right,
     recorded_latents,
 )
+from keepsight.train.vismem.rollout import counterfactuals, sample
 from keepsight.vismem import MemoryPolicy, VisMemBranch
 from keepsight.vismem.tokens import MemoryTokens
 

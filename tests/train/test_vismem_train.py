@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from tiny_training import draw_digit, read_rows, write_rows
 
 import keepsight
+from keepsight.data.conversations import DataError
 from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.train.accounting import RunCost
-from keepsight.train.controls import Control
-from keepsight.train.conversations import DataError
-from keepsight.train.output import OutputError, last_checkpoint
-from keepsight.train.rewards import RewardError
-from keepsight.train.trainer import TrainingDivergedError
-from keepsight.train.vismem import (
+from keepsight.train.cost.accounting import RunCost
+from keepsight.train.rewards.rewards import RewardError
+from keepsight.train.run.controls import Control
+from keepsight.train.run.output import OutputError, last_checkpoint
+from keepsight.train.run.trainer import TrainingDivergedError
+from keepsight.train.vismem.train import (
     FormationSettings,
     InvocationSettings,
     VisMemReport,
@@ -251,7 +251,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
 def test_data_that_cannot_be_rewarded_are_refused_before_weights_are_read(
     tiny_vlm: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keepsight.train import vismem
+    from keepsight.train.vismem import train as vismem
 
     monkeypatch.setattr(vismem, "load_here", lambda *args, **kwargs: pytest.fail("the weights were read"))
     with pytest.raises(DataError, match="no image"):
@@ -357,7 +357,7 @@ def test_micro_batches_change_nothing(tiny_vlm: Path, questions: Path, tmp_path:
 def test_a_diverging_run_stops_and_keeps_what_was_good(
     tiny_vlm: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keepsight.train.vismem_stages import Formation
+    from keepsight.train.vismem.stages import Formation
 
     original, calls = Formation.log_probs, [0]
 
@@ -493,7 +493,7 @@ def test_a_control_that_vismem_has_not_is_refused(tiny_vlm: Path, questions: Pat
 
 
 def test_a_dry_run_reads_no_weights(tiny_vlm: Path, questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from keepsight.train.vismem_dry_run import dry_run_vismem
+    from keepsight.train.vismem.dry_run import dry_run_vismem
 
     monkeypatch.setattr("safetensors.safe_open", lambda *a, **k: pytest.fail("weights were read"))
     small = dry_run_vismem(tiny_vlm, formation(), VisMemConfig(**SIZES), length=64)
@@ -509,14 +509,14 @@ def test_a_dry_run_reads_no_weights(tiny_vlm: Path, questions: Path, monkeypatch
 
 
 def test_a_dry_runs_count_is_the_runs(formed: tuple[Path, VisMemReport], tiny_vlm: Path) -> None:
-    from keepsight.train.vismem_dry_run import dry_run_vismem
+    from keepsight.train.vismem.dry_run import dry_run_vismem
 
     assert dry_run_vismem(tiny_vlm, formation(), VisMemConfig(**SIZES)).trained == formed[1].trained
 
 
 def test_an_incremental_memory_is_never_checkpointed(tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
     """Asked for it is refused; by default it stays off and says so."""
-    from keepsight.train.vismem_settings import uses_checkpointing
+    from keepsight.train.vismem.settings import uses_checkpointing
 
     incremental = VisMemConfig(**SIZES, form="incremental")
     asked = formation(gradient_checkpointing=True)
@@ -532,7 +532,7 @@ def test_an_incremental_memory_is_never_checkpointed(tiny_vlm: Path, questions: 
 
 
 def test_a_stage_says_all_that_the_trainer_asks() -> None:
-    from keepsight.train.vismem_stage import Stage
+    from keepsight.train.vismem.stage import Stage
 
     class Half(Stage):
         name = "half"

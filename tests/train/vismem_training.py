@@ -8,7 +8,7 @@ import torch
 from families import BY_NAME, Row, make_inputs
 from vismem_helpers import attach
 
-from keepsight.train.rollout import Trajectory, row_seed, sample
+from keepsight.train.vismem.rollout import Trajectory, row_seed, sample
 from keepsight.vismem import MemoryPolicy
 
 FAMILY_NAMES = ("qwen2_5_vl", "qwen3_vl", "internvl_qwen3", "llava_onevision")

@@ -1,0 +1,116 @@
+"""`keepsight.load`: a model with its memory, and its processor, from one name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from keepsight.checkpoints.adapters import AdapterInfo
+from keepsight.checkpoints.sources import check_sources
+from keepsight.errors import AdapterMismatchError
+from keepsight.shipped import resolve_base
+from keepsight.vismem import VisMemBranch, add_memory_tokens
+
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+
+
+def load(
+    source: str | Path,
+    *more: str | Path,
+    base: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trainable: bool = False,
+    **model_kwargs: Any,
+) -> tuple[Any, Any]:
+    """Load a VLM with its memory, and its processor.
+
+    Args:
+        source: an adapter (a folder or a hub id), or a plain VLM (a folder or a hub id). "keepsight/reference" is the
+            small VLM that ships with keepsight.
+        more: further adapters for the same model, e.g. a LoRA beside a memory.
+        base: the base model; default: the one recorded in the adapter.
+        dtype: of the base and the adapters; "auto" is the checkpoint's own (float32 for a float16 one on a CPU, which
+            computes in float16 slowly and badly).
+        device: where to put the model; default: the GPU if there is one. Ignored if `device_map` is given.
+        revision: hub revision of `source`.
+        trainable: leave the adapters' gradients on.
+        model_kwargs: passed to `AutoModelForImageTextToText.from_pretrained`, e.g. `attn_implementation`.
+
+    Returns:
+        (model, processor); the model in eval mode, a `PeftModel` if there is an adapter.
+
+    Raises:
+        BrokenAdapterError: if an adapter's files are missing, truncated or not finite.
+        AdapterMismatchError: if the adapter was made for another base.
+        UnsupportedModelError: if keepsight does not know the model's family.
+        KeepsightError: if weight files of the base are missing or truncated. All this before any weight is read.
+    """
+    base_name, adapters = check_sources(source, more, base, revision)
+    if revision is not None and not adapters:
+        model_kwargs["revision"] = revision
+    return load_checked(base_name, adapters, dtype=dtype, device=device, trainable=trainable, **model_kwargs)
+
+
+def load_checked(
+    base_name: str,
+    adapters: list[AdapterInfo],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    trainable: bool = False,
+    **model_kwargs: Any,
+) -> tuple[Any, Any]:
+    """`load`, for what `keepsight.checkpoints.sources.check_sources` has checked and found."""
+    base_path = resolve_base(base_name)
+    processor_source = next((a.path for a in adapters if _has_processor(a.path)), base_path)
+    processor = AutoProcessor.from_pretrained(processor_source)
+    if device is None and "device_map" not in model_kwargs:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForImageTextToText.from_pretrained(base_path, dtype=dtype, **model_kwargs)
+    if device is not None:
+        model = model.to(device)
+        if dtype == "auto" and torch.device(device).type == "cpu" and model.dtype == torch.float16:
+            model = model.float()
+    try:
+        model = attach(model, adapters, trainable=trainable)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise AdapterMismatchError(
+            f"An adapter's tensors do not fit {base_name}: {str(error).strip().splitlines()[-1].strip()} It was made "
+            "for another model."
+        ) from error
+    if any(info.method == "VISMEM" for info in adapters):
+        add_memory_tokens(processor, model)
+    return model.eval(), processor
+
+
+def attach(model: Any, adapters: list[AdapterInfo], trainable: bool = False) -> Any:
+    """Put checked adapters on a model: the first as "default", the others under their folder's name."""
+    result = model
+    taken: dict[str, str] = {}  # adapter name -> method
+    # Other methods first: a memory leaves the gradients of adapters that were there before it alone.
+    for info in sorted(adapters, key=lambda a: {"VISMEM": 1, "PVM": 2}.get(a.method, 0)):
+        name = "default" if not taken else info.path.name.replace(".", "_")
+        while name in taken:
+            name += "_"
+        if info.method in taken.values():
+            result.load_adapter(info.path, name, is_trainable=trainable, autocast_adapter_dtype=False)
+        else:
+            result = PeftModel.from_pretrained(
+                model, info.path, adapter_name=name, is_trainable=trainable, autocast_adapter_dtype=False
+            )
+        if info.method == "VISMEM":
+            VisMemBranch.of(result).check_complete(name, info.path, set(info.shapes))
+        taken[name] = info.method
+    return result
+
+
+def _has_processor(path: Path) -> bool:
+    return any((path / name).is_file() for name in _PROCESSOR_FILES)

@@ -1,0 +1,162 @@
+"""The command line: `keepsight`, one file per command.
+
+The table below is all that starting up reads; a command's file is imported when the command is called, so that help is
+quick and a missing extra concerns only the command that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+#: command -> (module, attribute, one line of help, panel)
+COMMANDS = {
+    "demo": (
+        "keepsight.cli.demo",
+        "demo",
+        "See a VLM lose its image and get it back: measured here, in minutes.",
+        "Start",
+    ),
+    "generate": ("keepsight.cli.generate", "generate", "Ask a model about images, with or without its memory.", "Use"),
+    "serve": ("keepsight.cli.serve", "serve", "Answer OpenAI clients, images and streaming included.", "Use"),
+    "diagnose": (
+        "keepsight.cli.diagnose",
+        "diagnose",
+        "Does a model lose its image? Is its memory really used?",
+        "Use",
+    ),
+    "info": ("keepsight.cli.info", "info", "What is in an adapter, or what memory a model would get.", "Use"),
+    "data": ("keepsight.cli.data", "data_app", "Is a dataset good for training? What is wrong with it?", "Make"),
+    "train": ("keepsight.cli.train", "train_app", "Teach a memory on your images and conversations.", "Make"),
+    "convert": (
+        "keepsight.cli.convert",
+        "convert",
+        "Turn a checkpoint in the PVM authors' layout into base + adapter.",
+        "Make",
+    ),
+    "export": ("keepsight.cli.export", "export_app", "Make a folder that vLLM serves, memory and all.", "Serve"),
+    "lab": ("keepsight.cli.lab", "lab_app", "The small reference VLM that the demo runs on, from nothing.", "Make"),
+}
+
+HELP = """[bold]keepsight gives a vision-language model a memory for what it sees.[/bold]
+
+A VLM reads an image once; the longer its answer grows, the less it looks back. keepsight adds a small branch beside \
+some layers that looks at the image alone, however long the answer is (PVM, persistent visual memory). The model \
+itself stays frozen and unforked; the memory is a small adapter.
+
+\b
+[bold]Five minutes, no GPU, no download[/bold]
+[dim]# train a memory, measure it against its controls, read the report[/dim]
+[cyan]keepsight demo --quick[/cyan]
+
+\b
+[bold]With your own images[/bold]
+[dim]# what memory a model would get, and how large it is[/dim]
+[cyan]keepsight info Qwen/Qwen3-VL-4B-Instruct[/cyan]
+[dim]# teach it on a file of images and conversations; the model stays frozen[/dim]
+[cyan]keepsight train pvm Qwen/Qwen3-VL-4B-Instruct -d train.jsonl -o my-memory[/cyan]
+[dim]# ask, with the memory and without[/dim]
+[cyan]keepsight generate my-memory --image cat.png --prompt "What is it?"[/cyan]
+[cyan]keepsight generate my-memory --image cat.png --prompt "What is it?" --no-memory[/cyan]
+[dim]# no model at hand? a tiny one, which reads handwritten digits, is built in[/dim]
+[cyan]keepsight generate --image digits.png --prompt read[/cyan]
+
+Every command explains itself: [cyan]keepsight train pvm --help[/cyan]
+"""
+
+
+class LazyGroup(TyperGroup):
+    """A group whose commands are imported when they are called, inside a border that turns errors into messages."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A stand-in that knows its one line of help; enough for listing."""
+        if cmd_name not in COMMANDS:
+            return None
+        _, _, line, panel = COMMANDS[cmd_name]
+        return TyperCommand(cmd_name, help=line, rich_help_panel=panel)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The real command, for calling."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, _load(name) if name in COMMANDS else command, rest
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **more: Any) -> Any:
+        """Run a command. Errors print one message; `--debug` anywhere shows their traceback."""
+        from keepsight.cli.console import error_border, fail
+
+        words = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in words
+        words = [word for word in words if word != "--debug"]
+        with error_border(debug, extra="lab" if words[:1] in (["demo"], ["lab"]) else "train"):
+            if debug:
+                os.environ["KEEPSIGHT_DEBUG"] = "1"
+            try:
+                status = super().main(words, "keepsight", **{**more, "standalone_mode": False})
+            except typer._click.exceptions.ClickException as error:
+                context = getattr(error, "ctx", None)
+                path = context.command_path if context is not None else "keepsight"
+                if error.format_message():  # empty where the help has been printed instead
+                    fail(f"{error.format_message().rstrip('.')}. How to use it: {path} --help")
+                raise SystemExit(error.exit_code) from error
+            finally:
+                os.environ.pop("KEEPSIGHT_DEBUG", None)
+            if status == 130:
+                raise KeyboardInterrupt
+        raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _load(name: str) -> Any:
+    module, attribute, line, _ = COMMANDS[name]
+    found = getattr(importlib.import_module(module), attribute)
+    if isinstance(found, typer.Typer):
+        group = typer.main.get_group(found)
+        group.name, group.help = name, group.help or line
+        return group
+    single = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    single.command(name)(found)
+    return typer.main.get_command(single)
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import keepsight
+
+        print(f"keepsight {keepsight.__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=HELP, invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and all warnings of libraries.")] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main() -> None:
+    """Entry point of `keepsight`."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    app()

@@ -1,0 +1,237 @@
+"""`keepsight diagnose`: does this model lose its image, and is its memory really used?"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from keepsight.cli.console import Interrupted, check_device, debugging, err, out, quiet, say, status, with_examples
+from keepsight.errors import KeepsightError, KeepsightWarning
+
+
+@with_examples(
+    ("the tiny model that is built in, on its own tasks; no download", "keepsight diagnose"),
+    ("a memory (its base is found by itself) on the same tasks", "keepsight diagnose keepsight-demo/pvm"),
+    (
+        "any supported VLM: does it lose this image in a long answer?",
+        "keepsight diagnose Qwen/Qwen3-VL-4B-Instruct -i photo.jpg --steps 2048 --every 8",
+    ),
+    (
+        "a latent memory: when is it invoked on two data sets, and what do its latents hold?",
+        "keepsight diagnose my-vismem -d charts.jsonl -d photos.jsonl",
+    ),
+    (
+        "is a memory used? With references, against a LoRA trained on the same data",
+        "keepsight diagnose my-memory --dataset questions.jsonl --control my-lora",
+    ),
+)
+def diagnose(
+    source: Annotated[
+        str,
+        typer.Argument(help="A plain VLM or an adapter (its base is found by itself): a folder or a hub id."),
+    ] = "keepsight/reference",
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="A further adapter, memory or LoRA; repeat for several.")
+    ] = None,
+    image: Annotated[list[str] | None, typer.Option("--image", "-i", help="An image file; repeat for several.")] = None,
+    video: Annotated[
+        str | None, typer.Option(help="A video: an animated GIF or WebP, or a folder of frames in order of name.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt", "-p", help="What to ask. Default: a long description that needs a look at every step."
+        ),
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dataset",
+            "-d",
+            help='JSONL: "image" or "images", "prompt" and, if known, "answer", "reply"; repeat for several.',
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Tokens to write for the curves.", min=1)] = 256,
+    every: Annotated[int, typer.Option(help="Measure every n-th of them; 16 costs next to nothing.", min=1)] = 1,
+    layers: Annotated[
+        str, typer.Option(help="Layers to meter: auto (up to twelve), all, or indices: 8,16,24.")
+    ] = "auto",
+    samples: Annotated[int, typer.Option(help="At most so many samples for the causal table.", min=1)] = 32,
+    memory: Annotated[
+        Literal["auto", "PVM", "VisMem"],
+        typer.Option(help="Which memory to examine in a model that carries both; auto: PVM."),
+    ] = "auto",
+    kind: Annotated[
+        Literal["auto", "short", "long"],
+        typer.Option(help="VisMem: the type that is formed where text is only read; auto: as the model would."),
+    ] = "auto",
+    probe_images: Annotated[
+        int, typer.Option(help="VisMem: at most so many images for the probe of its latents.", min=1)
+    ] = 512,
+    out_dir: Annotated[str, typer.Option("--out", "-o", help="Folder for report.html, results.json and PNGs.")] = (
+        "keepsight-diagnosis"
+    ),
+    control: Annotated[
+        str | None, typer.Option(help="An adapter trained on the memory's data without its memory, to compare.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the written text. Default: 1 for the built-in model, else 0.", min=0)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of noise, choices and sampling.")] = 0,
+    base: Annotated[str | None, typer.Option(help="The base model, where it is not the recorded one.")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the weights were saved.")
+    ] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the GPU if there is one.")
+    ] = None,
+) -> None:
+    """Does this VLM lose its image, and is its memory really used? Works with and without a keepsight memory.
+
+    Writes report.html (open it in a browser; it needs no network), results.json and PNGs. Ctrl-C stops it and still
+    writes what was measured.
+    """
+    from keepsight.checkpoints.load import load, load_checked
+    from keepsight.checkpoints.sources import check_sources
+
+    chosen = _layers(layers)
+    folder = _writable(out_dir)
+    check_device(device)
+    if dataset and (image or video or prompt):
+        raise KeepsightError("--dataset brings its own images and prompts; leave --image, --video and --prompt out.")
+    if not debugging():
+        quiet()
+    given = _samples(image or [], video, prompt, dataset or [])
+    base_name, infos = check_sources(source, adapter or [], base)
+    with status(f"loading {base_name}"):
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        model, processor = load_checked(base_name, infos, **options)
+        other = None if control is None else load(control, base=base, **options)[0]
+    from keepsight.diagnose.results import Diagnosis
+    from keepsight.diagnose.run import examine
+    from keepsight.diagnose.settings import Settings
+
+    settings = Settings(
+        steps=steps,
+        every=every,
+        layers=chosen,
+        curves=1 if given else 4,
+        samples=samples,
+        memory=memory,
+        kind=kind,
+        probe_images=probe_images,
+        temperature=temperature,
+        seed=seed,
+    )
+    with _progress() as progress:
+        found: Diagnosis = examine(model, processor, given, settings, other, progress)
+    found.model["name"] = source
+    _write(found, folder)
+    for line in found.headline:
+        out.print(line, markup=False, highlight=False)
+    say(f"report: {folder / 'report.html'}")
+    if found.interrupted:
+        raise Interrupted(f"stopped by Ctrl-C; what was measured is in {folder}")
+
+
+def _layers(text: str) -> Any:
+    if text in ("auto", "all"):
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise KeepsightError(f"--layers {text}: write auto, all, or indices such as 8,16,24.") from error
+
+
+def _writable(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise KeepsightError(f"--out {name} is a file; name a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _samples(images: list[str], video: str | None, prompt: str | None, datasets: list[str]) -> list[Any]:
+    from keepsight.data.images import open_image
+    from keepsight.diagnose.cases import LONG_PROMPT, Sample, read_dataset
+
+    if datasets:
+        parts = [read_dataset(dataset) for dataset in datasets]
+        # in turn, so that --samples takes as many of each
+        return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+    if not images and video is None and prompt is None:
+        return []
+    if prompt is not None and not prompt.strip():
+        raise KeepsightError("--prompt is empty; ask something, or leave it out for the built-in prompt.")
+    if not images and video is None:
+        warnings.warn(
+            "A prompt without --image: there is nothing to look at, and little to diagnose.",
+            KeepsightWarning,
+            stacklevel=2,
+        )
+    opened = tuple(open_image(path) for path in images)
+    return [Sample(prompt or LONG_PROMPT, opened, () if video is None else (_video(video),))]
+
+
+def _video(name: str) -> Any:
+    """Frames uint8 [F, H, W, 3] of an animated picture or a folder of pictures."""
+    import numpy as np
+    from PIL import Image, ImageSequence, UnidentifiedImageError
+
+    from keepsight.data.images import open_image
+
+    path = Path(name).expanduser()
+    if path.is_dir():
+        frames = [open_image(file) for file in sorted(path.iterdir()) if not file.name.startswith(".")]
+    elif not path.exists():
+        raise KeepsightError(f"--video {name}: no such file or folder.")
+    else:
+        try:
+            with Image.open(path) as moving:
+                frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(moving)]
+        except UnidentifiedImageError as error:
+            raise KeepsightError(
+                f"--video {name}: not an animated GIF or WebP. Of other videos give a folder of frames, as "
+                "`ffmpeg -i video.mp4 -r 2 frames/%04d.png` makes it."
+            ) from error
+    if len(frames) < 2:
+        raise KeepsightError(f"--video {name} has {len(frames)} frames; a video needs two or more (see --image).")
+    return np.stack([np.asarray(frame.resize(frames[0].size)) for frame in frames])
+
+
+def _write(found: Any, folder: Path) -> None:
+    """All files; a second Ctrl-C while writing still ends it."""
+    from keepsight.diagnose.report import render_report
+
+    found.save(folder / "results.json")
+    (folder / "report.html").write_text(render_report(found), encoding="utf-8")
+    try:
+        from keepsight.diagnose.report.plots import save_plots
+
+        save_plots(found, folder)
+    except ImportError:
+        say("matplotlib is not installed, so no PNGs were drawn: pip install 'keepsight[lab]'")
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar per stage on stderr; one line per stage where stderr is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+                if not err.is_terminal:
+                    say(f"{stage} ...")
+            bars.update(tasks[stage], completed=done)
+
+        yield tell

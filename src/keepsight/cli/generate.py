@@ -1,0 +1,190 @@
+"""`keepsight generate`: ask a model about images, and watch the answer being written."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from contextlib import nullcontext
+from typing import Annotated, Any, Literal
+
+import typer
+
+from keepsight.cli.console import check_device, debugging, quiet, say, status, with_examples
+from keepsight.errors import KeepsightError, KeepsightWarning
+
+
+@with_examples(
+    (
+        "the tiny model that is built in; it reads grids of handwritten digits",
+        "keepsight generate -i digits.png -p read",
+    ),
+    (
+        "a memory (its base is found by itself) and two images",
+        'keepsight generate my-memory -i a.jpg -i b.jpg -p "What changed?"',
+    ),
+    (
+        "the same base without its memory, to compare",
+        'keepsight generate my-memory -i a.jpg -p "Describe it." --no-memory',
+    ),
+    (
+        "a memory and a LoRA together on a model of your choice",
+        'keepsight generate Qwen/Qwen3-VL-4B-Instruct -a my-memory -a my-lora -i a.jpg -p "..."',
+    ),
+)
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="An adapter (its base is found by itself) or a plain VLM: a folder or a hub id."),
+    ] = "keepsight/reference",
+    image: Annotated[list[str] | None, typer.Option("--image", "-i", help="An image file; repeat for several.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="A further adapter, memory or LoRA; repeat for several.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the likeliest token; 1 samples as trained.", min=0)
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    no_memory: Annotated[bool, typer.Option("--no-memory", help="Switch the visual memory off, to compare.")] = False,
+    show_memory: Annotated[
+        bool, typer.Option("--show-memory", help="VisMem: say where which memory was invoked, after the answer.")
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="The base model, where it is not the one the adapter recorded.")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the weights were saved.")
+    ] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the GPU if there is one.")
+    ] = None,
+) -> None:
+    """Ask a model about images. The answer streams to stdout; everything else goes to stderr."""
+    from keepsight.data.images import open_image
+
+    images = [open_image(path) for path in image or []]
+    if not prompt.strip():
+        raise KeepsightError("--prompt is empty; ask something.")
+    check_device(device)
+
+    from keepsight.checkpoints.load import load_checked
+    from keepsight.checkpoints.sources import check_sources
+    from keepsight.data.collate import require_chat_template
+    from keepsight.pvm import memory_off
+
+    if not debugging():
+        quiet()
+    if seed is not None and temperature == 0:
+        warnings.warn(
+            "--seed has no effect at --temperature 0, which always takes the likeliest token.",
+            KeepsightWarning,
+            stacklevel=2,
+        )
+    base_name, infos = check_sources(source, adapter or [], base)
+    methods = {info.method for info in infos}
+    has_memory = bool(methods & {"PVM", "VISMEM"})
+    has_latent = "VISMEM" in methods
+    if show_memory and (no_memory or not has_latent):
+        why = "--no-memory switches it off" if has_latent else f"{source} carries no VisMem"
+        warnings.warn(f"--show-memory has no effect: {why}.", KeepsightWarning, stacklevel=2)
+    if no_memory and not has_memory:
+        warnings.warn(f"--no-memory has no effect: {source} carries no visual memory.", KeepsightWarning, stacklevel=2)
+    if has_memory and not no_memory and not images:
+        warnings.warn(
+            "No --image is given, so the visual memory has nothing to remember.", KeepsightWarning, stacklevel=2
+        )
+    with status(f"loading {base_name}"):
+        model, processor = load_checked(base_name, infos, dtype=dtype, device=device)
+    require_chat_template(processor)
+    latent: dict[str, Any] = {}
+    if has_latent and no_memory:
+        latent["memory"] = "off"
+    elif has_latent and show_memory:
+        latent["return_dict_in_generate"] = True
+    with memory_off(model) if no_memory else nullcontext():
+        _answer(model, processor, images, prompt, max_new_tokens, temperature, seed, latent)
+
+
+def _answer(
+    model: Any,
+    processor: Any,
+    images: list[Any],
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int | None,
+    options: dict[str, Any],
+) -> None:
+    import torch
+
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    # The chat template writes all special tokens; training tokenizes in the same way.
+    inputs = processor(text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt")
+    inputs = inputs.to(model.device)
+    if seed is not None:
+        torch.manual_seed(seed)
+    stream = _make_streamer(processor.tokenizer)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    started = time.perf_counter()
+    result = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, streamer=stream, logits_processor=[_refuse_nan], **sampling, **options
+    )
+    seconds = time.perf_counter() - started
+    length = inputs["input_ids"].shape[1]
+    written = getattr(result, "sequences", result).shape[1] - length  # a VisMem's positions count
+    say(
+        f"[{stream.tokens} tokens in {seconds:.1f} s after a prompt of {length}; "
+        f"{'stopped at --max-new-tokens' if written >= max_new_tokens else 'finished'}]"
+    )
+    if "return_dict_in_generate" in options:
+        _show_memory(result, processor, length)
+
+
+def _show_memory(result: Any, processor: Any, prompt: int) -> None:
+    """Say where which memory was invoked."""
+    found = result.invocations[0]
+    if not found:
+        say("[no memory was invoked]")
+    for invocation in found:
+        before = processor.tokenizer.decode(result.sequences[0, prompt : invocation.position], skip_special_tokens=True)
+        formation = invocation.formation
+        say(
+            f"[{invocation.kind}-term memory at token {invocation.position - prompt}, after {before[-30:]!r}: "
+            f"{len(invocation.latents)} latents, formed from {len(formation.sight.visual)} visual and "
+            f"{len(formation.text)} text states]"
+        )
+
+
+def _refuse_nan(input_ids: Any, scores: Any) -> Any:
+    """A logits processor that changes nothing and stops at the first number that is none."""
+    if scores.isnan().any():
+        raise KeepsightError(
+            "The model computes NaN. Its weights are damaged, or the dtype overflows: try --dtype float32 (or "
+            "bfloat16), and check adapters with `keepsight info`."
+        )
+    return scores
+
+
+def _make_streamer(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    class Stdout(TextStreamer):
+        """Writes words as they come, and counts tokens."""
+
+        tokens = 0
+
+        def put(self, value: Any) -> None:
+            if not (self.skip_prompt and self.next_tokens_are_prompt):
+                self.tokens += value.numel()
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            sys.stdout.write(text + ("\n" if stream_end else ""))
+            sys.stdout.flush()
+
+    return Stdout(tokenizer, skip_prompt=True, skip_special_tokens=True)

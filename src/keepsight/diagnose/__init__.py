@@ -1,0 +1,63 @@
+"""Does a VLM lose its image while it writes, and is its memory really used?
+
+`AttentionMeter`, `logit_lens` and `RetrievalMeter` are instruments to use by themselves; `examine` is the whole
+diagnosis, as `keepsight diagnose` makes it.
+"""
+
+from keepsight.diagnose.battery.causal import Battery
+from keepsight.diagnose.battery.invocations import InvocationCount, InvocationResult
+from keepsight.diagnose.battery.lengths import LengthResult, LengthScore
+from keepsight.diagnose.battery.probe import Probe
+from keepsight.diagnose.battery.probe_results import LatentProbe
+from keepsight.diagnose.battery.verdict import CausalResult, Verdict
+from keepsight.diagnose.cases import LONG_PROMPT, Case, Sample, lab_cases, read_dataset
+from keepsight.diagnose.instruments.attention import AttentionMeter
+from keepsight.diagnose.instruments.attention_trace import AttentionTrace
+from keepsight.diagnose.instruments.decay import DecayFit, fit_decay, fit_trace
+from keepsight.diagnose.instruments.forming import FormingTrace, watch_forming
+from keepsight.diagnose.instruments.lens import LensTrace, logit_lens
+from keepsight.diagnose.instruments.retrieval import RetrievalMeter, RetrievalTrace
+from keepsight.diagnose.memories.latents import VisMemHandle
+from keepsight.diagnose.memories.memory import Memory, memory_of
+from keepsight.diagnose.reader import Output, Reader
+from keepsight.diagnose.results import Diagnosis, Written, read_results
+from keepsight.diagnose.run import examine
+from keepsight.diagnose.settings import Settings
+
+__all__ = [
+    "LONG_PROMPT",
+    "AttentionMeter",
+    "AttentionTrace",
+    "Battery",
+    "Case",
+    "CausalResult",
+    "DecayFit",
+    "Diagnosis",
+    "FormingTrace",
+    "InvocationCount",
+    "InvocationResult",
+    "LatentProbe",
+    "LengthResult",
+    "LengthScore",
+    "LensTrace",
+    "Memory",
+    "Output",
+    "Probe",
+    "Reader",
+    "RetrievalMeter",
+    "RetrievalTrace",
+    "Sample",
+    "Settings",
+    "Verdict",
+    "VisMemHandle",
+    "Written",
+    "examine",
+    "fit_decay",
+    "fit_trace",
+    "lab_cases",
+    "logit_lens",
+    "memory_of",
+    "read_dataset",
+    "read_results",
+    "watch_forming",
+]

@@ -1,0 +1,1 @@
+"""Experiments on a memory: take it away, spoil it, exchange it, look inside, and judge."""

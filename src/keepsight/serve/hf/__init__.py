@@ -1,0 +1,1 @@
+"""The engine on the Hugging Face path: continuous batching over one model."""

@@ -1,0 +1,195 @@
+"""A request while it is served, and its answers while they are written. Plain data; the engine moves it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from keepsight.serve.errors import ApiError
+from keepsight.serve.hf.sampling import Sampling
+from keepsight.serve.text import TextStream
+
+
+@dataclass
+class Invocation:
+    """One latent memory in an answer, as the client is told of it.
+
+    Attributes:
+        kind: "short" or "long": what was formed.
+        invoked_as: the token that was written; differs under policy "reversed".
+        text_offset: characters of the answer before it.
+        latents: N.
+        was_sampled: the model chose it itself.
+    """
+
+    kind: str
+    invoked_as: str
+    text_offset: int
+    latents: int
+    was_sampled: bool
+
+
+@dataclass
+class Piece:
+    """News of one answer: text, and what goes with its tokens."""
+
+    index: int
+    text: str
+    logprobs: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class Finished:
+    """One answer is complete.
+
+    Attributes:
+        index: which of the request's answers.
+        reason: "stop" or "length".
+        tokens: positions written, memories included.
+        memory_tokens: how many of them are memories.
+        invocations: in order.
+    """
+
+    index: int
+    reason: str
+    tokens: int
+    memory_tokens: int
+    invocations: list[Invocation]
+
+
+@dataclass
+class Failed:
+    """The request as a whole has failed."""
+
+    error: ApiError
+
+
+Event = Piece | Finished | Failed
+
+
+@dataclass(eq=False)
+class Job:
+    """One request, ready to be computed.
+
+    Attributes:
+        inputs: what the processor returned, one row; freed once the prompt has been read.
+        prompt_tokens: length of the prompt.
+        sampling: how tokens are chosen.
+        choices: how many answers.
+        memory: whether memories are on.
+        source: the prompt's text and images as they came, for an engine that prepares its own inputs.
+        send: takes events; called from the engine's thread, must not wait.
+        when_read: called once the inputs are not needed any more; any thread, must not wait.
+        is_cancelled: the engine drops it before its next step.
+        error: why it failed, if it did.
+        open_choices: answers that are not complete.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    prompt_tokens: int
+    sampling: Sampling
+    choices: int
+    memory: bool
+    send: Callable[[Event], None]
+    when_read: Callable[[], None] = lambda: None
+    source: tuple[str, list[Any]] | None = None
+    arrived: float = field(default_factory=time.monotonic)
+    is_cancelled: bool = False
+    error: ApiError | None = None
+    open_choices: int = 0
+
+    def forget(self) -> None:
+        """Free the inputs."""
+        self.inputs, self.source = {}, None
+        self.when_read()
+
+
+@dataclass(eq=False)
+class Row:
+    """One answer while it is written.
+
+    Attributes:
+        job: its request.
+        index: which of the request's answers.
+        ids: token ids of the prompt and of what has been fed of the answer.
+        position: position of the newest token, [P] for P rotary dimensions, on the CPU; None if the model takes none.
+        text: its text.
+        processors: transformers' logits processors for this row.
+        do_sample: draw, or take the likeliest.
+        generator: draws.
+        ends: ids that end the answer.
+        latent: state of latent memory, if the model has one and it is on.
+        written: positions after the prompt, memories included.
+        memory_tokens: how many of them are memories.
+    """
+
+    job: Job
+    index: int
+    ids: list[int]
+    position: torch.Tensor | None
+    text: TextStream
+    processors: Any
+    do_sample: bool
+    generator: torch.Generator
+    ends: frozenset[int]
+    latent: Any = None
+    written: int = 0
+    memory_tokens: int = 0
+    invocations: list[Invocation] = field(default_factory=list)
+    reason: str | None = None
+    error: ApiError | None = None
+    _seen: torch.Tensor | None = None
+
+    @property
+    def room(self) -> int:
+        """Positions that may still be written."""
+        return self.job.sampling.max_tokens - self.written
+
+    @property
+    def is_over(self) -> bool:
+        """Finished, failed, or nobody waits for it."""
+        return self.reason is not None or self.error is not None or self.job.is_cancelled
+
+    def seen(self, device: torch.device) -> torch.Tensor:
+        """Ids [1, T] for logits processors. Kept from step to step, because making them anew takes long for a long
+        prompt."""
+        known = 0 if self._seen is None else self._seen.shape[1]
+        added = torch.tensor([self.ids[known:]], dtype=torch.long, device=device)
+        self._seen = added if self._seen is None else torch.cat([self._seen, added], 1)
+        return self._seen
+
+    def write(self, ids: list[int], is_memory: Callable[[int], bool], entry: Callable[[int], Any]) -> None:
+        """Send the text of new positions, and find out whether the answer is over.
+
+        Args:
+            ids: of the positions.
+            is_memory: whether an id stands for memory and not for text.
+            entry: log-probabilities of a token, if the request wants them.
+        """
+        self.written += len(ids)
+        for token in ids:
+            if is_memory(token):
+                self.memory_tokens += 1
+                continue
+            if token in self.ends:
+                self.reason = "stop"
+                break
+            told = entry(token) if self.job.sampling.logprobs is not None else None
+            self._send(*self.text.push(token, told))
+            if self.text.is_stopped:
+                self.reason = "stop"
+                break
+        if self.reason is None and self.room <= 0:
+            self.reason = "length"
+        if self.reason is not None:
+            self._send(*self.text.finish())
+            if self.text.is_stopped:
+                self.reason = "stop"
+
+    def _send(self, text: str, entries: list[Any]) -> None:
+        if text or entries:
+            self.job.send(Piece(self.index, text, entries))

@@ -1,0 +1,1 @@
+"""OpenAI's chat completions over HTTP: requests checked, images taken in, answers put into words."""

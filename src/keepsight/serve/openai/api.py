@@ -1,0 +1,264 @@
+"""The routes: chat completions, models, files, health, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from keepsight.serve.errors import ApiError, bad, no_route
+from keepsight.serve.hf.engine import Engine
+from keepsight.serve.hf.rows import Job
+from keepsight.serve.hf.sampling import Sampling
+from keepsight.serve.hf.served import Served
+from keepsight.serve.openai.answers import Answer
+from keepsight.serve.openai.fetch import Fetcher
+from keepsight.serve.openai.handover import Events, Turn
+from keepsight.serve.openai.http import EventStream, Gone, Guard, discard_body, error_response, read_body, until_gone
+from keepsight.serve.openai.images import decode_image
+from keepsight.serve.openai.names import TokenNames
+from keepsight.serve.openai.prompts import Prompts
+from keepsight.serve.openai.protocol import ChatRequest, parse
+from keepsight.serve.openai.settings import ServeSettings
+from keepsight.serve.openai.sources import ImageSources
+from keepsight.serve.openai.uploads import Uploads
+
+_UNHEALTHY_AFTER = 600.0  # seconds without a sign of the engine
+
+
+class Api:
+    """One model behind OpenAI's routes.
+
+    Args:
+        served: the model and what is known about it.
+        settings: limits and permissions.
+        engine: computes; made if not given.
+    """
+
+    def __init__(self, served: Served, settings: ServeSettings, engine: Engine | None = None):
+        self.served, self.settings = served, settings
+        limits = settings.limits
+        self.engine = engine or Engine(served.model, served.tokenizer, limits.max_batch)
+        self.metrics = self.engine.metrics
+        self.names = TokenNames(self.engine.names)
+        self.uploads = Uploads(limits)
+        fetcher = Fetcher(settings.remote_hosts, limits) if settings.remote_hosts else None
+        sources = ImageSources(limits, self.uploads, fetcher, settings.local_folders)
+        self.prompts = Prompts(served.processor, limits, sources, served.context, served.reserved)
+        self._open = 0
+        self._prepared = asyncio.Semaphore(limits.max_prepared)
+        self._workers = ThreadPoolExecutor(limits.max_batch + limits.max_queue, thread_name_prefix="keepsight-worker")
+
+    def app(self) -> Any:
+        """The ASGI application."""
+        app = FastAPI(title="keepsight", docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
+        app.post("/v1/chat/completions")(self.chat)
+        app.get("/v1/models")(self.models)
+        app.get("/v1/models/{name:path}")(self.model)
+        app.post("/v1/files")(self.upload)
+        app.get("/v1/files/{name}")(self.file)
+        app.delete("/v1/files/{name}")(self.delete)
+        app.api_route("/health", methods=["GET", "HEAD"])(self.health)
+        app.get("/metrics")(self.page)
+
+        @app.exception_handler(ApiError)
+        async def api_error(request: Request, error: ApiError) -> Response:
+            return error_response(error)
+
+        @app.exception_handler(HTTPException)
+        async def http_error(request: Request, error: HTTPException) -> Response:
+            return error_response(no_route(request.method, error))
+
+        @app.exception_handler(Gone)
+        async def client_gone(request: Request, error: Gone) -> Response:
+            return Response(status_code=499)  # nobody reads it; nginx counts such requests under this number
+
+        @app.exception_handler(Exception)
+        async def unexpected(request: Request, error: Exception) -> Response:
+            return error_response(ApiError(500, "Something went wrong on the server.", code="internal_error"))
+
+        return Guard(app, self.settings, self.metrics)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Any) -> AsyncIterator[None]:
+        self.engine.start()
+        yield
+        self.engine.cut_off()  # uvicorn has waited; what is still here has had its time
+        await asyncio.to_thread(self.engine.close)
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    @contextlib.contextmanager
+    def _slot(self) -> Any:
+        """A place among the requests that are here, from before the body is read until the last byte is sent."""
+        limits = self.settings.limits
+        if self._open >= limits.max_batch + limits.max_queue:
+            raise ApiError(
+                429,
+                f"{self._open} requests are open, which is all that this server takes. Try again in a moment.",
+                code="too_many_requests",
+            )
+        self._open += 1
+        self.metrics.open.set(self._open)
+        try:
+            yield
+        finally:
+            self._open -= 1
+            self.metrics.open.set(self._open)
+
+    # Chat
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # which no web page can send to another host without asking first
+            raise ApiError(415, "Send JSON, with Content-Type: application/json.", code="unsupported_media_type")
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._slot())
+            except ApiError:
+                await discard_body(request, self.settings.limits)
+                raise
+            body = await read_body(request, self.settings.limits)
+            gone = asyncio.create_task(until_gone(request.receive))
+            stack.callback(gone.cancel)
+            asked = await self._in_thread(parse, body)
+            del body
+            self._check(asked)
+            files = await self._in_thread(self.prompts.collect_images, asked)
+            turn = Turn(self._prepared, self.metrics)
+            stack.callback(turn.end)
+            await turn.wait(gone)
+            events = Events(asked.stream, gone)
+            job = await self._in_thread(self._prepare, asked, files, events, turn)
+            del files
+            self.engine.submit(job)
+            stack.callback(self.engine.cancel, job)
+            answer = Answer(asked, job, self.settings.name, self.names)
+            if not asked.stream:
+                return JSONResponse(await answer.whole(events))
+            first = await events.next()  # an error before it still gets a status of its own
+            stream = answer.stream(events, first)
+            return EventStream(stream, self.settings.limits.write_seconds, stack.pop_all().close)
+
+    def _check(self, asked: ChatRequest) -> None:
+        """What can be known before any image is looked at."""
+        limits, served = self.settings.limits, self.served
+        if asked.model != self.settings.name:
+            raise ApiError(
+                404, f"This server has one model, {self.settings.name!r}.", param="model", code="model_not_found"
+            )
+        most = min(limits.max_choices, limits.max_batch)
+        if asked.n > most:
+            raise bad(f"n={asked.n}; this server writes {most} answers to a request at most.", "n", "invalid_value")
+        if asked.keepsight.memory and not served.has_memory:
+            raise bad("keepsight.memory: this model carries no memory.", "keepsight.memory", "no_memory")
+        wrong = [token for token in asked.logit_bias if not 0 <= token < served.vocabulary]
+        if wrong:
+            raise bad(f"logit_bias: {wrong[0]} is no token id of this model.", "logit_bias", "invalid_value")
+
+    def _prepare(self, asked: ChatRequest, files: list[tuple[str, bytes]], events: Events, turn: Turn) -> Job:
+        """Images, text and settings as the engine takes them. In a worker thread."""
+        images = self.prompts.decode_images(files)
+        text, inputs = self.prompts.encode(asked, images)
+        length = inputs["input_ids"].shape[1]
+        self.metrics.images.inc(len(images))
+        sampling = Sampling(
+            max_tokens=self.prompts.room(length, asked.max_completion_tokens or asked.max_tokens),
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            frequency_penalty=asked.frequency_penalty,
+            presence_penalty=asked.presence_penalty,
+            logit_bias=asked.logit_bias,
+            seed=asked.seed,
+            logprobs=asked.top_logprobs if asked.logprobs else None,
+            stop=tuple(asked.stop),
+        )
+        memory = self.served.has_memory and asked.keepsight.memory is not False
+        source = (text, images) if self.engine.wants_source else None
+        return Job(inputs, length, sampling, asked.n, memory, events.send, turn.end, source)
+
+    async def _in_thread(self, call: Any, *args: Any) -> Any:
+        """Run something in a worker thread. There is one for every request that can be open, so that a remote host that
+        does not answer holds up nobody else."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, call, *args)
+
+    # Models and files
+
+    async def models(self) -> Any:
+        """GET /v1/models."""
+        return {"object": "list", "data": [self._describe()]}
+
+    async def model(self, name: str) -> Any:
+        """GET /v1/models/{name}."""
+        if name != self.settings.name:
+            raise ApiError(404, f"This server has one model, {self.settings.name!r}.", code="model_not_found")
+        return self._describe()
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "id": self.settings.name,
+            "object": "model",
+            "created": self.served.created,
+            "owned_by": "keepsight",
+            "keepsight": {
+                "memories": list(self.served.memories),
+                "adapters": [{"name": name, "method": method} for name, method in self.settings.adapters],
+            },
+        }
+
+    async def upload(self, request: Request) -> Any:
+        """POST /v1/files: an image, as multipart/form-data with purpose "vision"."""
+        limits = self.settings.limits
+        with self._slot():
+            body = await read_body(request, limits)
+
+            async def stream() -> Any:
+                yield body
+
+            parser = MultiPartParser(request.headers, stream(), max_files=1, max_fields=8)
+            parser.spool_max_size = limits.max_body_bytes + 1  # in memory, never on disk
+            try:
+                form = await parser.parse()
+            except (MultiPartException, KeyError, ValueError):
+                raise bad("Send multipart/form-data with a file and purpose=vision.", code="invalid_form") from None
+            try:
+                if form.get("purpose") != "vision":
+                    raise bad("purpose: expected 'vision'; this server keeps images only.", "purpose", "invalid_value")
+                file: Any = form.get("file")
+                if file is None or isinstance(file, str):
+                    raise bad("There is no file in the form.", "file", "missing_file")
+                content = await file.read()
+                async with self._prepared:
+                    await self._in_thread(decode_image, content, limits, "file")
+                return self.uploads.add(content, str(file.filename or "image")[:256]).describe(limits.upload_seconds)
+            finally:
+                await form.close()
+
+    async def file(self, name: str) -> Any:
+        """GET /v1/files/{id}."""
+        return self.uploads.get(name).describe(self.settings.limits.upload_seconds)
+
+    async def delete(self, name: str) -> Any:
+        """DELETE /v1/files/{id}."""
+        self.uploads.delete(name)
+        return {"id": name, "object": "file", "deleted": True}
+
+    # For those who watch
+
+    async def health(self) -> Response:
+        """GET /health: 200 while the engine moves, 503 otherwise."""
+        silence = self.engine.silence()
+        if silence is None or silence > _UNHEALTHY_AFTER:
+            return JSONResponse({"status": "the engine does not move", "seconds": silence}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def page(self) -> Response:
+        """GET /metrics."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,74 @@
+"""Decoding images that strangers send.
+
+Only formats that Pillow decodes by itself (no external programs), one frame, and never more pixels than allowed: the
+size is read from the header, before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from keepsight.serve.errors import ApiError, bad, too_large
+from keepsight.serve.openai.settings import Limits
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+
+
+def decode_image(content: bytes, limits: Limits, param: str, left: int | None = None) -> Any:
+    """A PIL image in RGB, turned upright as its EXIF data say.
+
+    Args:
+        content: an image file's bytes.
+        limits: size limits.
+        param: where in the request it stands, for errors.
+        left: pixels that the request may still have.
+
+    Raises:
+        ApiError: 413 if it is too large, 400 if it is no image, damaged, or of another format.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    check_bytes(len(content), limits, param)
+    if not content:
+        raise bad("The image is empty (0 bytes).", param, "invalid_image")
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > limits.max_image_pixels:
+                raise too_large(
+                    f"The image has {width} x {height} pixels; this server takes {limits.max_image_pixels:,} at most. "
+                    "Make it smaller; the model would shrink it anyway.",
+                    param,
+                    "image_too_large",
+                )
+            if left is not None and width * height > left:
+                raise too_large(
+                    f"The images of this request have more than {2 * limits.max_image_pixels:,} pixels together.",
+                    param,
+                    "images_too_large",
+                )
+            image.load()
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise bad(f"Not an image that can be read; expected {', '.join(FORMATS)}.", param, "invalid_image") from None
+    except Image.DecompressionBombError:
+        raise too_large("The image claims an enormous size.", param, "image_too_large") from None
+    except ApiError:
+        raise
+    except Exception as error:  # decoders raise many kinds; what they say describes the client's own file
+        raise bad(f"The image is damaged or cut off ({type(error).__name__}).", param, "invalid_image") from None
+
+
+def check_bytes(size: int, limits: Limits, param: str) -> None:
+    """Refuse an encoded image that is too large.
+
+    Raises:
+        ApiError: 413.
+    """
+    if size > limits.max_image_bytes:
+        raise too_large(
+            f"The image has {size:,} bytes; this server takes {limits.max_image_bytes:,} at most.",
+            param,
+            "image_too_large",
+        )

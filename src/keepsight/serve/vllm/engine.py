@@ -1,0 +1,110 @@
+"""The scheduler of `keepsight serve`, with vLLM as the writer of a VisMem's answers. Experimental."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from keepsight.backbone import Backbone
+from keepsight.checkpoints.adapters import AdapterInfo
+from keepsight.errors import KeepsightError
+from keepsight.serve.hf.engine import Engine
+from keepsight.serve.hf.rows import Job
+from keepsight.serve.metrics import Metrics
+from keepsight.serve.vllm.check import check_version
+from keepsight.serve.vllm.latent_folder import write_model
+from keepsight.serve.vllm.vismem import VllmBatch
+from keepsight.vismem.policy import MemoryPolicy
+
+_LIMITS = "keepsight.serve.vllm.limits:MemoryLimits"
+#: What vLLM reads from the environment, unless it is set: the engine lives in this process, whose signals are ours; its
+#: log holds what is amiss; and it reports to nobody.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class VllmEngine(Engine):
+    """Runs requests on one VisMem, as `keepsight.serve.hf.engine.Engine` does without vLLM.
+
+    Args:
+        base: name of the base model.
+        vismem: the adapter, checked.
+        model: both, as `keepsight.load` returns them: forms the memories.
+        tokenizer: the processor's; a copy of it is used.
+        max_batch: answers that are written at the same time.
+        most_tokens: prompt and answer together, at most.
+        policy: when memory is invoked; default: the adapter's own.
+        metrics: where to count.
+        options: further arguments for vLLM's engine, such as gpu_memory_utilization.
+
+    Raises:
+        KeepsightError: if vLLM is not installed, is another version, or does not serve this family.
+    """
+
+    wants_source = True
+
+    def __init__(
+        self,
+        base: str,
+        vismem: AdapterInfo,
+        model: Any,
+        tokenizer: Any,
+        max_batch: int,
+        most_tokens: int,
+        policy: MemoryPolicy | None = None,
+        metrics: Metrics | None = None,
+        **options: Any,
+    ):
+        check_version()
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        super().__init__(model, tokenizer, max_batch, metrics)
+        self._folder = tempfile.TemporaryDirectory(prefix="keepsight-vllm-")
+        folder = Path(self._folder.name) / "model"
+        vocabulary = write_model(base, vismem, folder)
+        defaults: dict[str, Any] = {
+            "dtype": str(Backbone.of(model).model.dtype).removeprefix("torch."),
+            "max_num_seqs": max_batch,
+            "max_model_len": most_tokens,
+            "mm_processor_cache_gb": 0,  # a request that is sent again brings its images again
+            "async_scheduling": False,  # `MemoryLimits` counts what has been written
+        }
+        needed = {"enable_prompt_embeds": True, "logits_processors": [_LIMITS], "logprobs_mode": "raw_logprobs"}
+        try:
+            arguments = EngineArgs(model=str(folder), **(defaults | options | needed))
+        except TypeError as error:
+            raise KeepsightError(f"vLLM's engine does not take these arguments: {error}.") from None
+        self.llm = LLMEngine.from_engine_args(arguments)
+        self._batch = VllmBatch(self.llm, vocabulary, model, self.tokenizer, policy)
+
+    def close(self, seconds: float | None = None) -> bool:
+        """As `Engine.close`; ends vLLM too."""
+        stopped = super().close(seconds)
+        self.llm.engine_core.shutdown()
+        self._folder.cleanup()
+        return stopped
+
+    def _read(self, job: Job) -> None:
+        self._batches = [self._batch]  # type: ignore[list-item]
+        try:
+            self._batch.begin(job)
+        except Exception as error:
+            self._fail(job, error)
+            self.metrics.finished.labels("error").inc(job.choices)
+            job.forget()
+            return
+        self.metrics.prompt_tokens.inc(job.prompt_tokens)
+
+    def _drop(self, batch: Any, error: Exception) -> None:
+        super()._drop(batch, error)
+        with contextlib.suppress(Exception):  # vLLM may be what has failed
+            self._batch.leave()

@@ -1,0 +1,1 @@
+"""What training costs: counted from shapes before a run, accounted for after it."""

@@ -1,0 +1,123 @@
+"""What a run would need, found without reading a weight: parameters, memory, tokens, and one step traced on shapes.
+
+The model is built on torch's meta device, from its config.json alone: every tensor has its shape and dtype and no
+values. What is to be learned is put on it as in training, and the decoder's forward and backward run there. So the
+trace goes through the real code: it counts the operations, and the bytes that the backward pass keeps.
+
+Not traced: the vision encoder (frozen, it keeps nothing; its operations are counted from its weights), the head (TRL
+computes the loss in chunks), allocator overhead and CUDA's own memory (about 1 GiB).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keepsight.backbone import Backbone
+from keepsight.checkpoints.bases import base_config
+from keepsight.errors import KeepsightError
+from keepsight.train.cost.needs import DryRun, estimate
+from keepsight.train.cost.tracing import meta_model
+from keepsight.train.run.engines import Engine, current_engine
+from keepsight.train.run.four_bit import packed_weights
+from keepsight.train.run.learner import Learner
+from keepsight.train.run.settings import GrpoSettings, RunSettings
+
+DEFAULT_TOKENS = 2048
+
+
+def dry_run(
+    source: str | Path,
+    learner: Learner,
+    settings: RunSettings,
+    *,
+    length: int = DEFAULT_TOKENS,
+    visual: int | None = None,
+    what: str = "the memory",
+    engine: Engine | None = None,
+) -> DryRun:
+    """What a run of `train_pvm` or `train_pvm_grpo` would need.
+
+    Args:
+        source: the base: a hub id, or a folder that holds at least its config.json.
+        learner: what is trained. Adapters are not read: a memory that exists needs what a new one needs.
+        settings: of the run (`GrpoSettings` for a run with rollouts).
+        length: positions of a sample, images included; of a prompt, where completions are generated.
+        visual: how many of them are visual; default: half, at most 1,024.
+        what: is trained, in words.
+        engine: what shares the work; default: what this process was launched with.
+
+    Raises:
+        UnsupportedModelError, FileNotFoundError: if `source` is no base.
+    """
+    engine = current_engine() if engine is None else engine
+    generated = settings.max_new_tokens if isinstance(settings, GrpoSettings) else 0
+    half = settings.uses_bf16 or settings.dtype == "bfloat16"
+    model = meta_model(source, torch.bfloat16 if half else torch.float32)
+    packed = packed_weights(Backbone.of(model)) if settings.load_in_4bit else 0
+    with torch.device("meta"):
+        put = learner.put_on(model, settings.seed)
+    visual = min(1024, length // 2) if visual is None else visual
+    if not 0 <= visual < length:
+        raise KeepsightError(f"{visual} visual tokens do not fit into {length} positions with text beside them.")
+    stored = _stored(source, settings, learner, engine)
+    return estimate(str(source), put, settings, length, visual, generated, what, engine, stored, packed)
+
+
+def measured(source: str | Path, dataset: Any, split: str = "train", answers: bool = True, most: int = 200) -> Any:
+    """(tokens, visual tokens) of the longest among up to `most` samples, evenly spaced.
+
+    Args:
+        source: the base, with its processor.
+        dataset: whatever `load_dataset_any` reads.
+        split: of hub datasets.
+        answers: measure prompt and answer; otherwise the prompt.
+        most: how many samples to look at.
+    """
+    from keepsight.data.check import load_dataset_any
+    from keepsight.data.collate import ConversationCollator
+    from keepsight.data.images import open_image
+    from keepsight.data.samples import check_images, sample_reader, undecoded
+    from keepsight.train.run import preflight
+
+    collator = ConversationCollator(preflight.load_processor(source))
+    data = load_dataset_any(dataset, split)
+    kind: Any = "chat" if answers else "prompt"
+    read, rows = sample_reader(data, kind), undecoded(data.rows, kind)
+    longest = (0, 0)
+    for index in range(0, len(rows), max(1, len(rows) // most)):
+        sample = read(rows[index])
+        check_images(sample, data.folder, False)
+        images = [open_image(image) for image in sample["images"]]
+        if answers:
+            batch = collator([{"messages": sample["messages"], "images": images}])
+            visual = len(collator.visual_positions(batch["input_ids"][0]))
+            longest = max(longest, (batch["input_ids"].shape[1], visual))
+        else:
+            longest = max(longest, collator.prompt_tokens(sample["messages"], images))
+    return longest
+
+
+def _stored(source: str | Path, settings: RunSettings, learner: Learner, engine: Engine) -> int:
+    """Bytes of one weight of the base as the run reads it, where it is not packed."""
+    if settings.dtype != "auto":
+        return {"float32": 4}.get(settings.dtype, 2)
+    if learner.policy == "full" and not engine.name.startswith("zero"):
+        return 4
+    recorded = str(getattr(base_config(source), "dtype", None)).removeprefix("torch.")
+    return 2 if recorded in ("bfloat16", "float16") else 4
+
+
+def print_dry_run(found: DryRun) -> Any:
+    """A `rich` table of a dry run."""
+    from rich.table import Table
+
+    title = f"Dry run on {found.source} (estimates; no weights were read)"
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in found.rows_of_table():
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,1 @@
+"""Training a persistent visual memory: supervised fine-tuning and GRPO."""

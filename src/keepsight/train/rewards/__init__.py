@@ -1,0 +1,1 @@
+"""Rewards for reinforcement learning, and the comparison of answers they rest on."""

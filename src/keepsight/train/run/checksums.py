@@ -1,0 +1,36 @@
+"""Proof that training changed what it should and nothing else: digests of the bits of tensors, before and after."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+
+import torch
+
+from keepsight.train.run.engines import whole
+
+
+def checksums(model: torch.nn.Module, skip: Collection[str] = ()) -> dict[str, str] | None:
+    """Name of every parameter and buffer -> a digest of its bits. (About a second per GB.)
+
+    Args:
+        model: any module.
+        skip: names to leave out: what is trained.
+
+    Returns:
+        None if the weights are partitioned over processes (ZeRO-3), where no process sees them.
+    """
+    found: dict[str, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in skip or tensor.is_meta:
+            continue
+        if tensor.numel() == 0:
+            return None
+        bits = whole(tensor).contiguous().view(-1).view(torch.uint8).cpu().numpy()
+        found[name] = hashlib.blake2b(bits.data, digest_size=16).hexdigest()
+    return found
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """Names whose tensors differ, or that are only in one of the two."""
+    return sorted(name for name in {*before, *after} if before.get(name) != after.get(name))

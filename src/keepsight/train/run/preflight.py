@@ -1,0 +1,207 @@
+"""What every training command makes sure of before it reads a model's weights."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from keepsight.data.check import CheckedData, check_dataset, load_dataset_any
+from keepsight.data.collate import ConversationCollator
+from keepsight.errors import KeepsightError
+from keepsight.shipped import resolve_base
+from keepsight.train.pvm.plan import MemoryPlan
+from keepsight.train.run import output
+from keepsight.train.run.engines import Engine
+from keepsight.train.run.settings import RunSettings
+
+Say = Callable[[str], None]
+"""Called with one line for the user."""
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+def require_trl() -> None:
+    """Raise ImportError, naming the extra, where TRL is not installed."""
+    try:
+        import trl  # noqa: F401
+    except ImportError as error:
+        raise ImportError('Training goes through TRL. Install it: pip install "keepsight[train]"') from error
+
+
+def check_settings(settings: RunSettings) -> None:
+    """Refuse schedules, trackers and devices that are not there.
+
+    Raises:
+        ValueError: naming what there is.
+    """
+    from transformers import SchedulerType
+    from transformers.integrations import get_available_reporting_integrations
+
+    schedules = [schedule.value for schedule in SchedulerType]
+    if settings.scheduler not in schedules:
+        raise ValueError(f"scheduler={settings.scheduler!r}: expected one of {', '.join(schedules)}.")
+    available = get_available_reporting_integrations()
+    for tracker in settings.report_to:
+        if tracker not in available:
+            raise ValueError(
+                f"report_to={tracker!r} is not installed (pip install {tracker}?). "
+                f"Available: {', '.join(available) or 'none'}."
+            )
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda', but torch finds no GPU.")
+
+
+def find_checkpoint(folder: Path, say: Say) -> Path | None:
+    """The newest whole checkpoint of a run; says which one it is, and why newer ones are not whole."""
+    checkpoint, broken = output.last_checkpoint(folder)
+    for why in broken:
+        say(f"not resuming from {why}")
+    if checkpoint is None:
+        say(f"no checkpoint to resume from in {folder}; starting at step 0")
+    else:
+        say(f"resuming from {checkpoint}")
+    return checkpoint
+
+
+def load_processor(source: str | Path) -> Any:
+    """The base's processor.
+
+    Raises:
+        KeepsightError: if its files are missing or broken.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(resolve_base(source))
+    except (OSError, ValueError) as error:
+        raise KeepsightError(
+            f"{source}: its processor cannot be loaded ({' '.join(str(error).split())[:200]}). A VLM's folder holds "
+            "processor_config.json (or preprocessor_config.json) and a tokenizer beside the weights."
+        ) from error
+
+
+def check_chats(
+    dataset: Any,
+    split: str,
+    collator: ConversationCollator,
+    *,
+    text_only: Literal["error", "skip", "keep"],
+    max_length: int | None,
+    over_long: Literal["error", "skip", "truncate"],
+    decode: bool,
+    on_check: Callable[[int, int], None] | None = None,
+) -> CheckedData:
+    """Read and check data for supervised training: columns, images, chat template, lengths."""
+    source = load_dataset_any(dataset, split)
+
+    def measure(sample: dict[str, Any]) -> tuple[int, int]:
+        return collator.measure({"messages": sample["messages"], "images": _opened(sample, source.folder)})
+
+    def render(sample: dict[str, Any]) -> tuple[int, int]:
+        collator.segments(sample["messages"])  # raises where the chat template cannot write this conversation
+        return 0, 0
+
+    return check_dataset(
+        source,
+        text_only=text_only,
+        decode=decode and max_length is None,  # measuring decodes
+        measure=render if max_length is None else measure,
+        max_length=max_length,
+        over_long=over_long,
+        progress=on_check,
+    )
+
+
+def check_prompts(
+    dataset: Any,
+    split: str,
+    collator: ConversationCollator,
+    *,
+    text_only: Literal["error", "skip", "keep"],
+    max_length: int | None,
+    over_long: Literal["error", "skip"],
+    decode: bool,
+    need_answer: bool,
+    on_check: Callable[[int, int], None] | None = None,
+) -> CheckedData:
+    """Read and check data for reinforcement learning: columns, images, answers, lengths of prompts."""
+    source = load_dataset_any(dataset, split)
+
+    def measure(sample: dict[str, Any]) -> tuple[int, int]:
+        length, _ = collator.prompt_tokens(sample["messages"], _opened(sample, source.folder))
+        return length, length  # of a prompt nothing can be cut
+
+    return check_dataset(
+        source,
+        kind="prompt",
+        text_only=text_only,
+        decode=decode and max_length is None,
+        measure=None if max_length is None else measure,
+        max_length=max_length,
+        over_long=over_long,
+        need_answer=need_answer,
+        progress=on_check,
+    )
+
+
+def _opened(sample: dict[str, Any], folder: Path | None) -> list[Any]:
+    from keepsight.data.images import open_image
+
+    return [open_image(image, folder) for image in sample["images"]]
+
+
+def say_data(data: CheckedData, what: str, loading: str, limit: int | None, say: Say) -> None:
+    """Tell what the check found."""
+    for where, why in data.skipped[:5]:
+        say(f"skipped {where}: {why}")
+    if len(data.skipped) > 5:
+        say(f"skipped {len(data.skipped)} {what} in all")
+    longest = f", the longest of {data.longest} tokens" if data.longest else ""
+    cut = f", {data.cut:,} with answers to be cut at {limit}" if data.cut else ""
+    say(f"{data.rows:,} {what} are good{longest}{cut}; loading {loading}")
+
+
+def total_steps(settings: RunSettings, per_epoch: int) -> int:
+    """Optimiser steps of a run whose epoch has so many."""
+    return settings.max_steps or math.ceil(settings.epochs * per_epoch)
+
+
+def check_space(folder: Path, trained: int, saved: int, steps: int, settings: RunSettings, there: int) -> None:
+    """Make sure that the disk holds what the run will save.
+
+    Args:
+        folder: of the run.
+        trained: parameters with two moments of AdamW in every checkpoint.
+        saved: parameters whose values are in every checkpoint and in the result.
+        steps: of the run.
+        settings: how often checkpoints are saved, and how many are kept.
+        there: checkpoints that are there already.
+    """
+    # One more than are kept: the oldest goes after the newest is written.
+    number = min(math.ceil(steps / settings.save_steps), (settings.keep_checkpoints or steps) + 1) - there
+    number = max(number, 0)
+    needed = 4 * (number * (2 * trained + saved) + saved) + 2**20
+    output.check_space(folder, needed, f"the run ({number} checkpoint{'s' * (number != 1)} and the result)")
+
+
+def base_dtype(settings: RunSettings, plan: MemoryPlan) -> str:
+    """Float16 overflows in training; a float16 checkpoint is read as bfloat16 on a GPU and float32 on a CPU."""
+    if settings.dtype != "auto":
+        return settings.dtype
+    stored = str(getattr(plan.backbone.model.config, "dtype", None)).removeprefix("torch.")
+    if stored != "float16":
+        return "auto"
+    return "bfloat16" if settings.on_gpu and torch.cuda.is_bf16_supported() else "float32"
+
+
+def base_device(settings: RunSettings, engine: Engine) -> str:
+    """Where the base is read to. Weights that will be sharded need not fit on one GPU."""
+    on_gpu = settings.on_gpu and not engine.shards_weights
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"

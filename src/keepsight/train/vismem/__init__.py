@@ -1,0 +1,1 @@
+"""Training a latent vision memory: warm start, formation and invocation."""

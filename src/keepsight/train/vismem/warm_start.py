@@ -1,0 +1,368 @@
+"""A warm start for VisMem before stage I: memory tokens regress onto the image's own visual embeddings.
+
+**This is keepsight's own addition and is not in the paper.** In our digit laboratory stage I alone, which learns from
+rewards only, never learnt to carry an image (docs/vismem.md, docs/evidence.md). The warm start needs no labels and no
+answers: its target is what the base's own projector already made of the image, so a memory begins as a second copy of
+the image where the text is, and stage I makes of it what pays.
+
+    loss = mean over rows of |M - E|^2 / |E|^2
+
+with M [N, D] a memory formed at the end of the row's text, and E [N, D] the row's visual embeddings, as they enter the
+language model, brought to N by adaptive average pooling: over the image's grid where the row's visual tokens are one
+whole image, in reading order otherwise (several images, tiles, videos). Where a memory has more tokens than the image,
+nothing is averaged and embeddings are repeated. DeepStack features are not part of the target.
+
+Two starting values are set first, where a memory was never trained: each gain, so that memories have the targets' root
+mean square, and the short-term memory's slots, which become the mean patch (per place in the projector's square, where
+the vision encoder keeps squares together) with a little noise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from keepsight.backbone import Backbone
+from keepsight.errors import KeepsightError
+from keepsight.train.run.checksums import checksums
+from keepsight.vismem import VisMemBranch, scope
+from keepsight.vismem.layout import grid_shape
+from keepsight.vismem.memory import Formation, Sight, read_sights
+from keepsight.vismem.tokens import LONG, SHORT, TYPES, MemoryTokens
+
+OnLog = Callable[[int, dict[str, float]], None]
+"""Called as `on_log(step, {"short": relative error, "long": relative error, "lr": ..., "gradient_norm": ...})`."""
+
+WARMUP = 10
+"""Steps over which the learning rate rises; then it falls along a cosine to a tenth."""
+SLOT_NOISE = 0.02
+
+
+@dataclass
+class WarmStartReport:
+    """What a warm start did.
+
+    Attributes:
+        steps: optimiser steps taken.
+        parameters: number of parameters trained.
+        first: relative squared error of each type of memory in the first step (1 is as bad as a memory of zeros).
+        last: the same, over the last tenth of the steps.
+        rows_without_image: rows that had nothing to regress onto.
+        seconds: wall time.
+    """
+
+    steps: int
+    parameters: int
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    rows_without_image: int = 0
+    seconds: float = 0.0
+
+
+def distill(
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    steps: int,
+    lr: float = 3e-3,
+    max_text_states: int | None = None,
+    on_log: OnLog | None = None,
+    kinds: tuple[str, ...] = TYPES,
+    max_grad_norm: float = 1.0,
+) -> WarmStartReport:
+    """Train the active VisMem's memory tensors to reproduce the images' visual embeddings.
+
+    Changes the query builder, the two low-rank adapters, the slots, the gains and the map into the vision encoder;
+    everything else keeps its bits, the special tokens' rows included (checked at the end).
+
+    Args:
+        model: a model that carries VisMem, on its device; the base may be in any dtype.
+        batches: model inputs, one mapping per step (`input_ids` [B, T], `attention_mask`, `pixel_values`, ...), padded
+            on either side. A memory is formed at the end of each row, from its visual states and from the states of
+            the text behind its last visual token. Labels are ignored. Batches are taken in order; the iterable is
+            begun again when it ends before `steps` (an iterator cannot be).
+        steps: optimiser steps.
+        lr: peak learning rate of AdamW.
+        max_text_states: at most so many of the latest text states take part. Default: the config's setting, which
+            holds in any case.
+        on_log: called after every step.
+        kinds: the types of memory to train, both in every step.
+        max_grad_norm: gradients are clipped to this norm.
+
+    Returns:
+        What was done.
+
+    Raises:
+        KeepsightError: if there is no VisMem, no batch, or no image in any of them; if a loss is not finite.
+    """
+    branch = VisMemBranch.of(model)
+    memory = branch.active
+    if memory is None:
+        raise KeepsightError("No VisMem adapter is active, so there is nothing to warm up: model.set_adapter(name).")
+    if steps < 1:
+        raise KeepsightError(f"steps={steps}: a warm start takes at least one step. To skip it, do not call it.")
+    if not kinds or set(kinds) - set(TYPES):
+        raise KeepsightError(f"kinds={kinds!r}: expected some of {', '.join(map(repr, TYPES))}.")
+    trained = _trained_parameters(memory, kinds)
+    report = WarmStartReport(steps=steps, parameters=sum(p.numel() for p in trained))
+    history: dict[str, list[float]] = {kind: [] for kind in kinds}
+    begin = time.perf_counter()
+    with _training(model, memory, trained) as optimizer:
+        for step, inputs in enumerate(_repeated(batches, steps)):
+            moment = look(branch, inputs, max_text_states)
+            report.rows_without_image += moment.rows - len(moment.formations)
+            if step == 0:
+                _set_starting_values(branch, memory, moment, kinds)
+            if not moment.formations:
+                continue
+            losses = {kind: _relative_error(branch, kind, moment) for kind in kinds}
+            rate = lr * pace(step, steps)
+            norm = _step(optimizer, trained, sum(losses.values()), rate, max_grad_norm)
+            if not math.isfinite(norm):
+                raise KeepsightError(f"Warm start: the gradient of step {step + 1} is {norm}. Try a lower lr ({lr}).")
+            values = {kind: float(loss.detach()) for kind, loss in losses.items()}
+            for kind, value in values.items():
+                history[kind].append(value)
+            if on_log is not None:
+                on_log(step + 1, values | {"lr": rate, "gradient_norm": norm})
+    if not all(history.values()):
+        raise KeepsightError("Warm start: no batch had an image, so there was nothing to regress memories onto.")
+    report.first = {kind: values[0] for kind, values in history.items()}
+    report.last = {kind: _mean(values[-max(1, len(values) // 10) :]) for kind, values in history.items()}
+    report.seconds = time.perf_counter() - begin
+    return report
+
+
+@dataclass
+class Moment:
+    """A batch at the moment when its memories are formed: only the rows that have an image.
+
+    Attributes:
+        rows: rows of the batch, those without an image included.
+        formations: what each memory is formed from.
+        embeddings: per formation, the visual embeddings [M, D] as they entered the language model.
+    """
+
+    rows: int
+    formations: list[Formation]
+    embeddings: list[torch.Tensor]
+
+
+@torch.no_grad()
+def look(branch: Any, inputs: Mapping[str, Any], max_text_states: int | None = None) -> Moment:
+    """Read a batch with the frozen model, invocation tokens at the ends of its rows, and note what it sees.
+
+    The token of short-term memory stands there for both types: rows are read once. (The tokens' embeddings start
+    within a small perturbation of each other, and are not trained here.)
+    """
+    backbone = branch.backbone
+    tokens = MemoryTokens(branch.config.token_ids or [])
+    arguments = _left_padded({k: v for k, v in inputs.items() if k not in ("labels", "position_ids")})
+    arguments = _with_token(arguments, tokens.invoke[SHORT])
+    device = branch.weight.device
+    arguments = {k: v.to(device) if torch.is_tensor(v) else v for k, v in arguments.items()}
+    ids, valid = arguments["input_ids"], arguments["attention_mask"].bool()
+    with scope.watching() as watch, watch_visual_embeddings(backbone) as seen:
+        backbone.vlm(**arguments, use_cache=False)
+        hidden = watch.hidden
+        assert hidden is not None
+        sights: list[Sight] = read_sights(backbone, watch.vision_calls, ids, hidden, arguments)
+    visual = backbone.visual_mask(ids)
+    limit = branch.config.max_text_states if max_text_states is None else max_text_states
+    formations, embeddings = [], []
+    for row, (sight, own) in enumerate(zip(sights, seen.rows(ids), strict=True)):
+        if sight.patches is None or not len(sight.visual):
+            continue
+        text = hidden[row, int(visual[row].nonzero().max()) + 1 :]
+        text = text[valid[row, -len(text) :]]
+        formations.append(Formation(sight, text if limit is None else text[-limit:]))
+        embeddings.append(own)
+    return Moment(len(ids), formations, embeddings)
+
+
+class VisualEmbeddings:
+    """What `watch_visual_embeddings` saw enter the decoder."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone = backbone
+        self.inputs: torch.Tensor | None = None
+
+    def rows(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
+        """Per row of the prompt [B, T] the embeddings at its visual positions [M, D]."""
+        assert self.inputs is not None, "the decoder was not called"
+        mask = self.backbone.visual_mask(input_ids)
+        return [row[where].detach() for row, where in zip(self.inputs, mask, strict=True)]
+
+
+@contextlib.contextmanager
+def watch_visual_embeddings(backbone: Backbone) -> Iterator[VisualEmbeddings]:
+    """Note the input embeddings [B, T, D] of the decoder's next call in this block, visual ones in their places."""
+    seen = VisualEmbeddings(backbone)
+
+    def note(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if seen.inputs is None and not scope.is_base_only():
+            seen.inputs = kwargs["inputs_embeds"]
+
+    handle = backbone.decoder.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def target(embeddings: torch.Tensor, count: int, sight: Sight, side: int) -> torch.Tensor:
+    """What `count` memory tokens regress onto.
+
+    Args:
+        embeddings: the row's visual embeddings [M, D].
+        count: N.
+        sight: where they come from: the size of the image, in patches.
+        side: patches per side of one visual token.
+
+    Returns:
+        [N, D] in float32: adaptive average pooling over the image's grid where M is one whole image's, else in order.
+    """
+    wide = embeddings.float()
+    patches = sight.patches
+    if patches is not None and len(patches.images) == 1:
+        height, width = patches.extent[0] // side, patches.extent[1] // side
+        if height * width == len(wide):
+            shape = grid_shape(count, height, width)
+            pooled = F.adaptive_avg_pool2d(wide.T.reshape(1, -1, height, width), shape)
+            return pooled[0].flatten(1).T
+    return F.adaptive_avg_pool1d(wide.T[None], count)[0].T
+
+
+def pace(step: int, steps: int) -> float:
+    """Share of the peak learning rate: a short rise, then a cosine down to a tenth."""
+    return min(1.0, (step + 1) / WARMUP) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _targets(branch: Any, kind: str, moment: Moment) -> torch.Tensor:
+    count, side = branch.formers().length(kind), branch.backbone.merge_side
+    return torch.stack(
+        [target(e, count, f.sight, side) for e, f in zip(moment.embeddings, moment.formations, strict=True)]
+    )
+
+
+def _relative_error(branch: Any, kind: str, moment: Moment) -> torch.Tensor:
+    wanted = _targets(branch, kind, moment)
+    formed = branch.formers().form(kind, moment.formations).float()
+    return ((formed - wanted).square().mean((1, 2)) / wanted.square().mean((1, 2)).clamp(min=1e-12)).mean()
+
+
+@torch.no_grad()
+def _set_starting_values(branch: Any, memory: Any, moment: Moment, kinds: tuple[str, ...]) -> None:
+    if not moment.formations:
+        return
+    banks = {SHORT: memory.short_bank, LONG: memory.long_bank}
+    gains = {SHORT: memory.short_gain, LONG: memory.long_gain}
+    for kind in kinds:
+        if not banks[kind].is_untrained:
+            continue
+        size = _targets(branch, kind, moment).square().mean().sqrt()
+        gains[kind].copy_(size / memory.embedding_rms.float())
+        if kind == SHORT:
+            square = _mean_square(branch.backbone, [f.sight.patches.x for f in moment.formations if f.sight.patches])
+            slots = square.repeat(len(memory.short_slots) // len(square), 1).to(memory.short_slots)
+            memory.short_slots.copy_(slots + SLOT_NOISE * torch.randn_like(slots))
+
+
+def _mean_square(backbone: Backbone, patches: list[torch.Tensor]) -> torch.Tensor:
+    """The mean patch [s * s, d] at each place of a projector's square."""
+    cells, everything = backbone.merge_side**2, torch.cat(patches).float()
+    if backbone.family.vision.shuffles or backbone.family.vision.class_token or len(everything) % cells:
+        return everything.mean(0).expand(cells, -1)  # these encoders keep patches in rows, not in squares
+    return everything.unflatten(0, (-1, cells)).mean(0)
+
+
+def _trained_parameters(memory: Any, kinds: tuple[str, ...]) -> list[torch.nn.Parameter]:
+    unused = {SHORT: ("short_", "to_vision"), LONG: ("long_",)}
+    skipped = ("rows.", *(prefix for kind in TYPES if kind not in kinds for prefix in unused[kind]))
+    return [p for name, p in memory.named_parameters() if not name.startswith(skipped)]
+
+
+@contextlib.contextmanager
+def _training(model: Any, memory: Any, trained: list[torch.nn.Parameter]) -> Iterator[torch.optim.Optimizer]:
+    """Only `trained` requires gradients, the base is in eval mode; all is put back, and the rest is unchanged."""
+    parameters = list(model.parameters())
+    required = [p.requires_grad for p in parameters]
+    was_training = model.training
+    kept = {id(p) for p in trained}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in kept]
+    before = checksums(model, skip=names)
+    for parameter in parameters:
+        parameter.requires_grad_(id(parameter) in kept)
+    model.eval()
+    memory.train()
+    try:
+        yield torch.optim.AdamW(trained, weight_decay=0.0, betas=(0.9, 0.99))
+    finally:
+        model.train(was_training)
+        for parameter, value in zip(parameters, required, strict=True):
+            parameter.requires_grad_(value)
+            parameter.grad = None if id(parameter) in kept else parameter.grad
+    assert before == checksums(model, skip=names), "only memory tensors may change"
+
+
+def _step(
+    optimizer: torch.optim.Optimizer, trained: list[torch.nn.Parameter], loss: Any, lr: float, max_norm: float
+) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss.backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, max_norm))
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _repeated(batches: Iterable[Mapping[str, Any]], steps: int) -> Iterator[Mapping[str, Any]]:
+    """`steps` batches; an iterable that ends early is begun again."""
+    done = 0
+    while done < steps:
+        before = done
+        for batch in batches:
+            yield batch
+            done += 1
+            if done == steps:
+                return
+        if done == before:
+            raise KeepsightError(
+                f"Warm start: the batches ended after {done} of {steps} steps. Give a list or a data loader, which can "
+                "be begun again, or fewer steps."
+            )
+
+
+def _left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same rows with all padding on the left, so that they end together."""
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return inputs | {"attention_mask": torch.ones_like(ids)}
+    order = mask.bool().to(torch.uint8).argsort(dim=1, stable=True)
+    same = {k for k, v in inputs.items() if torch.is_tensor(v) and v.shape == ids.shape}
+    return {k: v.gather(1, order.to(v.device)) if k in same else v for k, v in inputs.items()}
+
+
+def _with_token(inputs: dict[str, Any], token: int) -> dict[str, Any]:
+    """One more column: a token that every row may see."""
+    ids = inputs["input_ids"]
+    longer = dict(inputs)
+    for name, value in inputs.items():
+        if torch.is_tensor(value) and value.shape == ids.shape:
+            new = {"input_ids": token, "attention_mask": 1}.get(name, 0)
+            longer[name] = torch.cat([value, value.new_full((len(value), 1), new)], 1)
+    return longer
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

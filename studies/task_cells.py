@@ -1,0 +1,112 @@
+"""Cells of the studies on further tasks: train one method on some tasks, then ask at a length where the base fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from keepsight.lab.experiments import attach, fit
+from keepsight.lab.reference import load_reference
+from studies.pvm_cells import plan_of
+from studies.study import Bench, Outcome
+from studies.task_pretraining import TaskPretrainConfig, pretrain_tasks, questions, short_facts
+from studies.tasks import make_batch
+from studies.vismem import attach_vismem, lab_config
+from studies.vismem_cells import plan_of as memory_plan_of
+from studies.vismem_cells import share_of
+from studies.vismem_tasks import answers_with_memory, train_memory
+
+UNTRAINED = ("base", "insert")
+"""Methods without training: nothing, and something put into the text again."""
+
+
+def task_base(bench: Bench, config: dict[str, Any], seed: int) -> tuple[Any, Any]:
+    """The base of a seed that knows the tasks of `config`, pretrained if it is not there: `(model, processor)`."""
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    plan = TaskPretrainConfig(**{"seed": seed, **given})
+    bench.report("pretraining a base for these tasks", 0.0)
+    return load_reference(bench.keep(f"bases/{plan.name}", lambda out: pretrain_tasks(out, plan)))
+
+
+def fitted(
+    bench: Bench, settings: dict[str, Any], seed: int, model: Any, processor: Any, tasks: Sequence[str], stage: int = 0
+) -> tuple[Any, dict[str, Any]]:
+    """Train the settings' method on some tasks: the base first, or what an earlier stage made of it.
+
+    Settings: `method` ("pvm", "lora", "sft", "vismem", or one of `UNTRAINED`), `plan` (of `TrainPlan`, or of
+    `MemoryPlan` for VisMem; `plan_later` changes it from the second stage on), `config` (of VisMem).
+
+    Returns:
+        `(model, facts about the training)`.
+    """
+    method = settings["method"]
+    if method in ("vismem", "insert") and not stage:
+        model = attach_vismem(model, processor, seed, lab_config(**settings.get("config", {})))
+    if method in UNTRAINED:
+        return model, {}
+    given = {**settings["plan"], **(settings.get("plan_later", {}) if stage else {})}
+    progress = share_of(bench, "training", 0.0, 0.8)
+    if method == "vismem":
+        return model, train_memory(
+            model, processor, memory_plan_of({"plan": given}), tasks, seed + 1000 * stage, progress
+        )
+    plan = plan_of({"plan": given})
+    if not stage:
+        model = attach(model, method, plan, seed)
+
+    def batch(step: int, rng: np.random.Generator) -> Any:
+        shape = (96, 0) if step < plan.warmup_steps else (settings["train_tokens"], plan.max_gap)
+        return make_batch(processor, short_facts(rng, tasks, *shape), plan.batch, "train", rng)
+
+    trained = fit(model, method, plan, seed + 1000 * stage, batch, progress)
+    return model, {"parameters": trained.parameters, "training_accuracy": trained.final_accuracy}
+
+
+@torch.no_grad()
+def at(model: Any, processor: Any, settings: dict[str, Any], task: str, length: int, seed: int) -> float:
+    """Accuracy on one task at one length. Settings: `rows`, `split`; with VisMem `kinds` and `content` of memories."""
+    right = []
+    for batch in questions(processor, task, length, settings["rows"], seed, settings["split"]):
+        if settings["method"] in ("vismem", "insert"):
+            kinds, content = settings.get("kinds", ["long"]), settings.get("content", "own")
+            found = answers_with_memory(model, batch, kinds, content)
+        else:
+            found = model(**batch.model_inputs(), use_cache=False).logits[:, batch.answers - 1].argmax(-1)
+        right.append(found == batch.truth())
+    return torch.cat(right).float().mean().item()
+
+
+def cross_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
+    """Train on some tasks, ask all, near and far. Settings: as `fitted` and `at`, `train_on`, `ask`, `near`, `far`."""
+    model, processor = task_base(bench, settings["base"], seed)
+    model, facts = fitted(bench, settings, seed, model, processor, settings.get("train_on", ()))
+    values = {}
+    for task in settings["ask"]:
+        bench.report(f"asking {task}", 0.9)
+        values[task] = at(model, processor, settings, task, settings["far"], seed)
+        values[f"{task}_near"] = at(model, processor, settings, task, settings["near"], seed)
+    for name, group in settings.get("groups", {}).items():
+        values[name] = float(np.mean([values[task] for task in group]))
+    values["near"] = float(np.mean([values[f"{task}_near"] for task in settings["ask"]]))
+    return Outcome(values, settings["rows"] * 4, facts)
+
+
+def continual_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
+    """Train on stages, one after the other, and after each ask the first stage's task and its own.
+
+    Settings: as `fitted` and `at`, `stages`, `far`.
+    """
+    model, processor = task_base(bench, settings["base"], seed)
+    first, values = settings["stages"][0], {}
+    for stage, task in enumerate(settings["stages"]):
+        model, _ = fitted(bench, settings, seed, model, processor, [task], stage)
+        values[f"own_{stage + 1}"] = at(model, processor, settings, task, settings["far"], seed)
+        if stage:
+            values[f"first_{stage + 1}"] = at(model, processor, settings, first, settings["far"], seed)
+        else:
+            values["first_1"] = values["own_1"]
+    values["forgotten"] = values["first_1"] - values[f"first_{len(settings['stages'])}"]
+    return Outcome(values, settings["rows"] * 4)

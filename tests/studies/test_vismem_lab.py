@@ -1,0 +1,122 @@
+"""VisMem in the lab: readings are what the model itself computes, and each stage changes only its own tensors."""
+
+import numpy as np
+import pytest
+import torch
+
+from keepsight.lab.narration import make_narrations
+from keepsight.lab.reference import load_reference
+from keepsight.vismem import MemoryPolicy, Replay, VisMemBranch, splice
+from studies.vismem import Reading, answers_with_plan, attach_vismem, decision_column, lab_config, noise_like
+from studies.vismem_training import MemoryPlan, stage_one, warm_start
+
+TINY = MemoryPlan(warm_steps=3, warm_batch=2, steps=2, batch=2, group=4, shortest=30, longest=60)
+
+
+def built(seed=0, **config):
+    """(model with a strong random memory, processor)."""
+    model, processor = load_reference()
+    model = attach_vismem(model, processor, seed, lab_config(**config))
+    with torch.no_grad():
+        for name, parameter in VisMemBranch.of(model).active.named_parameters():
+            if name.endswith(".up"):
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    return model, processor
+
+
+def narrations(processor, rows=2, gaps=(3, 0, 5, 2, 1, 0, 2, 1), seed=0):
+    return make_narrations(processor, list(gaps), rows, "test", np.random.default_rng(seed))
+
+
+@torch.no_grad()
+def test_a_reading_is_one_forward_of_the_whole():
+    model, processor = built()
+    batch = narrations(processor)
+    reading = Reading(model, batch, decision_column(batch, scored=5))
+    reading.invoke("long")
+    formed = reading.form("long")
+    reading.splice("long", formed)
+    logits = reading.predict(batch.answers[-5:])
+
+    tokens, at = reading.tokens, decision_column(batch, scored=5)
+    memory = torch.tensor([[tokens.invoke["long"], *[tokens.end["long"]] * 17]] * 2)
+    ids = torch.cat([batch.input_ids[:, :at], memory, batch.input_ids[:, at:]], 1)
+    inputs = batch.model_inputs() | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 18))
+    with splice(model, ids, formed.flatten(0, 1)):
+        whole = model(**inputs, use_cache=False).logits[..., : logits.shape[-1]]
+    torch.testing.assert_close(logits, whole[:, batch.answers[-5:] - 1 + 18], rtol=0, atol=2e-4)
+    without = model(**batch.model_inputs(), use_cache=False).logits[..., : logits.shape[-1]]
+    assert (logits - without[:, batch.answers[-5:] - 1]).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["short", "long"])
+def test_memories_are_the_ones_that_generate_forms(kind):
+    model, processor = built()
+    batch = narrations(processor, rows=1)
+    reading = Reading(model, batch, decision_column(batch))
+    at = reading.column
+    reading.invoke(kind)
+    latents = reading.form(kind)[0]
+    written = torch.cat([batch.input_ids[0, batch.start : at], torch.tensor([reading.tokens.invoke[kind]])])
+    inputs = {k: v for k, v in batch.model_inputs().items() if k != "attention_mask"}
+    inputs |= {k: v[:, : batch.start] for k, v in inputs.items() if v.shape == batch.input_ids.shape}
+    with pytest.warns(UserWarning, match="never trained"):
+        out = model.generate(
+            **inputs,
+            memory=MemoryPolicy("only_long", replay=[Replay(written)]),
+            max_new_tokens=len(written) + 20,
+            return_dict_in_generate=True,
+        )
+    torch.testing.assert_close(out.invocations[0][0].latents, latents, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_alternatives_leave_no_trace():
+    model, processor = built()
+    batch = narrations(processor)
+    reading = Reading(model, batch, decision_column(batch))
+    mark, answers = reading.mark(), batch.answers[-6:]
+    plain = reading.predict(answers)
+    reading.rewind(mark)
+    reading.remember("short")
+    with_memory = reading.predict(answers)
+    reading.rewind(mark)
+    assert torch.equal(reading.predict(answers), plain)
+    assert not torch.allclose(plain, with_memory)
+
+
+@torch.no_grad()
+def test_plans_invoke_where_they_say():
+    model, processor = built()
+    batch = narrations(processor)
+    reading = Reading(model, batch, decision_column(batch, scored=4))
+    reading.remember("long")
+    expected = reading.predict(batch.answers[-4:]).argmax(-1)
+    assert torch.equal(answers_with_plan(Reading(model, batch), {4: "long"}, scored=4), expected)
+    everywhere = Reading(model, batch)
+    answers_with_plan(everywhere, dict.fromkeys(range(1, 8), "short"), scored=4)
+    assert everywhere.mark().length == int(batch.answers[-1]) + 7 * 18
+
+
+@pytest.mark.parametrize("form", ["literal", "incremental"])
+def test_stages_change_memory_tensors_only(form):
+    model, processor = load_reference()
+    model = attach_vismem(model, processor, 0, lab_config(form=form))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first = warm_start(model, processor, TINY, 0)
+    between = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    second = stage_one(model, processor, TINY, 0)
+    assert set(first["warm_last"]) == set(second["stage_one_last"]) == {"short", "long"}
+    for old, new in ((before, between), (between, model.state_dict())):
+        changed = {name for name, tensor in new.items() if not torch.equal(tensor, old[name])}
+        assert changed
+        assert all("vismem_memory" in name and ".rows." not in name for name in changed)
+
+
+def test_noise_has_the_norms_of_what_it_stands_for():
+    latents = torch.randn(2, 3, 8) * torch.tensor([1.0, 5.0, 0.1])[:, None]
+    noise = noise_like(latents, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(noise.norm(dim=-1), latents.norm(dim=-1))
+    assert torch.nn.functional.cosine_similarity(noise, latents, dim=-1).abs().max() < 0.99
