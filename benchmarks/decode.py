@@ -37,8 +37,8 @@ from rich.table import Table
 VARIANTS = ("base", "pvm", "reprojected")
 RESULTS = Path(__file__).parent / "results" / "decode"
 MEASURED = (
-    "keepsight/pvm",
-    "keepsight/backbone.py",
+    "src/keepsight/pvm",
+    "src/keepsight/backbone.py",
     "benchmarks/decode.py",
     "benchmarks/decoding.py",
     "benchmarks/measuring.py",

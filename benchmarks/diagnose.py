@@ -142,7 +142,11 @@ def main(argv: list[str]) -> None:
         "held_bytes": held(reader, inputs, min(steps, 1024), given.every),
         "target": TARGET,
         "conditions": conditions(
-            "benchmarks/diagnose.py", argv, ["keepsight/diagnose", "benchmarks/diagnose.py"], model.device, given.note
+            "benchmarks/diagnose.py",
+            argv,
+            ["src/keepsight/diagnose", "benchmarks/diagnose.py"],
+            model.device,
+            given.note,
         ),
     }
     if given.out:

@@ -45,9 +45,9 @@ from keepsight.shipped import resolve_base
 
 RESULTS = Path(__file__).parent / "results" / "serve"
 MEASURED = (
-    "keepsight/serve",
-    "keepsight/pvm",
-    ":!keepsight/serve/vllm*",
+    "src/keepsight/serve",
+    "src/keepsight/pvm",
+    ":!src/keepsight/serve/vllm*",
     "benchmarks/serve.py",
     "benchmarks/serving.py",
 )

@@ -318,7 +318,7 @@ def main() -> None:
     from measuring import conditions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measured = ["keepsight/serve/vllm", "keepsight/pvm", "benchmarks/serve_vllm.py"]
+    measured = ["src/keepsight/serve/vllm", "src/keepsight/pvm", "benchmarks/serve_vllm.py"]
     described = conditions("benchmarks/serve_vllm.py", sys.argv[1:], measured, device, arguments.note)
     import vllm
 

@@ -255,7 +255,7 @@ def main() -> None:
     from measuring import conditions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measured = ["keepsight/serve", "keepsight/vismem", "benchmarks/serve_vllm_vismem.py"]
+    measured = ["src/keepsight/serve", "src/keepsight/vismem", "benchmarks/serve_vllm_vismem.py"]
     described = conditions("benchmarks/serve_vllm_vismem.py", sys.argv[1:], measured, device, arguments.note)
     import vllm
 

@@ -52,10 +52,10 @@ from keepsight.pvm import memory_off
 
 RESULTS = Path(__file__).parent / "results" / "serve"
 MEASURED = (
-    "keepsight/serve",
-    "keepsight/pvm",
-    "keepsight/vismem",
-    ":!keepsight/serve/vllm*",
+    "src/keepsight/serve",
+    "src/keepsight/pvm",
+    "src/keepsight/vismem",
+    ":!src/keepsight/serve/vllm*",
     "benchmarks/soak.py",
     "benchmarks/serving.py",
 )

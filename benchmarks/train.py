@@ -30,15 +30,18 @@ from rich.table import Table
 from keepsight.errors import KeepsightWarning
 
 RESULTS = Path(__file__).parent / "results" / "train"
-_SHARED = ("keepsight/backbone.py", *(f"benchmarks/{name}.py" for name in ("train", "stepping", "shapes", "measuring")))
+_SHARED = (
+    "src/keepsight/backbone.py",
+    *(f"benchmarks/{name}.py" for name in ("train", "stepping", "shapes", "measuring")),
+)
 MEASURED = {
-    "sft": (*_SHARED, "benchmarks/train_sft.py", "keepsight/pvm", "src/keepsight/train/run/learner.py"),
+    "sft": (*_SHARED, "benchmarks/train_sft.py", "src/keepsight/pvm", "src/keepsight/train/run/learner.py"),
     "grpo": (
         *_SHARED,
         "benchmarks/train_grpo.py",
-        "keepsight/vismem",
+        "src/keepsight/vismem",
         *(
-            f"keepsight/train/{name}.py"
+            f"src/keepsight/train/{name}.py"
             for name in (
                 "grpo",
                 "rollout",

@@ -38,7 +38,7 @@ from keepsight.vismem.formers import Formers
 
 FORMS = ("literal", "incremental")
 RESULTS = Path(__file__).parent / "results" / "vismem"
-MEASURED = ("keepsight/vismem", "keepsight/backbone.py", "benchmarks/vismem.py", "benchmarks/measuring.py")
+MEASURED = ("src/keepsight/vismem", "src/keepsight/backbone.py", "benchmarks/vismem.py", "benchmarks/measuring.py")
 IMAGE, VIDEO, START, END = 10, 11, 12, 13
 
 
