@@ -1,4 +1,4 @@
-"""The report of the studies: `docs/evidence.md`, made from the committed results and nothing else.
+"""The report of the studies: `docs/evidence.md` and one page per study, from the committed results and nothing else.
 
 Verdicts are worked out from the numbers by each claim's judge; what was not run is listed as not run.
 """
@@ -14,8 +14,10 @@ from studies.study import Claim, Column, Row, Study
 from studies.study_results import Interval, Results, Verdict
 from studies.study_runs import read_results
 
-INTRODUCTION = """# Evidence
-<!-- written by `python -m studies run` from the raw results; do not edit -->
+WRITTEN = "<!-- written by `python -m studies run` from the raw results; do not edit -->"
+
+INTRODUCTION = f"""# Evidence
+{WRITTEN}
 
 What the papers' tables claim, asked again in small: on a 0.64 M-parameter VLM of the Qwen3-VL architecture that is
 pretrained from nothing for every seed, with handwritten digits that no training saw ([the lab](lab.md)). A model this
@@ -64,8 +66,9 @@ def render(studies: Mapping[str, Study], folder: Path, out: Path, raw: str) -> l
     Args:
         studies: all studies, in order.
         folder: of the results.
-        out: the markdown file; plots go to `images/` beside it.
-        raw: link from the report to the results.
+        out: the markdown file with all claims. The studies' tables go to one page each, in a folder of its name beside
+            it; plots go to `images/` beside it.
+        raw: link from the folder of `out` to the results.
 
     Returns:
         All verdicts.
@@ -75,15 +78,17 @@ def render(studies: Mapping[str, Study], folder: Path, out: Path, raw: str) -> l
     results = {name: read_results(study, folder, studies) for name, study in studies.items()}
     verdicts = {name: judge(study, results[name]) for name, study in studies.items()}
     everything = [entry for entries in verdicts.values() for entry in entries]
-    parts = [INTRODUCTION, _cost(studies, results), _summary(everything)]
-    out.parent.mkdir(parents=True, exist_ok=True)
+    pages = out.with_suffix("")
+    pages.mkdir(parents=True, exist_ok=True)
     for name, study in studies.items():
         picture = None
         if study.plot is not None and any(results[name].cells.values()):
             picture = f"images/evidence-{name}.png"
             (out.parent / "images").mkdir(exist_ok=True)
             (out.parent / picture).write_bytes(draw(study, results[name]))
-        parts.append(_section(study, results[name], verdicts[name], picture, raw))
+        page = _page(study, results[name], verdicts[name], picture and f"../{picture}", f"../{raw}")
+        (pages / f"{name}.md").write_text(page.replace("@@", f"../{out.name}"), encoding="utf-8")
+    parts = [INTRODUCTION, _cost(studies, results), _summary(everything, pages.name), _list(studies, pages.name)]
     out.write_text("\n".join(parts), encoding="utf-8")
     return everything
 
@@ -104,21 +109,27 @@ def _cost(studies: Mapping[str, Study], results: Mapping[str, Results]) -> str:
     )
 
 
-def _summary(entries: Sequence[Judged]) -> str:
+def _summary(entries: Sequence[Judged], pages: str) -> str:
     lines = ["## Claims at a glance", "", "| | claim | from | found here |", "|---|---|---|---|"]
     for entry in entries:
-        anchor = _anchor(entry.study.title)
         lines.append(
             f"| {entry.study.method} | {_cell(entry.claim.text)} | {_cell(entry.claim.source)} | "
-            f"[**{entry.verdict.word}**](#{anchor}) |"
+            f"[**{entry.verdict.word}**]({pages}/{entry.study.name}.md) |"
         )
     counts = Counter(entry.verdict.word for entry in entries)
     lines += ["", "In all: " + ", ".join(f"{word} {count}" for word, count in counts.most_common()) + ".", ""]
     return "\n".join(lines)
 
 
-def _section(study: Study, results: Results, verdicts: Sequence[Judged], picture: str | None, raw: str) -> str:
-    lines = [f"## {study.title}", "", f"`{study.name}`. {study.setting}", ""]
+def _list(studies: Mapping[str, Study], pages: str) -> str:
+    lines = ["## Tables", ""]
+    lines += [f"- [{study.title}]({pages}/{name}.md) (`{name}`)" for name, study in studies.items()]
+    return "\n".join([*lines, ""])
+
+
+def _page(study: Study, results: Results, verdicts: Sequence[Judged], picture: str | None, raw: str) -> str:
+    lines = [f"# {study.title}", WRITTEN, "", f"{study.setting}", ""]
+    lines += ["[All claims](@@), and how to read the numbers.", ""]
     lines += [_table(study, results), ""]
     if picture is not None:
         lines += [f"![{study.title}; the numbers stand in the table]({picture})", ""]
@@ -166,9 +177,3 @@ def _number(results: Results, row: Row, column: Column) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _anchor(title: str) -> str:
-    """The anchor that GitHub gives a heading."""
-    kept = "".join(c for c in title.lower() if c.isalnum() or c in " -_")
-    return kept.replace(" ", "-")

@@ -70,7 +70,7 @@ TUNING = Study(
         "winner is what the other studies use. (Three of PVM's tries tied to the last answer; the earlier sweep on two "
         "other bases, [sweep.json](../benchmarks/results/lab-seeds/sweep.json), decided for 6e-3.) All else (data, "
         "steps, batch) is shared and was not tuned for anyone here; PVM's layers, width and gate rate come from the "
-        "[lab's earlier choices](lab.md#what-competes)."
+        "[lab's earlier choices](../lab.md#what-competes)."
     ),
     cell=train_cell,
     rows=tuple(
@@ -95,7 +95,7 @@ def _dilution(results: Results) -> Verdict:
         f"From 32 to 2,048 tokens the base loses {fall.points()}. Hiding the filler from attention, all distances "
         f"kept, gives back {back.points()}; squeezing all positions into the trained range, all keys kept, "
         f"{squeezed.points()}. (The falling attention mass by itself proves nothing: an untrained model has it too, "
-        "see [the lab](lab.md#three-warnings).)",
+        "see [the lab](../lab.md#three-warnings).)",
     )
 
 

@@ -154,20 +154,22 @@ def test_the_report_says_what_was_run_and_what_not(tmp_path):
     run_tasks(tasks([_harmless()], tmp_path / "results", tmp_path, seeds=2))
     words = [entry.verdict.word for entry in render(studies, tmp_path / "results", page, "raw")]
     assert words == ["not run", "not run"]
-    assert "2 seeds are too few to judge" in page.read_text()
+    tables = page.parent / "evidence" / "toy.md"
+    assert "2 seeds are too few to judge" in tables.read_text()
     run_tasks(tasks([_harmless()], tmp_path / "results", tmp_path, seeds=3))
     words = [entry.verdict.word for entry in render(studies, tmp_path / "results", page, "raw")]
-    text = page.read_text()
+    text = tables.read_text()
     assert words == ["holds", "does not hold"]
     assert "high minus low: +25.0 points [+25.0, +25.0] (3 of 4 seeds.)" in text
     assert "(3 of 4 seeds)" in text
     assert r"| high \| with a bar" in text
     assert "| 51.0 ± 2.5 | 1.50 ± 0.00 |" in text
-    assert "6 of 8 cells" in text
+    assert "6 of 8 cells" in page.read_text()
+    assert "[**holds**](evidence/toy.md)" in page.read_text()
     assert (page.parent / "images" / "evidence-toy.png").stat().st_size > 1000
     run_tasks(tasks([_harmless()], tmp_path / "results", tmp_path))
     render(studies, tmp_path / "results", page, "raw")
-    assert "of 4 seeds" not in page.read_text()
+    assert "of 4 seeds" not in tables.read_text()
 
 
 def test_learning_rates_are_the_winners_of_the_tuning():
@@ -188,3 +190,11 @@ def test_committed_results_belong_to_the_studies_as_they_are(tmp_path):
         assert file == cell_file(RAW, record["study"], record["row"], record["seed"])
         assert record["settings"] == as_json(study.settings_of(study.row(record["row"]))), file.name
         assert {column.key for column in study.columns} & set(record["values"]), file.name
+
+
+def test_the_committed_pages_are_made_from_the_committed_results(tmp_path):
+    render(all_studies(), RAW, tmp_path / "docs" / "evidence.md", "../studies/results")
+    made = sorted(tmp_path.rglob("*.md"))
+    committed = [ROOT / page.relative_to(tmp_path) for page in made]
+    assert [page.read_text() for page in made] == [page.read_text() for page in committed]
+    assert sorted((ROOT / "docs" / "evidence").glob("*.md")) == sorted(committed)[1:]
