@@ -1,45 +1,57 @@
 # Two commands do all: `make demo` and `make test`. Neither needs a GPU, a model hub or an account.
+# Both install what was tested: the exact versions of locks/dev.txt (tools/install.py).
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+RUN     = tools/compatibility.py run
 export HF_HUB_OFFLINE ?= 1
+export TORCH_INDEX INSTALLER
 
-.PHONY: demo test test-oldest test-vllm lint clean
+.PHONY: demo test test-oldest test-newest test-vllm lint lock compatibility clean
 
 demo: $(VENV)/.installed
 	$(BIN)/keepsight demo
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python $(RUN) locked -n 2 -q
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The other end of the supported range: the oldest torch and transformers that pyproject.toml allows.
-test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest -n 2 -q
+# The other end of the supported range: the oldest torch, transformers, PEFT and TRL that pyproject.toml allows.
+test-oldest: $(VENV)-oldest/.installed
+	$(VENV)-oldest/bin/python $(RUN) oldest -n 2 -q
+
+# No lock and no upper bounds: today's newest of everything. UNLESS="--unless-as locked" does not repeat the same versions.
+test-newest:
+	$(PYTHON) tools/install.py $(VENV)-newest
+	$(VENV)-newest/bin/python $(RUN) newest $(UNLESS) -n 2 -q
 
 # The vLLM plugin, in an environment of its own: vLLM's CPU build pins other versions than ours.
 test-vllm: .venv-vllm/.installed
-	.venv-vllm/bin/python -m pytest -q tests_vllm
+	.venv-vllm/bin/python $(RUN) vllm -q tests_vllm
+
+$(VENV)/.installed: pyproject.toml locks/dev.txt tools/install.py
+	$(PYTHON) tools/install.py $(VENV) --lock locks/dev.txt
+	touch $@
+
+$(VENV)-oldest/.installed: pyproject.toml locks/oldest.txt tools/install.py
+	$(PYTHON) tools/install.py $(VENV)-oldest --lock locks/oldest.txt
+	touch $@
 
 .venv-vllm/.installed: pyproject.toml tests_vllm/requirements.txt tests_vllm/make_env.sh
 	PYTHON=$(PYTHON) tests_vllm/make_env.sh .venv-vllm
 	touch $@
 
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	touch $@
+# Renews the locks within pyproject.toml's ranges.
+lock:
+	$(PYTHON) tools/lock.py $(VENV)-lock
 
-.venv-oldest/.installed: pyproject.toml
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
-	.venv-oldest/bin/python -m pip install --quiet -e ".[dev]" "torch==2.11.*" "transformers==5.17.*"
-	touch $@
+# Writes the results of the runs above into docs/compatibility.md.
+compatibility:
+	$(PYTHON) tools/compatibility.py write
 
 clean:
-	rm -rf .venv .venv-oldest .venv-vllm keepsight-demo
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-lock .venv-vllm .results keepsight-demo

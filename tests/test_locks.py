@@ -1,0 +1,178 @@
+"""What is installed is what was tested: the locks, pyproject.toml's ranges and the package's imports agree."""
+
+import ast
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import keepsight
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(keepsight.__file__).parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+MINORS_MATTER = ("torch", "transformers", "peft", "trl")
+PYTHONS = ("3.11", "3.12", "3.13")
+
+# Which extra a part of the package may need. Every part may need what stands in `dependencies`.
+PARTS = {
+    "cli": {"lab"},
+    "data": {"train"},
+    "diagnose": {"lab"},
+    "lab": {"lab"},
+    "serve": {"serve", "vllm"},
+    "train": {"train", "4bit"},
+}
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+UNDECLARED = {"deepspeed"}  # asked for by the user's own accelerate config, and refused by name where it is missing
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+install, compatibility = load_tool("install"), load_tool("compatibility")
+
+
+def requirements(*extras):
+    """All direct requirements of keepsight with some extras; an extra's extras included."""
+    found = [Requirement(line) for line in PROJECT["dependencies"]]
+    for extra in extras:
+        for requirement in map(Requirement, EXTRAS[extra]):
+            found += requirements(*requirement.extras) if requirement.name == "keepsight" else [requirement]
+    return found
+
+
+def locked(lock, python, platform):
+    """Name -> version of what a lock says for one Python and platform."""
+    environment = {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "sys_platform": platform,
+        "platform_system": {"linux": "Linux", "darwin": "Darwin", "win32": "Windows"}[platform],
+        "os_name": "nt" if platform == "win32" else "posix",
+        "platform_machine": "arm64" if platform == "darwin" else "x86_64",
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+    }
+    found = {}
+    for name, version, marker in install.locked(ROOT / "locks" / lock):
+        line = Requirement(f"{name}=={version}{marker}")
+        if line.marker is None or line.marker.evaluate(environment):
+            assert name not in found, f"{name} twice for Python {python} on {platform}"
+            found[name] = Version(version)
+    return found
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("lock", ["dev.txt", "oldest.txt"])
+def test_every_requirement_is_locked_within_its_range(lock, python, platform):
+    versions = locked(lock, python, platform)
+    for requirement in requirements("dev"):
+        name = canonicalize_name(requirement.name)
+        assert name in versions, f"{name} is not in locks/{lock}: make lock"
+        assert versions[name] in requirement.specifier, f"locks/{lock} has {name} {versions[name]}: make lock"
+
+
+@pytest.mark.parametrize("name", MINORS_MATTER)
+def test_a_range_goes_from_the_oldest_lock_to_the_minor_above_the_newest(name):
+    ranges = [r.specifier for r in requirements("dev") if r.name == name]
+    newest, oldest = (locked(lock, "3.12", "linux")[name] for lock in ("dev.txt", "oldest.txt"))
+    for specifier in ranges:
+        bounds = {clause.operator: Version(clause.version) for clause in specifier}
+        assert bounds.keys() == {">=", "<"}
+        assert bounds["<"] == Version(f"{newest.major}.{newest.minor + 1}")
+        assert bounds[">="].release[:2] == oldest.release[:2]
+
+
+def test_locks_name_no_place_and_hash_everything_but_torch():
+    for lock in sorted((ROOT / "locks").glob("*.txt")):
+        text = lock.read_text()
+        assert not re.search(r"https?:|file:|--index|--extra-index|--find-links|^-", text, re.MULTILINE)
+        without = {name for name, rest in re.findall(r"^([\w.-]+)==[^\\\n]*(\\?)$", text, re.MULTILINE) if not rest}
+        assert without == {"torch", "torchvision"}  # a version of these is built for CPUs and for several CUDAs
+
+
+def imports(folder):
+    """Third-party module -> the files that import it."""
+    found = {}
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"keepsight"}:
+                found.setdefault(name, []).append(file)
+    return found
+
+
+def test_every_import_of_the_package_is_declared():
+    for module, files in imports(PACKAGE).items():
+        for file in files:
+            part = file.relative_to(PACKAGE).parts[0]
+            declared = {canonicalize_name(r.name) for r in requirements(*PARTS.get(part, ()))}
+            name = canonicalize_name(DISTRIBUTIONS.get(module, module))
+            assert name in declared | UNDECLARED, f"{file.relative_to(PACKAGE)} imports {module}"
+
+
+def test_every_import_of_the_tests_is_declared():
+    declared = {canonicalize_name(r.name) for r in requirements("dev", "vllm")}
+    folders = ("tests", "benchmarks", "examples", "recipes", "studies", "tools")
+    ours = {path.stem for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in ("", ".py")}
+    for folder in folders:
+        for module, files in imports(ROOT / folder).items():
+            name = canonicalize_name(DISTRIBUTIONS.get(module, module))
+            assert module in ours | set(folders) or name in declared, f"{files[0].relative_to(ROOT)} imports {module}"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("trl>=1.16,<1.17", "trl>=1.16"),
+        ("trl<1.17,>=1.16", "trl>=1.16"),
+        ("torch", "torch"),
+        ("keepsight[a,b]<=2 ; python_version < '3.12'", "keepsight[a,b]; python_version < '3.12'"),
+    ],
+)
+def test_newest_means_without_upper_bounds(given, expected):
+    assert install.without_upper_bound(given) == expected
+
+
+def test_newest_asks_for_everything_that_the_tests_need():
+    asked = {canonicalize_name(Requirement(line).name) for line in install.unbounded_requirements()}
+    assert asked == {canonicalize_name(r.name) for r in requirements("dev")}
+    assert not any("<" in line.partition(";")[0] for line in install.unbounded_requirements())
+
+
+def test_an_environment_that_is_none_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit, match="is no virtual environment"):
+        install.make_venv(tmp_path)
+    assert (tmp_path / "thesis.txt").is_file()
+
+
+def test_a_page_keeps_the_rows_of_what_was_not_run_again():
+    page = f"words\n{compatibility.START}\n{compatibility.END}\nmore words\n"
+    result = {"date": "2030-01-01", "commit": "abc", "python": "3.12.1", "packages": {"torch": "2.15.0"}}
+    good, bad = {"passed": 3, "failed": 0, "skipped": 1}, {"passed": 2, "failed": 1, "skipped": 1, "failures": ["a::b"]}
+    nothing = dict.fromkeys(compatibility.NAMES)
+    first = compatibility.page_with(page, nothing | {"locked": result | good, "newest": result | bad})
+    assert first.startswith("words\n")
+    assert first.endswith("\nmore words\n")
+    assert "- newest: `a::b`" in first
+    again = compatibility.page_with(first, nothing | {"newest": {**result, **good, "date": "2030-01-08"}})
+    assert "| locked | 3.12.1 | 2.15.0 |" in again
+    assert "2030-01-08" in again
+    assert "a::b" not in again
+    assert compatibility.page_with(again, nothing) == again

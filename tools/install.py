@@ -1,0 +1,230 @@
+"""Makes a virtual environment with keepsight and all that its tests need.
+
+    python tools/install.py .venv --lock locks/dev.txt   # exactly what was tested
+    python tools/install.py .venv-newest                 # the newest of everything: no lock, no upper bounds
+
+uv installs, as it does so in parallel and checks the lock's hashes; pip does where uv cannot be had (or INSTALLER=pip),
+and checks none. pip's own settings (index, certificates, proxy) hold for both. TORCH_INDEX=URL adds an index to look
+for torch in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST_PYTHON = (3, 11)  # TRL's and so that of the tests; the package itself allows an older one
+PROBE_SECONDS = 60
+
+
+def main() -> None:
+    """Make the environment that the command line describes."""
+    parser = argparse.ArgumentParser(description="Make a virtual environment with keepsight and what its tests need.")
+    parser.add_argument("venv", type=Path)
+    parser.add_argument("--lock", type=Path, help="a file of locks/; without one, the newest of everything")
+    given = parser.parse_args()
+    python = make_venv(given.venv)
+    settings = pip_settings(python)
+    uv = get_uv(python, pinned(given.lock).get("uv") if given.lock else None)
+    installer = [*uv, *uv_options(python, settings)] if uv else [str(python), "-m", "pip", "install", "--quiet"]
+    if given.lock:
+        wanted = ["-e", f"{ROOT}[dev]"]
+    else:
+        run([*installer, "--no-deps", "-e", str(ROOT)], environment(settings))
+        wanted = ["--upgrade", *unbounded_requirements()]
+    if uv:
+        install_with_uv(uv, [*installer, *wanted], given.lock, environment(settings))
+    else:
+        install_with_pip([*installer, *wanted], given.lock)
+    if given.lock:
+        check_against(given.lock, python)
+    tell_of_cuda(python)
+
+
+def make_venv(folder: Path) -> Path:
+    """A new, empty environment with pip; returns its Python."""
+    if sys.version_info < OLDEST_PYTHON:
+        found, needed = platform.python_version(), ".".join(map(str, OLDEST_PYTHON))
+        sys.exit(
+            f"keepsight's tests need Python {needed} or newer, as TRL does; this is {found}. "
+            f"Name a newer one: make test PYTHON=python3.12"
+        )
+    if folder.exists() and not (folder / "pyvenv.cfg").is_file() and (folder.is_file() or any(folder.iterdir())):
+        sys.exit(f"{folder} is there and is no virtual environment. Name another folder: make test VENV=FOLDER")
+    print(f"Making {folder} (Python {platform.python_version()})", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    return folder.absolute() / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def get_uv(python: Path, version: str | None) -> list[str] | None:
+    """The command `uv` in an environment, installed there by pip; None if it cannot be had."""
+    if os.environ.get("INSTALLER") == "pip":
+        return None
+    command = [str(python), "-m", "pip", "install", "-qq", "uv" + (f"=={version}" if version else "")]
+    if subprocess.run(command).returncode == 0:
+        return [str(python), "-m", "uv"]
+    print("uv cannot be had here: pip installs, and checks no hashes.", flush=True)
+    return None
+
+
+def pip_settings(python: Path) -> dict[str, str]:
+    """What pip is configured with (`pip config list`); the environment's word is the last, as it is for pip."""
+    listed = subprocess.run([str(python), "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    found: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}
+    for section, key, value in re.findall(r"^(global|install|:env:)\.([\w-]+)=(.+)$", listed, re.MULTILINE):
+        found[section][key] = str(ast.literal_eval(value))
+    return {**found["global"], **found["install"], **found[":env:"]}
+
+
+def environment(settings: dict[str, str], more_indexes: bool = True) -> dict[str, str]:
+    """Environment variables that tell uv what pip was told. UV_* variables that are set stay as they are."""
+    indexes = [os.environ.get("TORCH_INDEX", ""), *settings.get("extra-index-url", "").split()]
+    told = {
+        "UV_DEFAULT_INDEX": settings.get("index-url"),
+        "UV_INSECURE_HOST": " ".join(settings.get("trusted-host", "").split()),
+        "UV_KEYRING_PROVIDER": "subprocess" if settings.get("keyring-provider") == "subprocess" else None,
+        "SSL_CERT_FILE": settings.get("cert"),
+        "HTTPS_PROXY": settings.get("proxy"),
+        "HTTP_PROXY": settings.get("proxy"),
+        "UV_PYTHON_DOWNLOADS": "never",
+    }
+    if more_indexes:
+        told["UV_INDEX"] = " ".join(filter(None, indexes))
+        told["UV_FIND_LINKS"] = ",".join(settings.get("find-links", "").split())
+        told["UV_INDEX_STRATEGY"] = "unsafe-best-match"  # all indexes count alike, as they do for pip
+    return {**{key: value for key, value in told.items() if value}, **os.environ}
+
+
+def uv_options(python: Path, settings: dict[str, str]) -> list[str]:
+    """What follows `uv` in a command that installs into an environment."""
+    no_index = settings.get("no-index", "").lower() in ("1", "true", "yes", "on")
+    return ["pip", "install", "--python", str(python), *(["--no-index"] if no_index else [])]
+
+
+def install_with_uv(uv: list[str], command: list[str], lock: Path | None, variables: dict[str, str]) -> None:
+    """Run uv's command, for torch's CPU build where there is no GPU and the index of that build answers."""
+    if lock:
+        command = [*command, "--constraints", str(lock), "--build-constraints", str(lock)]
+    torch = f"torch=={pinned(lock)['torch']}" if lock else "torch"
+    chosen = os.environ.get("TORCH_INDEX") or os.environ.get("UV_TORCH_BACKEND") or "--no-index" in command
+    if wants_cpu_build() and not chosen and cpu_index_answers(uv, torch, variables):
+        if subprocess.run([*command, "--torch-backend", "cpu"], env=variables).returncode == 0:
+            return
+        print("That did not work with torch's CPU build from its own index; now from the index in use.", flush=True)
+    run(command, variables)
+
+
+def install_with_pip(command: list[str], lock: Path | None) -> None:
+    """Run pip's command. pip wants hashes of all or of none: the lock's are left out."""
+    if os.environ.get("TORCH_INDEX"):
+        command = [*command, "--extra-index-url", os.environ["TORCH_INDEX"]]
+    with tempfile.TemporaryDirectory() as folder:
+        if lock:
+            versions = Path(folder, "versions.txt")
+            versions.write_text("".join(f"{name}=={version}{marker}\n" for name, version, marker in locked(lock)))
+            command = [*command, "--constraint", str(versions)]
+        run(command, dict(os.environ))
+
+
+def run(command: list[str], variables: dict[str, str]) -> None:
+    """Run a command that has to work; its own words are the error."""
+    if subprocess.run(command, env=variables).returncode:
+        sys.exit("The installation failed; the lines above say why. To try it with pip alone: make test INSTALLER=pip")
+
+
+def wants_cpu_build() -> bool:
+    """Whether torch's CPU build is another one than the general index's, and the right one for this machine."""
+    has_gpu = shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()
+    return sys.platform == "linux" and not has_gpu
+
+
+def cpu_index_answers(uv: list[str], torch: str, variables: dict[str, str]) -> bool:
+    """Whether the index of torch's CPU builds, which uv knows, can be reached and has this version."""
+    impatient = {**variables, "UV_HTTP_TIMEOUT": "20", "UV_HTTP_RETRIES": "1"}
+    command = [*uv, "pip", "compile", "--quiet", "--no-deps", "--torch-backend", "cpu", "-"]
+    try:
+        done = subprocess.run(
+            command, input=torch, env=impatient, capture_output=True, text=True, timeout=PROBE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def tell_of_cuda(python: Path) -> None:
+    """One line where a machine without a GPU got the CUDA build of torch."""
+    if wants_cpu_build() and any(name.startswith("nvidia-") for name in installed(python)):
+        print(
+            "Note: no index that was reached has torch's CPU build, so its CUDA build is installed: it works, and\n"
+            "      takes some GB more. Where you know an index with CPU builds: make test TORCH_INDEX=URL",
+            flush=True,
+        )
+
+
+def unbounded_requirements(extra: str = "dev") -> list[str]:
+    """pyproject.toml's requirements of an extra, without their upper bounds."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def of_extra(name: str) -> list[str]:
+        result = []
+        for line in project["optional-dependencies"][name]:
+            nested = re.fullmatch(r"keepsight\[(.+)\]", line)
+            result += [r for inner in nested[1].split(",") for r in of_extra(inner.strip())] if nested else [line]
+        return result
+
+    return sorted({without_upper_bound(line) for line in [*project["dependencies"], *of_extra(extra)]})
+
+
+def without_upper_bound(requirement: str) -> str:
+    """`trl>=1.16,<1.17` as `trl>=1.16`."""
+    wanted, semicolon, marker = requirement.partition(";")
+    name, clauses = re.fullmatch(r"\s*([\w.-]+(?:\[[^]]*\])?)\s*(.*?)\s*", wanted).groups()  # type: ignore[union-attr]
+    return name + ",".join(c for c in clauses.split(",") if not c.strip().startswith("<")) + semicolon + marker
+
+
+def locked(lock: Path) -> list[tuple[str, str, str]]:
+    """(name, version, marker with its semicolon or nothing) of every line of a lock."""
+    return re.findall(r"^([\w.-]+)==([^\s;]+)((?: ;[^\\\n]*[^\\\s])?)", lock.read_text(), re.MULTILINE)
+
+
+def pinned(lock: Path) -> dict[str, str]:
+    """Name -> version, of what a lock holds once for every Python and platform."""
+    return {name: version for name, version, _ in locked(lock)}
+
+
+def installed(python: Path) -> dict[str, str]:
+    """Name -> version of everything in an environment."""
+    program = (
+        "import importlib.metadata as m, re\n"
+        "for d in m.distributions(): print(re.sub('[-_.]+', '-', d.metadata['Name']).lower(), d.version)"
+    )
+    listed = subprocess.run([str(python), "-c", program], capture_output=True, text=True, check=True).stdout
+    return dict(line.split() for line in listed.splitlines())
+
+
+def check_against(lock: Path, python: Path) -> None:
+    """End with an error if an environment holds a package that a lock does not, or another version of it."""
+    allowed = {(name, version) for name, version, _ in locked(lock)}
+    tools = {"pip", "setuptools", "keepsight"}  # `venv` brings the first two
+    wrong = [
+        f"{name} {version}"
+        for name, version in sorted(installed(python).items())
+        if name not in tools and (name, version.partition("+")[0]) not in allowed
+    ]
+    if wrong:
+        sys.exit(f"Not in {lock}: {', '.join(wrong)}. pyproject.toml has changed since it was made: make lock")
+
+
+if __name__ == "__main__":
+    main()
