@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 import torch
 from families import FIRST_WORD, LAST_WORD, Row, TinyFamily, make_inputs
 from peft import get_peft_model
 
 import keepsight
-from keepsight.compat import why_transformers_loads_no_adapter
 
 LAYERS = [1, 3]
 # Left padding, several images, text before and between images, a row without any image.
@@ -90,16 +88,6 @@ def cached_and_uncached(model: Any, inputs: dict[str, torch.Tensor], out: Any) -
     tokens = out.sequences[:, prompt:]
     whole = logits(model, with_continuation(inputs, tokens), use_cache=False)
     return torch.stack(out.logits, 1), whole[:, prompt - 1 : -1]
-
-
-def load_by_transformers(model: Any, folder: Any) -> None:
-    """`model.load_adapter`, transformers' own; where that asks for a PEFT that is not out, seen to, and skipped."""
-    why = why_transformers_loads_no_adapter()
-    if why is not None:
-        with pytest.raises(ValueError, match="version of PEFT"):
-            model.load_adapter(str(folder))
-        pytest.skip(why)
-    model.load_adapter(str(folder))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What `keepsight.compat` says of the installed transformers and PEFT, on every release alike."""
 
-import ast
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,50 +126,51 @@ def test_reentrant_checkpointing_is_seen_under_either_name(name):
     assert not compat.checkpoints_reentrantly(SimpleNamespace())
 
 
-@pytest.mark.filterwarnings("error::FutureWarning")
 def test_checkpointing_is_switched_without_a_deprecated_name():
     for model in (BY_NAME["qwen3_vl"].build(), attach(BY_NAME["qwen3_vl"].build())):
         layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        compat.enable_checkpointing(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            compat.enable_checkpointing(model)
         assert all(layer.gradient_checkpointing for layer in layers)
         compat.disable_checkpointing(model)
         assert not any(layer.gradient_checkpointing for layer in layers)
 
 
-def test_what_is_said_of_transformers_load_adapter_is_what_it_does(tmp_path):
+def test_what_is_said_of_transformers_own_adapter_methods_is_what_they_do(tmp_path):
     family = BY_NAME["qwen3_vl"]
     model = attach(family.build())
     inputs = make_inputs(family, model, ROWS)
     model.save_pretrained(tmp_path)
-    why = compat.why_transformers_loads_no_adapter()
+    before = logits(model, inputs)
     plain = family.build()
-    if why is None:
-        plain.load_adapter(str(tmp_path))
-        assert torch.equal(logits(plain, inputs), logits(model, inputs))
-    else:
-        assert re.search(r"load_adapter refuses PEFT [\d.]+ .*PeftModel.from_pretrained or keepsight.load", why)
-        with pytest.raises(ValueError, match="version of PEFT"):
-            plain.load_adapter(str(tmp_path))
-    # PEFT's own way needs no newer PEFT on any release (`keepsight.load`: tests/test_loading.py).
-    assert torch.equal(logits(PeftModel.from_pretrained(family.build(), tmp_path), inputs), logits(model, inputs))
+    plain.load_adapter(str(tmp_path))
+    assert torch.equal(logits(plain, inputs), before)
+    why = compat.why_transformers_refuses_peft()
+    methods = {
+        "set_adapter": ("default",),
+        "disable_adapters": (),
+        "enable_adapters": (),
+        "add_adapter": (keepsight.PvmConfig(layers=[1], width=16), "second"),
+        "delete_adapter": ("default",),
+    }
+    for name, arguments in methods.items():
+        if why is None:
+            getattr(plain, name)(*arguments)
+        else:
+            assert re.search(rf"refuses PEFT [\d.]+ .*\b{name}\b.*PeftModel.from_pretrained or keepsight.load", why)
+            with pytest.raises(ValueError, match="version of PEFT"):
+                getattr(plain, name)(*arguments)
+    # PEFT's own way needs no newer PEFT on any release (`keepsight.load`: tests/checkpoints).
+    again = PeftModel.from_pretrained(family.build(), tmp_path)
+    assert torch.equal(logits(again, inputs), before)
+    with again.disable_adapter():
+        assert torch.equal(logits(again, inputs), logits(family.build(), inputs))
 
 
 def test_nothing_else_names_a_cache_argument():
-    names = re.compile("past_key_values|cache_params")
-    found = []
-    for folder in ("keepsight", "src", "tests", "tests_vllm", "benchmarks", "examples"):
-        for file in (ROOT / folder).rglob("*.py"):
-            if file.name not in ("compat.py", "test_compat.py") and names.search(file.read_text()):
-                found.append(str(file.relative_to(ROOT)))
-            elif file.name != "test_compat.py":
-                tree = ast.parse(file.read_text())
-                found += [str(file.relative_to(ROOT)) for node in ast.walk(tree) if _names_the_new_argument(node)]
-    assert not found
-
-
-def _names_the_new_argument(node: ast.AST) -> bool:
-    """`.get("cache")` or `["cache"]` on keyword arguments."""
-    looked_up = isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("get", "pop") and node.args[:1]
-    key = node.args[0] if looked_up else node.slice if isinstance(node, ast.Subscript) else None
-    whose = node.func.value if looked_up else getattr(node, "value", None)
-    return isinstance(key, ast.Constant) and key.value == "cache" and "kwargs" in getattr(whose, "id", "")
+    named = re.compile(r"""past_key_values|cache_params|kwargs(\.get\(|\.pop\(|\[)["']cache["']""")
+    folders = ("src", "studies", "tests", "tests_vllm", "benchmarks", "examples", "recipes")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    found = {file.name for file in files if named.search(file.read_text())}
+    assert found == {"compat.py", "test_compat.py"}

@@ -120,10 +120,11 @@ def _checkpointing(model: Any, verb: str) -> Callable[..., None]:
     return renamed or getattr(model, f"gradient_checkpointing_{verb}")
 
 
-def why_transformers_loads_no_adapter() -> str | None:
-    """Why transformers' own `model.load_adapter` does not work with the PEFT that is installed; None if it does.
+def why_transformers_refuses_peft() -> str | None:
+    """Why transformers' own adapter methods do not work with the PEFT that is installed; None if they do.
 
-    transformers 5.24 asks for a PEFT that is not released yet, for its own method only.
+    transformers 5.24 asks for a PEFT that is not released yet. Its `load_adapter` does not check and works; the methods
+    beside it refuse. PEFT's own classes ask for nothing.
     """
     from transformers.integrations.peft import MIN_PEFT_VERSION as wanted
 
@@ -131,6 +132,7 @@ def why_transformers_loads_no_adapter() -> str | None:
     if Version(installed) >= Version(wanted):
         return None
     return (
-        f"transformers {metadata.version('transformers')}'s own load_adapter refuses PEFT {installed} (it wants "
-        f">= {wanted}): use PeftModel.from_pretrained or keepsight.load, which need no newer PEFT."
+        f"transformers {metadata.version('transformers')} wants PEFT >= {wanted} and refuses PEFT {installed} in its "
+        "own model.add_adapter, set_adapter, enable_adapters, disable_adapters and delete_adapter: use "
+        "PeftModel.from_pretrained or keepsight.load instead, which need no newer PEFT."
     )

@@ -7,7 +7,6 @@ import pytest
 import torch
 from families import BY_NAME, make_inputs
 from helpers import attach as attach_pvm
-from helpers import load_by_transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from vismem_helpers import CLOSE, ROWS, SIZES, at_choices, attach, built, forced, generate, strengthen, uncached
@@ -45,7 +44,7 @@ def test_transformers_load_adapter_equals_before(name, tmp_path):
     before = latents(model, inputs)
     model.save_pretrained(tmp_path)
     plain = BY_NAME[name].build()
-    load_by_transformers(plain, tmp_path)
+    plain.load_adapter(str(tmp_path))
     assert same(latents(plain, inputs), before)
 
 
