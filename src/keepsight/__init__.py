@@ -1,9 +1,11 @@
 """keepsight: memory for what a vision-language model sees."""
 
-from typing import Any
+from __future__ import annotations
 
-from keepsight import early  # noqa: F401  (first)
-from keepsight.checkpoints.load import load
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from keepsight import early
 from keepsight.errors import (
     AdapterMismatchError,
     BrokenAdapterError,
@@ -12,27 +14,57 @@ from keepsight.errors import (
     MergeError,
     UnsupportedModelError,
 )
-from keepsight.pvm import PvmConfig
-from keepsight.vismem import VisMemConfig
+
+if TYPE_CHECKING:
+    from keepsight import diagnose as diagnose
+    from keepsight.checkpoints.load import load
+    from keepsight.pvm import PvmConfig, memory_off
+    from keepsight.vismem import MemoryPolicy, VisMemConfig, add_memory_tokens
 
 __all__ = [
     "AdapterMismatchError",
     "BrokenAdapterError",
     "KeepsightError",
     "KeepsightWarning",
+    "MemoryPolicy",
     "MergeError",
     "PvmConfig",
     "UnsupportedModelError",
     "VisMemConfig",
+    "add_memory_tokens",
     "load",
+    "memory_off",
 ]
 __version__ = "0.1.0"
 
+#: Public name -> the module that defines it. It is imported, torch and PEFT with it, when the name is first used.
+_DEFINED_IN = {
+    "MemoryPolicy": "keepsight.vismem",
+    "PvmConfig": "keepsight.pvm",
+    "VisMemConfig": "keepsight.vismem",
+    "add_memory_tokens": "keepsight.vismem",
+    "load": "keepsight.checkpoints.load",
+    "memory_off": "keepsight.pvm",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """`keepsight.diagnose` without an import of its own; it is read when first used."""
     if name == "diagnose":
-        import importlib
-
         return importlib.import_module("keepsight.diagnose")
-    raise AttributeError(f"module 'keepsight' has no attribute {name!r}")
+    if name not in _DEFINED_IN:
+        raise AttributeError(f"module 'keepsight' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_DEFINED_IN[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "diagnose"})
+
+
+def _register() -> None:
+    """Make both memories methods of PEFT."""
+    for method in ("pvm", "vismem"):
+        importlib.import_module(f"keepsight.{method}")
+
+
+early.after_import(("peft", "keepsight.peft_method"), _register)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keepsight.checkpoints.adapters import WEIGHTS, AdapterInfo
 from keepsight.cli.console import debugging, out, quiet, with_examples
+
+if TYPE_CHECKING:
+    from keepsight.checkpoints.adapters import AdapterInfo
 
 
 @with_examples(
@@ -39,6 +41,8 @@ def info(
 
 def adapter_facts(adapter: AdapterInfo) -> dict[str, Any]:
     """What an adapter folder holds, for `--json`."""
+    from keepsight.checkpoints.adapters import WEIGHTS
+
     config = adapter.config
     facts: dict[str, Any] = {
         "kind": "adapter",
@@ -76,6 +80,8 @@ def adapter_facts(adapter: AdapterInfo) -> dict[str, Any]:
 def _trained_parts(adapter: AdapterInfo) -> dict[str, bool]:
     """Which parts of a VisMem adapter have left their start: updates that are not zero, rows that moved."""
     from safetensors import safe_open
+
+    from keepsight.checkpoints.adapters import WEIGHTS
 
     trained = {"short": False, "long": False, "invocation": False}
     with safe_open(adapter.path / WEIGHTS, "pt") as tensors:
