@@ -15,12 +15,14 @@ from tiny_training import FLAGS, read_rows, write_rows
 
 def test_train_pvm(tiny_vlm: Path, data: Path, tmp_path: Path, image: Path) -> None:
     out = tmp_path / "out"
-    flags = ["--layers", "1,3", "--width", 32, "--published-rule", "--blindfold-steps", 3, "--seed", 7]
+    flags = ["--layers", "1,3", "--width", 32, "--published-rule", "--seed", 7]
+    flags += ["--blindfold-steps", 3, "--blindfold-share", 0.25]
     result = keepsight_cli("train", "pvm", tiny_vlm, "-d", data, "-o", out, *FLAGS, *flags)
     assert result.exit_code == 0, result.output
     assert "no bit of any tensor changed" in result.stdout
     assert re.search(
-        r"step 12/12  loss [\d.]+  token accuracy [\d.]+  lr [\d.e-]+  memory grad [\d.e+-]+  tokens [\d,]+  "
+        r"step 12/12  loss [\d.]+  (?:blindfolded [\d.]+  )?sighted [\d.]+  "
+        r"token accuracy [\d.]+  lr [\d.e-]+  memory grad [\d.e+-]+  tokens [\d,]+  "
         r"tokens/s [\d,]+  gates 1:",
         result.stderr,
     )

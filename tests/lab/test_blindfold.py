@@ -9,7 +9,7 @@ from helpers import MIXED_ROWS, attach, logits
 
 from keepsight.backbone import Backbone
 from keepsight.compat import cache_argument, enable_checkpointing, find_output_cache
-from keepsight.train.pvm.blindfold import BlindfoldError, blindfold, blindfold_mask
+from keepsight.train.pvm.blindfold import BlindfoldError, BlindfoldSchedule, SightLosses, blindfold, blindfold_mask
 
 COVERABLE = [family for family in FAMILIES if not family.hybrid]
 ONE_IMAGE = [Row(2, (2, 2), 5, seed=1), Row(3, (2, 2), 4, seed=2)]
@@ -169,3 +169,31 @@ def test_the_mask_keeps_what_a_given_mask_hides():
         assert (mask[0, 0] == 0).int().tolist() == expected
     padded = blindfold_mask(visual, torch.tensor([[0, 1, 1, 1]]), torch.float32)
     assert (padded[0, 0] == 0).int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.9])
+@pytest.mark.parametrize("steps", [0, 1, 7])
+def test_a_schedule_covers_the_warm_up_and_then_an_even_share(steps, share):
+    schedule = BlindfoldSchedule(steps, share)
+    assert all(schedule.covers(step) for step in range(steps))
+    later = [schedule.covers(steps + step) for step in range(300)]
+    for size in range(1, 301):  # at no time is the share off by a whole step
+        assert abs(sum(later[:size]) - size * share) < 1 + 1e-9
+    assert bool(schedule) == any(schedule.covers(step) for step in range(steps + 300))
+
+
+def test_a_schedule_never_leaves_the_blindfold_on():
+    for share in (1.0, 1.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="expected 0 to below 1"):
+            BlindfoldSchedule(10, share)
+    with pytest.raises(ValueError, match="expected 0"):
+        BlindfoldSchedule(-1)
+
+
+def test_losses_of_both_kinds_of_steps_are_kept_apart():
+    losses = SightLosses()
+    for step, blindfolded, parts in ((0, True, (1.0, 2.0)), (1, False, (0.25, 0.25)), (2, True, (0.5, 0.5))):
+        for part in parts:  # micro-batches of one step
+            losses.add(step, blindfolded, torch.tensor(part))
+    assert losses.take(lambda value: value) == {"blindfolded_loss": 2.0, "sighted_loss": 0.5}
+    assert losses.take(lambda value: value) == {}

@@ -42,6 +42,37 @@ def test_training_repeats():
         assert torch.equal(first, second), name
 
 
+@pytest.mark.parametrize("method", ["pvm", "pvm_plain", "mlp"])
+def test_only_the_memory_is_blindfolded(method):
+    """A share of the steps behind the warm-up for PVM; the controls train as if there were no blindfold."""
+    weights, seen = [], []
+    for share in (0.0, 0.5):
+        plan = TrainPlan(warmup_steps=1, steps=3, batch=2, blindfold_share=share)
+        steps = []
+        trained = train(*load_reference(), method, plan, seed=0, watch=steps.append)
+        weights.append([p for p in trained.model.parameters() if p.requires_grad])
+        seen.append([step.blindfolded for step in steps])
+        assert [round(gate, 4) for gate in steps[-1].gates] == trained.gates
+    blind = method == "pvm"
+    assert seen == ([[True, False, False, False], [True, False, True, False]] if blind else [[False] * 4] * 2)
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True)) != blind
+
+
+def test_watching_changes_nothing():
+    def look(step):
+        model.eval()
+        with torch.no_grad():
+            model(**batch.model_inputs(), use_cache=False)
+
+    batch = training_batch(build_processor(), SMALL, 3, np.random.default_rng(0))
+    runs = []
+    for watch in (None, look):
+        model, processor = load_reference()
+        runs.append(train(model, processor, "pvm", SMALL, seed=0, watch=watch).model)
+    for (name, first), (_, second) in zip(*(run.named_parameters() for run in runs), strict=True):
+        assert torch.equal(first, second), name
+
+
 def test_no_narration_is_longer_than_the_training_length():
     plan, processor, rng = TrainPlan(batch=1), build_processor(), np.random.default_rng(0)
     lengths = [int(training_batch(processor, plan, step, rng).lengths[-1]) for step in range(plan.warmup_steps + 200)]

@@ -226,6 +226,30 @@ def test_a_blindfold_that_never_comes_off_is_warned_of(tiny_vlm: Path, data: Pat
         train_pvm(tiny_vlm, data, tmp_path / "out", settings=settings(max_steps=2, blindfold_steps=2))
 
 
+def test_the_look_up_stays_needed_and_can_be_watched(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    """Behind the warm-up every second step is blindfolded; the log tells both kinds of steps apart."""
+    logs: dict[int, dict[str, float]] = {}
+
+    def note(values: dict[str, float], step: int, total: int) -> None:
+        if "loss" in values:
+            logs[step] = values
+
+    seen = {}
+    for share in (None, 0.0):
+        options = settings(max_steps=6, logging_steps=1, grad_accum=2, blindfold_steps=2, blindfold_share=share)
+        train_pvm(tiny_vlm, data, tmp_path / f"out-{share}", settings=options, on_log=note)
+        seen[share] = ["".join(k[0] for k in ("blindfolded_loss", "sighted_loss") if k in logs[n]) for n in range(1, 7)]
+        for values in logs.values():
+            told = values.get("blindfolded_loss", values.get("sighted_loss"))
+            assert told == pytest.approx(values["loss"], abs=1e-3)
+    assert seen == {None: list("bbsbsb"), 0.0: list("bbssss")}
+
+
+def test_a_blindfold_for_all_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="blindfold_share=1: expected a share"):
+        settings(blindfold_share=1)
+
+
 def test_a_full_folder_is_not_written_into(trained: tuple[Path, TrainReport], tiny_vlm: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(trained[0], out)

@@ -53,6 +53,14 @@ def pvm(
             panel=ask.MEMORY,
         ),
     ] = 0,
+    blindfold_share: Annotated[
+        float | None,
+        ask.option(
+            "The share of the later steps that is blindfolded too, so that the look-up is not lost again. Default: 0.5 "
+            "with --blindfold-steps, else 0 (the paper's recipe).",
+            panel=ask.MEMORY,
+        ),
+    ] = None,
     epochs: ask.Epochs = 1.0,
     max_steps: ask.MaxSteps = None,
     batch_size: Annotated[int, ask.option("Samples per device and forward.", panel=ask.STEPS)] = 1,

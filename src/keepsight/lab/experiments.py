@@ -3,8 +3,8 @@
 The language model is frozen (but for `sft`) and adapters go on by PEFT's public route, so the model that trains is the
 model that answers. Every method sees the same batches in the same order; what differs is what its parameters can reach:
 
-    pvm         a branch that attends to the image alone, with keepsight's blindfold warm-up (not in the paper)
-    pvm_plain   the same branch without the warm-up: the paper's recipe
+    pvm         a branch that attends to the image alone, trained with keepsight's blindfold (not in the paper)
+    pvm_plain   the same branch without the blindfold: the paper's recipe
     lora        low-rank changes of the language model's own linear maps
     mlp         a parallel feed-forward branch of PVM's size at PVM's layers, which sees no image (the paper's control)
     lora_long   LoRA trained at the length it is asked at
@@ -31,7 +31,7 @@ from keepsight.pvm import PvmConfig
 from keepsight.pvm.hooks import MEMORY
 from keepsight.pvm.memory import VisualMemory
 from keepsight.pvm.module import PvmBlock
-from keepsight.train.pvm.blindfold import blindfold
+from keepsight.train.pvm.blindfold import BlindfoldSchedule, blindfold
 from keepsight.train.run.learner import matched_lora
 
 Progress = Callable[[int, int], None]
@@ -48,6 +48,8 @@ class TrainPlan:
     Attributes:
         warmup_steps: first steps, on short dense narrations; blindfolded for `pvm` and nothing special for the others.
         steps: further steps, on narrations of up to `train_length` generated tokens.
+        blindfold_share: of these further steps, how many are blindfolded for `pvm`. 0: sight comes back at once and for
+            good, as in the studies, which were run before it was found that some seeds then lose their look-up again.
         batch: narrations per step.
         facts: facts per narration.
         max_gap: each gap is drawn from 0..max_gap filler words.
@@ -64,6 +66,7 @@ class TrainPlan:
 
     warmup_steps: int = 120
     steps: int = 200
+    blindfold_share: float = 0.0
     batch: int = 16
     facts: int = 12
     max_gap: int = 18
@@ -87,6 +90,29 @@ class TrainPlan:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**asdict(self), "train_length": self.train_length}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step was like.
+
+    Attributes:
+        done: steps so far, this one included.
+        blindfolded: whether text could not see the image.
+        loss: on the batch, before the step.
+        accuracy: of the batch's answers, before the step.
+        gates: after the step, for the methods that have them.
+    """
+
+    done: int
+    blindfolded: bool
+    loss: float
+    accuracy: float
+    gates: list[float]
+
+
+Watch = Callable[[Step], None]
+"""Called after every optimiser step."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +189,13 @@ def training_batch(processor: Any, plan: TrainPlan, step: int, rng: np.random.Ge
 
 
 def train(
-    model: Any, processor: Any, method: str, plan: TrainPlan, seed: int, progress: Progress | None = None
+    model: Any,
+    processor: Any,
+    method: str,
+    plan: TrainPlan,
+    seed: int,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Trained:
     """Train one adapter on a base whose own parameters stay frozen.
 
@@ -173,10 +205,14 @@ def train(
         method: one of `METHODS`, or "sft".
         plan: data and steps.
         seed: of initial weights and data; methods with the same plan and seed see the same batches.
-        progress: called after every step.
+        progress, watch: called after every step.
     """
     attached = attach(model, method, plan, seed)
-    return fit(attached, method, plan, seed, lambda step, rng: training_batch(processor, plan, step, rng), progress)
+
+    def batch(step: int, rng: np.random.Generator) -> TrainingText:
+        return training_batch(processor, plan, step, rng)
+
+    return fit(attached, method, plan, seed, batch, progress, watch)
 
 
 def fit(
@@ -186,8 +222,12 @@ def fit(
     seed: int,
     make_batch: Callable[[int, np.random.Generator], TrainingText],
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Trained:
-    """Train what is trainable of `model` (see `attach`) on the batches that `make_batch(step, rng)` makes."""
+    """Train what is trainable of `model` (see `attach`) on the batches that `make_batch(step, rng)` makes.
+
+    `watch` is told about every step and may read with the model in between (see benchmarks/lab_curves.py).
+    """
     model.train()
     gates = [p for n, p in model.named_parameters() if p.requires_grad and n.endswith(".gate")]
     others = [p for n, p in model.named_parameters() if p.requires_grad and not n.endswith(".gate")]
@@ -197,6 +237,7 @@ def fit(
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=peak, weight_decay=0.0, betas=(0.9, 0.99))
     rng = np.random.default_rng([seed, 5000])
     total = plan.warmup_steps + plan.steps
+    schedule = BlindfoldSchedule(plan.warmup_steps, plan.blindfold_share) if method == "pvm" else BlindfoldSchedule()
     recent: list[float] = []
     begin = time.perf_counter()
     for step in range(total):
@@ -204,8 +245,8 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * pace
         batch = make_batch(step, rng)
-        covered = blindfold(model) if method == "pvm" and step < plan.warmup_steps else nullcontext()
-        with covered:
+        covered = schedule.covers(step)
+        with blindfold(model) if covered else nullcontext():
             logits = model(**batch.model_inputs(), use_cache=False).logits
             loss, right = narration_loss(logits, batch, text_weight=0.1)
             loss.backward()
@@ -215,6 +256,9 @@ def fit(
         recent.append(right)
         if progress is not None:
             progress(step + 1, total)
+        if watch is not None:
+            watch(Step(step + 1, covered, loss.item(), right, [float(p.detach()) for p in gates]))
+            model.train()
     return Trained(
         model=model.eval(),
         parameters=sum(p.numel() for p in [*others, *gates]),

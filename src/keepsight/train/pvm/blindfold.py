@@ -10,14 +10,21 @@ some hundred cheap steps on short samples::
         loss = model(**short_batch).loss
         loss.backward()
 
+What has formed can be lost again. When sight comes back at once and for good, the look-up is no longer needed for
+samples of training length, the gates fall, and on some seeds the look-up fades where only long outputs would show it
+(benchmarks/results/lab-curves). So sight comes back for a part of the steps only, and the look-up stays needed to the
+end: `BlindfoldSchedule` says for which.
+
 Nothing is kept on the model: the blindfold is a property of the calls made inside the `with` block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,12 +33,87 @@ from torch import nn
 from keepsight.backbone import Backbone
 from keepsight.compat import find_cache
 from keepsight.errors import KeepsightError
+from keepsight.train.run.settings import SftSettings
 
 _visual: ContextVar[torch.Tensor | None] = ContextVar("keepsight_blindfold_visual", default=None)
 
 
 class BlindfoldError(KeepsightError):
     """This model, or this call, cannot be blindfolded."""
+
+
+@dataclass(frozen=True)
+class BlindfoldSchedule:
+    """Which optimiser steps are blindfolded: the first ones, and from then on an even share.
+
+    A pure function of the step's number, so that a resumed run and every process of several agree without a word.
+
+    Attributes:
+        steps: the warm-up; all of so many first steps.
+        share: of the steps behind the warm-up, from 0 (none) to below 1, spread evenly: 0.5 is every second one.
+    """
+
+    steps: int = 0
+    share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"{self.steps} blindfolded steps: expected 0 (no warm-up) or more.")
+        if not 0 <= self.share < 1:
+            raise ValueError(
+                f"A blindfolded share of {self.share} of the steps: expected 0 to below 1. With 1 the memory would "
+                "never learn beside what the base sees itself."
+            )
+
+    @classmethod
+    def of(cls, settings: SftSettings) -> BlindfoldSchedule:
+        """That of a run: behind a warm-up every second step, unless the settings say otherwise."""
+        share = settings.blindfold_share
+        return cls(settings.blindfold_steps, (0.5 if settings.blindfold_steps else 0.0) if share is None else share)
+
+    def covers(self, step: int) -> bool:
+        """Whether optimiser step `step` (from 0) is blindfolded."""
+        after = step - self.steps
+        return after < 0 or math.floor((after + 1) * self.share) > math.floor(after * self.share)
+
+    def __bool__(self) -> bool:
+        """Whether any step is ever blindfolded."""
+        return self.steps > 0 or self.share > 0
+
+    def __str__(self) -> str:
+        """For people."""
+        if not self:
+            return "none"
+        return f"{self.steps} first steps, then {self.share:.0%} of the steps (not in the paper)"
+
+
+class SightLosses:
+    """The losses of blindfolded and of sighted steps, apart, since the last look.
+
+    Their distance is what the base's own sight still adds to the memory: a look-up that has formed, and has stayed,
+    brings the blindfolded loss down to the sighted one.
+    """
+
+    def __init__(self) -> None:
+        self._losses: dict[bool, dict[int, torch.Tensor]] = {True: {}, False: {}}
+
+    def add(self, step: int, blindfolded: bool, loss: torch.Tensor) -> None:
+        """Add a micro-batch's part, a scalar, to the loss of optimiser step `step`. Waits for no device."""
+        losses = self._losses[blindfolded]
+        losses[step] = losses.get(step, 0.0) + loss.detach()
+
+    def take(self, mean: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """`blindfolded_loss` and `sighted_loss`, where there were such steps, and start anew.
+
+        Args:
+            mean: of a tensor over all processes; every process calls this.
+        """
+        found = {}
+        for name, blindfolded in (("blindfolded_loss", True), ("sighted_loss", False)):
+            if losses := self._losses[blindfolded]:
+                found[name] = mean(torch.stack([*losses.values()]).mean()).item()
+                losses.clear()
+        return found
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from keepsight.data.check import CheckedData
 from keepsight.data.collate import ConversationCollator
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.pvm import PvmConfig
-from keepsight.train.pvm.blindfold import blindfold
+from keepsight.train.pvm.blindfold import BlindfoldSchedule, blindfold
 from keepsight.train.pvm.plan import MemoryPlan, plan_memory
 from keepsight.train.run import output, preflight
 from keepsight.train.run.controls import WHAT, Comparison, Control, Outcome, control_folder, control_learner, hold_out
@@ -95,7 +95,7 @@ def train_pvm(
     check_weights(source)
     preflight.check_settings(settings)
     check_four_bit(source, settings.load_in_4bit, engine, controls=tuple(control.name for control in controls))
-    if settings.blindfold_steps:
+    if BlindfoldSchedule.of(settings):
         with blindfold(plan.backbone.model):  # raises where it cannot work
             pass
     memory = Learner(memory=PvmConfig() if pvm is None else pvm)
@@ -146,7 +146,7 @@ def train_pvm(
 
     outcomes = [Outcome.of("pvm", "the memory", report, settings.lr)]
     for control, learner in learners:
-        changed = replace(settings, lr=control.rate(settings.lr), blindfold_steps=0)
+        changed = replace(settings, lr=control.rate(settings.lr), blindfold_steps=0, blindfold_share=0.0)
         where = control_folder(folder, control)
         last = output.last_checkpoint(where)[0] if resume and learner.learns else None
         say(f"control {control.name} in {where}")
@@ -251,7 +251,7 @@ class _Job:
             ("training", f"{state.global_step} steps on {self.data.rows:,} samples"),
             ("peak learning rate", f"{rates}; seed {settings.seed}"),
             ("training loss", loss),
-            ("blindfold warm-up", f"{settings.blindfold_steps} steps (not in the paper)"),
+            ("blindfolded steps", str(BlindfoldSchedule.of(settings))),
             *base_lines(settings),
         ]
         title = "A persistent visual memory (PVM)" if name == "pvm" else f"The {name} of a visual memory"
@@ -304,5 +304,5 @@ def _about_evaluation(data: CheckedData, held_out: CheckedData | None) -> str:
 def _note(settings: SftSettings, given: Any, held_out: CheckedData | None) -> str:
     where = "the evaluation data" if given is not None else "samples held out of the training data"
     judged = f"Evaluated after the last step on {where}." if held_out is not None else "Training loss only."
-    blind = " The memory had a blindfold warm-up, its controls cannot." if settings.blindfold_steps else ""
+    blind = " The memory was blindfolded, its controls cannot be." if BlindfoldSchedule.of(settings) else ""
     return f"{judged} Same data, order of data, steps and seed ({settings.seed}) for all.{blind}"

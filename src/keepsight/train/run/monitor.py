@@ -67,6 +67,8 @@ def line(values: dict[str, Any], step: int, total: int) -> list[str]:
         return []
     words = [f"loss {values['loss']:.4f}"]
     for name, said, form in (
+        ("blindfolded_loss", "blindfolded", ".4f"),
+        ("sighted_loss", "sighted", ".4f"),
         ("reward", "reward", ".3f"),
         ("frac_reward_zero_std", "no signal", ".0%"),
         ("completions/mean_length", "length", ".0f"),

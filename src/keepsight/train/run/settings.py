@@ -110,15 +110,23 @@ class SftSettings(RunSettings):
     Attributes:
         over_long: what to do with a sample longer than `max_length`.
         blindfold_steps: for so many first steps the frozen backbone's text cannot see the image (keepsight's own).
+        blindfold_share: of the steps after these, this share is blindfolded too, so that the look-up stays needed.
+            None: half of them, if there is a `blindfold_steps`, else none of them (the paper's recipe).
     """
 
     over_long: Literal["error", "skip", "truncate"] = "error"
     blindfold_steps: int = 0
+    blindfold_share: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.blindfold_steps < 0:
             raise ValueError("blindfold_steps cannot be negative.")
+        if self.blindfold_share is not None and not 0 <= self.blindfold_share < 1:
+            raise ValueError(
+                f"blindfold_share={self.blindfold_share}: expected a share of the steps, from 0 to below 1. With 1 the "
+                "memory would never learn beside what the base sees itself."
+            )
         _warn_without_length(self.over_long, self.max_length)
 
 

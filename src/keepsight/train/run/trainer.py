@@ -18,7 +18,7 @@ from keepsight.data.check import CheckedData, read_sample
 from keepsight.data.collate import ConversationCollator
 from keepsight.errors import KeepsightError
 from keepsight.train.cost.accounting import CostMeter
-from keepsight.train.pvm.blindfold import blindfold
+from keepsight.train.pvm.blindfold import BlindfoldSchedule, SightLosses, blindfold
 from keepsight.train.run.checkpointing import stop_below_learners
 from keepsight.train.run.engines import keep_vision_whole
 from keepsight.train.run.four_bit import trainable_as_it_is
@@ -218,7 +218,6 @@ def make_trainer(
     collator: ConversationCollator,
     on_log: OnLog | None = None,
     callbacks: list[Any] | None = None,
-    blindfold_steps: int | None = None,
 ) -> Any:
     """A trainer by supervised fine-tuning, which checkpoints into `folder`.
 
@@ -233,18 +232,30 @@ def make_trainer(
         collator: makes batches; copied.
         on_log: called as `on_log(values, step, total steps)`.
         callbacks: further transformers callbacks.
-        blindfold_steps: other than in `settings`.
     """
     from trl import SFTConfig, SFTTrainer
 
-    covered_steps = settings.blindfold_steps if blindfold_steps is None else blindfold_steps
+    schedule = BlindfoldSchedule.of(settings)
+    losses = SightLosses()
 
     class PvmTrainer(LearnerTrainer, SFTTrainer):
         """TRL's SFT trainer, with what keepsight adds, the blindfold, and an account of its work."""
 
         def cover(self, model: Any) -> Any:
-            covered = self.state.global_step < covered_steps
+            covered = schedule.covers(self.state.global_step)
             return blindfold(self.accelerator.unwrap_model(model)) if covered else nullcontext()
+
+        def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = super().training_step(model, *args, **kwargs)
+            if schedule:
+                step = self.state.global_step
+                losses.add(step, schedule.covers(step), loss)
+            return loss
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            if schedule and "loss" in logs:
+                logs.update(losses.take(lambda value: self.accelerator.gather(value).mean()))
+            super().log(logs, *args, **kwargs)
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             meter = self.setup.meter
