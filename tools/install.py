@@ -47,6 +47,8 @@ def main() -> None:
         install_with_pip([*installer, *wanted], given.lock)
     if given.lock:
         check_against(given.lock, python)
+    else:
+        lift_upper_bounds(python)
     tell_of_cuda(python)
 
 
@@ -193,6 +195,18 @@ def without_upper_bound(requirement: str) -> str:
     return name + ",".join(c for c in clauses.split(",") if not c.strip().startswith("<")) + semicolon + marker
 
 
+def lift_upper_bounds(python: Path) -> None:
+    """Take the upper bounds out of keepsight's metadata in an environment, so that nothing beyond them is warned of."""
+    program = "import importlib.metadata as m; print(m.distribution('keepsight').locate_file(''))"
+    command = [str(python), "-I", "-c", program]
+    site = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    (file,) = Path(site).glob("keepsight-*.dist-info/METADATA")
+    start = "Requires-Dist: "
+    lines = file.read_text().split("\n")
+    lines = [start + without_upper_bound(x.removeprefix(start)) if x.startswith(start) else x for x in lines]
+    file.write_text("\n".join(lines))
+
+
 def locked(lock: Path) -> list[tuple[str, str, str]]:
     """(name, version, marker with its semicolon or nothing) of every line of a lock."""
     return re.findall(r"^([\w.-]+)==([^\s;]+)((?: ;[^\\\n]*[^\\\s])?)", lock.read_text(), re.MULTILINE)
@@ -209,7 +223,7 @@ def installed(python: Path) -> dict[str, str]:
         "import importlib.metadata as m, re\n"
         "for d in m.distributions(): print(re.sub('[-_.]+', '-', d.metadata['Name']).lower(), d.version)"
     )
-    listed = subprocess.run([str(python), "-c", program], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run([str(python), "-I", "-c", program], capture_output=True, text=True, check=True).stdout
     return dict(line.split() for line in listed.splitlines())
 
 

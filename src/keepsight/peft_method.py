@@ -12,6 +12,7 @@ from peft.utils import PeftType
 from torch import nn
 
 from keepsight.errors import AdapterMismatchError, KeepsightError, MergeError
+from keepsight.tested import warn_of_untested
 
 
 def add_peft_type(name: str) -> None:
@@ -104,6 +105,7 @@ class MemoryTuner(BaseTuner):
     no_merge: ClassVar[str]
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
+        warn_of_untested()
         taken = {
             name
             for module in model.modules()

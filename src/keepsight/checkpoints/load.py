@@ -13,6 +13,7 @@ from keepsight.checkpoints.adapters import AdapterInfo
 from keepsight.checkpoints.sources import check_sources
 from keepsight.errors import AdapterMismatchError
 from keepsight.shipped import resolve_base
+from keepsight.tested import warn_of_untested
 from keepsight.vismem import VisMemBranch, add_memory_tokens
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -67,6 +68,7 @@ def load_checked(
     **model_kwargs: Any,
 ) -> tuple[Any, Any]:
     """`load`, for what `keepsight.checkpoints.sources.check_sources` has checked and found."""
+    warn_of_untested()
     base_path = resolve_base(base_name)
     processor_source = next((a.path for a in adapters if _has_processor(a.path)), base_path)
     processor = AutoProcessor.from_pretrained(processor_source)

@@ -14,6 +14,7 @@ from keepsight.data.check import CheckedData, check_dataset, load_dataset_any
 from keepsight.data.collate import ConversationCollator
 from keepsight.errors import KeepsightError
 from keepsight.shipped import resolve_base
+from keepsight.tested import warn_of_untested
 from keepsight.train.pvm.plan import MemoryPlan
 from keepsight.train.run import output
 from keepsight.train.run.engines import Engine
@@ -28,11 +29,12 @@ def silent(line: str) -> None:
 
 
 def require_trl() -> None:
-    """Raise ImportError, naming the extra, where TRL is not installed."""
+    """Raise ImportError, naming the extra, where TRL is not installed; warn where its release was not tested."""
     try:
         import trl  # noqa: F401
     except ImportError as error:
         raise ImportError('Training goes through TRL. Install it: pip install "keepsight[train]"') from error
+    warn_of_untested("trl")
 
 
 def check_settings(settings: RunSettings) -> None:
