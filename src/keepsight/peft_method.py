@@ -1,12 +1,17 @@
-"""What every memory shares as a method of PEFT: its name in the list, and a config that knows its settings and base."""
+"""What every memory shares as a method of PEFT: its place in the list, its config, its off switch and its tuner."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
+import re
+import threading
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
@@ -87,6 +92,47 @@ def check_base(config: Any, model_config: Any, **more: Any) -> dict[str, Any]:
     return found
 
 
+class _Switch(threading.local):
+    """What is switched off in this thread. Not a context variable, which torch before 2.12 cannot compile."""
+
+    off: tuple[Any, ...] = ()
+
+
+_switch = _Switch()
+
+
+@contextlib.contextmanager
+def memory_off(model: nn.Module) -> Iterator[None]:
+    """Switch every memory of `model` off, for the length of the block and in the current thread, and nothing else.
+
+    `PeftModel.disable_adapter()` switches off whatever method came first on the model, a LoRA perhaps, touches which
+    parameters train, and does so for every thread; this does neither.
+
+    Example:
+        >>> with memory_off(model):
+        ...     base = model.generate(**inputs)
+    """
+    before = _switch.off
+    _switch.off = (*before, *(module for module in model.modules() if isinstance(module, MemoryBranch)))
+    try:
+        yield
+    finally:
+        _switch.off = before
+
+
+class MemoryBranch(BaseTunerLayer):
+    """What hangs beside a module of the model and holds the memory of every adapter.
+
+    A memory is off for one of two reasons, both of which are looked at here and nowhere else: PEFT's own
+    `disable_adapter`, for everybody, or `memory_off`, for one thread.
+    """
+
+    @property
+    def is_off(self) -> bool:
+        """Whether no adapter of this branch may act in the current thread."""
+        return self.disable_adapters or self in _switch.off
+
+
 class MemoryTuner(BaseTuner):
     """PEFT's tuner, as all memories need it: beside other methods on one model, and never merged.
 
@@ -118,6 +164,37 @@ class MemoryTuner(BaseTuner):
                 f"differently: get_peft_model(model, {self.config_cls.__name__}(), adapter_name='memory')."
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Add an adapter; with a `state_dict`, where its names say, as PEFT does for every method.
+
+        PEFT takes what stands before the method's prefix for the module that is adapted. Of a memory that is the
+        branch, which does not exist yet; its place is the module that it hangs beside.
+        """
+        if state_dict is not None:
+            branch = re.compile(rf"\.[^.]+\.{self.container}\.")
+            state_dict = {
+                branch.sub(f".{self.container}.", name.removeprefix("base_model.model.")): tensor
+                for name, tensor in state_dict.items()
+            }
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise KeepsightError(
+                "adapter_names= chooses an adapter for each row of a batch, which a memory cannot: all rows use the "
+                f"active adapter. Call model.set_adapter({self.active_adapters[0]!r}) and leave adapter_names out, one "
+                "call for each adapter."
+            )
+        yield
 
     def _detach(self) -> None:
         """Take the method's branches and hooks off the model."""

@@ -2,7 +2,7 @@
 
 from peft.utils import PeftType, register_peft_method
 
-from keepsight.peft_method import add_peft_type
+from keepsight.peft_method import add_peft_type, memory_off
 
 
 def _register() -> None:
@@ -20,6 +20,5 @@ _register()
 
 from keepsight.pvm.config import PvmConfig  # noqa: E402
 from keepsight.pvm.memory import replace_memory, swap_memory  # noqa: E402
-from keepsight.pvm.tuner import memory_off  # noqa: E402
 
 __all__ = ["PvmConfig", "memory_off", "replace_memory", "swap_memory"]

@@ -6,25 +6,21 @@ model keeps every module and parameter name it had, so that LoRA adapters on the
 
 from __future__ import annotations
 
-import contextlib
 import re
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightWarning
-from keepsight.peft_method import MemoryTuner
+from keepsight.peft_method import MemoryBranch, MemoryTuner
 from keepsight.pvm.config import PvmConfig
 from keepsight.pvm.hooks import MEMORY, PvmRoute, in_flight, without_memory
 from keepsight.pvm.kernels import attention_for
 from keepsight.pvm.memory import VisualMemory
 from keepsight.pvm.module import ParallelMlpBlock, PvmBlock
-from keepsight.pvm.scope import is_silent
 
 BRANCH = "visual_memory"  # name of the branch in its decoder layer; must not contain PEFT's prefix "pvm_"
 _ROUTE = "_keepsight_pvm_route"
@@ -39,7 +35,7 @@ def make_block(config: PvmConfig) -> Any:
     return block
 
 
-class PvmBranch(nn.Module, BaseTunerLayer):
+class PvmBranch(nn.Module, MemoryBranch):
     """The PVM blocks of one decoder layer, one per adapter, and the hooks that apply them.
 
     Args:
@@ -74,7 +70,7 @@ class PvmBranch(nn.Module, BaseTunerLayer):
     @property
     def active_blocks(self) -> list[tuple[str, Any]]:
         """(adapter name, block) of every adapter that is switched on."""
-        if self.disable_adapters or is_silent():
+        if self.is_off:
             return []
         return [(name, self.pvm_blocks[name]) for name in self.active_adapters if name in self.pvm_blocks]
 
@@ -91,7 +87,7 @@ class PvmBranch(nn.Module, BaseTunerLayer):
         """Hook of the mlp: adds gate * out to its output [B, T, D]."""
         memory, x = in_flight.memory, in_flight.residual
         in_flight.memory = in_flight.residual = None
-        if x is None or self.disable_adapters:
+        if x is None:
             return output
         y, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         for name, block in self.active_blocks:
@@ -137,24 +133,6 @@ def _no_update(block: nn.Module) -> torch.Tensor | None:
     if not (block.training and torch.is_grad_enabled() and parameters):
         return None
     return 0.0 * torch.stack([p.sum() for p in parameters]).sum()
-
-
-@contextlib.contextmanager
-def memory_off(model: nn.Module) -> Iterator[None]:
-    """Switch every visual memory of `model` off for the length of the block, and nothing else.
-
-    `PeftModel.disable_adapter()` switches off whatever method came first on the model, a LoRA perhaps, and touches
-    which parameters train; this does neither.
-    """
-    branches = [module for module in model.modules() if isinstance(module, PvmBranch)]
-    former = [branch._disable_adapters for branch in branches]
-    for branch in branches:
-        branch._disable_adapters = True
-    try:
-        yield
-    finally:
-        for branch, disabled in zip(branches, former, strict=True):
-            branch._disable_adapters = disabled
 
 
 class PvmModel(MemoryTuner):

@@ -23,7 +23,7 @@ from transformers import LogitsProcessorList
 
 from keepsight.backbone import Backbone
 from keepsight.compat import cache_argument, find_output_cache
-from keepsight.pvm import scope as pvm_scope
+from keepsight.peft_method import memory_off
 from keepsight.serve.errors import explain
 from keepsight.serve.hf import cache as shared
 from keepsight.serve.hf.choosing import next_tokens
@@ -35,12 +35,12 @@ from keepsight.vismem import scope as vismem_scope
 
 
 @contextlib.contextmanager
-def memories(on: bool) -> Iterator[None]:
-    """All memories on or off, in this thread, for the length of the block."""
+def memories(model: Any, on: bool) -> Iterator[None]:
+    """All memories of `model` on or off, in this thread, for the length of the block."""
     if on:
         yield
         return
-    with pvm_scope.silent(), vismem_scope.silent():
+    with memory_off(model), vismem_scope.silent():
         yield
 
 
@@ -84,7 +84,7 @@ class Batch:
         options = job.sampling.options(self.base.generation_config)
         inputs = {name: value.to(self.base.device) for name, value in job.inputs.items()}
         plain = type(self.base).generate
-        with memories(self.memory), contextlib.ExitStack() as stack:
+        with memories(self.model, self.memory), contextlib.ExitStack() as stack:
             if alone.latent is not None:
                 stack.enter_context(alone.latent.watching())
             plain(
@@ -184,7 +184,7 @@ class Batch:
         gone = self._sweep()
         if not self.rows:
             return gone
-        with memories(self.memory):
+        with memories(self.model, self.memory):
             ids, latents = self._choose()
             living = [i for i, row in enumerate(self.rows) if not row.is_over]
             gone += self._sweep()
