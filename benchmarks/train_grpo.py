@@ -95,7 +95,7 @@ class TwoMemories(Formation):
     """Stage I with a short-term memory after a third of the words, and a long-term one after two thirds."""
 
     def policy(self, progress: float) -> MemoryPolicy:
-        words = self.settings.max_words
+        words = self.settings.max_new_tokens
         return MemoryPolicy("forced", at={words // 3: "short", 2 * words // 3: "long"})
 
 
@@ -111,7 +111,7 @@ def vismem_trainer(
         batch_size=args.batch,
         group_size=args.group,
         gain=gain,  # type: ignore[arg-type]
-        max_words=args.text_tokens,
+        max_new_tokens=args.text_tokens,
         rows_per_rollout=rows,
         rows_per_forward=rows,
         gradient_checkpointing=args.checkpointing,

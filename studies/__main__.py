@@ -70,8 +70,7 @@ def run(
     Writes one small JSON per finished cell (one row of a table with one seed). A cell that is there is not run again,
     so the command can be killed at any time. The report is made from these files alone.
     """
-    if not debugging():
-        quiet()
+    quiet()
     from keepsight.lab.digits import load_glyphs
     from studies.evidence import render as write_page
     from studies.study import all_studies, choose
@@ -160,8 +159,7 @@ def list_studies(
     ] = None,
 ) -> None:
     """The studies: their names, how many of their cells have been run, and what they ask."""
-    if not debugging():
-        quiet()
+    quiet()
     from rich.table import Table
 
     from studies.study import all_studies

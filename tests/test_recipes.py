@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from keepsight.cli import app
+from keepsight.cli.console import UsageError
 from keepsight.train.run.engines import current_engine
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +53,7 @@ def test_every_flag_is_one_of_the_command_lines(recipe: Any) -> None:
 @pytest.mark.parametrize("recipe", RECIPES[:1], ids=lambda recipe: recipe.path.stem)
 def test_a_flag_that_is_no_more_is_found(recipe: Any) -> None:
     rotten = dataclasses.replace(recipe, command=[*recipe.command, "--rotten", "1"])
-    with pytest.raises(typer._click.exceptions.UsageError, match="--rotten"):
+    with pytest.raises(UsageError, match="--rotten"):
         parse(rotten)
 
 
@@ -70,7 +71,7 @@ def test_the_paper_recipes_are_the_papers() -> None:
         )
         assert sft["causal"] is False
         assert 8 * grpo["batch_size"] * grpo["grad_accum"] == 64
-        assert (grpo["lr"], grpo["scheduler"], grpo["kl"], grpo["completions"], grpo["max_new_tokens"]) == (
+        assert (grpo["lr"], grpo["scheduler"], grpo["kl"], grpo["group_size"], grpo["max_new_tokens"]) == (
             1e-6,
             "constant",
             0,

@@ -15,7 +15,7 @@ OUT=${3:?a folder for the result}
 keepsight train pvm-grpo "$MEMORY" \
   --data "$DATA" --output-dir "$OUT" \
   --policy lora --lora-rank 16 --lr 1e-5 --scheduler constant --epochs 1 \
-  --completions 8 --temperature 1.0 --top-p 1.0 --max-new-tokens 2048 --kl 0 --mask-truncated \
+  --group-size 8 --temperature 1.0 --top-p 1.0 --max-new-tokens 2048 --kl 0 --mask-truncated \
   --reward format=0.1 --reward answer=0.9 \
   --batch-size 1 --grad-accum 32 --rollout-batch 8 --text-only skip \
   --dtype bfloat16 --bf16 --gradient-checkpointing \

@@ -19,7 +19,7 @@ OUT=${3:?a folder for the result}
 accelerate launch --config_file "$(dirname "$0")/../accelerate/deepspeed_zero3.yaml" -m keepsight.cli train pvm-grpo "$MEMORY" \
   --data "$DATA" --output-dir "$OUT" \
   --policy full --lr 1e-6 --scheduler constant --epochs 1 \
-  --completions 8 --temperature 1.0 --top-p 1.0 --max-new-tokens 16384 --kl 0 --mask-truncated \
+  --group-size 8 --temperature 1.0 --top-p 1.0 --max-new-tokens 16384 --kl 0 --mask-truncated \
   --reward format=0.1 --reward answer=0.9 \
   --batch-size 1 --grad-accum 8 --text-only skip \
   --bf16 --gradient-checkpointing \

@@ -17,7 +17,7 @@ OUT=${2:?a folder for the result}
 keepsight train vismem-formation Qwen/Qwen2.5-VL-7B-Instruct \
   --data "$DATA" --output-dir "$OUT" \
   --num-queries 8 --num-short 8 --num-long 16 --form literal \
-  --batch-size 8 --group-size 16 --epochs 2 --max-words 512 \
+  --batch-size 8 --group-size 16 --epochs 2 --max-new-tokens 512 \
   --lr 5e-5 --scheduler cosine --warmup-ratio 0.2 --clip 0.2 --kl 0.015 --target-kl 0.03 \
   --reward format=0.1 --reward answer=0.9 \
   --rows-per-rollout 64 --rows-per-forward 4 --gradient-checkpointing --dtype bfloat16 \

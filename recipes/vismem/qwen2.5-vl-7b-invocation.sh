@@ -17,7 +17,7 @@ OUT=${3:?a folder for the result}
 accelerate launch --config_file "$(dirname "$0")/../accelerate/ddp.yaml" -m keepsight.cli train vismem-invocation "$MEMORY" \
   --data "$DATA" --output-dir "$OUT" \
   --train tokens --alpha 0.3 --invocation-cost 0 \
-  --batch-size 8 --group-size 16 --epochs 2 --max-words 512 \
+  --batch-size 8 --group-size 16 --epochs 2 --max-new-tokens 512 \
   --lr 5e-5 --scheduler cosine --warmup-ratio 0.2 --clip 0.2 --kl 0.015 --target-kl 0.03 \
   --reward format=0.1 --reward answer=0.9 \
   --rows-per-rollout 32 --rows-per-forward 4 --gradient-checkpointing --dtype bfloat16 \

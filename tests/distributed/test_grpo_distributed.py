@@ -14,7 +14,7 @@ import keepsight
 # Two prompts per process and step, and more words than images: some process sees none while the other does.
 SETTINGS = {
     "max_steps": 2,
-    "completions": 2,
+    "group_size": 2,
     "batch_size": 2,
     "max_new_tokens": 3,
     "lr": 1e-3,

@@ -18,7 +18,7 @@ SETTINGS = {
     "batch_size": 2,
     "group_size": 3,
     "lr": 3e-3,
-    "max_words": 6,
+    "max_new_tokens": 6,
     "max_invocations": 1,
     "save_steps": 2,
     "anywhere_probability": 0.08,

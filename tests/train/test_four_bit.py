@@ -36,12 +36,12 @@ from keepsight.vismem import VisMemConfig
 WEIGHTS = "adapter_model.safetensors"
 BASE: dict[str, Any] = {"load_in_4bit": True, "device": "cpu"}
 SFT: dict[str, Any] = BASE | {"batch_size": 2, "grad_accum": 1, "lr": 1e-3, "save_steps": 1}
-GRPO: dict[str, Any] = BASE | {"max_steps": 1, "batch_size": 4, "grad_accum": 1, "completions": 2, "max_new_tokens": 3}
+GRPO: dict[str, Any] = BASE | {"max_steps": 1, "batch_size": 4, "grad_accum": 1, "group_size": 2, "max_new_tokens": 3}
 RL: dict[str, Any] = BASE | {
     "max_steps": 1,
     "batch_size": 2,
     "group_size": 2,
-    "max_words": 4,
+    "max_new_tokens": 4,
     "rows_per_forward": 2,
     "lr": 1e-3,
 }

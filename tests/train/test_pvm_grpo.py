@@ -30,7 +30,7 @@ QUICK: dict[str, Any] = {
     "max_steps": 3,
     "batch_size": 4,
     "grad_accum": 2,
-    "completions": 4,
+    "group_size": 4,
     "max_new_tokens": 4,
     "lr": 1e-3,
     "rewards": ("rl_rewards:length",),
@@ -165,7 +165,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     whole = train_pvm_grpo(trained[0], prompts, tmp_path / "whole", settings=settings(**options))
     out = tmp_path / "killed"
     flags = {"max-steps": 9, "save-steps": 3, "rollout-batch": 4, "lr": 1e-3, "batch-size": 4, "grad-accum": 2}
-    flags |= {"completions": 4, "max-new-tokens": 4, "reward": "rl_rewards:length", "logging-steps": 1}
+    flags |= {"group-size": 4, "max-new-tokens": 4, "reward": "rl_rewards:length", "logging-steps": 1}
     command = [sys.executable, "-m", "keepsight.cli", "train", "pvm-grpo", str(trained[0]), "-d", str(prompts)]
     command += ["-o", str(out), "--no-mask-truncated"]
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
@@ -303,7 +303,7 @@ def test_a_missing_answer_is_found_before_the_weights_are_read(tiny_vlm: Path, p
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"completions": 1},
+        {"group_size": 1},
         {"temperature": 0.0},
         {"top_p": 1.5},
         {"kl": -1.0},
@@ -319,6 +319,6 @@ def test_impossible_settings(wrong: dict[str, Any]) -> None:
 def test_defaults_are_the_papers_second_stage() -> None:
     paper = GrpoSettings()
     assert (paper.lr, paper.scheduler, paper.warmup_ratio, paper.gate_lr_multiplier) == (1e-6, "constant", 0.0, 1.0)
-    assert (paper.completions, paper.temperature, paper.top_p, paper.kl) == (8, 1.0, 1.0, 0.0)
+    assert (paper.group_size, paper.temperature, paper.top_p, paper.kl) == (8, 1.0, 1.0, 0.0)
     assert (paper.batch_size * paper.grad_accum, paper.max_new_tokens, paper.mask_truncated) == (64, 16384, True)
     assert paper.rewards == ("format", "answer")

@@ -21,7 +21,7 @@ from keepsight.vismem import VisMemConfig
 accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 COMMON: dict[str, Any] = {"max_steps": 2, "device": "cpu", "logging_steps": 1, "report_to": ("tensorboard",)}
-RL: dict[str, Any] = COMMON | {"batch_size": 2, "group_size": 2, "max_words": 4, "lr": 1e-3}
+RL: dict[str, Any] = COMMON | {"batch_size": 2, "group_size": 2, "max_new_tokens": 4, "lr": 1e-3}
 MEMORY = VisMemConfig(num_queries=2, num_short=2, num_long=3, query_width=16, query_heads=2)
 
 
@@ -59,7 +59,7 @@ def test_supervised_training(tiny_vlm: Path, tmp_path: Path) -> None:
 def test_reinforcement(tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     settings = GrpoSettings(
-        **COMMON, batch_size=2, grad_accum=1, completions=2, max_new_tokens=3, kl=0.1, lr=1e-3, rewards=("format",)
+        **COMMON, batch_size=2, grad_accum=1, group_size=2, max_new_tokens=3, kl=0.1, lr=1e-3, rewards=("format",)
     )
     train_pvm_grpo(tiny_vlm, questions, out, policy="none", settings=settings)
     promised = {"loss", "reward", "kl", "memory_grad_norm", "num_tokens", "memory_gib", "completions/mean_length"}

@@ -47,7 +47,7 @@ QUICK: dict[str, Any] = {
     "batch_size": 2,
     "group_size": 3,
     "lr": 3e-3,
-    "max_words": 6,
+    "max_new_tokens": 6,
     "max_invocations": 2,
     "save_steps": 2,
 }
@@ -441,7 +441,7 @@ def test_the_commands_train_both_stages_beside_controls(
     )
     monkeypatch.chdir(tmp_path)
     flags = ["--data", str(questions), "--text-only", "keep", "--reward", "rewards_of_stages:digits", "--device", "cpu"]
-    flags += ["--max-steps", "1", "--batch-size", "2", "--group-size", "2", "--max-words", "4", "--lr", "1e-3"]
+    flags += ["--max-steps", "1", "--batch-size", "2", "--group-size", "2", "--max-new-tokens", "4", "--lr", "1e-3"]
     flags += ["--max-invocations", "2", "--eval-dataset", str(questions)]
     sizes = ["--num-short", "2", "--num-long", "3", "--num-queries", "2", "--delimiter-probability", "1"]
     one = run_command("vismem-formation", str(tiny_vlm), "-o", "one", *flags, *sizes, "--control", "lora,sft=1e-4,none")

@@ -92,7 +92,7 @@ class LazyGroup(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **more: Any) -> Any:
         """Run a command. Errors print one message; `--debug` anywhere shows their traceback."""
-        from keepsight.cli.console import error_border, fail
+        from keepsight.cli.console import ClickError, error_border, fail
 
         words = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in words
@@ -102,7 +102,7 @@ class LazyGroup(TyperGroup):
                 os.environ["KEEPSIGHT_DEBUG"] = "1"
             try:
                 status = super().main(words, "keepsight", **{**more, "standalone_mode": False})
-            except typer._click.exceptions.ClickException as error:
+            except ClickError as error:
                 context = getattr(error, "ctx", None)
                 path = context.command_path if context is not None else "keepsight"
                 if error.format_message():  # empty where the help has been printed instead

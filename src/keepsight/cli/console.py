@@ -14,8 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import typer
 from rich.console import Console
 
+#: Click's errors of usage, and of all that it refuses. Typer has Click from its own package or from Click's, by its
+#: release; what it makes public of them in both is a subclass.
+UsageError: Any = typer.BadParameter.__base__
+ClickError: Any = UsageError.__base__
 INTERRUPTED = 130  # what shells give a process that Ctrl-C ended
 
 out = Console(soft_wrap=False)
@@ -130,13 +135,22 @@ def explain(error: Exception, extra: str = "train") -> str:
     )
 
 
-def quiet() -> None:
-    """Silence what libraries say while loading, so that our own warnings are seen. `--debug` leaves them on."""
-    warnings.simplefilter("ignore")
+def listen_to_warnings() -> None:
+    """Show our own warnings, a line each, and no library's. `--debug` leaves them all as they are."""
+    if debugging():
+        return
     from keepsight.errors import KeepsightWarning
 
+    warnings.simplefilter("ignore")
     warnings.simplefilter("always", KeepsightWarning)
     warnings.showwarning = lambda message, category, *rest, **more: warn(str(message))
+
+
+def quiet() -> None:
+    """Silence what libraries say while loading, so that our own warnings are seen. `--debug` leaves them on."""
+    if debugging():
+        return
+    listen_to_warnings()
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -161,6 +175,11 @@ def with_examples(*examples: tuple[str, str]) -> Any:
         return command
 
     return add
+
+
+def first_of_all() -> bool:
+    """Whether this is the process, of several that train together, that talks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def debugging() -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from keepsight.cli.console import Interrupted, debugging, err, out, quiet, say, with_examples
+from keepsight.cli.console import Interrupted, err, out, quiet, say, with_examples
 from keepsight.errors import KeepsightError
 
 _ROWS = (
@@ -44,8 +44,7 @@ def demo(
     LoRA and a parallel MLP, are trained on the same data with the language model frozen. All are read at lengths far
     beyond their training. Then the memory is tampered with, to see whether it is really used.
     """
-    if not debugging():
-        quiet()
+    quiet()
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     from keepsight.lab.demo import check_output, run_demo

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import Interrupted, check_device, debugging, err, out, quiet, say, status, with_examples
+from keepsight.cli.console import Interrupted, check_device, err, out, quiet, say, status, with_examples
 from keepsight.errors import KeepsightError, KeepsightWarning
 
 
@@ -104,8 +104,7 @@ def diagnose(
     check_device(device)
     if dataset and (image or video or prompt):
         raise KeepsightError("--dataset brings its own images and prompts; leave --image, --video and --prompt out.")
-    if not debugging():
-        quiet()
+    quiet()
     given = _samples(image or [], video, prompt, dataset or [])
     base_name, infos = check_sources(source, adapter or [], base)
     with status(f"loading {base_name}"):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import check_device, debugging, quiet, say, status, with_examples
+from keepsight.cli.console import check_device, quiet, say, status, with_examples
 from keepsight.errors import KeepsightError, KeepsightWarning
 
 
@@ -74,8 +74,7 @@ def generate(
     from keepsight.data.collate import require_chat_template
     from keepsight.pvm import memory_off
 
-    if not debugging():
-        quiet()
+    quiet()
     if seed is not None and temperature == 0:
         warnings.warn(
             "--seed has no effect at --temperature 0, which always takes the likeliest token.",

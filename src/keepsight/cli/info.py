@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keepsight.cli.console import debugging, out, quiet, with_examples
+from keepsight.cli.console import out, quiet, with_examples
 
 if TYPE_CHECKING:
     from keepsight.checkpoints.adapters import AdapterInfo
@@ -29,8 +29,7 @@ def info(
     """What is in an adapter, or what memory a model would get. Reads no base weights."""
     from keepsight.checkpoints.sources import as_adapter
 
-    if not debugging():
-        quiet()
+    quiet()
     adapter = as_adapter(source)
     facts = adapter_facts(adapter) if adapter is not None else model_facts(source)
     if as_json:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from keepsight.cli.console import Interrupted, debugging, err, out, quiet, with_examples
+from keepsight.cli.console import Interrupted, err, out, quiet, with_examples
 from keepsight.errors import KeepsightError
 
 lab_app = typer.Typer(
@@ -59,8 +59,7 @@ def pretrain(
     Writes an ordinary checkpoint folder (config, processor, tokenizer, 16-bit safetensors) which transformers'
     AutoModelForImageTextToText and AutoProcessor load.
     """
-    if not debugging():
-        quiet()
+    quiet()
     from dataclasses import replace
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

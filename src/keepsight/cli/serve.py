@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import check_device, debugging, quiet, say, status, with_examples
+from keepsight.cli.console import check_device, quiet, say, status, with_examples
 from keepsight.errors import KeepsightError, KeepsightWarning
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -100,8 +100,7 @@ def serve(
     from keepsight.serve.openai.server import address_of, bind, log_to_stderr, run
     from keepsight.serve.openai.settings import MB, Limits, ServeSettings
 
-    if not debugging():
-        quiet()
+    quiet()
     check_device(device)
     missing = [folder for folder in allow_local_dir or () if not folder.is_dir()]
     if missing:

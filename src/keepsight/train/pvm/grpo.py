@@ -130,11 +130,11 @@ def train_pvm_grpo(
         data, held_out = hold_out(data)
         kept = "no prompts can be held out" if held_out is None else f"{held_out.rows:,} prompts are held out"
         say(f"{kept} for the comparison with the controls; {data.rows:,} train")
-    needed = settings.rollouts * engine.processes // settings.completions
+    needed = settings.rollouts * engine.processes // settings.group_size
     if data.rows < needed:
         raise KeepsightError(
             f"{data.rows} prompts are fewer than the {needed} that are answered at a time ({settings.rollouts} "
-            f"completions on each of {engine.processes} devices, {settings.completions} per prompt). Lower "
+            f"completions on each of {engine.processes} devices, {settings.group_size} per prompt). Lower "
             "--batch-size, --grad-accum or --rollout-batch."
         )
     check_engine(
@@ -165,7 +165,7 @@ def train_pvm_grpo(
     judged = "the evaluation data" if eval_dataset is not None else "prompts held out of the training data"
     comparison = Comparison(
         tuple(outcomes),
-        f"Rewards are means over {settings.completions} completions of every prompt, on "
+        f"Rewards are means over {settings.group_size} completions of every prompt, on "
         f"{judged if held_out is not None else 'the training data alone'}. Same data, order of data, steps and seed "
         f"({settings.seed}) for all.",
     )
@@ -230,10 +230,10 @@ def _check_kl(learner: Learner, settings: GrpoSettings) -> None:
 
 def _check_groups(settings: GrpoSettings, engine: Engine) -> None:
     together = settings.rollouts * engine.processes
-    if together % settings.completions:
+    if together % settings.group_size:
         raise KeepsightError(
             f"{together} completions are written at a time (batch_size x grad_accum, or rollout_batch, on "
-            f"{engine.processes} devices), which are no whole groups of {settings.completions}. Choose a multiple."
+            f"{engine.processes} devices), which are no whole groups of {settings.group_size}. Choose a multiple."
         )
 
 
@@ -337,8 +337,8 @@ class _Job:
         return execute(run, checkpoint, self.say)
 
     def _check_space(self, learner: Learner, folder: Path, settings: GrpoSettings, checkpoint: Path | None) -> None:
-        together = settings.rollouts * self.engine.processes // settings.completions
-        per_step = settings.batch_size * settings.grad_accum * self.engine.processes // settings.completions
+        together = settings.rollouts * self.engine.processes // settings.group_size
+        per_step = settings.batch_size * settings.grad_accum * self.engine.processes // settings.group_size
         steps = preflight.total_steps(settings, max(1, self.data.rows // together * together // per_step))
         there = len(list(folder.glob("checkpoint-*"))) if checkpoint is not None else 0
         preflight.check_space(folder, *sizes(learner, self.plan), steps, settings, there)

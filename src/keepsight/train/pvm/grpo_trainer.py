@@ -108,7 +108,7 @@ def make_grpo_trainer(
 
     processor = copy.deepcopy(processor)
     processor.tokenizer.padding_side = "left"
-    per_prompt = settings.completions
+    per_prompt = settings.group_size
     args = GRPOConfig(
         **common_arguments(settings, folder, GRPOConfig, eval_data is not None and learner.learns),
         # Whole groups in every batch of an evaluation.
@@ -156,7 +156,7 @@ def _signal_callback(settings: GrpoSettings) -> Any:
             elif all(entry["frac_reward_zero_std"] == 1 for entry in steps):
                 why = (
                     "in no step did the rewards of a prompt's completions differ, so they taught nothing. Look at what "
-                    "is written and scored, raise --temperature or --completions, or take prompts that are answered "
+                    "is written and scored, raise --temperature or --group-size, or take prompts that are answered "
                     "sometimes"
                 )
             else:

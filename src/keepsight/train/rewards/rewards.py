@@ -23,10 +23,8 @@ from typing import Any
 import torch
 
 from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.train.rewards import DEFAULT_REWARDS
 from keepsight.train.rewards.answers import same_answer
-
-DEFAULT_REWARDS = ("format", "answer")
-"""The papers' rewards."""
 
 _TAG = re.compile(r"</?(?:think|answer)>")
 _FORM = ["<think>", "</think>", "<answer>", "</answer>"]

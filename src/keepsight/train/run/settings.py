@@ -1,73 +1,68 @@
-"""How to train: every knob, its default, and where the default comes from."""
+"""How to train: every setting, its default and its meaning, which the command line's options are made of."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from keepsight.data.check import Policy
 from keepsight.errors import KeepsightWarning
-from keepsight.train.rewards.rewards import DEFAULT_REWARDS
+from keepsight.train.rewards import DEFAULT_REWARDS
+from keepsight.train.run.fields import DATA, MEMORY, REWARD, RUN, STEPS, documented, setting
+
+REWARDS_HELP = (
+    "format, answer, match, or package.module:function, with =WEIGHT behind it; repeat for several. Default: "
+    "format (0.1) and answer (0.9)."
+)
+FOUR_BIT_HELP = (
+    "Hold the base's linear maps in four bits (NF4, bitsandbytes): a third of the memory, slower; not in the papers."
+)
+TRACKERS_HELP = "tensorboard, wandb, trackio, ...; repeat for several."
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What supervised training and reinforcement learning have in common.
+    """What supervised training and reinforcement learning have in common."""
 
-    Attributes:
-        epochs: passes over the data. Ignored if `max_steps` is set.
-        max_steps: optimiser steps.
-        batch_size: samples (completions, in reinforcement learning) per device and forward.
-        grad_accum: forwards per optimiser step.
-        lr: peak learning rate of everything but the gates.
-        gate_lr_multiplier: the gates' learning rate is this times `lr` (keepsight's own addition).
-        warmup_ratio: share of the steps over which the learning rate rises.
-        scheduler: name of a transformers schedule.
-        weight_decay: of matrices; never of gates and norms.
-        max_grad_norm: gradients are clipped to this norm.
-        max_length: longest sample in tokens (of a prompt alone, in reinforcement learning); None for no limit.
-        text_only: what to do with a sample without an image.
-        bf16: autocast to bfloat16. None: on a GPU that has it.
-        gradient_checkpointing: trade time for memory. None: on a GPU.
-        dtype: of the base's weights; "auto" is the checkpoint's own (float32 where the language model is trained).
-        load_in_4bit: hold the decoder's linear maps in four bits (see `keepsight.train.run.four_bit`; ours).
-        device: "cpu" or "cuda"; None: the GPU if there is one.
-        seed: of initialisation, data order and sampling.
-        logging_steps, save_steps, eval_steps: how often to log, to save a checkpoint, and to evaluate
-            (None: as often as saving).
-        keep_checkpoints: how many checkpoints to keep; None keeps all.
-        workers: processes that read images.
-        report_to: trackers, e.g. ["tensorboard"].
-    """
-
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 1
-    grad_accum: int = 8
-    lr: float = 1e-4
-    gate_lr_multiplier: float = 10.0
-    warmup_ratio: float = 0.1
-    scheduler: str = "cosine"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_length: int | None = None
-    text_only: Policy = "error"
-    bf16: bool | None = None
-    gradient_checkpointing: bool | None = None
-    dtype: str = "auto"
-    load_in_4bit: bool = False
-    device: str | None = None
-    seed: int = 0
-    logging_steps: int = 10
-    save_steps: int = 200
-    eval_steps: int | None = None
-    keep_checkpoints: int | None = None
-    workers: int = 0
-    report_to: tuple[str, ...] = field(default=())
+    epochs: float = setting(1.0, "Passes over the data.", STEPS, known_as=("--num-train-epochs",))
+    max_steps: int | None = setting(None, "Optimiser steps; overrides --epochs.", STEPS, known_as=("--steps",))
+    batch_size: int = setting(
+        1, "Samples per device and forward.", STEPS, known_as=("--per-device-train-batch-size", "--micro-batch-size")
+    )
+    grad_accum: int = setting(8, "Forwards per step.", STEPS, known_as=("--gradient-accumulation-steps",))
+    lr: float = setting(1e-4, "Peak learning rate.", STEPS, known_as=("--learning-rate",))
+    gate_lr_multiplier: float = setting(
+        10.0, "The gates learn so many times faster. Not in the paper.", STEPS, known_as=("--gate-lr",)
+    )
+    warmup_ratio: float = setting(0.1, "Share of the steps with a rising rate.", STEPS, known_as=("--warmup",))
+    scheduler: str = setting("cosine", "cosine, linear, constant, ...", STEPS, known_as=("--lr-scheduler-type",))
+    weight_decay: float = setting(0.0, "Of matrices.", STEPS)
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", STEPS, known_as=("--grad-clip",))
+    max_length: int | None = setting(
+        None,
+        "Longest sample in tokens, images included. Default: no limit.",
+        DATA,
+        known_as=("--max-seq-length", "--max-seq-len", "--cutoff-len"),
+    )
+    text_only: Literal["error", "skip", "keep"] = setting(
+        "error", "What to do with samples without an image: they teach a memory nothing.", DATA
+    )
+    bf16: bool | None = setting(None, "Default: on a GPU that has it.", RUN)
+    gradient_checkpointing: bool | None = setting(None, "Less memory, more time. Default: on a GPU.", RUN)
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "Of the base.", RUN, known_as=("--torch-dtype",))
+    load_in_4bit: bool = setting(False, FOUR_BIT_HELP, RUN, "--load-in-4bit", known_as=("--quantization-bit",))
+    device: Literal["cpu", "cuda"] | None = setting(None, "Default: the GPU if there is one.", RUN)
+    seed: int = setting(0, "Of initialisation, data order and sampling.", STEPS)
+    logging_steps: int = setting(10, "A line every so many steps.", RUN)
+    save_steps: int = setting(200, "A checkpoint every so many steps.", RUN)
+    eval_steps: int | None = setting(None, "Evaluate every so many steps. Default: as --save-steps.", RUN)
+    keep_checkpoints: int | None = setting(
+        None, "How many checkpoints to keep. Default: all.", RUN, known_as=("--save-total-limit",)
+    )
+    workers: int = setting(0, "Processes that read images.", RUN, known_as=("--dataloader-num-workers",))
+    report_to: tuple[str, ...] = setting((), TRACKERS_HELP, RUN)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "grad_accum", "logging_steps", "save_steps"):
@@ -88,6 +83,8 @@ class RunSettings:
     @property
     def on_gpu(self) -> bool:
         """Whether training will run on a GPU."""
+        import torch
+
         return self.device != "cpu" and torch.cuda.is_available()
 
     @property
@@ -98,25 +95,33 @@ class RunSettings:
     @property
     def uses_bf16(self) -> bool:
         """Whether matrices are multiplied in bfloat16."""
+        import torch
+
         return (self.on_gpu and torch.cuda.is_bf16_supported()) if self.bf16 is None else self.bf16
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class SftSettings(RunSettings):
     """How to fine-tune a memory. Defaults are the paper's first stage, where it names them.
 
     The paper's global batch is 64: 1 sample x 8 accumulation x 8 GPUs.
-
-    Attributes:
-        over_long: what to do with a sample longer than `max_length`.
-        blindfold_steps: for so many first steps the frozen backbone's text cannot see the image (keepsight's own).
-        blindfold_share: of the steps after these, this share is blindfolded too, so that the look-up stays needed.
-            None: half of them, if there is a `blindfold_steps`, else none of them (the paper's recipe).
     """
 
-    over_long: Literal["error", "skip", "truncate"] = "error"
-    blindfold_steps: int = 0
-    blindfold_share: float | None = None
+    over_long: Literal["error", "skip", "truncate"] = setting(
+        "error", "What to do with longer ones. truncate cuts answers, never images.", DATA
+    )
+    blindfold_steps: int = setting(
+        0,
+        "For so many first steps the frozen base cannot see the image, so the memory must. Not in the paper.",
+        MEMORY,
+    )
+    blindfold_share: float | None = setting(
+        None,
+        "The share of the later steps that is blindfolded too, so that the look-up is not lost again. Default: 0.5 "
+        "with --blindfold-steps, else 0 (the paper's recipe).",
+        MEMORY,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,43 +135,55 @@ class SftSettings(RunSettings):
         _warn_without_length(self.over_long, self.max_length)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class GrpoSettings(RunSettings):
     """How to refine a memory and its language model by GRPO. Defaults are the paper's second stage.
 
-    A step reads `batch_size * grad_accum` completions per device, `completions` for each prompt. The paper's global
-    batch is 64; the default is that on one device. Several devices share it: 8 x 1 x 8 GPUs.
-
-    Attributes:
-        completions: G, how many completions of a prompt are compared with each other.
-        max_new_tokens: longest completion. (16,384 in the paper, prompt included.)
-        temperature, top_p: of sampling.
-        kl: coefficient of the divergence from the policy at the start; 0 in the paper, which needs no reference model.
-        mask_truncated: completions that were cut off at `max_new_tokens` teach nothing.
-        rollout_batch: how many completions a device writes at a time; fewer need less memory. None: all of a step.
-        rewards: names, import paths and weights, see `keepsight.train.rewards.rewards.load_rewards`.
-        over_long: what to do with a prompt longer than `max_length`.
+    A step reads `batch_size * grad_accum` completions per device, `group_size` for each prompt. The paper's global
+    batch is 64; the default is that on one device. Several devices share it: 8 x 1 x 8 GPUs. The paper's completions
+    have at most 16,384 tokens, the prompt included.
     """
 
-    batch_size: int = 8
-    lr: float = 1e-6
-    gate_lr_multiplier: float = 1.0
-    warmup_ratio: float = 0.0
-    scheduler: str = "constant"
-    completions: int = 8
-    max_new_tokens: int = 16_384
-    temperature: float = 1.0
-    top_p: float = 1.0
-    kl: float = 0.0
-    mask_truncated: bool = True
-    rollout_batch: int | None = None
-    rewards: tuple[str, ...] = DEFAULT_REWARDS
-    over_long: Literal["error", "skip"] = "error"
+    batch_size: int = setting(
+        8, "Completions per device and forward.", STEPS, known_as=("--per-device-train-batch-size",)
+    )
+    lr: float = setting(1e-6, "Peak learning rate.", STEPS, known_as=("--learning-rate",))
+    gate_lr_multiplier: float = setting(
+        1.0, "The gates learn so many times faster. Not in the paper.", STEPS, known_as=("--gate-lr",)
+    )
+    warmup_ratio: float = setting(0.0, "Share of the steps with a rising rate.", STEPS, known_as=("--warmup",))
+    scheduler: str = setting("constant", "cosine, linear, constant, ...", STEPS, known_as=("--lr-scheduler-type",))
+    max_length: int | None = setting(
+        None,
+        "Longest prompt in tokens, images included. Default: no limit.",
+        DATA,
+        known_as=("--max-prompt-length",),
+    )
+    logging_steps: int = setting(1, "A line every so many steps.", RUN)
+    save_steps: int = setting(50, "A checkpoint every so many steps.", RUN)
+    group_size: int = setting(
+        8,
+        "G, completions of each prompt, compared with each other.",
+        REWARD,
+        formerly=("--completions",),
+        known_as=("--num-generations",),
+    )
+    max_new_tokens: int = setting(
+        16_384, "Longest completion in tokens.", REWARD, known_as=("--max-completion-length", "--max-words")
+    )
+    temperature: float = setting(1.0, "Of sampling.", REWARD)
+    top_p: float = setting(1.0, "Of sampling.", REWARD)
+    kl: float = setting(0.0, "Coefficient of the divergence from the start.", REWARD, known_as=("--beta", "--kl-coef"))
+    mask_truncated: bool = setting(True, "Completions that were cut off teach nothing.", REWARD)
+    rollout_batch: int | None = setting(None, "Completions a device writes at a time. Default: all of a step.", REWARD)
+    rewards: tuple[str, ...] = setting(DEFAULT_REWARDS, REWARDS_HELP, REWARD, "--reward")
+    over_long: Literal["error", "skip"] = setting("error", "What to do with longer ones.", DATA)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.completions < 2:
-            raise ValueError(f"completions={self.completions}: GRPO compares at least 2 completions of a prompt.")
+        if self.group_size < 2:
+            raise ValueError(f"group_size={self.group_size}: GRPO compares at least 2 completions of a prompt.")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens}: expected a whole number of at least 1.")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):

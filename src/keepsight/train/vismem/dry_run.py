@@ -88,16 +88,16 @@ def dry_run_vismem(
     frozen = sum(p.numel() for p in model.parameters()) - memory_size
 
     rows, latents = settings.rows_per_forward, memories * (2 + max(config.num_short, config.num_long))
-    whole = length + settings.max_words + latents
+    whole = length + settings.max_new_tokens + latents
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     table = backbone.model.get_input_embeddings().weight
     table.requires_grad_(True)  # stands for the latents: the backward goes down to the inputs
     traced = trace(model, rows, whole, visual)
-    seen = visual + min(config.max_text_states or settings.max_words // max(1, memories), settings.max_words)
+    seen = visual + min(config.max_text_states or settings.max_new_tokens // max(1, memories), settings.max_new_tokens)
     forming = 0.0 if is_second else rows * memories * (seen + config.num_queries + config.num_long) / (rows * whole)
     checkpoints = uses_checkpointing(settings, config.form, torch.cuda.is_available())
-    logits = rows * (settings.max_words + latents) * backbone.text_config.vocab_size * (stored + 3 * 4)
+    logits = rows * (settings.max_new_tokens + latents) * backbone.text_config.vocab_size * (stored + 3 * 4)
     plain, checkpointed = (round(kept * (1 + forming)) + logits for kept in (traced.kept, traced.checkpointed))
     shape = ModelShape.of(model)
     table.requires_grad_(False)
@@ -129,7 +129,7 @@ def dry_run_vismem(
         rows=rows,
         length=whole,
         visual=visual,
-        generated=settings.max_words + latents,
+        generated=settings.max_new_tokens + latents,
         tokens_per_step=trajectories * whole,
         flops_per_step=flops * trajectories,
         traced=traced,

@@ -1,89 +1,88 @@
-"""How to train a latent vision memory: every knob of the two stages, its default, and where the default comes from."""
+"""How to train a latent vision memory: every setting of the two stages, its default and its meaning."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.train.run.fields import MEMORY, REWARD, RUN, STEPS, documented, setting
+from keepsight.train.run.settings import FOUR_BIT_HELP, TRACKERS_HELP
 
 SCHEDULES = ("cosine", "linear", "constant")
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class RlSettings:
     """What both stages share. Defaults are the paper's where it names them; "ours" marks what it does not.
 
-    Attributes:
-        epochs: passes over the prompts. Ignored if `max_steps` is set.
-        max_steps: optimiser steps.
-        batch_size: prompts per step, all processes together.
-        group_size: G, trajectories per prompt.
-        iterations: optimiser steps per batch of trajectories.
-        lr: peak learning rate (AdamW).
-        end_lr: of the rows of the end tokens; None: a tenth of `lr` (the paper says "lower").
-        warmup_ratio: share of the steps over which the learning rate rises.
-        scheduler: "cosine", "linear" or "constant".
-        weight_decay: of everything that is trained.
-        max_grad_norm: gradients are clipped to this norm (ours).
-        clip: of the ratio.
-        kl: coefficient of the KL penalty.
-        target_kl: KL per token above which the coefficient of the next step grows in proportion (the paper gives the
-            number and no rule); None: the coefficient stays.
-        gain: what is rewarded: "replay" is the paper's dS, score minus the score of the same beginning continued
-            without memory; "score" saves those rollouts (ours).
-        max_words: longest completion, in tokens of text; memories do not count.
-        temperature: of sampling.
-        max_invocations: at most so many per trajectory; None: the memory's own setting.
-        rows_per_rollout: trajectories written at once by one process.
-        rows_per_forward: trajectories in one forward and backward; changes memory and speed, not the result.
-        gradient_checkpointing: trade time for memory. None: on a GPU, but not where an incremental memory is formed,
-            whose kept keys and values cannot be computed twice.
-        dtype: of the base's weights; "auto" is the checkpoint's own. The memory is always trained in float32.
-        load_in_4bit: hold the decoder's linear maps in four bits (see `keepsight.train.run.four_bit`; ours).
-        device: "cpu" or "cuda"; None: the GPU if there is one.
-        seed: of initialisation, order of prompts, and sampling.
-        logging_steps, save_steps: how often to log and to save a checkpoint.
-        keep_checkpoints: how many checkpoints to keep; None keeps all.
-        report_to: trackers, e.g. ["tensorboard"].
+    Gradients are checkpointed by default on a GPU, but not where an incremental memory is formed, whose kept keys and
+    values cannot be computed twice. `end_lr`, of the end tokens' rows, is of stage II. The gradient norm is ours. The
+    paper gives `target_kl` and no rule for it.
     """
 
-    epochs: float = 2.0
-    max_steps: int | None = None
-    batch_size: int = 8
-    group_size: int = 16
-    iterations: int = 1
-    lr: float = 5e-5
+    epochs: float = setting(2.0, "Passes over the data.", STEPS, known_as=("--num-train-epochs",))
+    max_steps: int | None = setting(None, "Optimiser steps; overrides --epochs.", STEPS, known_as=("--steps",))
+    batch_size: int = setting(
+        8, "Questions per step, all processes together.", STEPS, known_as=("--per-device-train-batch-size",)
+    )
+    group_size: int = setting(
+        16, "G, trajectories per question.", REWARD, formerly=("--completions",), known_as=("--num-generations",)
+    )
+    iterations: int = setting(
+        1, "Optimiser steps per batch of trajectories.", STEPS, known_as=("--num-iterations", "--ppo-epochs")
+    )
+    lr: float = setting(5e-5, "Peak learning rate.", STEPS, known_as=("--learning-rate",))
     end_lr: float | None = None
-    warmup_ratio: float = 0.2
-    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    clip: float = 0.2
-    kl: float = 0.015
-    target_kl: float | None = 0.03
-    gain: Literal["replay", "score"] = "replay"
-    max_words: int = 512
-    temperature: float = 1.0
-    max_invocations: int | None = None
-    rows_per_rollout: int = 32
-    rows_per_forward: int = 4
-    gradient_checkpointing: bool | None = None
-    dtype: str = "auto"
-    load_in_4bit: bool = False
-    device: str | None = None
-    seed: int = 0
-    logging_steps: int = 1
-    save_steps: int = 20
-    keep_checkpoints: int | None = None
-    report_to: tuple[str, ...] = field(default=())
+    warmup_ratio: float = setting(0.2, "Share of the steps with a rising rate.", STEPS, known_as=("--warmup",))
+    scheduler: Literal["cosine", "linear", "constant"] = setting(
+        "cosine", "How the rate falls.", STEPS, known_as=("--lr-scheduler-type",)
+    )
+    weight_decay: float = setting(0.0, "Of everything that is trained.", STEPS)
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", STEPS, known_as=("--grad-clip",))
+    clip: float = setting(0.2, "How far the ratio may move.", STEPS, known_as=("--epsilon", "--clip-range"))
+    kl: float = setting(0.015, "Coefficient of the KL penalty; 0 for none.", STEPS, known_as=("--beta", "--kl-coef"))
+    target_kl: float | None = setting(
+        0.03, "KL per token above which the coefficient grows in proportion; 0 for never.", STEPS, zero_is_none=True
+    )
+    gain: Literal["replay", "score"] = setting(
+        "replay",
+        "replay: the paper's dS, score minus that of the same beginning continued without memory. score: the score "
+        "alone, which saves those rollouts (ours).",
+        REWARD,
+    )
+    max_new_tokens: int = setting(
+        512,
+        "Longest completion in tokens of text; memories do not count.",
+        REWARD,
+        formerly=("--max-words",),
+        known_as=("--max-completion-length",),
+    )
+    temperature: float = setting(1.0, "Of sampling.", REWARD)
+    max_invocations: int | None = setting(
+        None, "At most so many memories per trajectory. Default: the memory's own setting.", REWARD
+    )
+    rows_per_rollout: int = setting(
+        32, "Trajectories written at once by one process.", RUN, known_as=("--rollout-batch",)
+    )
+    rows_per_forward: int = setting(4, "Trajectories in one forward and backward: memory, not results.", RUN)
+    gradient_checkpointing: bool | None = setting(None, "Less memory, more time. Default: on a GPU.", RUN)
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "Of the base.", RUN, known_as=("--torch-dtype",))
+    load_in_4bit: bool = setting(False, FOUR_BIT_HELP, RUN, "--load-in-4bit", known_as=("--quantization-bit",))
+    device: Literal["cpu", "cuda"] | None = setting(None, "Default: the GPU if there is one.", RUN)
+    seed: int = setting(0, "Of initialisation, data order and sampling.", STEPS)
+    logging_steps: int = setting(1, "A line every so many steps.", RUN)
+    save_steps: int = setting(20, "A checkpoint every so many steps.", RUN)
+    keep_checkpoints: int | None = setting(
+        None, "How many checkpoints to keep. Default: all.", RUN, known_as=("--save-total-limit",)
+    )
+    report_to: tuple[str, ...] = setting((), TRACKERS_HELP, RUN)
 
     def __post_init__(self) -> None:
-        whole = ("batch_size", "iterations", "max_words", "rows_per_rollout", "rows_per_forward")
+        whole = ("batch_size", "iterations", "max_new_tokens", "rows_per_rollout", "rows_per_forward")
         for name in (*whole, "logging_steps", "save_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a whole number of at least 1.")
@@ -115,6 +114,8 @@ class RlSettings:
     @property
     def on_gpu(self) -> bool:
         """Whether training will run on a GPU."""
+        import torch
+
         return self.device != "cpu" and torch.cuda.is_available()
 
     def _probability(self, *names: str) -> None:
@@ -123,27 +124,28 @@ class RlSettings:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number from 0 to 1.")
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class FormationSettings(RlSettings):
     """Stage I: the memory learns what to remember; the policy is frozen and memory is invoked at random.
 
-    Attributes:
-        delimiter_share: curriculum: for this share of the steps memory is invoked after delimiters only, from then on
-            anywhere. (The paper has this order and no numbers.)
-        delimiter_probability: of an invocation after a delimiter, in the first part (ours).
-        anywhere_probability: of an invocation after any token, in the second part (ours).
-        warm_start_steps: label-free latent distillation before stage I (ours, not in the paper; see
-            `keepsight.train.vismem.warm_start`). 0: none.
-        warm_start_lr: its peak learning rate.
-        warm_start_batch: prompts per step of it.
+    The paper has the curriculum's order and no numbers; the probabilities are ours. See
+    `keepsight.train.vismem.warm_start` for the warm start, which is ours too.
     """
 
-    delimiter_share: float = 0.5
-    delimiter_probability: float = 0.25
-    anywhere_probability: float = 0.03
-    warm_start_steps: int = 0
-    warm_start_lr: float = 3e-3
-    warm_start_batch: int = 8
+    delimiter_share: float = setting(
+        0.5, "For this share of the steps memory is invoked after delimiters only.", MEMORY
+    )
+    delimiter_probability: float = setting(0.25, "Of an invocation there.", MEMORY)
+    anywhere_probability: float = setting(0.03, "Of an invocation after any token, from then on.", MEMORY)
+    warm_start_steps: int = setting(
+        0,
+        "Steps of label-free latent distillation before stage I. Ours, not in the paper; without it stage I "
+        "learned nothing of the image in our laboratory.",
+        MEMORY,
+    )
+    warm_start_lr: float = setting(3e-3, "Its peak learning rate.", MEMORY)
+    warm_start_batch: int = setting(8, "Questions per step of it.", MEMORY)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,26 +162,31 @@ class FormationSettings(RlSettings):
             )
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class InvocationSettings(RlSettings):
-    """Stage II: the policy learns when to invoke which memory; the memory is frozen.
+    """Stage II: the policy learns when to invoke which memory; the memory is frozen."""
 
-    Attributes:
-        train: what of the policy is trained: "tokens", the special tokens' embedding and head rows and biases; "lora",
-            those and low-rank adapters on the language model's attention.
-        lora_rank, lora_alpha: of those adapters.
-        alpha: strength of the penalties p_type and p_neg (not given in the paper).
-        invocation_cost: subtracted per invocation (ours; the paper's is 0). Without it a memory that never harms is
-            soon invoked always.
-        start_bias: added to the invocation tokens' logits at the start (ours), where they are too rare to be tried.
-    """
-
-    train: Literal["tokens", "lora"] = "tokens"
-    lora_rank: int = 16
-    lora_alpha: float = 32
-    alpha: float = 0.3
-    invocation_cost: float = 0.0
-    start_bias: float = 0.0
+    train: Literal["tokens", "lora"] = setting(
+        "tokens",
+        "What of the policy: the special tokens' rows and biases; or those and a LoRA on the language model's "
+        "attention.",
+        STEPS,
+    )
+    lora_rank: int = setting(16, "Of the policy's LoRA.", STEPS)
+    lora_alpha: float = setting(32, "Of the policy's LoRA.", STEPS)
+    end_lr: float | None = setting(
+        None, 'Of the end tokens\' rows. Default: a tenth of --lr (the paper says "lower").', STEPS
+    )
+    alpha: float = setting(0.3, "Strength of the penalties p_type and p_neg (the paper gives none).", REWARD)
+    invocation_cost: float = setting(
+        0.0,
+        "Subtracted per invocation. Ours; the paper's is 0, with which our laboratory learned to invoke always.",
+        REWARD,
+    )
+    start_bias: float = setting(
+        0.0, "Added to the invocation tokens' logits at the start, where they are too rare.", MEMORY
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

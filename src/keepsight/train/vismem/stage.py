@@ -142,7 +142,7 @@ class Stage(ABC):
                 batch.trajectories,
                 shadow_seeds(batch.seeds, kind),
                 kind,
-                max_words=settings.max_words,
+                max_words=settings.max_new_tokens,
                 max_invocations=settings.max_invocations,
                 temperature=settings.temperature,
                 rows_per_call=settings.rows_per_rollout,

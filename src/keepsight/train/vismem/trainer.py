@@ -125,7 +125,7 @@ class VisMemTrainer:
                 [question.inputs for question in asked],
                 [row_seed(settings.seed, "evaluation", place) for place in places],
                 policy,
-                max_words=settings.max_words,
+                max_words=settings.max_new_tokens,
                 temperature=settings.temperature,
             )
             scores, each = self._score(asked, trajectories)
@@ -173,7 +173,7 @@ class VisMemTrainer:
                 seeds,
                 self.stage.policy(step / self.steps),
                 copies=settings.group_size,
-                max_words=settings.max_words,
+                max_words=settings.max_new_tokens,
                 temperature=settings.temperature,
                 rows_per_call=settings.rows_per_rollout,
                 shadow_seeds=shadow_seeds(seeds) if self.stage.wants_shadows else None,

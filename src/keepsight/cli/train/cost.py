@@ -1,4 +1,4 @@
-"""`keepsight train`: one command for each stage of each method, and what runs have cost."""
+"""`keepsight train cost`: what training runs have cost, side by side."""
 
 from __future__ import annotations
 
@@ -6,19 +6,7 @@ from typing import Annotated
 
 import typer
 
-from keepsight.cli import train_grpo, train_pvm, train_vismem
 from keepsight.cli.console import out, with_examples
-
-train_app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, no_args_is_help=True)
-
-
-@train_app.callback()
-def _train() -> None:
-    """Teach a memory on your images and conversations, or on questions whose answers can be checked.
-
-    Every command checks data, settings and folder before the first step, can be killed and resumed, and tells with
-    --dry-run what it needs.
-    """
 
 
 @with_examples(
@@ -39,10 +27,3 @@ def cost(
         print(accounting.markdown(runs), end="")
     else:
         out.print(accounting.table(runs), markup=False)
-
-
-train_app.command("pvm")(train_pvm.pvm)
-train_app.command("pvm-grpo")(train_grpo.pvm_grpo)
-train_app.command("vismem-formation")(train_vismem.formation)
-train_app.command("vismem-invocation")(train_vismem.invocation)
-train_app.command("cost")(cost)

@@ -1,0 +1,197 @@
+"""Options made of dataclasses: a setting's default, help and name stand in the dataclass alone.
+
+A command takes dataclasses as parameters; on the command line every field that was declared with `setting` is an option
+of its own, and `--config` and `--save-config` read and write them all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+from keepsight.cli.console import UsageError, first_of_all, listen_to_warnings
+from keepsight.errors import KeepsightError
+from keepsight.train.run.fields import PANELS, RUN, Setting, setting_of
+
+_HERE = ("config", "save_config")  # about this call, as is what follows: not saved
+_NOT_SAVED = (*_HERE, "resume", "overwrite", "dry_run")
+
+
+def settings_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorator: give a command an option for every field of the dataclasses among its parameters."""
+    plain, groups, made = [], {}, []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if is_dataclass(parameter.annotation):
+            groups[parameter.name] = parameter.annotation
+            made += [(found.panel, _option(kind, item, found)) for kind, item, found in _settings(parameter.annotation)]
+        else:
+            plain.append(parameter)
+    made += [(RUN, parameter) for parameter in _FILES]
+    made.sort(key=lambda one: PANELS.index(one[0]))
+    every = [*plain, *(parameter for _, parameter in made)]
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        listen_to_warnings()
+        if given["save_config"] is not None and first_of_all():
+            _save(given["save_config"], given)
+        values = {parameter.name: given[parameter.name] for parameter in plain}
+        command(**values, **{name: _filled(kind, given) for name, kind in groups.items()})
+
+    call.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
+    return call
+
+
+def _settings(kind: type) -> Iterable[tuple[type, Field, Setting]]:
+    return ((kind, item, found) for item in fields(kind) if (found := setting_of(item)) is not None)
+
+
+def _option(kind: type, item: Field, found: Setting) -> inspect.Parameter:
+    """The parameter from which typer makes a field's option."""
+    annotation, default = get_type_hints(kind)[item.name], item.default
+    assert default is not MISSING
+    several = default is not None and isinstance(default, tuple)
+    if several:
+        annotation, default = list[str], list(default)  # type: ignore[arg-type]
+    option = typer.Option(
+        *found.names, help=found.help, rich_help_panel=found.panel, show_default=not several and default is not False
+    )
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
+    )
+
+
+def _filled(kind: type, given: dict[str, Any]) -> Any:
+    values = {}
+    for _, item, found in _settings(kind):
+        value = given[item.name]
+        if isinstance(item.default, tuple):
+            value = tuple(value or ())
+        elif found.zero_is_none and value == 0:
+            value = None
+        values[item.name] = value
+    return kind(**values)
+
+
+def is_default(options: Any, name: str) -> bool:
+    """Whether a field of a dataclass holds its default."""
+    return getattr(options, name) == next(item.default for item in fields(options) if item.name == name)
+
+
+def _read(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the settings in a file as defaults of the options that are not given."""
+    if path is None or context.resilient_parsing:
+        return path
+    import yaml
+
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise KeepsightError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(read, dict):
+        raise KeepsightError(f"--config {path}: expected settings, one a line, such as `lr: 0.0001`.")
+    options = {parameter.name: parameter for parameter in context.command.params}
+    renamed = {old.lstrip("-").replace("-", "_"): name for name, found in _known(context) for old in found.formerly}
+    values = {}
+    for key, value in read.items():
+        name = str(key).replace("-", "_")
+        name = renamed.get(name, name)
+        if name not in options or name in _HERE:
+            near = difflib.get_close_matches(name, options, 1)
+            raise KeepsightError(
+                f"--config {path}: {context.command_path} has no setting {str(key)!r}."
+                + (f" Did you mean {near[0]!r}?" if near else f" They are listed in {context.command_path} --help.")
+            )
+        several = options[name].multiple if hasattr(options[name], "multiple") else False
+        if value is None and options[name].default is not None:
+            raise KeepsightError(f"--config {path}: {key} has no value. Leave the line out for the default.")
+        if several and not isinstance(value, list):
+            value = [value]
+        elif isinstance(value, list) and not several:
+            value = ",".join(str(part) for part in value)  # layers: [8, 16]
+        values[name] = value
+    context.default_map = values
+    return path
+
+
+def _save(path: Path, given: dict[str, Any]) -> None:
+    import yaml
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, (list, tuple)) else str(value) if isinstance(value, Path) else value
+
+    kept = {name: plain(value) for name, value in given.items() if name not in _NOT_SAVED and value is not None}
+    text = f"# keepsight {' '.join(sys.argv[1:3])} --config {path}\n" + yaml.safe_dump(kept, sort_keys=False)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise KeepsightError(f"--save-config {path} is there already and holds something else. Choose another name.")
+    path.write_text(text, encoding="utf-8")
+
+
+_FILES = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, option])
+    for name, option in (
+        (
+            "config",
+            typer.Option(
+                help="Read settings from a YAML file; what is given here counts more.",
+                rich_help_panel=RUN,
+                is_eager=True,
+                callback=_read,
+                exists=True,
+                dir_okay=False,
+            ),
+        ),
+        ("save_config", typer.Option(help="Write all settings to a YAML file for --config.", rich_help_panel=RUN)),
+    )
+]
+
+
+def _known(context: typer.Context) -> Iterable[tuple[str, Setting]]:
+    return getattr(context.command, "settings", {}).items()
+
+
+class SettingsCommand(TyperCommand):
+    """A command made by `settings_options`, which takes former names of its options and knows what others call them."""
+
+    settings: dict[str, Setting]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse, with former names replaced; a name that others use is answered with ours."""
+        former = {old: self._name(name) for name, found in self.settings.items() for old in found.formerly}
+        words = []
+        for word in args:
+            name, equals, value = word.partition("=")
+            words.append(former.get(name, name) + equals + value)
+        try:
+            return super().parse_args(ctx, words)
+        except UsageError as error:
+            wrong = getattr(error, "option_name", None)
+            ours = {other: self._name(name) for name, found in self.settings.items() for other in found.known_as}
+            if hasattr(error, "possibilities") and wrong in ours:
+                error.possibilities = [ours[wrong]]
+            raise
+
+    def _name(self, field: str) -> str:
+        return next(parameter.opts[0] for parameter in self.params if parameter.name == field)
+
+
+def settings_command(app: typer.Typer, name: str, command: Callable[..., None]) -> None:
+    """Add a command with `settings_options` to a group."""
+    found = {
+        item.name: known
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        if is_dataclass(parameter.annotation)
+        for _, item, known in _settings(parameter.annotation)  # type: ignore[arg-type]
+    }
+    made = type("Command", (SettingsCommand,), {"settings": found})
+    app.command(name, cls=made)(settings_options(command))

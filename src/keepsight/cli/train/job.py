@@ -1,0 +1,167 @@
+"""What the commands that train ask alike: data, folder and memory. How to train is in the settings of each stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from keepsight.cli.console import UsageError, first_of_all, warn
+from keepsight.cli.options import is_default
+from keepsight.errors import KeepsightError
+from keepsight.train.rewards import DEFAULT_REWARDS
+from keepsight.train.run.fields import DATA, MEMORY, REWARD, RUN, setting
+from keepsight.train.run.settings import REWARDS_HELP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train on, and where to."""
+
+    dataset: str | None = setting(
+        None,
+        "A .jsonl, .json, .csv or .parquet file, a dataset folder, or a hub id.",
+        DATA,
+        "--data",
+        "--dataset",
+        "-d",
+        known_as=("--train-file", "--data-path"),
+    )
+    eval_dataset: str | None = setting(None, "Data for evaluation.", DATA, known_as=("--eval-data",))
+    eval_split: str | None = setting(None, "Which split of --eval-dataset. Default: as --split.", DATA)
+    split: str = setting("train", "Which split of the dataset, if it has several.", DATA)
+    check: Literal["full", "quick"] = setting(
+        "full", "full opens every image before training; quick only looks whether it is there.", DATA
+    )
+    output_dir: Path | None = setting(
+        None, "Gets checkpoints and the result.", RUN, "--output-dir", "-o", known_as=("--out", "--output")
+    )
+    resume: bool = setting(
+        False,
+        "Go on from the last whole checkpoint in --output-dir.",
+        RUN,
+        "--resume",
+        known_as=("--resume-from-checkpoint",),
+    )
+    overwrite: bool = setting(
+        False,
+        "Start anew; what is there is moved aside, not deleted.",
+        RUN,
+        "--overwrite",
+        known_as=("--overwrite-output-dir",),
+    )
+    control: tuple[str, ...] = setting(
+        (),
+        "Then train the same without the memory, and set both side by side: lora, mlp, sft, none (the base), several "
+        "with commas; sft=1e-5 for a learning rate of its own.",
+        RUN,
+    )
+    dry_run: bool = setting(
+        False, "Train nothing: print what would be trained, the memory it needs, and one traced step.", RUN, "--dry-run"
+    )
+    tokens: int | None = setting(
+        None, "With --dry-run: tokens of a sample. Default: the longest of the data, else 2048.", RUN
+    )
+
+    def checked(self) -> tuple[str, Path]:
+        """Data and folder; refuses what contradicts itself or is missing."""
+        if self.resume and self.overwrite:
+            raise KeepsightError("--resume goes on with a run and --overwrite starts anew; give one of them.")
+        if self.dataset is None or self.output_dir is None:
+            asked = (("--data", self.dataset), ("--output-dir", self.output_dir))
+            missing = " and ".join(name for name, value in asked if value is None)
+            raise UsageError(f"Missing option {missing}; only --dry-run does without")
+        return self.dataset, self.output_dir
+
+    def named(self, *names: str) -> dict[str, Any]:
+        """What training functions take by name, and `names` beside it."""
+        return {
+            name: getattr(self, name)
+            for name in ("split", "eval_dataset", "eval_split", "check", "resume", "overwrite", *names)
+        }
+
+    def warn_of_idle(self, settings: Any) -> None:
+        """Warn of options that have no effect as the others are."""
+        evaluates = self.eval_dataset is not None
+        idle = {
+            "--tokens": not self.dry_run and self.tokens is not None and "without --dry-run",
+            "--control": self.dry_run and self.control and "with --dry-run, which is of the memory's own run",
+            "--eval-split": not evaluates and self.eval_split is not None and "without --eval-dataset",
+            "--eval-steps": not (evaluates or self.control)
+            and getattr(settings, "eval_steps", None) is not None
+            and "without --eval-dataset",
+            "--warm-start-lr": not getattr(settings, "warm_start_steps", 1)
+            and not is_default(settings, "warm_start_lr")
+            and "without --warm-start-steps",
+        }
+        for name, why in idle.items():
+            if why and first_of_all():
+                warn(f"{name} has no effect {why}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisMemJob(Job):
+    """The same for a VisMem's stages."""
+
+    text_only: Literal["error", "skip", "keep"] = setting(
+        "error", "What to do with samples without an image (they have long-term memory only).", DATA
+    )
+    rewards: tuple[str, ...] = setting(DEFAULT_REWARDS, REWARDS_HELP, REWARD, "--reward")
+    control: tuple[str, ...] = setting(
+        (),
+        "Then train the same without the memory, and set both side by side: lora (as many parameters as the memory), "
+        "sft (the whole language model), none (the base), several with commas; sft=1e-5 for a rate of its own.",
+        RUN,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PvmOptions:
+    """A PVM's settings. Defaults are PvmConfig's, which is slow to import."""
+
+    layers: str | None = setting(None, "Decoder layers that get a block, e.g. 8,16,24. Default: as the paper.", MEMORY)
+    width: int | None = setting(None, "Latent width. Default: 512, or what fits.", MEMORY)
+    causal: bool = setting(
+        True,
+        "Text reads the images before it, or (as published) all images.",
+        MEMORY,
+        "--causal/--published-rule",
+    )
+
+    def config(self) -> Any:
+        """The PvmConfig."""
+        from keepsight.pvm import PvmConfig
+
+        return PvmConfig(layers=self._layers(), width=self.width, causal=self.causal)
+
+    def given(self) -> Any:
+        """The PvmConfig; None where nothing was asked for."""
+        return None if all(is_default(self, name) for name in ("layers", "width", "causal")) else self.config()
+
+    def _layers(self) -> list[int] | None:
+        if self.layers is None:
+            return None
+        try:
+            return [int(part) for part in self.layers.replace(" ", ",").split(",") if part]
+        except ValueError as error:
+            raise KeepsightError(
+                f"--layers {self.layers}: expected numbers with commas between them, such as 8,16,24."
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisMemOptions:
+    """A VisMem's settings. Defaults are VisMemConfig's, which is slow to import."""
+
+    num_queries: int = setting(8, "K, queries that the query builder makes.", MEMORY)
+    num_short: int = setting(8, "N_s, latents of a short-term memory.", MEMORY)
+    num_long: int = setting(16, "N_l, latents of a long-term memory.", MEMORY)
+    form: Literal["literal", "incremental"] = setting(
+        "literal", "literal: as published. incremental: an invocation costs only its own positions.", MEMORY
+    )
+    max_text_states: int | None = setting(
+        None,
+        "Form memories from the latest so many text states only. Default: all, as the paper; with long outputs the "
+        "long-term former then loses the image as the model does. The laboratory needed 8.",
+        MEMORY,
+    )

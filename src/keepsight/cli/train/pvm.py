@@ -1,0 +1,50 @@
+"""`keepsight train pvm`: teach a memory on your images and conversations, by supervised fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from keepsight.cli.console import quiet, with_examples
+from keepsight.cli.train.job import Job, PvmOptions
+from keepsight.cli.train.showing import print_log, print_report, run_and_report, show_dry_run
+from keepsight.train.run.settings import SftSettings
+
+
+@with_examples(
+    (
+        "a file with one JSON object per line: images and messages",
+        "keepsight train pvm Qwen/Qwen3-VL-4B-Instruct -d train.jsonl -o my-memory",
+    ),
+    ("is the file good?", "keepsight data check train.jsonl --model Qwen/Qwen3-VL-4B-Instruct"),
+    ("will it fit? (no weights are read)", "keepsight train pvm Qwen/Qwen3-VL-4B-Instruct --dry-run"),
+    (
+        "try it in a minute on the tiny model that is built in",
+        "keepsight train pvm keepsight/reference -d train.jsonl -o try --max-steps 50 --lr 3e-3",
+    ),
+    ("go on where a run stopped", "keepsight train pvm Qwen/Qwen3-VL-4B-Instruct -d train.jsonl -o my-memory --resume"),
+    ("is it better than fine-tuning on the same data?", "keepsight train pvm ... --control lora,sft,none"),
+    ("the look-up forms sooner if the base is blindfolded at first", "keepsight train pvm ... --blindfold-steps 200"),
+    ("on eight GPUs", "accelerate launch --num_processes 8 -m keepsight.cli train pvm ..."),
+)
+def pvm(
+    source: Annotated[str, typer.Argument(help="The base: a VLM's folder or hub id, or keepsight/reference.")],
+    job: Job,
+    memory: PvmOptions,
+    settings: SftSettings,
+) -> None:
+    """Train a persistent visual memory on a frozen VLM (supervised fine-tuning through TRL).
+
+    Samples are chats with images: "messages" and "images", or "prompt", "answer" and "image". The loss is on the
+    assistant's words. Data, settings and output folder are checked completely before the first step. Defaults follow
+    the PVM paper's first stage.
+    """
+    quiet()
+    config = memory.config()
+    job.warn_of_idle(settings)
+    if job.dry_run:
+        return show_dry_run(source, settings, config, job)
+    from keepsight.train.pvm.sft import train_pvm
+
+    return run_and_report(train_pvm, source, job, print_log, print_report, pvm=config, settings=settings)
