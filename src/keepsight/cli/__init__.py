@@ -74,16 +74,12 @@ Every command explains itself: [cyan]keepsight train pvm --help[/cyan]
 class LazyGroup(TyperGroup):
     """A group whose commands are imported when they are called, inside a border that turns errors into messages."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Names in the order of the table."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A stand-in that knows its one line of help; enough for listing."""
-        if cmd_name not in COMMANDS:
-            return None
-        _, _, line, panel = COMMANDS[cmd_name]
-        return TyperCommand(cmd_name, help=line, rich_help_panel=panel)
+    def __init__(self, *args: Any, **more: Any):
+        super().__init__(*args, **more)
+        # Stand-ins that know their one line of help: enough for listing, and for "did you mean".
+        self.commands = {
+            name: TyperCommand(name, help=line, rich_help_panel=panel) for name, (_, _, line, panel) in COMMANDS.items()
+        }
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The real command, for calling."""
@@ -106,13 +102,22 @@ class LazyGroup(TyperGroup):
                 context = getattr(error, "ctx", None)
                 path = context.command_path if context is not None else "keepsight"
                 if error.format_message():  # empty where the help has been printed instead
-                    fail(f"{error.format_message().rstrip('.')}. How to use it: {path} --help")
+                    fail(f"{_asked(error)} How to use it: {path} --help")
                 raise SystemExit(error.exit_code) from error
             finally:
                 os.environ.pop("KEEPSIGHT_DEBUG", None)
             if status == 130:
                 raise KeyboardInterrupt
         raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _asked(error: Any) -> str:
+    """What is wrong with the command line, as a sentence, and what was meant."""
+    near = getattr(error, "possibilities", None)
+    if near:
+        return f"{error.message.rstrip('.')}. Did you mean {' or '.join(near)}?"
+    sentence = error.format_message().rstrip(".")
+    return sentence if sentence.endswith("?") else f"{sentence}."
 
 
 def _load(name: str) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
@@ -28,11 +27,14 @@ _NOT_SAVED = (*_HERE, "resume", "overwrite", "dry_run")
 
 def settings_options(command: Callable[..., None]) -> Callable[..., None]:
     """Decorator: give a command an option for every field of the dataclasses among its parameters."""
-    plain, groups, made = [], {}, []
+    plain: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    made: list[tuple[str, inspect.Parameter]] = []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        if is_dataclass(parameter.annotation):
-            groups[parameter.name] = parameter.annotation
-            made += [(found.panel, _option(kind, item, found)) for kind, item, found in _settings(parameter.annotation)]
+        kind = parameter.annotation
+        if is_dataclass(kind):
+            groups[parameter.name] = kind
+            made += [(found.panel, _option(kind, item, found)) for item, found in _settings(kind)]
         else:
             plain.append(parameter)
     made += [(RUN, parameter) for parameter in _FILES]
@@ -42,27 +44,28 @@ def settings_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def call(**given: Any) -> None:
         listen_to_warnings()
+        values = {parameter.name: given[parameter.name] for parameter in plain}
+        values |= {name: _filled(kind, given) for name, kind in groups.items()}
         if given["save_config"] is not None and first_of_all():
             _save(given["save_config"], given)
-        values = {parameter.name: given[parameter.name] for parameter in plain}
-        command(**values, **{name: _filled(kind, given) for name, kind in groups.items()})
+        command(**values)
 
     call.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
     return call
 
 
-def _settings(kind: type) -> Iterable[tuple[type, Field, Setting]]:
-    return ((kind, item, found) for item in fields(kind) if (found := setting_of(item)) is not None)
+def _settings(kind: Any) -> Iterable[tuple[Field, Setting]]:
+    return ((item, found) for item in fields(kind) if (found := setting_of(item)) is not None)
 
 
-def _option(kind: type, item: Field, found: Setting) -> inspect.Parameter:
+def _option(kind: Any, item: Field, found: Setting) -> inspect.Parameter:
     """The parameter from which typer makes a field's option."""
     annotation, default = get_type_hints(kind)[item.name], item.default
     assert default is not MISSING
     several = default is not None and isinstance(default, tuple)
     if several:
-        annotation, default = list[str], list(default)  # type: ignore[arg-type]
+        annotation, default = list[str], list(default)
     option = typer.Option(
         *found.names, help=found.help, rich_help_panel=found.panel, show_default=not several and default is not False
     )
@@ -71,9 +74,9 @@ def _option(kind: type, item: Field, found: Setting) -> inspect.Parameter:
     )
 
 
-def _filled(kind: type, given: dict[str, Any]) -> Any:
+def _filled(kind: Any, given: dict[str, Any]) -> Any:
     values = {}
-    for _, item, found in _settings(kind):
+    for item, found in _settings(kind):
         value = given[item.name]
         if isinstance(item.default, tuple):
             value = tuple(value or ())
@@ -131,7 +134,7 @@ def _save(path: Path, given: dict[str, Any]) -> None:
         return list(value) if isinstance(value, (list, tuple)) else str(value) if isinstance(value, Path) else value
 
     kept = {name: plain(value) for name, value in given.items() if name not in _NOT_SAVED and value is not None}
-    text = f"# keepsight {' '.join(sys.argv[1:3])} --config {path}\n" + yaml.safe_dump(kept, sort_keys=False)
+    text = f"# to be read with --config {path}\n" + yaml.safe_dump(kept, sort_keys=False)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise KeepsightError(f"--save-config {path} is there already and holds something else. Choose another name.")
     path.write_text(text, encoding="utf-8")
@@ -191,7 +194,7 @@ def settings_command(app: typer.Typer, name: str, command: Callable[..., None]) 
         item.name: known
         for parameter in inspect.signature(command, eval_str=True).parameters.values()
         if is_dataclass(parameter.annotation)
-        for _, item, known in _settings(parameter.annotation)  # type: ignore[arg-type]
+        for item, known in _settings(parameter.annotation)
     }
     made = type("Command", (SettingsCommand,), {"settings": found})
     app.command(name, cls=made)(settings_options(command))

@@ -73,12 +73,10 @@ class Job:
             raise UsageError(f"Missing option {missing}; only --dry-run does without")
         return self.dataset, self.output_dir
 
-    def named(self, *names: str) -> dict[str, Any]:
-        """What training functions take by name, and `names` beside it."""
-        return {
-            name: getattr(self, name)
-            for name in ("split", "eval_dataset", "eval_split", "check", "resume", "overwrite", *names)
-        }
+    def named(self) -> dict[str, Any]:
+        """What training functions take under the same name."""
+        names = ("split", "eval_dataset", "eval_split", "check", "resume", "overwrite")
+        return {name: getattr(self, name) for name in names}
 
     def warn_of_idle(self, settings: Any) -> None:
         """Warn of options that have no effect as the others are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -47,4 +48,5 @@ def pvm(
         return show_dry_run(source, settings, config, job)
     from keepsight.train.pvm.sft import train_pvm
 
-    return run_and_report(train_pvm, source, job, print_log, print_report, pvm=config, settings=settings)
+    train = partial(train_pvm, pvm=config, settings=settings)
+    return run_and_report(train, source, job, print_log, print_report)

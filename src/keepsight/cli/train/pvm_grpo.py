@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
@@ -67,5 +68,5 @@ def pvm_grpo(
         return show_dry_run(source, settings, config, job, memory.policy, memory.lora_rank)
     from keepsight.train.pvm.grpo import train_pvm_grpo
 
-    learning = {"pvm": config, "policy": memory.policy, "lora_rank": memory.lora_rank}
-    return run_and_report(train_pvm_grpo, source, job, print_log, print_report, settings=settings, **learning)
+    train = partial(train_pvm_grpo, pvm=config, policy=memory.policy, lora_rank=memory.lora_rank, settings=settings)
+    return run_and_report(train, source, job, print_log, print_report)

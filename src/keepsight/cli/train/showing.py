@@ -62,17 +62,15 @@ def run_and_report(
     job: Job,
     print_log: Callable[[dict[str, float], int, int], None],
     print_report: Callable[[Any, str], None],
-    **options: Any,
 ) -> None:
     """Train, and show what comes of it.
 
     Args:
-        train: the training function of a stage.
+        train: the training function of a stage, with all that is not in `job`.
         source: of the model.
         job: data, folder, and what is done with them.
         print_log: shows the values of a step.
         print_report: shows the report, of this source.
-        options: for `train`, beside what `job` holds.
     """
     from keepsight.train.run.controls import parse_controls
     from keepsight.train.run.preflight import silent
@@ -89,7 +87,6 @@ def run_and_report(
             on_log=print_log,
             on_check=CheckProgress() if first else None,
             **job.named(),
-            **options,
         )
     except KeyboardInterrupt as stop:
         raise Interrupted(_how_to_go_on(folder)) from stop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -48,7 +49,7 @@ def formation(
     from keepsight.checkpoints.adapters import find_adapter
     from keepsight.vismem import VisMemConfig
 
-    config = VisMemConfig(**asdict(memory))
+    config: VisMemConfig | None = VisMemConfig(**asdict(memory))
     if find_adapter(source) is not None:
         changed = [f"--{name.replace('_', '-')}" for name in asdict(memory) if not is_default(memory, name)]
         if changed:
@@ -60,6 +61,7 @@ def formation(
         return show_vismem_dry_run(source, settings, config, job)
     from keepsight.train.vismem.train import train_vismem_formation
 
-    shown = (print_vismem_log, print_vismem_report)
-    given = {"rewards": job.rewards, "text_only": job.text_only, "settings": settings, "vismem": config}
-    return run_and_report(train_vismem_formation, source, job, *shown, **given)
+    train = partial(
+        train_vismem_formation, vismem=config, rewards=job.rewards, text_only=job.text_only, settings=settings
+    )
+    return run_and_report(train, source, job, print_vismem_log, print_vismem_report)

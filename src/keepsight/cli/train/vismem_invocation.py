@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -36,6 +37,5 @@ def invocation(
         return show_vismem_dry_run(source, settings, None, job)
     from keepsight.train.vismem.train import train_vismem_invocation
 
-    shown = (print_vismem_log, print_vismem_report)
-    given = {"rewards": job.rewards, "text_only": job.text_only, "settings": settings}
-    return run_and_report(train_vismem_invocation, source, job, *shown, **given)
+    train = partial(train_vismem_invocation, rewards=job.rewards, text_only=job.text_only, settings=settings)
+    return run_and_report(train, source, job, print_vismem_log, print_vismem_report)

@@ -49,7 +49,7 @@ def setting(
 ) -> T:
     """A field with this default, which is an option of the command line; see `Setting`."""
     found = Setting(help, panel, names, formerly, known_as, zero_is_none)
-    return field(default=default, metadata={_KEY: found})  # type: ignore[no-any-return, call-overload]
+    return field(default=default, metadata={_KEY: found})
 
 
 def setting_of(item: Field) -> Setting | None:
