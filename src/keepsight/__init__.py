@@ -18,7 +18,8 @@ from keepsight.errors import (
 if TYPE_CHECKING:
     from keepsight import diagnose as diagnose
     from keepsight.checkpoints.load import load
-    from keepsight.pvm import PvmConfig, memory_off
+    from keepsight.peft_method import memory_off
+    from keepsight.pvm import PvmConfig
     from keepsight.vismem import MemoryPolicy, VisMemConfig, add_memory_tokens
 
 __all__ = [
@@ -44,7 +45,7 @@ _DEFINED_IN = {
     "VisMemConfig": "keepsight.vismem",
     "add_memory_tokens": "keepsight.vismem",
     "load": "keepsight.checkpoints.load",
-    "memory_off": "keepsight.pvm",
+    "memory_off": "keepsight.peft_method",
 }
 
 
