@@ -8,7 +8,8 @@ ADAPTER is a folder or hub id of a memory for the built-in VLM, such as `keepsig
 import sys
 
 import keepsight
-from keepsight.diagnose import AttentionMeter, Battery, Reader, fit_trace, lab_cases, logit_lens, memory_of
+from keepsight.diagnose import AttentionMeter, Battery, Reader, fit_trace, logit_lens, memory_of
+from keepsight.lab.cases import lab_cases
 
 
 def main(source: str = "keepsight/reference") -> None:

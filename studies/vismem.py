@@ -21,9 +21,9 @@ from keepsight.backbone import Backbone
 from keepsight.compat import cache_argument, find_output_cache
 from keepsight.lab.evaluation import SCORED
 from keepsight.lab.narration import Narrations
-from keepsight.train.vismem.warm_start import watch_visual_embeddings
 from keepsight.vismem import VisMemBranch, VisMemConfig, add_memory_tokens
 from keepsight.vismem import scope as vismem_scope
+from keepsight.vismem.embeddings import watch_visual_embeddings
 from keepsight.vismem.memory import Formation, Sight, read_sights
 from keepsight.vismem.module import match_rms
 from keepsight.vismem.tokens import MemoryTokens

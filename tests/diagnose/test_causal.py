@@ -12,11 +12,12 @@ from forced import forced_open
 from helpers import attach, with_continuation
 
 from keepsight.compat import cache_argument, find_output_cache
-from keepsight.diagnose import Battery, Reader, lab_cases, memory_of
+from keepsight.diagnose import Battery, Reader, memory_of
 from keepsight.diagnose.battery.verdict import verdict_from
-from keepsight.diagnose.memories.memory import remembered
+from keepsight.diagnose.memories.pvm import remembered
 from keepsight.diagnose.memories.tampering import matched_noise, mixed_from, taken_from
 from keepsight.diagnose.statistics import Estimate, estimate
+from keepsight.lab.cases import lab_cases
 from keepsight.pvm import memory_off, replace_memory, swap_memory
 
 LONG = 2048

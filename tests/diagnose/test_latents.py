@@ -27,14 +27,14 @@ from keepsight.diagnose import (
     Settings,
     VisMemHandle,
     examine,
-    lab_cases,
     memory_of,
     watch_forming,
 )
 from keepsight.diagnose.battery.invocations import repetition, tenth
 from keepsight.diagnose.battery.linear import linear_probe, shuffled
-from keepsight.diagnose.memories.latents import forced, parsed
+from keepsight.diagnose.memories.invoked import forced, parsed
 from keepsight.errors import KeepsightError
+from keepsight.lab.cases import DigitGrids, lab_cases
 from keepsight.vismem import replace_latents, splice
 
 PLAN = ((0, "long"), (3, "short"), (3, "long"), (9, "short"))
@@ -103,7 +103,7 @@ def test_meter_sees_the_latents(tiny: Any) -> None:
     placed = memory.place(output.text, plan)
     steps = meter.trace.steps.tolist()
     # the prompt's last position, then everything that is fed one by one, then the end of each memory
-    ends = [start + memory.length(kind) + 2 for start, (_, kind) in zip(placed.starts, plan, strict=True)]
+    ends = [start + memory.sizes[kind] + 2 for start, (_, kind) in zip(placed.starts, plan, strict=True)]
     one_by_one = [at + 1 for at in (*placed.slots[:-1].tolist(), *placed.starts)]
     assert steps == sorted({0, *one_by_one, *ends})
     longer = reader.with_text(inputs, placed.ids)
@@ -131,7 +131,7 @@ def test_forming_attention_is_a_share(tiny: Any, kind: str, form: str) -> None:
     finally:
         config.form = before
     assert found is not None
-    assert found.image.shape == (len(found.layers), memory.length(kind))
+    assert found.image.shape == (len(found.layers), memory.sizes[kind])
     assert (found.image > 0).all()
     assert (found.image < 1).all()
     if found.where is not None:
@@ -188,7 +188,7 @@ def test_untrained_memory_is_not_used(warm: tuple[Any, Any], references: bool) -
 def test_probe_reads_the_warm_memory_and_not_shuffled_labels(warm: tuple[Any, Any]) -> None:
     reader = Reader(*warm)
     memory = memory_of(reader.model)
-    _, long = run(Probe(reader, memory, images=192))
+    _, long = run(Probe(reader, memory, images=192, task=DigitGrids.of(reader.processor)))
     assert long.trained
     assert not long.near_constant
     digits = long.facts[0]
@@ -204,7 +204,7 @@ def test_constant_latents_are_called_so(warm: tuple[Any, Any]) -> None:
     reader = Reader(*warm)
     same = torch.randn(1, 16, 96)
     with replace_latents(lambda kind, latents: same.expand_as(latents)):
-        for probe in run(Probe(reader, memory_of(reader.model), images=96)):
+        for probe in run(Probe(reader, memory_of(reader.model), images=96, task=DigitGrids.of(reader.processor))):
             assert probe.near_constant
             assert "near-constant" in probe.summary[0]
             assert not any(fact.is_read for fact in probe.facts)

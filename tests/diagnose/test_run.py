@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keepsight.diagnose import LengthScore, Reader, Sample, Settings, examine, lab_cases, read_dataset, read_results
+from keepsight.diagnose import LengthScore, Reader, Sample, Settings, examine, read_dataset, read_results
 from keepsight.diagnose.battery.lengths import contains
 from keepsight.diagnose.report import render_report
 from keepsight.diagnose.report.plots import save_plots
 from keepsight.errors import KeepsightError
+from keepsight.lab.cases import DigitGrids, lab_cases
+from keepsight.lab.narration import DIGITS, TOKEN
 
 QUICK = Settings(steps=24, causal_steps=16, samples=2)
 
@@ -31,7 +33,7 @@ def saved(diagnosis: Any, folder: Path) -> dict[str, Any]:
 
 def test_base_falls_and_has_no_memory(reference: tuple[Any, Any], tmp_path: Path) -> None:
     """With no arguments at all but fewer samples."""
-    found = examine(*reference, settings=Settings(steps=192, samples=2, curves=3))
+    found = examine(*reference, settings=Settings(steps=192, samples=2, curves=3), task=DigitGrids.of(reference[1]))
     assert found.written.decay.high < 0, found.written.decay.sentence
     assert found.causal.verdict.word == "no memory attached"
     assert found.written_off is None
@@ -137,7 +139,7 @@ def test_score_by_length_finds_the_fall_and_the_gain(with_memory: tuple[Any, Any
 def test_free_answers_are_scored_by_containment(reference: tuple[Any, Any]) -> None:
     reader = Reader(*reference)
     case = lab_cases(reader.processor, 1, 32)[0]
-    digit = str(int(case.digits[0]))
+    digit = DIGITS[int(case.facts[0]) - TOKEN[DIGITS[0]]]
     samples = [Sample("read", case.sample.images, answer=f"a1 {digit}")] * 4
     samples += [Sample("read", case.sample.images, answer="d9")] * 4
     score = LengthScore(reader, samples=samples, steps=64)

@@ -114,6 +114,7 @@ def diagnose(
     from keepsight.diagnose.results import Diagnosis
     from keepsight.diagnose.run import examine
     from keepsight.diagnose.settings import Settings
+    from keepsight.lab.cases import DigitGrids
 
     settings = Settings(
         steps=steps,
@@ -128,7 +129,7 @@ def diagnose(
         seed=seed,
     )
     with _progress() as progress:
-        found: Diagnosis = examine(model, processor, given, settings, other, progress)
+        found: Diagnosis = examine(model, processor, given, settings, other, progress, DigitGrids.of(processor))
     found.model["name"] = source
     _write(found, folder)
     for line in found.headline:

@@ -10,19 +10,21 @@ from keepsight.diagnose.battery.lengths import LengthResult, LengthScore
 from keepsight.diagnose.battery.probe import Probe
 from keepsight.diagnose.battery.probe_results import LatentProbe
 from keepsight.diagnose.battery.verdict import CausalResult, Verdict
-from keepsight.diagnose.cases import LONG_PROMPT, Case, Sample, lab_cases, read_dataset
+from keepsight.diagnose.cases import LONG_PROMPT, Case, Sample, read_dataset
 from keepsight.diagnose.instruments.attention import AttentionMeter
 from keepsight.diagnose.instruments.attention_trace import AttentionTrace
 from keepsight.diagnose.instruments.decay import DecayFit, fit_decay, fit_trace
 from keepsight.diagnose.instruments.forming import FormingTrace, watch_forming
 from keepsight.diagnose.instruments.lens import LensTrace, logit_lens
 from keepsight.diagnose.instruments.retrieval import RetrievalMeter, RetrievalTrace
-from keepsight.diagnose.memories.latents import VisMemHandle
-from keepsight.diagnose.memories.memory import Memory, memory_of
+from keepsight.diagnose.memories.find import memory_of
+from keepsight.diagnose.memories.interface import Memory
+from keepsight.diagnose.memories.vismem import VisMemHandle
 from keepsight.diagnose.reader import Output, Reader
 from keepsight.diagnose.results import Diagnosis, Written, read_results
 from keepsight.diagnose.run import examine
 from keepsight.diagnose.settings import Settings
+from keepsight.diagnose.task import KnownTask
 
 __all__ = [
     "LONG_PROMPT",
@@ -36,6 +38,7 @@ __all__ = [
     "FormingTrace",
     "InvocationCount",
     "InvocationResult",
+    "KnownTask",
     "LatentProbe",
     "LengthResult",
     "LengthScore",
@@ -54,7 +57,6 @@ __all__ = [
     "examine",
     "fit_decay",
     "fit_trace",
-    "lab_cases",
     "logit_lens",
     "memory_of",
     "read_dataset",

@@ -56,14 +56,15 @@ class Case:
         sample: where it comes from.
         text: [n] token ids after the prompt.
         scored: index into `text` of the first token of each reference answer, and one past its last.
-        digits, cells: of the lab's narrations: what each cell holds [16], and which cell each scored answer is about.
+        facts: of a task whose facts are known: the token id of the answer to each question that its image allows [Q].
+        asked: which of these questions each scored answer is about.
     """
 
     sample: Sample
     text: torch.Tensor
     scored: list[tuple[int, int]] = field(default_factory=list)
-    digits: torch.Tensor | None = None
-    cells: torch.Tensor | None = None
+    facts: torch.Tensor | None = None
+    asked: torch.Tensor | None = None
 
     @property
     def whole(self) -> bool:
@@ -72,10 +73,8 @@ class Case:
 
     def answers_for(self, other: Case) -> list[int] | None:
         """First token of each answer if the image were `other`'s; None if that is not known."""
-        if self.digits is not None and self.cells is not None and other.digits is not None:
-            from keepsight.lab.narration import DIGITS, TOKEN
-
-            return [int(other.digits[cell]) + TOKEN[DIGITS[0]] for cell in self.cells]
+        if self.asked is not None and other.facts is not None:
+            return other.facts[self.asked].tolist()
         same = (self.sample.prompt, self.sample.reply) == (other.sample.prompt, other.sample.reply)
         if same and len(self.scored) == len(other.scored) == 1:
             return [int(other.text[other.scored[0][0]])]
@@ -132,41 +131,6 @@ def read_dataset(path: str | Path) -> list[Sample]:
     if not samples:
         raise KeepsightError(f"{path}: no samples in it.")
     return samples
-
-
-# -- the lab's own cases -----------------------------------------------------------------------------------------
-def speaks_lab(processor: Any) -> bool:
-    """Whether this is the reference VLM's processor (or of another base made by `keepsight lab pretrain`)."""
-    try:
-        from keepsight.lab.narration import TOKEN
-    except ImportError:
-        return False
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None:
-        return False
-    vocabulary = tokenizer.get_vocab()
-    further = vocabulary.keys() - TOKEN.keys()  # VisMem's four tokens, in an adapter's processor
-    return TOKEN.items() <= vocabulary.items() and further <= tokenizer.get_added_vocab().keys()
-
-
-def lab_cases(processor: Any, count: int, length: int, seed: int = 0) -> list[Case]:
-    """Narrations about unseen test glyphs, each with six answers near `length` generated tokens.
-
-    Raises:
-        ImportError: without the lab extra, which has the glyphs.
-    """
-    from keepsight.lab.evaluation import SCORED
-    from keepsight.lab.narration import DESCRIBE, gaps_for_length, make_narrations
-
-    gaps = gaps_for_length(length)
-    batch = make_narrations(processor, gaps, count, "test", np.random.default_rng([seed, length]))
-    cases = []
-    for row in range(count):
-        text = batch.input_ids[row, batch.start : -1]
-        places = [int(a) - batch.start for a in batch.answers[-SCORED:]]
-        sample = Sample(DESCRIBE, (batch.images[row],), dataset="digits")
-        cases.append(Case(sample, text, [(p, p + 1) for p in places], batch.digits[row], batch.cells[row, -SCORED:]))
-    return cases
 
 
 def stand_in_images(like: Sequence[Any], count: int = 4, seed: int = 0) -> list[list[Any]]:

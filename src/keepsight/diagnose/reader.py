@@ -12,8 +12,8 @@ from transformers import StoppingCriteria
 
 from keepsight.backbone import Backbone
 from keepsight.diagnose.cases import Case, Sample
-from keepsight.diagnose.memories.latents import active_latent_memory, given, parsed
-from keepsight.diagnose.memories.memory import Plan
+from keepsight.diagnose.memories.interface import Plan
+from keepsight.diagnose.memories.invoked import active_latent_memory, given, parsed
 from keepsight.diagnose.memories.tampering import Contents
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.vismem import Invocation, MemoryPolicy

@@ -15,22 +15,18 @@ from keepsight.diagnose.battery.causal import Battery
 from keepsight.diagnose.battery.invocations import InvocationCount
 from keepsight.diagnose.battery.lengths import LengthScore
 from keepsight.diagnose.battery.probe import Probe
-from keepsight.diagnose.cases import LONG_PROMPT, Case, Sample, lab_cases, speaks_lab, stand_in_images
+from keepsight.diagnose.cases import LONG_PROMPT, Case, Sample, stand_in_images
 from keepsight.diagnose.instruments.forming import watch_forming
 from keepsight.diagnose.instruments.lens import LensTrace, logit_lens
-from keepsight.diagnose.memories.latents import VisMemHandle, active_latent_memory
-from keepsight.diagnose.memories.memory import Memory, memory_of, reading_branches
+from keepsight.diagnose.memories.find import carries_both, memory_of
+from keepsight.diagnose.memories.interface import Memory
+from keepsight.diagnose.memories.vismem import VisMemHandle
 from keepsight.diagnose.reader import Reader
 from keepsight.diagnose.results import Diagnosis, Written
 from keepsight.diagnose.settings import Settings
+from keepsight.diagnose.task import KnownTask
 from keepsight.diagnose.writing import Progress, Writer
 from keepsight.errors import KeepsightError
-from keepsight.vismem.tokens import TYPES
-
-LAB_LENGTHS = (32, 128, 512, 1024, 2048)
-#: Where the lab's causal table is made: PVM far beyond where the base fails; VisMem, which is trained at shorter texts,
-#: nearer.
-LAB_CAUSAL_LENGTH = {"PVM": 4096, "VisMem": 1024, None: 4096}
 
 
 def examine(
@@ -40,17 +36,20 @@ def examine(
     settings: Settings | None = None,
     control: Any | None = None,
     progress: Progress | None = None,
+    task: KnownTask | None = None,
 ) -> Diagnosis:
     """Diagnose a VLM: does it lose its image, and is its memory used?
 
     Args:
         model: a supported VLM, with or without adapters, in eval mode.
         processor: its processor.
-        samples: what to ask. Default: the lab's digit grids for the reference VLM; elsewhere the built-in
-            long-description prompt about a built-in picture.
+        samples: what to ask. Default: the task's own; without a task, the built-in long-description prompt about a
+            built-in picture.
         settings: how much to measure.
         control: a second model on the same base, fine-tuned on the memory's own data, for the score by length.
         progress: called after every step.
+        task: what the model was made for, with known facts: `keepsight.lab.cases.DigitGrids.of(processor)` for the
+            reference VLM, which the command `keepsight diagnose` finds by itself.
 
     Returns:
         What was found. After Ctrl-C (KeyboardInterrupt) it holds what was measured until then and says so.
@@ -67,7 +66,7 @@ def examine(
             f"This model carries no {settings.memory} that is switched on, so there is none to examine."
         )
     diagnosis = Diagnosis(model=_facts(model, memory), settings=settings.as_dict())
-    run = _Run(reader, memory, diagnosis, settings, progress or (lambda stage, done, total: None))
+    run = _Run(reader, memory, diagnosis, settings, progress or (lambda stage, done, total: None), task)
     try:
         run.prepare(list(samples))
         run.curves()
@@ -87,11 +86,17 @@ class _Run:
     """The stages. Each writes what it finds into the diagnosis at once, so that stopping loses nothing."""
 
     def __init__(
-        self, reader: Reader, memory: Memory | None, diagnosis: Diagnosis, settings: Settings, progress: Progress
+        self,
+        reader: Reader,
+        memory: Memory | None,
+        diagnosis: Diagnosis,
+        settings: Settings,
+        progress: Progress,
+        task: KnownTask | None,
     ):
-        self.reader, self.memory, self.diagnosis = reader, memory, diagnosis
+        self.reader, self.memory, self.diagnosis, self.task = reader, memory, diagnosis, task
         self.settings, self.progress = settings, progress
-        self.writer = Writer(reader, memory, settings, progress)
+        self.writer = Writer(reader, memory, settings, progress, task)
         self.samples: list[Sample] = []
         self.cases: list[Case] = []
         self.by_length: list[Case] = []
@@ -99,27 +104,22 @@ class _Run:
     def prepare(self, samples: list[Sample]) -> None:
         """Samples as given, or built-in ones."""
         count, seed = self.settings.samples, self.settings.seed
-        lab = speaks_lab(self.reader.processor)
-        length = LAB_CAUSAL_LENGTH[None if self.memory is None else self.memory.method]
         self._note_memory()
-        if not samples and lab:
+        if not samples and self.task is not None:
+            length = self.task.causal_length(None if self.memory is None else self.memory.method)
             try:
-                self.cases = lab_cases(self.reader.processor, min(count, 8), length, seed)
-                for shorter in LAB_LENGTHS:
-                    self.by_length += lab_cases(self.reader.processor, min(count, 8), shorter, seed + 1)
+                self.cases = self.task.cases(min(count, 8), length, seed)
+                for shorter in self.task.lengths:
+                    self.by_length += self.task.cases(min(count, 8), shorter, seed + 1)
                 samples = [case.sample for case in self.cases]
                 self.diagnosis.notes.append(
-                    f"Images and references are the lab's: digit grids with unseen handwriting, answers near "
-                    f"{length:,} tokens of output for the causal table."
+                    f"{self.task.about}, answers near {length:,} tokens of output for the causal table."
                 )
-            except ImportError:
-                self.diagnosis.notes.append(
-                    "scikit-learn is not installed, so the lab's digit grids and their references are not used: "
-                    "pip install 'keepsight[lab]'."
-                )
+            except ImportError as error:
+                self.diagnosis.notes.append(f"The model's own images and references are not used: {error}")
         if not samples:
             images = stand_in_images([_canvas()], 1, seed)[0]
-            samples = [Sample("describe" if lab else LONG_PROMPT, tuple(images))]
+            samples = [Sample(LONG_PROMPT if self.task is None else self.task.prompt, tuple(images))]
             self.diagnosis.notes.append(
                 "No image was given; a built-in colour field was used. Give --image or --dataset."
             )
@@ -149,7 +149,7 @@ class _Run:
             with self.memory.off():
                 for written, _ in self.writer.write(many, "writing without the memory", off=True):
                     self.diagnosis.written_off = written
-        if isinstance(self.memory, VisMemHandle) and self.diagnosis.written is not None:
+        if isinstance(self.memory, VisMemHandle) and self.diagnosis.written is not None:  # PVM forms nothing
             self._watch_forming(self.memory, self.diagnosis.written)
 
     def _watch_forming(self, memory: VisMemHandle, written: Written) -> None:
@@ -179,7 +179,7 @@ class _Run:
     def _lens(self, text: torch.Tensor, off: bool = False) -> LensTrace:
         inputs, every = self.reader.inputs(self.samples[0]), max(self.settings.every, len(text) // 256, 1)
         written, memory = self.diagnosis.written, self.memory
-        if off or not isinstance(memory, VisMemHandle) or written is None or not written.memories:
+        if off or memory is None or written is None or not written.memories:
             return logit_lens(self.reader.model, self.reader.with_text(inputs, text), len(text), every)
         plan = tuple((formed.place, formed.kind) for formed in written.memories)
         placed, longer = memory.with_memories(self.reader, inputs, text, plan)
@@ -198,11 +198,7 @@ class _Run:
                 self.progress("tampering", done, len(battery))
         finally:
             self.diagnosis.causal = battery.result()
-        memory = self.memory
-        if not isinstance(memory, VisMemHandle) or memory.kind != "auto" or len(memory.trained) < 2:
-            return
-        for kind in TYPES:
-            single = memory_of(self.reader.model, "VisMem", self.settings.seed, kind)
+        for kind, single in ({} if self.memory is None else self.memory.single_types()).items():
             battery = Battery(self.reader, **given, memory=single, only=("off", "other image"))
             label = f"tampering, {kind} memory only"
             self.progress(label, 0, len(battery))
@@ -222,7 +218,7 @@ class _Run:
             self.samples,
             self.settings.steps,
             self.writer.temperature,
-            exact=speaks_lab(self.reader.processor),  # its narrations end before there is anything to see
+            exact=self.task is not None and self.task.exact,
         )
         self.progress("invocations", 0, len(count))
         try:
@@ -235,7 +231,7 @@ class _Run:
         """VisMem: what its latents hold."""
         if not isinstance(self.memory, VisMemHandle):
             return
-        probe = Probe(self.reader, self.memory, self.samples, self.settings.probe_images, self.settings.seed)
+        probe = Probe(self.reader, self.memory, self.samples, self.settings.probe_images, self.settings.seed, self.task)
         self.progress("probing latents", 0, len(probe))
         try:
             for done in probe.run():
@@ -245,23 +241,12 @@ class _Run:
 
     def _note_memory(self) -> None:
         memory, notes = self.memory, self.diagnosis.notes
-        if memory is not None and reading_branches(self.reader.model) and active_latent_memory(self.reader.model):
+        if memory is None:
+            return
+        if carries_both(self.reader.model):
             other = "VisMem" if memory.method == "PVM" else "PVM"
             notes.append(f"The model carries PVM and VisMem. {memory.method} is examined; {other} stays on throughout.")
-        if not isinstance(memory, VisMemHandle):
-            return
-        if not memory.trained:
-            notes.append("This VisMem was never trained: its memories are noise.")
-        if memory.config.policy == "free" and not memory.chooses:
-            notes.append(
-                "Its invocation tokens were never trained, so what the model would choose is chance. "
-                + (
-                    "Outputs are written with memories at random places after delimiters; where a text is only read, "
-                    "memories stand where they are most needed."
-                    if memory.policy.name == "random"
-                    else "Outputs are written without memories, because its delimiters are unknown (add_memory_tokens)."
-                )
-            )
+        notes += memory.notes()
 
     def lengths(self, control: Reader | None) -> None:
         """The score by length, where there are references."""
@@ -293,7 +278,7 @@ def _facts(model: Any, memory: Memory | None) -> dict[str, Any]:
         "attention": getattr(backbone.text_config, "_attn_implementation", None),
         "memory": None if memory is None else memory.method,
         "memory_layers": [] if memory is None else memory.layers,
-        "memory_latents": {k: memory.length(k) for k in TYPES} if isinstance(memory, VisMemHandle) else {},
+        "memory_latents": {} if memory is None else memory.sizes,
         "keepsight": keepsight.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

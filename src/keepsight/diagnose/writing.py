@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from keepsight.diagnose.battery.invocations import Formed
-from keepsight.diagnose.cases import Sample, speaks_lab
+from keepsight.diagnose.cases import Sample
 from keepsight.diagnose.instruments.attention import AttentionMeter
 from keepsight.diagnose.instruments.decay import DecayFit, fit_decay
 from keepsight.diagnose.instruments.retrieval import RetrievalMeter, RetrievalTrace
-from keepsight.diagnose.memories.latents import VisMemHandle
-from keepsight.diagnose.memories.memory import Memory, PvmHandle
+from keepsight.diagnose.memories.interface import Memory
 from keepsight.diagnose.reader import Reader
 from keepsight.diagnose.results import Written
 from keepsight.diagnose.settings import Settings
+from keepsight.diagnose.task import KnownTask
 from keepsight.vismem import replace_latents
 
 Progress = Callable[[str, int, int], None]
@@ -33,17 +33,25 @@ class Writer:
         memory: its memory, if it has one.
         settings: how much to write and to measure.
         progress: called after every token.
+        task: what the model was made for, if that is known.
     """
 
-    def __init__(self, reader: Reader, memory: Memory | None, settings: Settings, progress: Progress):
-        self.reader, self.memory, self.settings, self.progress = reader, memory, settings, progress
+    def __init__(
+        self,
+        reader: Reader,
+        memory: Memory | None,
+        settings: Settings,
+        progress: Progress,
+        task: KnownTask | None = None,
+    ):
+        self.reader, self.memory, self.settings, self.progress, self.task = reader, memory, settings, progress, task
 
     @property
     def temperature(self) -> float:
-        """As set; by default greedy, but for the reference VLM, which then repeats itself."""
+        """As set; by default the task's, else greedy."""
         if self.settings.temperature is not None:
             return self.settings.temperature
-        return 1.0 if speaks_lab(self.reader.processor) else 0.0
+        return 0.0 if self.task is None else self.task.temperature
 
     def write(
         self, samples: Sequence[Sample], label: str, off: bool = False
@@ -88,7 +96,7 @@ class _Output:
         self.writer, self.sample, self.off = writer, sample, off
         layers = None if settings.layers == "all" else settings.layers
         self.meter = AttentionMeter(reader.model, layers, settings.every, where=overlay)
-        looks = overlay and sample.sees and isinstance(writer.memory, PvmHandle)
+        looks = overlay and sample.sees and writer.memory is not None and writer.memory.always_on
         self.looks = RetrievalMeter(reader.model, settings.every) if looks else None
         self.stream = _Stream(lambda done: writer.progress(label, done, settings.steps))
         self.formed: list[Formed] = []
@@ -97,27 +105,25 @@ class _Output:
         """Write it."""
         writer, settings = self.writer, self.writer.settings
         inputs = writer.reader.inputs(self.sample)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"seed": settings.seed}
         notice: Any = nullcontext()
-        if isinstance(writer.memory, VisMemHandle) and not self.off:
-            options["memory"] = writer.memory.policy
-            notice = replace_latents(self._note)
+        if writer.memory is not None and not self.off:
+            options = writer.memory.writing_options() | options
+            notice = nullcontext() if writer.memory.always_on else replace_latents(self._note)
+        self._policy = options.get("memory")
         with self.meter, self.looks or nullcontext(), notice:
             writer.reader.output(
                 inputs,
                 settings.steps,
                 temperature=writer.temperature,
-                seed=settings.seed,
                 streamer=self.stream,
                 **options,
             )
 
     def _note(self, kind: str, latents: torch.Tensor) -> torch.Tensor:
         """A memory was formed: the words before it have been streamed by then."""
-        memory = self.writer.memory
-        assert isinstance(memory, VisMemHandle)
         place, extra = len(self.stream.ids), sum(f.latents + 2 for f in self.formed)
-        chosen = memory.policy.model_decides
+        chosen = self._policy is not None and self._policy.model_decides
         self.formed.append(Formed(place, kind, place + extra, latents.shape[1], chosen))
         return latents
 

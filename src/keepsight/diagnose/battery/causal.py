@@ -32,7 +32,8 @@ from keepsight.diagnose.battery.verdict import (
     verdict_from,
 )
 from keepsight.diagnose.cases import Case, Sample, stand_in_images
-from keepsight.diagnose.memories.memory import Inputs, Memory, Plan, memory_of
+from keepsight.diagnose.memories.find import memory_of
+from keepsight.diagnose.memories.interface import Inputs, Memory, Plan
 from keepsight.diagnose.memories.tampering import Contents, matched_noise, mixed_from, scaled, taken_from, zeroed
 from keepsight.diagnose.reader import Reader
 from keepsight.diagnose.statistics import Estimate, estimate
@@ -69,7 +70,7 @@ class Battery:
 
     Args:
         reader: the model, with or without a memory.
-        cases: with references (`Reader.case`, `lab_cases`), all of them or none.
+        cases: with references (`Reader.case`, or a task's own), all of them or none.
         samples: without references; give either these or `cases`.
         steps: tokens that the model writes per sample where there are no references.
         seed: of noise and choices.

@@ -11,7 +11,7 @@ import torch
 
 from keepsight.diagnose.battery.verdict import HalfWay
 from keepsight.diagnose.cases import Case, Sample, without_images
-from keepsight.diagnose.memories.memory import Inputs, Memory, Plan
+from keepsight.diagnose.memories.interface import Inputs, Memory, Plan
 from keepsight.diagnose.reader import Reader
 from keepsight.diagnose.statistics import estimate
 

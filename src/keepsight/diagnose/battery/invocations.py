@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from keepsight.diagnose.cases import Sample
-from keepsight.diagnose.memories.latents import VisMemHandle
+from keepsight.diagnose.memories.vismem import VisMemHandle
 from keepsight.diagnose.reader import Output, Reader
 from keepsight.diagnose.statistics import Estimate, estimate
 
@@ -265,8 +265,8 @@ def formed_in(memory: VisMemHandle, output: Output) -> list[Formed]:
     found, extra = [], 0
     for which, (place, kind) in enumerate(output.plan):
         chosen = output.invocations[which].was_sampled if which < len(output.invocations) else False
-        found.append(Formed(place, kind, place + extra, memory.length(kind), chosen))
-        extra += memory.length(kind) + 2
+        found.append(Formed(place, kind, place + extra, memory.sizes[kind], chosen))
+        extra += memory.sizes[kind] + 2
     return found
 
 

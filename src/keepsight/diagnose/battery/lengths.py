@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from keepsight.diagnose.cases import Case, Sample
-from keepsight.diagnose.memories.latents import VisMemHandle
-from keepsight.diagnose.memories.memory import Memory, memory_of
+from keepsight.diagnose.memories.find import memory_of
+from keepsight.diagnose.memories.interface import Memory
 from keepsight.diagnose.reader import Reader
 from keepsight.diagnose.statistics import Estimate, estimate
 
@@ -129,7 +129,7 @@ def _read(reader: Reader, memory: Memory | None, case: Case) -> tuple[list[int],
 
 
 def _answer(reader: Reader, memory: Memory | None, sample: Sample, steps: int) -> tuple[list[int], list[bool]]:
-    how = {"memory": memory.policy, "seed": memory.seed} if isinstance(memory, VisMemHandle) else {}
+    how = {} if memory is None else memory.writing_options()
     text = reader.write(reader.inputs(sample), steps, exact=False, **how)
     words = reader.processor.tokenizer.decode(text.tolist(), skip_special_tokens=True)
     assert sample.answer is not None

@@ -7,8 +7,8 @@ are looked at from four sides:
   Latents of other methods were found to be near-constant, and then no probe of them means anything.
 - **which words and which pictures are nearest?** Rows of the embedding table, with random vectors as the control; and
   the image's own visual embeddings, with another image's as the control.
-- **what can a linear map read?** The lab's known facts, which digit stands where, in which row and in which column,
-  with shuffled labels as the control, and the same map from visual states and from text states for comparison.
+- **what can a linear map read?** Facts of a task that knows them (the lab's: which digit stands where), with shuffled
+  labels as the control, and the same map from visual states and from text states for comparison.
 - **where do they look while they are formed?** See `forming.py`.
 """
 
@@ -23,21 +23,21 @@ import torch
 
 from keepsight.diagnose.battery.linear import linear_probe, shuffled
 from keepsight.diagnose.battery.probe_results import Fact, LatentProbe
-from keepsight.diagnose.cases import Sample, speaks_lab, stand_in_images
+from keepsight.diagnose.cases import Sample, stand_in_images
 from keepsight.diagnose.instruments.forming import watch_forming
 from keepsight.diagnose.instruments.layout import PromptWatch, VisualLayout
-from keepsight.diagnose.memories.latents import VisMemHandle
+from keepsight.diagnose.memories.vismem import VisMemHandle
 from keepsight.diagnose.reader import Reader
 from keepsight.diagnose.statistics import estimate
-from keepsight.train.vismem.warm_start import watch_visual_embeddings
+from keepsight.diagnose.task import KnownTask
 from keepsight.vismem import scope as vismem_scope
+from keepsight.vismem.embeddings import watch_visual_embeddings
 from keepsight.vismem.memory import Formation, read_sights
 from keepsight.vismem.tokens import SHORT, TYPES
 
 BATCH = 32
 TEST_SHARE = 4  # one image in four is for testing
 WORDS = 3  # nearest words per latent
-GAP = 8  # filler words before the memory, in the lab
 
 
 @dataclass
@@ -46,7 +46,7 @@ class _Collected:
     embeddings: list[torch.Tensor] = field(default_factory=list)  # [M, D] each
     visual: list[torch.Tensor] = field(default_factory=list)  # [M, D] each
     text: list[torch.Tensor] = field(default_factory=list)  # [D] each
-    digits: list[np.ndarray] = field(default_factory=list)  # [16] each
+    facts: list[np.ndarray] = field(default_factory=list)  # [Q] each
     first: tuple[Formation, VisualLayout | None] | None = None
 
 
@@ -56,10 +56,10 @@ class Probe:
     Args:
         reader: the model.
         memory: its latent memory.
-        samples: images to form memories of, where the lab's are not to be used.
-        images: lab images (a quarter of them is for testing), or at most so many samples.
+        samples: images to form memories of, where there is no task.
+        images: so many images of the task (a quarter of them is for testing), or at most so many samples.
         seed: of images and controls.
-        lab: use the lab's images and facts; default: if the model is the lab's.
+        task: a task whose facts are known, in place of samples.
     """
 
     def __init__(
@@ -69,48 +69,39 @@ class Probe:
         samples: Sequence[Sample] = (),
         images: int = 512,
         seed: int = 0,
-        lab: bool | None = None,
+        task: KnownTask | None = None,
     ):
         self.reader, self.memory, self.images, self.seed = reader, memory, images, seed
-        self.lab = speaks_lab(reader.processor) if lab is None else lab
+        self.task = task
         self.samples = [sample for sample in samples if sample.sees][:images]
-        if len(self.samples) == 1 and not self.lab:
+        if len(self.samples) == 1 and task is None:
             only = self.samples[0]
             stand_ins = stand_in_images(only.images, 7, seed)
             self.samples += [replace(only, images=tuple(i)) for i in stand_ins] if only.images else []
         self._found: dict[str, _Collected] = {}
 
     def __len__(self) -> int:
-        return -(-self.images // BATCH) if self.lab else len(self.samples)
+        return -(-self.images // BATCH) if self.task is not None else len(self.samples)
 
     def run(self) -> Iterator[int]:
         """Collect; yields the number of finished batches (lab) or samples."""
         for done in range(len(self)):
-            if self.lab:
-                self._lab_batch(done)
+            if self.task is not None:
+                self._batch(self.task, done)
             else:
                 sample = self.samples[done]
-                self._take(self.reader.inputs(sample), torch.zeros(0, dtype=torch.long), None, "")
+                self._take(self.reader.inputs(sample), torch.zeros(0, dtype=torch.long), None)
             yield done + 1
 
-    def _lab_batch(self, number: int) -> None:
-        from keepsight.lab.narration import make_narrations
-
-        # testing comes first: all of it on handwriting that no probe and no memory was trained on
-        split: Any = "test" if number < max(1, len(self) // TEST_SHARE) else "train"
-        rows = min(BATCH, self.images - number * BATCH)
-        rng = np.random.default_rng([self.seed, number, 77])
-        batch = make_narrations(self.reader.processor, [GAP], rows, split, rng)
-        inputs = batch.model_inputs()
-        end = batch.start + GAP
+    def _batch(self, task: KnownTask, number: int) -> None:
+        # testing comes first: all of it on images that no probe and no memory was trained on
+        test = number < max(1, len(self) // TEST_SHARE)
+        batch = task.images(min(BATCH, self.images - number * BATCH), test, [self.seed, number, 77])
         device = self.reader.model.device
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            inputs[name] = inputs[name][:, : batch.start]
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-        self._take(inputs, batch.input_ids[:, batch.start : end], batch.digits.numpy(), split)
+        self._take({name: value.to(device) for name, value in batch.inputs.items()}, batch.text, batch.facts)
 
     @torch.no_grad()
-    def _take(self, inputs: dict[str, torch.Tensor], text: torch.Tensor, digits: np.ndarray | None, split: str) -> None:
+    def _take(self, inputs: dict[str, torch.Tensor], text: torch.Tensor, facts: np.ndarray | None) -> None:
         """Form memories of both types for every row, after the same number of words."""
         memory, backbone = self.memory, self.memory.backbone
         prompt, rows = inputs["input_ids"].shape[1], len(inputs["input_ids"])
@@ -141,8 +132,8 @@ class Probe:
                 found.embeddings.append(embeddings[row].float().cpu())
                 found.visual.append(sights[row].visual.float().cpu())
                 found.text.append(formations[row].text[-1].float().cpu())
-                if digits is not None:
-                    found.digits.append(digits[row])
+                if facts is not None:
+                    found.facts.append(facts[row])
             if found.first is None:
                 found.first = formations[0], None if seen is None else seen[1][0]
 
@@ -176,7 +167,7 @@ class Probe:
             random_cosine=random_cosine,
             image_cosine=float(np.mean(own)) if own else None,
             other_cosine=float(np.mean(other)) if other and images > 1 else None,
-            facts=self._facts(found) if found.digits and len(self) > 1 else [],
+            facts=self._facts(self.task, found) if self.task is not None and found.facts and len(self) > 1 else [],
             forming=forming,
         )
 
@@ -202,24 +193,17 @@ class Probe:
         random = torch.randn(few.shape, generator=torch.Generator().manual_seed(self.seed))
         return words, float(best(few, 1)[0].mean()), float(best(random, 1)[0].mean())
 
-    def _facts(self, found: _Collected) -> list[Fact]:
-        digits = np.stack(found.digits)  # [n, 16]
+    def _facts(self, task: KnownTask, found: _Collected) -> list[Fact]:
+        facts = np.stack(found.facts)  # [n, Q]
         features = {
             "latents": torch.stack(found.latents).flatten(1).numpy(),
             "visual": torch.stack(found.visual).flatten(1).numpy(),
             "text": torch.stack(found.text).numpy(),
         }
         tests = max(1, len(self) // TEST_SHARE) * BATCH
-        if len(digits) < tests + 2 * BATCH:
+        if len(facts) < tests + 2 * BATCH:
             return []
-        facts = [self._fact("digit of each cell", features, digits, tests)]
-        grid = digits.reshape(-1, 4, 4)
-        for name, axis in (("row of a digit", 2), ("column of a digit", 1)):
-            # asked of the digits that stand in one row (column) only
-            there = np.stack([(grid == digit).any(axis) for digit in range(10)], 1)  # [n, 10, 4]
-            label = np.where(there.sum(-1) == 1, there.argmax(-1), -1)
-            facts.append(self._fact(name, features, label, tests))
-        return facts
+        return [self._fact(name, features, labels, tests) for name, labels in task.questions(facts)]
 
     def _fact(self, name: str, features: dict[str, np.ndarray], labels: np.ndarray, tests: int) -> Fact:
         """One fact; labels [n, F], -1 where a question cannot be asked of an image."""

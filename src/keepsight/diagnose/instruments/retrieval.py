@@ -16,8 +16,8 @@ import torch
 from keepsight.backbone import Backbone
 from keepsight.compat import find_cache
 from keepsight.diagnose.instruments.layout import PromptWatch, VisualLayout
-from keepsight.diagnose.memories.memory import reading_branches
 from keepsight.errors import KeepsightError
+from keepsight.pvm.tuner import PvmBranch
 from keepsight.vismem import scope as vismem_scope
 
 
@@ -152,3 +152,9 @@ class RetrievalMeter:
         return RetrievalTrace(
             np.array(layers, np.int64), np.array(steps, np.int64), weights.numpy(), update.numpy(), self._layout
         )
+
+
+def reading_branches(model: Any) -> list[PvmBranch]:
+    """The PVM branches that are switched on and look at a memory (the control's parallel MLP does not)."""
+    found = [module for module in model.modules() if isinstance(module, PvmBranch)]
+    return [branch for branch in found if any(block.reads_memory for _, block in branch.active_blocks)]

@@ -33,6 +33,7 @@ from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightError
 from keepsight.train.run.checksums import checksums
 from keepsight.vismem import VisMemBranch, scope
+from keepsight.vismem.embeddings import watch_visual_embeddings
 from keepsight.vismem.layout import grid_shape
 from keepsight.vismem.memory import Formation, Sight, read_sights
 from keepsight.vismem.tokens import LONG, SHORT, TYPES, MemoryTokens
@@ -185,36 +186,6 @@ def look(branch: Any, inputs: Mapping[str, Any], max_text_states: int | None = N
         formations.append(Formation(sight, text if limit is None else text[-limit:]))
         embeddings.append(own)
     return Moment(len(ids), formations, embeddings)
-
-
-class VisualEmbeddings:
-    """What `watch_visual_embeddings` saw enter the decoder."""
-
-    def __init__(self, backbone: Backbone):
-        self.backbone = backbone
-        self.inputs: torch.Tensor | None = None
-
-    def rows(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
-        """Per row of the prompt [B, T] the embeddings at its visual positions [M, D]."""
-        assert self.inputs is not None, "the decoder was not called"
-        mask = self.backbone.visual_mask(input_ids)
-        return [row[where].detach() for row, where in zip(self.inputs, mask, strict=True)]
-
-
-@contextlib.contextmanager
-def watch_visual_embeddings(backbone: Backbone) -> Iterator[VisualEmbeddings]:
-    """Note the input embeddings [B, T, D] of the decoder's next call in this block, visual ones in their places."""
-    seen = VisualEmbeddings(backbone)
-
-    def note(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        if seen.inputs is None and not scope.is_base_only():
-            seen.inputs = kwargs["inputs_embeds"]
-
-    handle = backbone.decoder.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def target(embeddings: torch.Tensor, count: int, sight: Sight, side: int) -> torch.Tensor:

@@ -8,53 +8,28 @@ whole text is read once with all latents in place. Other contents take the first
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from keepsight.backbone import Backbone
-from keepsight.diagnose.memories.tampering import Contents, stretched
-from keepsight.vismem import MemoryPolicy, VisMemBranch, replace_latents, splice
+from keepsight.diagnose.memories.interface import Inputs, Memory, Placed, Plan
+from keepsight.diagnose.memories.invoked import active_latent_memory, forced
+from keepsight.diagnose.memories.tampering import Contents
+from keepsight.vismem import MemoryPolicy, splice
 from keepsight.vismem import scope as vismem_scope
 from keepsight.vismem.memory import Formation, Sight, read_sights
 from keepsight.vismem.tokens import LONG, SHORT, TYPES, MemoryTokens
 
 if TYPE_CHECKING:
-    from keepsight.diagnose.memories.memory import Inputs, Plan
     from keepsight.diagnose.reader import Reader
 
 REACH = 64  # text tokens after which a further scored answer gets a memory of its own
 
 
-@dataclass(frozen=True)
-class Placed:
-    """A text with memories in it.
-
-    Attributes:
-        ids: [n'] what follows the prompt, memories included.
-        slots: [n] where each text token stands in `ids`.
-        starts: index in `ids` of each invocation token.
-    """
-
-    ids: torch.Tensor
-    slots: torch.Tensor
-    starts: tuple[int, ...]
-
-
-def active_latent_memory(model: Any) -> VisMemBranch | None:
-    """The `VisMemBranch` of a model whose latent memory is switched on, or None."""
-    try:
-        branch = next((m for m in model.modules() if isinstance(m, VisMemBranch)), None)
-    except AttributeError:
-        return None
-    return branch if branch is not None and branch.active is not None else None
-
-
 class VisMemHandle:
-    """VisMem through the interface (see `keepsight.diagnose.memories.memory.Memory`).
+    """VisMem through the interface (see `keepsight.diagnose.memories.interface.Memory`).
 
     Args:
         model: a model with an active VisMem.
@@ -69,6 +44,7 @@ class VisMemHandle:
 
     method = "VisMem"
     depends_on_text = True
+    always_on = False
 
     def __init__(self, model: Any, seed: int = 0, kind: str = "auto"):
         branch = active_latent_memory(model)
@@ -76,6 +52,7 @@ class VisMemHandle:
         self.model, self.branch, self.seed, self.kind = model, branch, seed, kind
         self.backbone, self.config = Backbone.of(model), branch.config
         self.layers: list[int] = []
+        self.sizes = {SHORT: self.config.num_short, LONG: self.config.num_long}
         self.tokens = MemoryTokens(branch.config.token_ids or [])
         memory = branch.active
         banks = ((SHORT, memory.short_bank), (LONG, memory.long_bank))
@@ -95,9 +72,30 @@ class VisMemHandle:
         """See `Memory.off`."""
         return vismem_scope.silent()
 
-    def length(self, kind: str) -> int:
-        """N of one type of memory."""
-        return self.config.num_short if kind == SHORT else self.config.num_long
+    def single_types(self) -> dict[str, Memory]:
+        """See `Memory.single_types`; a handle that was made for one type has none."""
+        if self.kind != "auto" or len(self.trained) < 2:
+            return {}
+        return {kind: VisMemHandle(self.model, self.seed, kind) for kind in TYPES}
+
+    def writing_options(self) -> dict[str, Any]:
+        """See `Memory.writing_options`."""
+        return {"memory": self.policy, "seed": self.seed}
+
+    def notes(self) -> list[str]:
+        """See `Memory.notes`."""
+        notes = [] if self.trained else ["This VisMem was never trained: its memories are noise."]
+        if self.config.policy == "free" and not self.chooses:
+            notes.append(
+                "Its invocation tokens were never trained, so what the model would choose is chance. "
+                + (
+                    "Outputs are written with memories at random places after delimiters; where a text is only read, "
+                    "memories stand where they are most needed."
+                    if self.policy.name == "random"
+                    else "Outputs are written without memories, because its delimiters are unknown (add_memory_tokens)."
+                )
+            )
+        return notes
 
     # -- where memories stand -------------------------------------------------------------------------------------
     def plan(self, reader: Reader, inputs: Inputs, text: torch.Tensor, scored: Sequence[tuple[int, int]]) -> Plan:
@@ -157,8 +155,8 @@ class VisMemHandle:
         for place, kind in plan:
             words(place)
             starts.append(at)
-            pieces.append(torch.tensor([self.tokens.invoke[kind]] + [self.tokens.end[kind]] * (self.length(kind) + 1)))
-            at += self.length(kind) + 2
+            pieces.append(torch.tensor([self.tokens.invoke[kind]] + [self.tokens.end[kind]] * (self.sizes[kind] + 1)))
+            at += self.sizes[kind] + 2
         words(len(text))
         return Placed(torch.cat(pieces), torch.cat(slots), tuple(starts))
 
@@ -188,7 +186,7 @@ class VisMemHandle:
             formation = Formation(sight, watch.hidden[0, prompt + since :])
             latents = self.branch.formers().form(kind, [formation]).to(watch.hidden.dtype)
             found.append((formation, latents))
-            since = start + self.length(kind) + 2
+            since = start + self.sizes[kind] + 2
         return found
 
     def _spliced(self, longer: Inputs, contents: Contents) -> AbstractContextManager[Any]:
@@ -237,35 +235,3 @@ class VisMemHandle:
         policy = self.policy if plan is None else forced(plan)
         output = reader.output(inputs, steps, memory=policy, seed=self.seed, contents=contents)
         return output.text, output.plan
-
-
-def forced(plan: Plan) -> MemoryPolicy:
-    """The policy that invokes at the places of a plan and nowhere else."""
-    return MemoryPolicy("forced", at=dict(plan)) if plan else MemoryPolicy("off")
-
-
-def given(contents: Contents | None) -> AbstractContextManager[Any]:
-    """Generation with latents of our own: the first memory gets the first, and so on; further ones are formed."""
-    if contents is None:
-        return nullcontext()
-    left = list(contents)
-
-    def change(kind: str, latents: torch.Tensor) -> torch.Tensor:
-        return stretched(left.pop(0), latents.shape[1]).to(latents).expand_as(latents) if left else latents
-
-    return replace_latents(change)
-
-
-def parsed(ids: torch.Tensor, tokens: MemoryTokens) -> tuple[torch.Tensor, Plan]:
-    """The text [n] of an output [n'], and where memories were formed in it. A memory cut off by the end is none."""
-    invokes = set(tokens.invoke.values())
-    kinds = {end: kind for kind, end in tokens.end.items()}
-    listed = ids.tolist()
-    text = [i for i in listed if i not in tokens.ids]
-    before = np.cumsum([i not in tokens.ids for i in listed])
-    plan = [
-        (int(before[at]), kinds[listed[at + 1]])  # the end tokens tell the type that was formed
-        for at, token in enumerate(listed[:-1])
-        if token in invokes and listed[at + 1] in kinds
-    ]
-    return torch.tensor(text, dtype=ids.dtype), tuple(plan)
