@@ -13,8 +13,8 @@ from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import keepsight
-from keepsight.train.cost.accounting import CostMeter, RunCost, markdown, read_costs
-from keepsight.train.cost.flops import ModelShape
+from keepsight.train.run.accounting import CostMeter, RunCost, markdown, read_costs
+from keepsight.train.run.flops import ModelShape
 
 ROWS = [Row(3, (2, 3), 90, seed=1), Row(3, (2, 3), 90, seed=2)]
 

@@ -16,8 +16,8 @@ import keepsight
 from keepsight.backbone import Backbone
 from keepsight.data.check import check_dataset, load_dataset_any
 from keepsight.errors import KeepsightError
-from keepsight.train.cost.accounting import RunCost
 from keepsight.train.pvm.sft import SftSettings, train_pvm
+from keepsight.train.run.accounting import RunCost
 from keepsight.train.run.controls import Control, hold_out, parse_controls
 from keepsight.train.run.learner import lora_size, matched_lora, ranked_lora
 

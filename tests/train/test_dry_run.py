@@ -12,8 +12,8 @@ from families import BY_NAME, TinyFamily
 import keepsight
 from keepsight.backbone import Backbone
 from keepsight.pvm.hooks import MEMORY
-from keepsight.train.cost.dry_run import dry_run
-from keepsight.train.cost.tracing import SeenImage, trace
+from keepsight.train.estimate.dry_run import dry_run
+from keepsight.train.estimate.tracing import SeenImage, trace
 from keepsight.train.run.engines import Engine
 from keepsight.train.run.learner import Learner, ranked_lora
 from keepsight.train.run.settings import GrpoSettings, SftSettings

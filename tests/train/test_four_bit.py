@@ -15,15 +15,15 @@ from transformers import TrainerCallback
 import keepsight
 from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.train.cost.dry_run import dry_run
-from keepsight.train.cost.flops import ModelShape
+from keepsight.train.estimate.dry_run import dry_run
 from keepsight.train.pvm.grpo import GrpoSettings, train_pvm_grpo
-from keepsight.train.pvm.plan import plan_memory
 from keepsight.train.pvm.sft import SftSettings, TrainReport, train_pvm
 from keepsight.train.run import four_bit
 from keepsight.train.run.controls import Control
 from keepsight.train.run.engines import Engine
+from keepsight.train.run.flops import ModelShape
 from keepsight.train.run.learner import Learner
+from keepsight.train.run.plan import plan_memory
 from keepsight.train.vismem.dry_run import dry_run_vismem
 from keepsight.train.vismem.train import (
     FormationSettings,

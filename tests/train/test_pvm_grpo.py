@@ -18,10 +18,10 @@ from tiny_training import make_data, read_rows, write_rows
 
 import keepsight
 from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.train.cost.accounting import RunCost
 from keepsight.train.pvm.grpo import GrpoSettings, train_pvm_grpo
 from keepsight.train.pvm.sft import SftSettings, TrainReport, train_pvm
 from keepsight.train.rewards.rewards import RewardError
+from keepsight.train.run.accounting import RunCost
 from keepsight.train.run.controls import Control
 from keepsight.train.run.output import OutputError, last_checkpoint
 

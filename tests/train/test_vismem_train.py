@@ -18,8 +18,8 @@ from tiny_training import draw_digit, read_rows, write_rows
 import keepsight
 from keepsight.data.conversations import DataError
 from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.train.cost.accounting import RunCost
 from keepsight.train.rewards.rewards import RewardError
+from keepsight.train.run.accounting import RunCost
 from keepsight.train.run.controls import Control
 from keepsight.train.run.output import OutputError, last_checkpoint
 from keepsight.train.run.trainer import TrainingDivergedError

@@ -99,7 +99,7 @@ def _trained_parts(adapter: AdapterInfo) -> dict[str, bool]:
 
 def model_facts(source: str) -> dict[str, Any]:
     """What a plain VLM is, and the memory that `PvmConfig()` would put on it, for `--json`."""
-    from keepsight.train.pvm.plan import plan_memory
+    from keepsight.train.run.plan import plan_memory
 
     plan = plan_memory(source)
     backbone, pvm = plan.backbone, plan.pvm

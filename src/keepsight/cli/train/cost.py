@@ -21,7 +21,7 @@ def cost(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a markdown table.")] = False,
 ) -> None:
     """What training runs have cost: operations, tokens, time and memory, side by side."""
-    from keepsight.train.cost import accounting
+    from keepsight.train.run import accounting
 
     if markdown:
         print(accounting.markdown(runs), end="")

@@ -16,9 +16,9 @@ def show_dry_run(source: str, settings: Any, memory: Any, job: Job, policy: str 
     """Print what a PVM's run would need. The length of a sample is asked for, measured on the data, or assumed."""
     from keepsight.checkpoints.sources import as_adapter
     from keepsight.pvm import PvmConfig
-    from keepsight.train.cost import dry_run
-    from keepsight.train.pvm.plan import plan_memory
+    from keepsight.train.estimate import dry_run
     from keepsight.train.run.learner import Learner, ranked_lora
+    from keepsight.train.run.plan import plan_memory
 
     found = as_adapter(source)
     base, pvm = source, memory
@@ -46,7 +46,7 @@ def show_dry_run(source: str, settings: Any, memory: Any, job: Job, policy: str 
 
 def show_vismem_dry_run(source: str, settings: Any, config: Any, job: Job) -> None:
     """Print what a VisMem's run would need."""
-    from keepsight.train.cost.dry_run import DEFAULT_TOKENS, measured, print_dry_run
+    from keepsight.train.estimate.dry_run import DEFAULT_TOKENS, measured, print_dry_run
     from keepsight.train.vismem.dry_run import dry_run_vismem
 
     length, visual = job.tokens or DEFAULT_TOKENS, None

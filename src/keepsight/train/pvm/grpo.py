@@ -23,7 +23,6 @@ from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.peft_method import config_from_adapter
 from keepsight.pvm import PvmConfig
 from keepsight.train.pvm.grpo_trainer import make_grpo_trainer
-from keepsight.train.pvm.plan import MemoryPlan, plan_memory
 from keepsight.train.pvm.sft import learner_record, record_of, sizes
 from keepsight.train.rewards.rewards import BUILT_IN, Reward, load_rewards
 from keepsight.train.run import output, preflight
@@ -31,6 +30,7 @@ from keepsight.train.run.controls import WHAT, Comparison, Control, Outcome, con
 from keepsight.train.run.engines import Engine, check_engine, current_engine
 from keepsight.train.run.four_bit import check_four_bit
 from keepsight.train.run.learner import Learner, PolicyChoice, ranked_lora
+from keepsight.train.run.plan import MemoryPlan, plan_memory
 from keepsight.train.run.run import Run, TrainReport, base_lines, execute, memory_lines, result_card, with_comparison
 from keepsight.train.run.settings import GrpoSettings
 from keepsight.train.run.trainer import OnLog

@@ -22,9 +22,9 @@ from keepsight.checkpoints.atomic import write_text
 from keepsight.data.check import CheckedData
 from keepsight.errors import KeepsightError
 from keepsight.pvm import PvmConfig
-from keepsight.train.cost.accounting import RunCost, duration
-from keepsight.train.pvm.plan import MemoryPlan
+from keepsight.train.run.accounting import RunCost, duration
 from keepsight.train.run.learner import Learner, matched_lora
+from keepsight.train.run.plan import MemoryPlan
 
 ControlName = Literal["lora", "mlp", "sft", "none"]
 SFT_LR_SHARE = 0.1

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from keepsight.train.cost.accounting import peak_memory
+from keepsight.train.run.accounting import peak_memory
 from keepsight.train.run.engines import whole
 
 _MEMORY = ("pvm_blocks.", "vismem_memory.")

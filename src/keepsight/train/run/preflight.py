@@ -15,9 +15,9 @@ from keepsight.data.collate import ConversationCollator
 from keepsight.errors import KeepsightError
 from keepsight.shipped import resolve_base
 from keepsight.tested import warn_of_untested
-from keepsight.train.pvm.plan import MemoryPlan
 from keepsight.train.run import output
 from keepsight.train.run.engines import Engine
+from keepsight.train.run.plan import MemoryPlan
 from keepsight.train.run.settings import RunSettings
 
 Say = Callable[[str], None]

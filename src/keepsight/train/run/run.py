@@ -22,15 +22,15 @@ from keepsight.checkpoints.atomic import write_text
 from keepsight.checkpoints.sources import POLICY
 from keepsight.data.check import CheckedData
 from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.train.cost.accounting import CostMeter, RunCost
-from keepsight.train.cost.flops import ModelShape, parameter_count
-from keepsight.train.pvm.plan import MemoryPlan
 from keepsight.train.run import output, preflight
+from keepsight.train.run.accounting import CostMeter, RunCost
 from keepsight.train.run.checksums import changed, checksums
 from keepsight.train.run.engines import Engine
+from keepsight.train.run.flops import ModelShape, parameter_count
 from keepsight.train.run.four_bit import load_base
 from keepsight.train.run.learner import Learner
 from keepsight.train.run.monitor import gates_of
+from keepsight.train.run.plan import MemoryPlan
 from keepsight.train.run.settings import RunSettings
 from keepsight.train.run.trainer import TrainingDivergedError
 

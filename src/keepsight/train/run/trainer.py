@@ -17,8 +17,8 @@ from keepsight.compat import checkpointing_arguments, checkpoints_reentrantly
 from keepsight.data.check import CheckedData, read_sample
 from keepsight.data.collate import ConversationCollator
 from keepsight.errors import KeepsightError
-from keepsight.train.cost.accounting import CostMeter
-from keepsight.train.pvm.blindfold import BlindfoldSchedule, SightLosses, blindfold
+from keepsight.train.run.accounting import CostMeter
+from keepsight.train.run.blindfold import BlindfoldSchedule, SightLosses, blindfold
 from keepsight.train.run.checkpointing import stop_below_learners
 from keepsight.train.run.engines import keep_vision_whole
 from keepsight.train.run.four_bit import trainable_as_it_is

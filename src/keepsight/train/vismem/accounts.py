@@ -15,7 +15,7 @@ class Accounts:
 
     Args:
         progress: where positions are counted.
-        meter: a `keepsight.train.cost.accounting.CostMeter`, or None.
+        meter: a `keepsight.train.run.accounting.CostMeter`, or None.
         processes: how many train together.
         checkpointing: whether gradients are checkpointed.
         forms_again: whether memories are formed anew in the teacher-forced pass.

@@ -13,8 +13,8 @@ from peft import get_peft_model
 from keepsight.backbone import Backbone
 from keepsight.data.check import CheckedData
 from keepsight.errors import KeepsightError
-from keepsight.train.cost.accounting import RunCost
 from keepsight.train.run import output
+from keepsight.train.run.accounting import RunCost
 from keepsight.train.run.controls import WHAT, Comparison, Control, Outcome, control_folder
 from keepsight.train.run.learner import matched_lora
 from keepsight.train.vismem.asked import Run, record_of

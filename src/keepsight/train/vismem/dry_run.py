@@ -1,6 +1,6 @@
 """What a run of VisMem's training would need, found without reading a weight.
 
-As `keepsight.train.cost.dry_run`, with what is VisMem's own: the backward runs through the whole frozen decoder to the
+As for PVM (`estimate/dry_run.py`), with what is VisMem's own: the backward runs through the frozen decoder to the
 latents, every memory of a forward is formed in that forward, and most tokens are written, not trained on. The traced
 step is the decoder's, from the loss to its input embeddings; forming is estimated from it, in proportion to length.
 """
@@ -19,11 +19,11 @@ from keepsight.checkpoints.adapters import find_adapter
 from keepsight.checkpoints.bases import base_config
 from keepsight.checkpoints.sources import check_sources
 from keepsight.errors import KeepsightError
-from keepsight.train.cost.dry_run import DEFAULT_TOKENS
-from keepsight.train.cost.flops import ModelShape
-from keepsight.train.cost.needs import DryRun, Need, cache_bytes, weight_bytes
-from keepsight.train.cost.tracing import meta_model, trace
+from keepsight.train.estimate.dry_run import DEFAULT_TOKENS
+from keepsight.train.estimate.needs import DryRun, Need, cache_bytes, weight_bytes
+from keepsight.train.estimate.tracing import meta_model, trace
 from keepsight.train.run.engines import Engine, current_engine
+from keepsight.train.run.flops import ModelShape
 from keepsight.train.run.four_bit import packed_weights
 from keepsight.train.vismem.settings import InvocationSettings, RlSettings, uses_checkpointing
 from keepsight.vismem import VisMemBranch, VisMemConfig

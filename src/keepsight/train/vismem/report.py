@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.data.check import CheckedData
-from keepsight.train.cost.accounting import RunCost
 from keepsight.train.rewards.rewards import Reward
+from keepsight.train.run.accounting import RunCost
 from keepsight.train.run.controls import Comparison, Outcome
 from keepsight.train.vismem.settings import FormationSettings, InvocationSettings
 from keepsight.train.vismem.trainer import VisMemTrainer

@@ -15,10 +15,10 @@ import torch
 from keepsight.backbone import Backbone
 from keepsight.data.check import CheckedData, read_sample
 from keepsight.errors import KeepsightWarning
-from keepsight.train.cost.accounting import CostMeter
-from keepsight.train.cost.flops import ModelShape
 from keepsight.train.run import output
+from keepsight.train.run.accounting import CostMeter
 from keepsight.train.run.checksums import checksums
+from keepsight.train.run.flops import ModelShape
 from keepsight.train.run.four_bit import load_base
 from keepsight.train.run.preflight import Say, find_checkpoint
 from keepsight.train.vismem.asked import Run

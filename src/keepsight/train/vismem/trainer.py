@@ -47,7 +47,7 @@ class VisMemTrainer:
         accelerator: `accelerate.Accelerator`; default: a new one.
         on_log: called at every logging step.
         on_step: called as `on_step(trainer)` after every step; checkpoints are its business.
-        meter: a `keepsight.train.cost.accounting.CostMeter`, or None.
+        meter: a `keepsight.train.run.accounting.CostMeter`, or None.
     """
 
     def __init__(

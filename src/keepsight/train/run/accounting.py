@@ -20,7 +20,7 @@ import torch
 
 from keepsight.checkpoints.atomic import write_text
 from keepsight.errors import KeepsightError
-from keepsight.train.cost.flops import ModelShape
+from keepsight.train.run.flops import ModelShape
 
 FILE = "cost.json"
 
@@ -31,7 +31,7 @@ class RunCost:
 
     Attributes:
         name: of the run.
-        flops: floating-point operations, estimated from shapes (see `keepsight.train.cost.flops`).
+        flops: floating-point operations, estimated from shapes (see `keepsight.train.run.flops`).
         tokens_trained: positions that a loss was computed on or through, images and prompts included, padding not.
         tokens_generated: tokens sampled in rollouts.
         seconds: wall time in the training loop, evaluation included.

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from keepsight.backbone import Backbone
-from keepsight.train.cost.accounting import duration
-from keepsight.train.cost.flops import ModelShape
-from keepsight.train.cost.tracing import Trace, trace
+from keepsight.train.estimate.tracing import Trace, trace
+from keepsight.train.run.accounting import duration
 from keepsight.train.run.engines import Engine
+from keepsight.train.run.flops import ModelShape
 from keepsight.train.run.four_bit import BYTES_PER_WEIGHT
 
 GIB = 2**30

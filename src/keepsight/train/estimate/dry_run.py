@@ -18,8 +18,8 @@ import torch
 from keepsight.backbone import Backbone
 from keepsight.checkpoints.bases import base_config
 from keepsight.errors import KeepsightError
-from keepsight.train.cost.needs import DryRun, estimate
-from keepsight.train.cost.tracing import meta_model
+from keepsight.train.estimate.needs import DryRun, estimate
+from keepsight.train.estimate.tracing import meta_model
 from keepsight.train.run.engines import Engine, current_engine
 from keepsight.train.run.four_bit import packed_weights
 from keepsight.train.run.learner import Learner

@@ -20,7 +20,7 @@ from keepsight.checkpoints.bases import base_config
 from keepsight.errors import KeepsightError
 from keepsight.pvm.hooks import MEMORY
 from keepsight.pvm.tuner import PvmBranch
-from keepsight.train.cost.flops import ModelShape
+from keepsight.train.run.flops import ModelShape
 
 
 def meta_model(source: str | Path, dtype: torch.dtype) -> Any:

@@ -1,1 +1,0 @@
-"""What training costs: counted from shapes before a run, accounted for after it."""
