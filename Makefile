@@ -29,7 +29,7 @@ test-newest:
 	$(PYTHON) tools/install.py $(VENV)-newest
 	$(VENV)-newest/bin/python $(RUN) newest $(UNLESS) -n 2 -q
 
-# The vLLM plugin, in an environment of its own: vLLM's CPU build pins other versions than ours.
+# The vLLM plugin, in an environment of its own: vLLM pins other versions than ours.
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python $(RUN) vllm -q tests_vllm
 
@@ -41,8 +41,8 @@ $(VENV)-oldest/.installed: pyproject.toml locks/oldest.txt tools/install.py
 	$(PYTHON) tools/install.py $(VENV)-oldest --lock locks/oldest.txt
 	touch $@
 
-.venv-vllm/.installed: pyproject.toml tests_vllm/requirements.txt tests_vllm/make_env.sh
-	PYTHON=$(PYTHON) tests_vllm/make_env.sh .venv-vllm
+.venv-vllm/.installed: pyproject.toml $(wildcard tests_vllm/requirements*.txt) tests_vllm/make_env.py tools/install.py
+	$(PYTHON) tests_vllm/make_env.py .venv-vllm
 	touch $@
 
 # Renews the locks within pyproject.toml's ranges.

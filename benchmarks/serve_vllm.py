@@ -5,7 +5,7 @@
     python benchmarks/serve_vllm.py --shape 8b --dtype bfloat16 --no-eager    # a GPU with 40 GB
     python benchmarks/serve_vllm.py --show benchmarks/results/serve/*.json
 
-Run it where vLLM is installed (`tests_vllm/make_env.sh` on a machine without a GPU). Weights are random and never
+Run it where vLLM is installed (`tests_vllm/make_env.py` on a machine without a GPU). Weights are random and never
 written: vLLM fills them in itself. Two engines, one of the plain model and one with a memory, live in processes of
 their own and take turns, so that a busy machine slows both; what is compared are the turns of one round. CPU seconds
 of the engine's process are kept beside the clock's: on a CPU they are the steadier measure of the two.

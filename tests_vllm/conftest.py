@@ -1,6 +1,6 @@
 """What the tests of the vLLM plugin share: models on disk, prompts, and what the Hugging Face path answers.
 
-They need an environment of their own (`make_env.sh`) and are no part of the main suite: `make test-vllm`.
+They need an environment of their own (`make_env.py`) and are no part of the main suite: `make test-vllm`.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ def test_pipeline_parallelism_is_refused(qwen3, serve):
 
 
 def test_another_version_is_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr(check, "installed_version", lambda: "0.33.0")
+    monkeypatch.setattr(check, "installed_version", lambda: "0.34.0")
     monkeypatch.delitem(sys.modules, "keepsight.serve.vllm.families", raising=False)
-    with pytest.raises(UnsupportedVllmError, match=r"serves with vLLM 0\.32\.x, and this is vLLM 0\.33\.0"):
+    with pytest.raises(UnsupportedVllmError, match=r"vLLM 0\.32\.x and 0\.33\.x, and this is vLLM 0\.34\.0"):
         importlib.import_module("keepsight.serve.vllm.families")
 
 

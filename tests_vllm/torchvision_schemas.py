@@ -1,4 +1,4 @@
-"""Makes torchvision importable beside a CPU build of torch; `make_env.sh` puts it into the test environment.
+"""Makes torchvision importable beside a CPU build of torch; `make_env.py` puts it into the test environment.
 
 The registry's torchvision is linked against CUDA, so beside a CPU torch its operators never load and its import fails
 at "operator torchvision::nms does not exist". Declared, but without a kernel, they let it import; nothing in vLLM or

@@ -164,12 +164,14 @@ def test_the_command(adapter: Path, tmp_path: Path) -> None:
     [
         ("0.32.0", None),
         ("0.32.1+cpu", None),
-        ("0.33.0", "this is vLLM 0.33.0"),
+        ("0.33.0", None),
+        ("0.31.0", "this is vLLM 0.31.0"),
+        ("0.34.0", "this is vLLM 0.34.0"),
         ("0.320.1", "this is vLLM 0.320.1"),
         (None, "not installed"),
     ],
 )
-def test_one_minor_version_of_vllm(version: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_minor_versions_of_vllm(version: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "installed_version", lambda: version)
     found = check.why_not()
     assert (found is None) if reason is None else (found is not None and reason in found)

@@ -25,7 +25,7 @@ def _export() -> None:
         "a folder that stock vLLM serves; the base's weights are linked, not copied",
         "keepsight export vllm my-memory out",
     ),
-    ("where vLLM 0.32 and keepsight are installed", "vllm serve out"),
+    ("where vLLM and keepsight are installed", "vllm serve out"),
 )
 def export_vllm(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A PVM adapter: a folder, or a hub id.")],

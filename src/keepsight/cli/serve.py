@@ -86,7 +86,7 @@ def serve(
     ] = None,
     engine: Annotated[
         Literal["transformers", "vllm"],
-        typer.Option(help="What writes. vllm: an experiment, for a VisMem; it needs vLLM 0.32."),
+        typer.Option(help="What writes. vllm: an experiment, for a VisMem; it needs keepsight[vllm]."),
     ] = "transformers",
     engine_args: Annotated[
         str | None,

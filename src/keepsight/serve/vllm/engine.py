@@ -21,9 +21,11 @@ from keepsight.vismem.policy import MemoryPolicy
 
 _LIMITS = "keepsight.serve.vllm.limits:MemoryLimits"
 #: What vLLM reads from the environment, unless it is set: the engine lives in this process, whose signals are ours; its
-#: log holds what is amiss; and it reports to nobody.
+#: log holds what is amiss; it reports to nobody; and it samples as on a CPU, where `MemoryLimits` is tested (the second
+#: model runner, which GPUs get by default, refuses logits processors of the first).
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: The vLLM this is written against and tested with: one minor version at a time, because plugins rest on internals.
-SUPPORTED_VLLM = "0.32"
+#: The minor versions of vLLM that this is written against and tested with, oldest first: plugins rest on internals.
+SUPPORTED_VLLM = ("0.32", "0.33")
 
 #: Key of config.json under which an export keeps the memory's resolved configuration.
 CONFIG_KEY = "keepsight_pvm"
