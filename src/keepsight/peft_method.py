@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 
+from keepsight import loading
 from keepsight.errors import AdapterMismatchError, KeepsightError, MergeError
 from keepsight.tested import warn_of_untested
 
@@ -185,6 +186,11 @@ class MemoryTuner(BaseTuner):
                 for name, tensor in state_dict.items()
             }
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        memories = [memory for _, memory in self._memories(model, adapter_name)]
+        for memory in memories:
+            loading.remember_fresh(memory)
+        if self.peft_config[adapter_name].inference_mode:
+            loading.expect_weights(model, memories)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -239,3 +245,47 @@ class MemoryTuner(BaseTuner):
         # The name sits in the middle of the key (pvm_blocks.<name>.cross_attn.q_proj.weight), where PEFT's own rule,
         # made for names at the end, does not find it.
         return key.replace(f".{cls.container}.{adapter_name}.", f".{cls.container}.", 1)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's own; random weights stay random in another dtype."""
+        memories = [memory for _, memory in self._memories(self.model, adapter_name)]
+        fresh = [memory for memory in memories if loading.fresh_parameters(memory)]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for memory in fresh:
+            loading.remember_fresh(memory)
+
+    @classmethod
+    def _memories(cls, model: nn.Module, adapter_name: str) -> list[tuple[Any, nn.Module]]:
+        """(branch, memory of one adapter in it)."""
+        branches: list[Any] = [module for module in model.modules() if isinstance(module, cls.tuner_layer_cls)]
+        found = [(branch, getattr(branch, cls.container)) for branch in branches]
+        return [(branch, memories[adapter_name]) for branch, memories in found if adapter_name in memories]
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """PEFT's own, for tensors that are all there and nothing else."""
+        present, mark = model.state_dict(), f".{cls.container}.{adapter_name}."
+        own = {cls._remove_adapter_name_from_key(n, adapter_name): t for n, t in present.items() if mark in n}
+        memories = cls._memories(model, adapter_name)
+        try:
+            loading.check_stored(state_dict, own, present, adapter_name)
+        except KeepsightError:
+            for branch, memory in memories:  # nobody shall go on with what was made for these weights
+                if len(loading.fresh_parameters(memory)) == len(list(memory.parameters())):
+                    branch.delete_adapter(adapter_name)
+            raise
+        finally:
+            for _, memory in memories:
+                loading.forget_fresh(memory)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """PEFT's own; warns of an embedding that the recorded base does not have."""
+        base = config.base_model_name_or_path or getattr(model, "name_or_path", None)
+        loading.warn_of_resized_embedding(model, base)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft.utils import PeftType
 from safetensors import SafetensorError, safe_open
 
+from keepsight.backbone import Backbone, family_of
 from keepsight.errors import BrokenAdapterError
+from keepsight.loading import STORED_PREFIX, check_tensors, is_embedding
 from keepsight.peft_method import config_from_adapter
+from keepsight.pvm import PvmConfig
 from keepsight.shipped import resolve_adapter
+from keepsight.vismem import VisMemConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+#: PEFT's name of a memory's method -> its config.
+MEMORIES: dict[str, Any] = {"PVM": PvmConfig, "VISMEM": VisMemConfig}
 
 
 @dataclass(frozen=True)
@@ -28,8 +38,7 @@ class AdapterInfo:
         method: PEFT's name of the method, e.g. "PVM" or "LORA".
         base: name or path of the base model, as recorded.
         config: the whole adapter_config.json.
-        shapes: tensor name -> shape.
-        dtypes: the dtypes that occur.
+        tensors: what is stored: name -> tensor, on the meta device.
         gates: PVM only: decoder layer -> value of its gate.
     """
 
@@ -37,14 +46,23 @@ class AdapterInfo:
     method: str
     base: str | None
     config: dict[str, Any]
-    shapes: dict[str, tuple[int, ...]] = field(repr=False)
-    dtypes: tuple[str, ...]
+    tensors: dict[str, torch.Tensor] = field(repr=False)
     gates: dict[int, float]
 
     @property
     def num_parameters(self) -> int:
         """Parameters stored in the adapter."""
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes that occur."""
+        return tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()}))
+
+    @property
+    def embedding_rows(self) -> int | None:
+        """Rows of the base's embedding, where the adapter brings it (`save_embedding_layers=True`)."""
+        return next((len(tensor) for name, tensor in self.tensors.items() if is_embedding(name)), None)
 
 
 def find_adapter(source: str | Path, revision: str | None = None) -> Path | None:
@@ -79,76 +97,103 @@ def inspect_adapter(path: str | Path) -> AdapterInfo:
         raise BrokenAdapterError(f"{path / CONFIG} is not valid JSON ({error}). Copy the file again.") from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise BrokenAdapterError(f"{path / CONFIG} names no peft_type, so it does not describe a PEFT adapter.")
-    shapes, dtypes, gates = _read_weights(path / WEIGHTS)
-    info = AdapterInfo(path, config["peft_type"], config.get("base_model_name_or_path"), config, shapes, dtypes, gates)
-    if info.method == "PVM":
-        _check_pvm_tensors(info)
+    method = config["peft_type"]
+    if method not in PeftType.__members__:
+        raise BrokenAdapterError(
+            f"{path / CONFIG}: peft_type {method!r} is no method of the PEFT that is installed, nor of keepsight (PVM, "
+            "VISMEM). Correct the name, or install the PEFT release that wrote the adapter."
+        )
+    tensors, gates = _read_weights(path / WEIGHTS)
+    info = AdapterInfo(path, method, config.get("base_model_name_or_path"), config, tensors, gates)
+    if method in MEMORIES:
+        _check_memory(info)
+    whole = [name for name, tensor in tensors.items() if method == "LORA" and not tensor.is_floating_point()]
+    if whole:
+        raise BrokenAdapterError(
+            f"{path / WEIGHTS}: {whole[0]} is stored as {tensors[whole[0]].dtype}; expected are numbers with "
+            "fractions, of 16 or 32 bits. Write it with save_pretrained."
+        )
     return info
 
 
-def _read_weights(file: Path) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...], dict[int, float]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: set[str] = set()
+def _read_weights(file: Path) -> tuple[dict[str, torch.Tensor], dict[int, float]]:
+    stored: dict[str, torch.Tensor] = {}
     gates: dict[int, float] = {}
     try:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 tensor = tensors.get_tensor(name)
-                shapes[name] = tuple(tensor.shape)
-                dtypes.add(str(tensor.dtype).removeprefix("torch."))
-                if not torch.isfinite(tensor).all():
-                    bad = int((~torch.isfinite(tensor)).sum())
+                stored[name] = torch.empty_like(tensor, device="meta")
+                bad = _count_not_finite(tensor)
+                if bad:
                     raise BrokenAdapterError(
                         f"{file}: {bad} of {tensor.numel()} values of {name} are NaN or infinite. The training run "
                         "that wrote it diverged; use an earlier checkpoint or train with a lower learning rate."
                     )
-                if name.endswith("pvm_blocks.gate"):
-                    gates[_layer_of(name)] = tensor.float().item()
+                layer = name.partition(".layers.")[2].partition(".")[0]
+                if name.endswith("pvm_blocks.gate") and layer.isdecimal() and tensor.numel() == 1:
+                    gates[int(layer)] = tensor.float().item()
     except SafetensorError as error:
         raise BrokenAdapterError(
             f"{file} is not a whole safetensors file ({error}). It was probably cut off while being written or "
             f"copied ({file.stat().st_size} bytes are there); copy it again or use an earlier checkpoint."
         ) from error
-    return shapes, tuple(sorted(dtypes)), dict(sorted(gates.items()))
+    return stored, dict(sorted(gates.items()))
 
 
-def _layer_of(name: str) -> int:
-    return int(name.partition(".layers.")[2].partition(".")[0])
+def _count_not_finite(tensor: torch.Tensor) -> int:
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+        tensor = tensor.float()  # torch does not ask 8-bit numbers
+    return int((~torch.isfinite(tensor)).sum())
 
 
-def _check_pvm_tensors(info: AdapterInfo) -> None:
-    from keepsight.pvm.config import PvmConfig
-    from keepsight.pvm.tuner import make_block
+def _check_memory(info: AdapterInfo) -> None:
+    """All that a memory's own configuration tells of its tensors: a PVM's in full, where a VisMem's stand."""
+    from keepsight.pvm.tuner import BRANCH as PVM_BRANCH
+    from keepsight.pvm.tuner import PvmModel, make_block
+    from keepsight.vismem.tuner import BRANCH as VISMEM_BRANCH
+    from keepsight.vismem.tuner import VisMemModel
 
-    config = config_from_adapter(PvmConfig, info.config)
-    if config.base_hidden_size is None:
+    try:
+        config = config_from_adapter(MEMORIES[info.method], info.config)
+    except (ValueError, TypeError) as error:
+        raise BrokenAdapterError(f"{info.path / CONFIG}: {error}") from error
+    if config.base_hidden_size is None or config.base_model_type is None:
         raise BrokenAdapterError(
             f"{info.path / CONFIG} does not say which base the memory was made for; only adapters saved by "
             "save_pretrained can be loaded."
         )
+    decoder = STORED_PREFIX + decoder_path(config.base_model_type)
+    embeddings = {name: tensor for name, tensor in info.tensors.items() if is_embedding(name)}
+    if info.method == "VISMEM":
+        place = f"{decoder}.{VISMEM_BRANCH}.{VisMemModel.container}."
+        wrong = sorted(name for name in info.tensors.keys() - embeddings.keys() if not name.startswith(place))
+        if wrong:
+            raise BrokenAdapterError(
+                f"{info.path / WEIGHTS} holds {len(wrong)} tensors that are not the memory's. Stored is, for example, "
+                f"{wrong[0]}; expected is {place}*. Names change when a file is written from a wrapped model (module.) "
+                "or without PEFT (no base_model.model.): write it with save_pretrained."
+            )
+        return
     with torch.device("meta"):
         block = make_block(config)
     expected = {
-        (layer, name): tuple(tensor.shape)
+        f"{decoder}.layers.{layer}.{PVM_BRANCH}.{PvmModel.container}.{name}": tensor
         for layer in config.layers or ()
         for name, tensor in block.state_dict().items()
     }
-    found = {
-        (_layer_of(name), name.partition(".pvm_blocks.")[2]): shape
-        for name, shape in info.shapes.items()
-        if ".pvm_blocks." in name
-    }
-    for (layer, name), shape in expected.items():
-        if (layer, name) not in found:
-            raise BrokenAdapterError(f"{info.path / WEIGHTS} lacks {name} of the block at layer {layer}.")
-        if found[layer, name] != shape:
-            raise BrokenAdapterError(
-                f"{info.path / WEIGHTS}: {name} at layer {layer} has shape {found[layer, name]}; "
-                f"{CONFIG} describes {shape}. The two files belong to different adapters."
-            )
-    extra = found.keys() - expected.keys()
-    if extra:
-        raise BrokenAdapterError(
-            f"{info.path / WEIGHTS} holds tensors that {CONFIG} does not describe, such as {sorted(extra)[0]}. "
-            "The two files belong to different adapters."
-        )
+    check_tensors(info.tensors, expected | embeddings, str(info.path / WEIGHTS))
+
+
+@functools.cache
+def decoder_path(model_type: str) -> str:
+    """Where the decoder stands in a family's models, found without any model: "model.language_model".
+
+    Raises:
+        UnsupportedModelError: if keepsight does not know the family.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    family_of(SimpleNamespace(model_type=model_type), "The memory's base")
+    with torch.device("meta"):
+        return Backbone.of(AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type))).decoder_path

@@ -1,20 +1,35 @@
-"""A base model by name, looked at before its weights are read: is it there, whole, and of a family we know?"""
+"""A base model by name: is it there, whole, of a family we know, and are its tensors those of its model, in full?
+
+transformers fills what a checkpoint lacks with random numbers and goes on; here that is an error, before the weights
+are read where the folder is at hand, and after in any case.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from keepsight.backbone import family_of
+from keepsight.checkpoints.shards import read_header, weight_files
 from keepsight.errors import KeepsightError
+from keepsight.loading import most_alike
 from keepsight.shipped import resolve_base
 
 
-def base_config(source: str | Path, revision: str | None = None) -> Any:
+def base_config(source: str | Path, revision: str | None = None, local: bool = False) -> Any:
     """The configuration of a VLM, from a folder or the hub.
+
+    Args:
+        source: a folder, a hub id, or the name of what is shipped.
+        revision: on the hub.
+        local: look into the hub's cache only.
 
     Raises:
         FileNotFoundError: if there is no such folder, or nothing of that name can be reached on the hub.
@@ -34,7 +49,7 @@ def base_config(source: str | Path, revision: str | None = None) -> Any:
     if not folder.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") > 1):
         raise FileNotFoundError(f"{source}: no such folder.")
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
+        config = AutoConfig.from_pretrained(path, revision=revision, local_files_only=local)
     except OSError as error:
         raise FileNotFoundError(
             f"{source}: no such folder here, and no model of that name can be reached on the Hugging Face hub. "
@@ -54,10 +69,11 @@ def base_config(source: str | Path, revision: str | None = None) -> Any:
 
 
 def check_weights(source: str | Path) -> None:
-    """Find missing and truncated weight files of a local model by their headers, without reading the weights.
+    """Find missing, truncated and wrongly named weights of a local model by the files' headers, in milliseconds.
 
     Raises:
-        KeepsightError: naming the file. A hub id is left to the hub's own checks.
+        KeepsightError: naming the file, or one stored and one expected tensor. A hub id is left to the hub's own
+            checks, and to `read_base`.
     """
     folder = Path(resolve_base(source)).expanduser()
     if not folder.is_dir():
@@ -84,3 +100,116 @@ def check_weights(source: str | Path) -> None:
             raise KeepsightError(
                 f"{file} is cut off or damaged: {size:,} bytes where its header tells of {whole:,}. Copy it again."
             )
+    if (folder / "config.json").is_file():
+        _check_names(folder, str(source))
+
+
+def _check_names(folder: Path, source: str) -> None:
+    """transformers' own loading, with all its renaming and ignoring, on the meta device."""
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None or is_deepspeed_zero3_enabled():
+        return  # packed or shared-out tensors, which only their libraries can tell of; `read_base` asks them
+    with torch.device("meta"):
+        model_class: Any = type(AutoModelForImageTextToText.from_config(config))
+        stored = {
+            tensor.name: torch.empty(tensor.shape, dtype=_dtype(tensor.dtype))
+            for file in weight_files(folder)
+            for tensor in read_header(file)
+        }
+    with _no_progress_bar():
+        model, found = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=stored,
+            device_map={"": "meta"},
+            dtype=config.dtype or torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    check_loaded(found, source, stored)
+    for name, parameter in model.named_parameters():
+        kind = stored[name].dtype if name in stored else parameter.dtype
+        if not kind.is_floating_point:
+            raise KeepsightError(
+                f"{source}: {name} is stored as {str(kind).removeprefix('torch.')}, and its config.json tells of no "
+                "quantization: expected are numbers of 16 or 32 bits. Save the model again with save_pretrained."
+            )
+
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+def _dtype(stored: str) -> torch.dtype:
+    """ "F32" -> torch.float32; what torch has no such name for is a byte, which no weight is."""
+    numbers = {"F": "float", "I": "int", "U": "uint"}
+    found = _DTYPES.get(stored) or getattr(torch, f"{numbers.get(stored[:1], '')}{stored[1:]}", None)
+    return found if isinstance(found, torch.dtype) else torch.uint8
+
+
+def read_base(source: str | Path, **kwargs: Any) -> Any:
+    """A base model with its weights, all of them.
+
+    Args:
+        source: a folder, or a hub id.
+        kwargs: of `AutoModelForImageTextToText.from_pretrained`.
+
+    Raises:
+        KeepsightError: if tensors are missing, left over or of another shape, naming one stored and one expected.
+    """
+    model, found = AutoModelForImageTextToText.from_pretrained(
+        source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
+    check_loaded(found, str(source))
+    return model
+
+
+def check_loaded(found: Mapping[str, Any], source: str, stored: Mapping[str, Any] | None = None) -> None:
+    """Refuse a model of which transformers could not load everything, or whose checkpoint it could not use up.
+
+    Args:
+        found: what `from_pretrained(..., output_loading_info=True)` returned; tied tensors, renamed ones and those
+            that the family ignores by design are not in it.
+        source: name of the model, for the error.
+        stored: the checkpoint's own names, for the error.
+
+    Raises:
+        KeepsightError: naming one stored and one expected tensor.
+    """
+    missing, extra = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if missing or extra:
+        names = extra or sorted(stored or ())
+        expected = missing[0] if missing else "nothing more"
+        example = most_alike(expected, names) if names else "nothing of that name"
+        raise KeepsightError(
+            f"{source} does not hold the weights of its model: {len(missing)} tensors are missing, which would be "
+            f"random, and {len(extra)} have no place in it. Stored is, for example, {example}; expected is {expected}. "
+            "Names change when a checkpoint is written from a wrapped model (module.), a part of the model, or for "
+            "another layout; a tensor is lost when a shard was written badly. Copy the model again, or write it with "
+            "save_pretrained of the whole model."
+        )
+    if found["mismatched_keys"]:
+        name, have, want = sorted(found["mismatched_keys"])[0]
+        raise KeepsightError(
+            f"{source} does not hold the weights of its model: {name} is stored with shape {tuple(have)}; expected by "
+            f"its config.json is {tuple(want)}. The two belong to different models, or a size was changed in one of "
+            "them: copy both again, or write them with save_pretrained."
+        )
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Nothing is loaded that would take time."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

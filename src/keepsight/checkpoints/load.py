@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 from keepsight.checkpoints.adapters import AdapterInfo
+from keepsight.checkpoints.bases import read_base
 from keepsight.checkpoints.sources import check_sources
 from keepsight.errors import AdapterMismatchError
 from keepsight.shipped import resolve_base
 from keepsight.tested import warn_of_untested
-from keepsight.vismem import VisMemBranch, add_memory_tokens
+from keepsight.vismem import add_memory_tokens
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -50,7 +51,8 @@ def load(
         BrokenAdapterError: if an adapter's files are missing, truncated or not finite.
         AdapterMismatchError: if the adapter was made for another base.
         UnsupportedModelError: if keepsight does not know the model's family.
-        KeepsightError: if weight files of the base are missing or truncated. All this before any weight is read.
+        KeepsightError: if weights of the base are missing, truncated, or not those of its model, in full. All this
+            before any weight is read (of a base on the hub: after its weights were).
     """
     base_name, adapters = check_sources(source, more, base, revision)
     if revision is not None and not adapters:
@@ -74,7 +76,12 @@ def load_checked(
     processor = AutoProcessor.from_pretrained(processor_source)
     if device is None and "device_map" not in model_kwargs:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForImageTextToText.from_pretrained(base_path, dtype=dtype, **model_kwargs)
+    model = read_base(base_path, dtype=dtype, **model_kwargs)
+    rows = {info.embedding_rows for info in adapters if info.embedding_rows is not None}
+    if len(rows) > 1:
+        raise AdapterMismatchError(f"The adapters bring embeddings of different sizes: {sorted(rows)} rows.")
+    for count in rows - {model.get_input_embeddings().num_embeddings}:
+        model.resize_token_embeddings(count, mean_resizing=False)  # the adapter fills it
     if device is not None:
         model = model.to(device)
         if dtype == "auto" and torch.device(device).type == "cpu" and model.dtype == torch.float16:
@@ -108,8 +115,6 @@ def attach(model: Any, adapters: list[AdapterInfo], trainable: bool = False) -> 
             result = PeftModel.from_pretrained(
                 model, info.path, adapter_name=name, is_trainable=trainable, autocast_adapter_dtype=False
             )
-        if info.method == "VISMEM":
-            VisMemBranch.of(result).check_complete(name, info.path, set(info.shapes))
         taken[name] = info.method
     return result
 

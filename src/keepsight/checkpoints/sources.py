@@ -5,22 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from keepsight.checkpoints.adapters import CONFIG, AdapterInfo, find_adapter, inspect_adapter
 from keepsight.checkpoints.bases import base_config, check_weights
-from keepsight.errors import AdapterMismatchError, BrokenAdapterError, KeepsightError, KeepsightWarning
-from keepsight.peft_method import config_from_adapter
-from keepsight.pvm import PvmConfig
+from keepsight.checkpoints.fit import check_fit, check_words
+from keepsight.errors import BrokenAdapterError, KeepsightError, KeepsightWarning, UnsupportedModelError
 from keepsight.shipped import REFERENCE_NAME, resolve_base
-from keepsight.vismem import VisMemConfig
 
 #: In a memory's folder: the language model that was trained with it, as a LoRA (loaded beside it) or whole (its base).
 POLICY = "policy"
-
-_MEMORIES: dict[str, Any] = {"PVM": PvmConfig, "VISMEM": VisMemConfig}
 
 
 def as_adapter(source: str | Path, revision: str | None = None) -> AdapterInfo | None:
@@ -75,15 +68,7 @@ def check_sources(
             raise KeepsightError(f"{source} is a plain model and no adapter, so the base {base} has no use.")
         base_name = str(source)
     else:
-        base_name = str(base or first.base or "")
-        if not base_name:
-            raise BrokenAdapterError(
-                f"{source} does not say which base model it belongs to. Name it: base=MODEL, "
-                "or --base MODEL on the command line."
-            )
-        beside = first.path / base_name
-        if base is None and base_name.startswith(".") and beside.is_dir():
-            base_name = str(beside.resolve())
+        base_name = _base_of(first, source, base)
     try:
         config = base_config(base_name, revision if first is None else None)
     except FileNotFoundError as error:
@@ -94,46 +79,55 @@ def check_sources(
             "somewhere else, name it: base=FOLDER, or --base FOLDER on the command line."
         ) from error
     for info in infos:
-        _check_fit(info, base_name, config)
+        check_fit(info, base_name, config)
+        check_words(info, base_name, config)
+        _warn_of_another_base(info, base_name)
     check_weights(base_name)
     return base_name, infos
 
 
-def _check_fit(info: AdapterInfo, base: str, config: Any) -> None:
-    if info.method in _MEMORIES:
-        config_from_adapter(_MEMORIES[info.method], info.config).check_base(config)
-    else:
-        _check_shapes(info, base, config)
+def check_recorded(info: AdapterInfo) -> bool:
+    """Check an adapter, and what lies beside it, against the base that it records, if that can be read here.
+
+    Returns:
+        Whether there was a base to compare with.
+
+    Raises:
+        KeepsightError: if anything does not fit.
+    """
+    beside = info.path / POLICY
+    infos = [info, inspect_adapter(beside)] if (beside / CONFIG).is_file() else [info]
+    try:
+        base = _base_of(info, info.path, None)
+        config = base_config(base, local=True)
+    except (FileNotFoundError, UnsupportedModelError, BrokenAdapterError):
+        return False
+    for each in infos:
+        check_fit(each, base, config)
+        check_words(each, base, config)
+    return True
+
+
+def _base_of(first: AdapterInfo, source: str | Path, base: str | Path | None) -> str:
+    """The base that was named, or else recorded; "./policy" is beside the adapter."""
+    base_name = str(base or first.base or "")
+    if not base_name:
+        raise BrokenAdapterError(
+            f"{source} does not say which base model it belongs to. Name it: base=MODEL, "
+            "or --base MODEL on the command line."
+        )
+    beside = first.path / base_name
+    return str(beside.resolve()) if base is None and base_name.startswith(".") and beside.is_dir() else base_name
+
+
+def _warn_of_another_base(info: AdapterInfo, base: str) -> None:
     if info.base is not None and not _same_base(info, base):
         warnings.warn(
             f"{info.path} was trained on {info.base} and is put on {base}. The shapes fit; whether the weights do, "
             "nobody has checked.",
             KeepsightWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-
-
-def _check_shapes(info: AdapterInfo, base: str, config: Any) -> None:
-    """Whether a LoRA's matrices fit the layers they name."""
-    from transformers import AutoModelForImageTextToText
-
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    for name, shape in info.shapes.items():
-        path, found, _ = name.removeprefix("base_model.model.").partition(".lora_")
-        if not found or len(shape) != 2:
-            continue
-        try:
-            weight = model.get_submodule(path).weight
-        except AttributeError:
-            weight = None
-        side = 1 if ".lora_A" in name else 0  # A reads the layer's input, B writes its output
-        if weight is None or weight.shape[side] != shape[side]:
-            here = "there is no such layer" if weight is None else f"the layer there is {tuple(weight.shape)}"
-            raise AdapterMismatchError(
-                f"{info.path} was made for another base model ({info.base}) than {base}: {path} got a {info.method} "
-                f"of shape {shape}, and {here}. Load it on {info.base}."
-            )
 
 
 def _same_base(info: AdapterInfo, base: str) -> bool:

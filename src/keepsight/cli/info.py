@@ -27,11 +27,14 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """What is in an adapter, or what memory a model would get. Reads no base weights."""
-    from keepsight.checkpoints.sources import as_adapter
+    from keepsight.checkpoints.sources import as_adapter, check_recorded
 
     quiet()
     adapter = as_adapter(source)
-    facts = adapter_facts(adapter) if adapter is not None else model_facts(source)
+    if adapter is not None:
+        facts = adapter_facts(adapter) | {"fits_base": check_recorded(adapter) or None}
+    else:
+        facts = model_facts(source)
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
@@ -49,7 +52,7 @@ def adapter_facts(adapter: AdapterInfo) -> dict[str, Any]:
         "method": adapter.method,
         "base": adapter.base,
         "parameters": adapter.num_parameters,
-        "tensors": len(adapter.shapes),
+        "tensors": len(adapter.tensors),
         "dtype": ", ".join(adapter.dtypes),
         "file_bytes": (adapter.path / WEIGHTS).stat().st_size,
     }
@@ -165,7 +168,8 @@ def _adapter_rows(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
             targets = facts["target_modules"]
             yield "on", targets if isinstance(targets, str) else ", ".join(sorted(targets))
     yield "parameters", f"{facts['parameters']:,} in {facts['tensors']} tensors ({facts['dtype']})"
-    yield "file", f"{facts['file_bytes'] / 1e6:.2f} MB, whole and finite"
+    compared = "and it fits the base" if facts["fits_base"] else "not compared with the base, which is not here"
+    yield "file", f"{facts['file_bytes'] / 1e6:.2f} MB, whole and finite, {compared}"
     path = Path(facts["path"])
     processor = any((path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
     yield "processor", "beside the adapter" if processor else "the base's"

@@ -48,14 +48,16 @@ def load_reference(path: str | Path | None = None) -> tuple[Any, Any]:
         `keepsight/reference`, a name that means the same on every machine.
     """
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
+
+    from keepsight.checkpoints.bases import read_base
 
     folder = reference_path() if path is None else Path(path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} is no checkpoint folder: it has no config.json. Make one: keepsight lab pretrain --out {folder}"
         )
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model = read_base(folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder)
     return model.eval(), processor
 

@@ -15,7 +15,7 @@ from typing import Any
 from keepsight.checkpoints.adapters import inspect_adapter
 from keepsight.checkpoints.atomic import write_text
 from keepsight.checkpoints.bases import check_weights
-from keepsight.checkpoints.sources import POLICY
+from keepsight.checkpoints.sources import POLICY, check_recorded
 from keepsight.errors import KeepsightError
 
 RECORD = "keepsight_run.json"
@@ -124,11 +124,11 @@ def _what_is_wrong(checkpoint: Path) -> str | None:
         if (checkpoint / "config.json").is_file():
             check_weights(checkpoint)
         else:
-            inspect_adapter(checkpoint)
+            check_recorded(inspect_adapter(checkpoint))
         if (policy / "config.json").is_file():
             check_weights(policy)
         elif policy.is_dir():
-            inspect_adapter(policy)
+            check_recorded(inspect_adapter(policy))
     except KeepsightError as error:
         return str(error)
     optimizer = checkpoint / "optimizer.pt"
