@@ -37,10 +37,11 @@ def test_beyond_it_the_sentence_names_both_versions(version, range_, words):
 
 
 def test_a_process_says_it_once_of_each_library_at_the_first_model(tmp_path):
-    for name in LIBRARIES:
-        record = tmp_path / f"{name}-99.1.0.dist-info"
+    ranges = "".join(f"Requires-Dist: {name}>=1,<99\n" for name in LIBRARIES)
+    for name, version, more in [*((name, "99.1.0", "") for name in LIBRARIES), ("keepsight", "0.1.0", ranges)]:
+        record = tmp_path / f"{name}-{version}.dist-info"
         record.mkdir()
-        (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.1.0\n")
+        (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{more}")
     done = subprocess.run(
         [sys.executable, "-W", "always", "-c", ATTACH],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},

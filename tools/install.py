@@ -40,7 +40,7 @@ def main() -> None:
         wanted = ["-e", f"{ROOT}[dev]"]
     else:
         run([*installer, "--no-deps", "-e", str(ROOT)], environment(settings))
-        wanted = ["--upgrade", *unbounded_requirements()]
+        wanted = unbounded_requirements()
     if uv:
         install_with_uv(uv, [*installer, *wanted], given.lock, environment(settings))
     else:
