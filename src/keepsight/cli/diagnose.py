@@ -184,6 +184,7 @@ def _video(name: str) -> Any:
     from PIL import Image, ImageSequence, UnidentifiedImageError
 
     from keepsight.data.images import open_image
+    from keepsight.data.pixels import as_seen
 
     path = Path(name).expanduser()
     if path.is_dir():
@@ -193,7 +194,7 @@ def _video(name: str) -> Any:
     else:
         try:
             with Image.open(path) as moving:
-                frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(moving)]
+                frames = [as_seen(frame.copy()) for frame in ImageSequence.Iterator(moving)]
         except UnidentifiedImageError as error:
             raise KeepsightError(
                 f"--video {name}: not an animated GIF or WebP. Of other videos give a folder of frames, as "

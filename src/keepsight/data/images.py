@@ -9,11 +9,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from keepsight.errors import KeepsightError
+from keepsight.data.pixels import ImageError, as_seen
 
-
-class ImageError(KeepsightError):
-    """A file is missing, is no image, or is damaged."""
+__all__ = ["ImageError", "find_image", "is_base64", "open_image"]
 
 
 def open_image(source: Any, folder: Path | None = None) -> Any:
@@ -25,15 +23,15 @@ def open_image(source: Any, folder: Path | None = None) -> Any:
         folder: what a relative path is relative to; default: the working directory.
 
     Returns:
-        A PIL image in RGB, turned upright as its EXIF data say.
+        A PIL image in RGB, as a browser shows it (see `pixels.as_seen`).
 
     Raises:
-        ImageError: for a missing file, something that is no image, a truncated or damaged one, and one whose size is
-            that of a decompression bomb.
+        ImageError: for a missing file, something that is no image, a truncated or damaged one, several frames, and
+            one whose size is that of a decompression bomb.
     """
-    Image, ImageOps, UnidentifiedImageError = _pillow()
+    Image, UnidentifiedImageError = _pillow()
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return _seen(source, "this PIL image")
     if isinstance(source, dict) and (source.get("bytes") or source.get("path")):
         source = source.get("bytes") or source["path"]
     if is_base64(source):
@@ -53,7 +51,9 @@ def open_image(source: Any, folder: Path | None = None) -> Any:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(content) as image:
                 image.load()
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return _seen(image, name)
+    except ImageError:
+        raise
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image that Pillow can read{_what_it_is(content)}.") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -63,6 +63,13 @@ def open_image(source: Any, folder: Path | None = None) -> Any:
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise for damaged files
         raise ImageError(f"{name}: the image is damaged or cut off ({error}). Copy or export it again.") from error
+
+
+def _seen(image: Any, name: str) -> Any:
+    try:
+        return as_seen(image)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from None
 
 
 def is_base64(source: Any) -> bool:
@@ -120,7 +127,7 @@ def _what_it_is(content: Any) -> str:
 
 def _pillow() -> Any:
     try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise ImportError('Reading images needs Pillow. Install it: pip install "keepsight[train]"') from error
-    return Image, ImageOps, UnidentifiedImageError
+    return Image, UnidentifiedImageError

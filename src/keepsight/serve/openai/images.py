@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from keepsight.data.pixels import ImageError, as_seen
 from keepsight.serve.errors import ApiError, bad, too_large
 from keepsight.serve.openai.settings import Limits
 
@@ -16,7 +17,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 def decode_image(content: bytes, limits: Limits, param: str, left: int | None = None) -> Any:
-    """A PIL image in RGB, turned upright as its EXIF data say.
+    """A PIL image in RGB, as a browser shows it (see `keepsight.data.pixels.as_seen`).
 
     Args:
         content: an image file's bytes.
@@ -27,7 +28,7 @@ def decode_image(content: bytes, limits: Limits, param: str, left: int | None = 
     Raises:
         ApiError: 413 if it is too large, 400 if it is no image, damaged, or of another format.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     check_bytes(len(content), limits, param)
     if not content:
@@ -49,13 +50,15 @@ def decode_image(content: bytes, limits: Limits, param: str, left: int | None = 
                     "images_too_large",
                 )
             image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return as_seen(image)
     except UnidentifiedImageError:
         raise bad(f"Not an image that can be read; expected {', '.join(FORMATS)}.", param, "invalid_image") from None
     except Image.DecompressionBombError:
         raise too_large("The image claims an enormous size.", param, "image_too_large") from None
     except ApiError:
         raise
+    except ImageError as error:
+        raise bad(f"The image cannot be used: {error}", param, "invalid_image") from None
     except Exception as error:  # decoders raise many kinds; what they say describes the client's own file
         raise bad(f"The image is damaged or cut off ({type(error).__name__}).", param, "invalid_image") from None
 

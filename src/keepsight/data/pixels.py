@@ -1,0 +1,91 @@
+"""From any picture that Pillow holds to the RGB that a browser would show: what every model here is given.
+
+The one place where transparency, depth, rotation and frames are decided, for training, generation, serving and the
+diagnosis alike. Colour profiles are not applied: vision encoders were trained on pixels as they are stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from keepsight.errors import KeepsightError
+
+#: Formats whose further frames are other views of one picture (a phone's depth map, a document's layers).
+_ONE_PICTURE = ("MPO", "PSD")
+
+
+class ImageError(KeepsightError):
+    """A file is missing, is no image, is damaged, or is no single picture."""
+
+
+def as_seen(image: Any) -> Any:
+    """A picture as a browser shows it on a white page.
+
+    - Turned upright as its EXIF data say.
+    - Transparency, of any kind (an alpha channel, a transparent colour, a palette with either), lies on white.
+    - Greyscale of more than eight bits is scaled to eight: 16-bit modes by their range; whole numbers and floats by
+      the smallest usual range that holds them (0 to 1 for floats, 0 to 255, 0 to 65,535), else from their lowest value
+      to their highest.
+
+    Args:
+        image: a PIL image of any mode.
+
+    Returns:
+        A PIL image in RGB, of one frame.
+
+    Raises:
+        ImageError: if it has several frames, no pixels, or values that are no numbers.
+    """
+    from PIL import Image, ImageOps
+
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format not in _ONE_PICTURE:
+        raise ImageError(
+            f"it has {frames} frames, and a picture is one. Save the frame you mean as a file of its own; for a video "
+            "give its frames in order."
+        )
+    if 0 in image.size:
+        raise ImageError(f"it has no pixels ({image.width} x {image.height}).")
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image, sixteen)
+    if image.mode == "LAB":
+        image = _from_lab(image)
+    if image.has_transparency_data:
+        # premultiplied colours are divided out first, in their own mode
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Any, sixteen: bool) -> Any:
+    """Greyscale of whole numbers or floats as L, or LA where a value stands for "transparent"."""
+    from PIL import Image
+
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ImageError("it holds values that are no numbers (NaN or infinite). Replace them before saving it.")
+    low, high = float(values.min()), float(values.max())
+    if sixteen:
+        white = 65535.0
+    elif low >= 0 and high <= 1 and image.mode == "F":
+        white = 1.0
+    else:
+        white = next((limit for limit in (255.0, 65535.0) if low >= 0 and high <= limit), 0.0)
+    shown = values / white if white else (values - low) / ((high - low) or 1.0)
+    grey = Image.fromarray((shown * 255).round().astype(np.uint8))
+    clear = image.info.get("transparency")
+    if clear is None:
+        return grey
+    alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+    return Image.merge("LA", (grey, alpha))
+
+
+def _from_lab(image: Any) -> Any:
+    from PIL import ImageCms
+
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")

@@ -1,0 +1,208 @@
+"""Any picture: what the model sees is what a browser shows, for every mode and format that Pillow writes."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+from keepsight.data.images import ImageError, open_image
+from keepsight.data.pixels import as_seen
+from keepsight.serve.errors import ApiError
+from keepsight.serve.openai.images import FORMATS, decode_image
+from keepsight.serve.openai.settings import Limits
+
+SIDE = 16
+MODES = (
+    "1",
+    "L",
+    "LA",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "HSV",
+    "I",
+    "F",
+    "I;16",
+    "I;16B",
+    "La",
+    "RGBa",
+)
+LOSSY = {"JPEG", "JPEG2000", "WEBP", "AVIF", "MPO", "GIF", "BLP", "PDF", "SPIDER"}
+NO_PICTURES = {
+    "PDF",
+    "XBM",
+    "ICNS",
+    "ICO",
+    "PALM",
+    "BUFR",
+    "GRIB",
+    "HDF5",
+    "WMF",
+    "EPS",
+}  # documents, masks, fixed sizes
+
+
+def colours() -> Image.Image:
+    """Four flat quarters, so that lossy formats keep their middles."""
+    image = Image.new("RGBA", (SIDE, SIDE))
+    half = SIDE // 2
+    for place, colour in zip(((0, 0), (half, 0), (0, half), (half, half)), COLOURS, strict=True):
+        image.paste(colour, (*place, place[0] + half, place[1] + half))
+    return image
+
+
+COLOURS = ((255, 0, 0, 255), (0, 0, 255, 255), (20, 180, 60, 0), (40, 40, 40, 0))
+
+
+def in_mode(mode: str) -> tuple[Image.Image, np.ndarray]:
+    """A picture of a mode, and what is to be seen of its quarters [2, 2, 3]."""
+    image = colours()
+    if mode in ("I", "F", "I;16", "I;16B"):
+        grey = np.repeat(np.repeat(np.array([[0, 21845], [43690, 65535]]), SIDE // 2, 0), SIDE // 2, 1)
+        kind = {"I": np.int32, "F": np.float32}.get(mode, np.uint16)
+        picture = Image.fromarray((grey / 65535 if mode == "F" else grey).astype(kind))
+        shown = np.array([[0, 85], [170, 255]])[..., None].repeat(3, -1)
+        return (picture if mode != "I;16B" else picture.convert("I").convert("I;16B")), shown
+    clear = mode in ("LA", "PA", "RGBA", "La", "RGBa")
+    opaque = image.convert("RGB")
+    if mode == "PA":
+        picture = opaque.quantize(8).convert("PA")
+        picture.putalpha(image.getchannel("A"))
+    elif mode == "P":
+        picture = opaque.quantize(8)
+    elif mode in ("La", "RGBa"):
+        picture = image.convert({"La": "LA", "RGBa": "RGBA"}[mode]).convert(mode)
+    elif mode == "HSV":
+        picture = opaque.convert("HSV")
+    else:
+        picture = (image if clear else opaque).convert(mode)
+    grey = mode in ("1", "L", "LA", "La")
+    seen = opaque.convert("L" if mode != "1" else "1").convert("RGB") if grey else opaque
+    shown = quarters(seen).astype(int)
+    if clear:
+        shown[1] = 255
+    return picture, shown
+
+
+def quarters(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"))[[SIDE // 4, 3 * SIDE // 4]][:, [SIDE // 4, 3 * SIDE // 4]].astype(int)
+
+
+def check(seen: Image.Image, shown: np.ndarray, tolerance: int) -> None:
+    assert seen.mode == "RGB"
+    assert abs(quarters(seen) - shown).max() <= tolerance, f"{quarters(seen).tolist()} for {shown.tolist()}"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_in_memory(mode: str) -> None:
+    picture, shown = in_mode(mode)
+    check(open_image(picture), shown, 8 if mode in ("1", "HSV", "YCbCr") else 1)
+
+
+def written() -> list[tuple[str, str]]:
+    Image.init()
+    found = []
+    for name in sorted(set(Image.SAVE) & set(Image.OPEN) - NO_PICTURES):
+        for mode in MODES:
+            buffer = io.BytesIO()
+            try:
+                in_mode(mode)[0].save(buffer, name)
+                with Image.open(io.BytesIO(buffer.getvalue())) as again:
+                    clear, depth = again.has_transparency_data, again.mode
+            except Exception:
+                continue  # Pillow does not write this mode in this format
+            drops_alpha = mode in ("LA", "PA", "RGBA", "La", "RGBa") and not clear
+            clips = mode in ("I", "I;16", "I;16B", "F") and not depth.startswith(("I", "F"))
+            if not drops_alpha and not clips:  # what Pillow did not write cannot be seen
+                found.append((name, mode))
+    return found
+
+
+@pytest.mark.parametrize(("name", "mode"), written(), ids=lambda part: part)
+def test_every_mode_in_every_format(name: str, mode: str) -> None:
+    picture, shown = in_mode(mode)
+    buffer = io.BytesIO()
+    picture.save(buffer, name)
+    with Image.open(io.BytesIO(buffer.getvalue())) as again:
+        if again.mode in ("L", "LA", "1", "F") and np.ptp(shown, -1).any():  # a format of grey pictures
+            weights = np.array([0.299, 0.587, 0.114])
+            shown = (shown @ weights).round().astype(int)[..., None].repeat(3, -1)
+    tolerance = 16 if name in LOSSY or mode in ("1", "HSV", "YCbCr") else 1
+    check(open_image(buffer.getvalue()), shown, tolerance)
+    if name in FORMATS:
+        check(decode_image(buffer.getvalue(), Limits(), "image"), shown, tolerance)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_upright_from_a_file_and_from_memory(orientation: int) -> None:
+    raw = Image.fromarray(np.arange(SIDE * SIDE * 2, dtype=np.uint8).reshape(SIDE, 2 * SIDE))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    raw.save(buffer, "PNG", exif=exif)
+    seen = open_image(buffer.getvalue())
+    assert seen.size == (raw.size if orientation < 5 else raw.size[::-1])
+    assert seen.tobytes() == open_image(Image.open(io.BytesIO(buffer.getvalue()))).tobytes()
+    assert seen.tobytes() == as_seen(seen).tobytes(), "turned once, not twice"
+
+
+def test_one_transparent_colour() -> None:
+    for mode, clear in (("L", 255), ("RGB", (255, 0, 0)), ("I;16", 65535)):
+        values = np.zeros((SIDE, SIDE), np.uint16) if mode == "I;16" else None
+        picture = Image.fromarray(values) if values is not None else Image.new(mode, (SIDE, SIDE))
+        picture.paste(clear, (0, 0, SIDE // 2, SIDE))
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG", transparency=clear)
+        seen = quarters(open_image(buffer.getvalue()))
+        assert seen[:, 0].min() == 255, mode
+        assert seen[:, 1].max() == 0, mode
+
+
+def test_values_beyond_the_usual_ranges() -> None:
+    wide = Image.fromarray(np.linspace(-40, 2000, SIDE * SIDE, dtype=np.float32).reshape(SIDE, SIDE))
+    seen = np.asarray(open_image(wide))
+    assert (seen.min(), seen.max()) == (0, 255)
+    dark = Image.fromarray(np.full((SIDE, SIDE), 200, np.uint16))
+    assert np.asarray(open_image(dark)).max() == 1, "sixteen bits are scaled by their range, not by what is used of it"
+    eight = Image.fromarray(np.full((SIDE, SIDE), 200, np.int32))
+    assert np.asarray(open_image(eight)).max() == 200
+    with pytest.raises(ImageError, match="NaN"):
+        open_image(Image.fromarray(np.full((SIDE, SIDE), np.nan, np.float32)))
+    with pytest.raises(ImageError, match="no pixels"):
+        open_image(Image.new("RGB", (0, 3)))
+
+
+@pytest.mark.parametrize("name", ["GIF", "WEBP", "TIFF", "PNG"])
+def test_several_frames_are_no_picture(name: str, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "green", "blue")]
+    path = tmp_path / f"moving.{name.lower()}"
+    frames[0].save(path, name, save_all=True, append_images=frames[1:])
+    with pytest.raises(ImageError, match=r"moving.*3 frames.*frames in order"):
+        open_image(path)
+    with Image.open(path) as moving:
+        with pytest.raises(ImageError, match="3 frames"):
+            open_image(moving)
+        assert [as_seen(frame.copy()).mode for frame in ImageSequence.Iterator(moving)] == ["RGB"] * 3
+    if name != "TIFF":
+        with pytest.raises(ApiError, match="3 frames"):
+            decode_image(path.read_bytes(), Limits(), "image")
+
+
+def test_a_browser_shows_the_same() -> None:
+    """`browser.json` holds what headless Chromium drew of these files on a white page, pixel by pixel of a 4 x 4 grid
+    (made by `python tests/data/browser.py`)."""
+    folder = Path(__file__).parent / "pictures"
+    drawn = json.loads((folder / "browser.json").read_text())
+    assert len(drawn) >= 12
+    for name, expected in drawn.items():
+        seen = np.asarray(open_image(folder / name))
+        step_y, step_x = seen.shape[0] // 4, seen.shape[1] // 4
+        grid = seen[step_y // 2 :: step_y, step_x // 2 :: step_x][:4, :4].astype(int)
+        assert abs(grid - np.array(expected)).max() <= 3, name
