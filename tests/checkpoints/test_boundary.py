@@ -1,0 +1,237 @@
+"""Nothing that is loaded is partly random: every name of a base and of every adapter is compared, in every family."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from damage import ADAPTER, BASE, spoil
+from families import BY_NAME, FAMILIES, make_inputs
+from helpers import MIXED_ROWS, attach, logits
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+import keepsight
+from keepsight.checkpoints.adapters import inspect_adapter
+from keepsight.checkpoints.bases import check_weights, read_base
+from keepsight.checkpoints.fit import check_words
+from keepsight.checkpoints.load import attach as put_on
+from keepsight.checkpoints.sources import check_recorded, check_sources
+
+NAMES = ["qwen3_vl", "qwen3_5_moe", "internvl_qwen3", "llava_onevision"]
+LORA = LoraConfig(r=4, target_modules=r".*language_model.*\.(o_proj|out_proj|up_proj)", init_lora_weights=False)
+METHODS: dict[str, Any] = {
+    "pvm": lambda model: attach(model, init_gate=0.5),
+    "vismem": lambda model: get_peft_model(
+        model, keepsight.VisMemConfig(num_queries=2, num_short=2, num_long=2, query_width=16, query_heads=2)
+    ),
+    "lora": lambda model: get_peft_model(model, LORA),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base of every family in shards of bfloat16, tied where it can be."""
+    root = tmp_path_factory.mktemp("bases")
+    for family in FAMILIES:
+        model = family.build(tie_word_embeddings=True).to(torch.bfloat16)
+        model.save_pretrained(root / family.name, max_shard_size="60KB")
+        assert len(list((root / family.name).glob("*.safetensors"))) > 2
+    return {family.name: root / family.name for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def adapters(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """An adapter of every method on every family."""
+    root = tmp_path_factory.mktemp("adapters")
+    for name, base in bases.items():
+        for method, put in METHODS.items():
+            model = put(read_base(base, dtype=torch.float32))
+            model.save_pretrained(root / name / method)
+    return {(name, method): root / name / method for name in bases for method in METHODS}
+
+
+def test_what_was_saved_is_loaded(family: Any, bases: dict[str, Path], adapters: dict[tuple[str, str], Path]) -> None:
+    """Shards, tied heads, bfloat16, each method alone and all on one model."""
+    folders = [adapters[family.name, method] for method in METHODS]
+    for folder in folders:
+        base, infos = check_sources(folder)
+        assert base == str(bases[family.name])
+        assert check_recorded(infos[0])
+    _, infos = check_sources(folders[2], folders[:2])
+    model = put_on(read_base(bases[family.name], dtype=torch.float32), infos).eval()
+    inputs = make_inputs(family, model, MIXED_ROWS[:1])
+    twice = put_on(read_base(bases[family.name], dtype=torch.float32), infos).eval()
+    assert torch.equal(logits(model, inputs), logits(twice, inputs))
+    for info in infos:
+        stored = load_file(info.path / "adapter_model.safetensors")
+        present = {value.sum().item() for value in model.state_dict().values() if value.is_floating_point()}
+        assert all(tensor.sum().item() in present for tensor in stored.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("damage", ADAPTER)
+def test_an_adapter_whose_tensors_do_not_fit(
+    damage: str, name: str, adapters: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    for method in METHODS:
+        folder = spoil(adapters[name, method], tmp_path / method, ADAPTER[damage])
+        if (method, damage) == ("lora", "without PEFT's prefix"):
+            continue  # PEFT reads it rightly in some families
+        with pytest.raises(keepsight.KeepsightError, match=r"base_model\.model\.|Copy|shape") as error:
+            check_sources(folder)
+        assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("damage", ADAPTER)
+def test_peft_does_not_leave_a_memory_random(
+    damage: str, name: str, bases: dict[str, Path], adapters: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    family = BY_NAME[name]
+    base = read_base(bases[name], dtype=torch.float32).eval()
+    inputs = make_inputs(family, base, MIXED_ROWS[:1])
+    before = logits(base, inputs)
+    for method in ("pvm", "vismem"):
+        folder = spoil(adapters[name, method], tmp_path / method, ADAPTER[damage])
+        for sparing in (False, True):
+            with pytest.raises(keepsight.BrokenAdapterError):
+                PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=sparing)
+            assert torch.equal(logits(base, inputs), before)
+    good = PeftModel.from_pretrained(base, adapters[name, "pvm"])
+    with_memory = logits(good, inputs)
+    assert not torch.equal(with_memory, before)
+    with pytest.raises(keepsight.BrokenAdapterError):
+        good.load_adapter(tmp_path / "pvm", "default")
+    assert torch.equal(logits(good, inputs), with_memory)  # one that was loaded stays
+
+
+@pytest.mark.parametrize("damage", ["another layout", "one missing"])
+def test_transformers_does_not_leave_a_memory_random(
+    damage: str, bases: dict[str, Path], adapters: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    family = BY_NAME["qwen3_vl"]
+    model = read_base(bases["qwen3_vl"], dtype=torch.float32).eval()
+    model.load_adapter(str(spoil(adapters["qwen3_vl", "pvm"], tmp_path / "pvm", ADAPTER[damage])))
+    with pytest.raises(keepsight.BrokenAdapterError, match="no weights came"):
+        logits(model, make_inputs(family, model, MIXED_ROWS[:1]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("damage", BASE)
+def test_a_base_whose_tensors_do_not_fit(
+    damage: str, name: str, bases: dict[str, Path], adapters: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    folder = spoil(bases[name], tmp_path / "base", BASE[damage])
+    for check in (
+        lambda: check_weights(folder),
+        lambda: check_sources(folder),
+        lambda: check_sources(adapters[name, "pvm"], base=folder),
+        lambda: read_base(folder),
+    ):
+        with pytest.raises(keepsight.KeepsightError, match=r"Stored is|is stored with shape"):
+            check()
+
+
+def test_whole_numbers_in_a_base_are_no_weights(bases: dict[str, Path], tmp_path: Path) -> None:
+    whole = spoil(bases["qwen3_vl"], tmp_path / "base", ADAPTER["whole numbers"])
+    with pytest.raises(keepsight.KeepsightError, match=r"stored as int32, and its config\.json tells of no"):
+        check_weights(whole)
+
+
+def test_what_a_family_ignores_by_design_is_no_damage(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Multi-token prediction heads of Qwen3.5, and rotary tables of old checkpoints."""
+    more = {"mtp.fc.weight": torch.ones(2, 2), "model.language_model.layers.0.rotary_emb.inv_freq": torch.ones(2)}
+    folder = spoil(bases["qwen3_5"], tmp_path / "base", lambda tensors: tensors | more)
+    check_weights(folder)
+    read_base(folder)
+
+
+@pytest.mark.parametrize("method", ["NO_SUCH_METHOD", 7, None])
+def test_an_unknown_method_is_named(method: Any, adapters: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    shutil.copytree(adapters["qwen3_vl", "pvm"], tmp_path / "memory")
+    file = tmp_path / "memory" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": method}))
+    with pytest.raises(keepsight.BrokenAdapterError, match=f"peft_type {method!r}"):
+        inspect_adapter(tmp_path / "memory")
+
+
+def test_an_unknown_setting_is_named_with_its_file(adapters: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    for method in ("pvm", "vismem"):
+        shutil.copytree(adapters["qwen3_vl", method], tmp_path / method)
+        file = tmp_path / method / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"gates": 1}))
+        with pytest.raises(keepsight.BrokenAdapterError, match=r"adapter_config\.json: .*no setting 'gates'"):
+            inspect_adapter(tmp_path / method)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_memory_in_any_dtype_fits_a_base_in_any(
+    kind: torch.dtype, adapters: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    for method in METHODS:
+        folder = spoil(
+            adapters["qwen3_vl", method], tmp_path / method, lambda tensors: {n: t.to(kind) for n, t in tensors.items()}
+        )
+        _, infos = check_sources(folder)
+        assert infos[0].dtypes == (str(kind).removeprefix("torch."),)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", ["pvm", "vismem"])
+def test_a_resized_embedding(method: str, tied: bool, tmp_path: Path) -> None:
+    """Warned of when saved, refused when loaded; both ways out that the messages name lead out."""
+    from keepsight.lab.reference import build_model, build_processor
+
+    plain = build_model(seed=1)
+    plain.config.tie_word_embeddings = plain.config.text_config.tie_word_embeddings = tied
+    plain = type(plain)(plain.config)
+    plain.save_pretrained(tmp_path / "base")
+    build_processor().save_pretrained(tmp_path / "base")
+    model, processor = keepsight.load(tmp_path / "base")
+    rows = len(processor.tokenizer)
+    processor.tokenizer.add_tokens(["<a>", "<b>"])
+    model.resize_token_embeddings(rows + 2, mean_resizing=False)
+    model = METHODS[method](model)
+    if method == "vismem":
+        keepsight.add_memory_tokens(processor, model)
+    for name, more in (("memory", {}), ("whole", {"save_embedding_layers": True})):
+        with pytest.warns(keepsight.KeepsightWarning, match=f"{rows + 2} rows, that of .* has {rows}"):
+            model.save_pretrained(tmp_path / name, **more)
+        processor.save_pretrained(tmp_path / name)
+    ids = processor.tokenizer("<a> <b>", return_tensors="pt")["input_ids"]
+    before = logits(model.eval(), {"input_ids": ids})
+
+    with pytest.raises(keepsight.AdapterMismatchError, match=r"'<a>' would be .*save_embedding_layers=True"):
+        keepsight.load(tmp_path / "memory")
+    again, known = keepsight.load(tmp_path / "whole")
+    assert torch.equal(known.tokenizer("<a> <b>", return_tensors="pt")["input_ids"], ids)
+    assert torch.equal(logits(again, {"input_ids": ids}), before)
+    with pytest.raises(keepsight.AdapterMismatchError, match=rf"resize_token_embeddings\({rows + 2}\)"):
+        PeftModel.from_pretrained(read_base(tmp_path / "base"), tmp_path / "whole")
+
+    model.unload().save_pretrained(tmp_path / "resized")
+    processor.save_pretrained(tmp_path / "resized")
+    with pytest.warns(keepsight.KeepsightWarning, match="was trained on"):
+        again, _ = keepsight.load(tmp_path / "memory", base=tmp_path / "resized")
+    assert torch.equal(logits(again, {"input_ids": ids}), before)
+
+
+def test_tokens_of_a_vismem_are_its_own(tmp_path: Path) -> None:
+    from keepsight.lab.reference import build_model, save_reference
+
+    save_reference(build_model(seed=1), tmp_path / "base")
+    model, processor = keepsight.load(tmp_path / "base")
+    model = METHODS["vismem"](model)
+    keepsight.add_memory_tokens(processor, model)
+    model.save_pretrained(tmp_path / "memory")
+    processor.save_pretrained(tmp_path / "memory")
+    keepsight.load(tmp_path / "memory")
+    info = inspect_adapter(tmp_path / "memory")
+    info.config["token_ids"] = None
+    with pytest.raises(keepsight.AdapterMismatchError, match="knows"):
+        check_words(info, "the base", model.config)
