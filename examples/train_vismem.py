@@ -25,7 +25,7 @@ from keepsight.lab.evaluation import SCORED
 from keepsight.lab.narration import VOCABULARY, filler_ids, gaps_for_length, make_narrations
 from keepsight.vismem import MemoryPolicy
 from keepsight.vismem.scope import replace_latents
-from studies.vismem import Reading, decision_column
+from studies.vismem.reading import Reading, decision_column
 
 CONDITIONS = (
     ("no memory", None, False),

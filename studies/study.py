@@ -24,12 +24,12 @@ from keepsight.errors import KeepsightError
 from studies.study_results import Results, Verdict
 
 MODULES = (
-    "studies.pvm_studies",
-    "studies.pvm_ablations",
-    "studies.vismem_studies",
-    "studies.vismem_ablations",
-    "studies.memory_studies",
-    "studies.transfer_studies",
+    "studies.pvm.studies",
+    "studies.pvm.ablations",
+    "studies.vismem.studies",
+    "studies.vismem.ablations",
+    "studies.tasks.memory",
+    "studies.tasks.transfer",
 )
 """Modules with a tuple `STUDIES`, in the order of the report."""
 

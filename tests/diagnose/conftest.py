@@ -44,7 +44,7 @@ def vismem_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from keepsight.lab.narration import make_narrations
     from keepsight.train.vismem.warm_start import distill
-    from studies.vismem import attach_vismem
+    from studies.vismem.reading import attach_vismem
 
     model, processor = load_reference()
     model = attach_vismem(model, processor, 0)

@@ -6,7 +6,7 @@ import torch
 
 from keepsight.lab.experiments import METHODS, TrainPlan, at_length, attach, train, training_batch
 from keepsight.lab.reference import build_processor, load_reference
-from studies.refinement import RefinePlan, refine
+from studies.pvm.refinement import RefinePlan, refine
 
 SMALL = TrainPlan(warmup_steps=2, steps=2, batch=2)
 

@@ -7,7 +7,7 @@ from keepsight.checkpoints.adapters import find_adapter, inspect_adapter
 from keepsight.lab.evaluation import question_batches, score
 from keepsight.shipped import REFERENCE_NAME, VISMEM_NAME
 from keepsight.vismem import VisMemBranch
-from studies.vismem import Reading, decision_column
+from studies.vismem.reading import Reading, decision_column
 
 
 def test_it_is_found_by_name_and_belongs_to_the_shipped_base():

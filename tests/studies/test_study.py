@@ -12,7 +12,7 @@ import pytest
 from toy_studies import FAILING, TOY
 
 from studies.evidence import render
-from studies.pvm_studies import CHOSEN, TRIES, TUNING
+from studies.pvm.studies import CHOSEN, TRIES, TUNING
 from studies.study import StudyError, all_studies, choose
 from studies.study_results import interval
 from studies.study_runs import as_json, cell_file, read_results, run_tasks, tasks

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from studies.memory_studies import COMPRESS, TOLD
 from studies.study import Bench
 from studies.study_results import Results
-from studies.task_cells import at, continual_cell, cross_cell, task_base
-from studies.task_pretraining import Diet, TaskPretrainConfig, questions
-from studies.tasks import TASKS
-from studies.transfer_studies import CONTINUAL, CROSS, METHODS
-from studies.vismem import attach_vismem, lab_config
-from studies.vismem_tasks import answers_with_memory, question_column
+from studies.tasks.cells import at, continual_cell, cross_cell, task_base
+from studies.tasks.memory import COMPRESS, TOLD
+from studies.tasks.pretraining import Diet, TaskPretrainConfig, questions
+from studies.tasks.tasks import TASKS
+from studies.tasks.transfer import CONTINUAL, CROSS, METHODS
+from studies.vismem.reading import attach_vismem, lab_config
+from studies.vismem.tasks import answers_with_memory, question_column
 
 BASE = {"tasks": ["read", "pair", "recall"], "align_steps": 2, "dense_steps": 2, "short_steps": 2}
 TINY = {"base": BASE, "rows": 4, "near": 40, "far": 60, "split": "validation", "train_tokens": 30}

@@ -9,8 +9,8 @@ import torch
 from keepsight.lab.digits import CELLS
 from keepsight.lab.narration import FILLER, IMAGE_PAD, STOP
 from keepsight.lab.reference import build_processor
-from studies.task_pretraining import short_facts
-from studies.tasks import COLOURS, PAPERS, ROWS, TASKS, WORDS, draw_scene, facts_for_length, make_batch
+from studies.tasks.pretraining import short_facts
+from studies.tasks.tasks import COLOURS, PAPERS, ROWS, TASKS, WORDS, draw_scene, facts_for_length, make_batch
 
 COLOUR_NAMES = list(COLOURS)
 ASKED = [name for name in TASKS if name != "note"]

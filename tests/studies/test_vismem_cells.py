@@ -7,8 +7,8 @@ from keepsight.lab.evaluation import accuracy, question_batches
 from keepsight.lab.reference import load_reference
 from studies.study import Bench, choose
 from studies.study_results import Results
-from studies.vismem_cells import policy_cell, read_cell
-from studies.vismem_when import when_cell
+from studies.vismem.cells import policy_cell, read_cell
+from studies.vismem.when import when_cell
 
 PLAN = {"warm_steps": 2, "warm_batch": 2, "steps": 2, "batch": 2, "group": 4, "shortest": 30, "longest": 40}
 SETTINGS = {"plan": PLAN, "lengths": [32, 40], "rows": 4, "split": "validation", "kind": "short"}

@@ -8,9 +8,9 @@ import torch
 from test_vismem_lab import built
 
 from keepsight.vismem import VisMemBranch
-from studies import vismem_invocation as stage
-from studies.vismem import Reading
-from studies.vismem_invocation import ACTIONS, BLOCKS, BUDGET, Bank, InvocationPlan, Invoker, index_of, play
+from studies.vismem import invocation as stage
+from studies.vismem.invocation import ACTIONS, BLOCKS, BUDGET, Bank, InvocationPlan, Invoker, index_of, play
+from studies.vismem.reading import Reading
 
 
 @pytest.fixture(scope="module")

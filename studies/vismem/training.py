@@ -25,8 +25,8 @@ from keepsight.train.run.checksums import checksums
 from keepsight.train.vismem.grpo import clipped_loss, group_advantages, token_log_probs, trajectory_mean
 from keepsight.train.vismem.warm_start import distill, pace
 from keepsight.vismem import VisMemBranch
-from studies.tasks import TaskBatch
-from studies.vismem import Reading, decision_column
+from studies.tasks.tasks import TaskBatch
+from studies.vismem.reading import Reading, decision_column
 
 Progress = Callable[[int, int], None]
 """Called as `progress(done, total)`."""

@@ -16,11 +16,11 @@ from keepsight.lab.evaluation import SCORED, question_batches, score
 from keepsight.lab.experiments import train
 from keepsight.lab.narration import Narrations
 from keepsight.vismem import VisMemBranch
-from studies.pvm_cells import narration_base
-from studies.pvm_cells import plan_of as pvm_plan
+from studies.pvm.cells import narration_base
+from studies.pvm.cells import plan_of as pvm_plan
 from studies.study import Bench, Outcome
-from studies.vismem import Reading, answers_with_plan, attach_vismem, decision_column, lab_config, noise_like
-from studies.vismem_training import MemoryPlan, stage_one, warm_start
+from studies.vismem.reading import Reading, answers_with_plan, attach_vismem, decision_column, lab_config, noise_like
+from studies.vismem.training import MemoryPlan, stage_one, warm_start
 
 FACTS = "facts.json"
 

@@ -1,4 +1,4 @@
-"""Pretraining a base that knows the tasks of `studies.tasks`, in short narrations and with jumping positions.
+"""Pretraining a base that knows the tasks of `studies.tasks.tasks`, in short narrations and with jumping positions.
 
 As in `keepsight.lab.pretraining`: alignment (each visual token must decode to its digit, cell, colour and paper), dense
 look-ups, then short narrations. Three things let a model of this size learn more than reading within minutes:
@@ -40,7 +40,7 @@ from keepsight.lab.pretraining import (
     visual_tokens,
 )
 from keepsight.lab.reference import HEAD_DIM, build_model, build_processor, load_reference, save_reference
-from studies.tasks import (
+from studies.tasks.tasks import (
     COLOURS,
     ID,
     PAPERS,

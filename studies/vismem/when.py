@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from keepsight.lab.reference import REFERENCE_NAME
 from keepsight.vismem import VisMemBranch, add_memory_tokens
-from studies.pvm_cells import narration_base
+from studies.pvm.cells import narration_base
 from studies.study import Bench, Outcome
-from studies.vismem_cells import name_of, share_of, with_memory
-from studies.vismem_invocation import (
+from studies.vismem.cells import name_of, share_of, with_memory
+from studies.vismem.invocation import (
     ACTIONS,
     BLOCKS,
     BUDGET,

@@ -11,7 +11,7 @@ from keepsight.lab import evaluation
 from keepsight.lab.experiments import TrainPlan, at_length, train
 from keepsight.lab.pretraining import PretrainConfig, pretrain
 from keepsight.lab.reference import load_reference
-from studies.refinement import RefinePlan, refine
+from studies.pvm.refinement import RefinePlan, refine
 from studies.study import Bench, Outcome
 
 

@@ -1,6 +1,6 @@
 """VisMem on the lab's further tasks: training a memory on some of them, reading with one before the questions.
 
-As in `studies.vismem_training`, but narrations are of `studies.tasks`, and the memory is always formed just
+As in `studies.vismem.training`, but narrations are of `studies.tasks.tasks`, and the memory is always formed just
 before the first scored fact (the paper's curriculum from full stops to any position is left out).
 """
 
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from studies.tasks import TaskBatch, facts_for_length, make_batch
-from studies.vismem import Reading
-from studies.vismem_training import MemoryPlan, Progress, Prompt, stage_one, warm_start
+from studies.tasks.tasks import TaskBatch, facts_for_length, make_batch
+from studies.vismem.reading import Reading
+from studies.vismem.training import MemoryPlan, Progress, Prompt, stage_one, warm_start
 
 WARM_LENGTHS = (8, 40)
 """Generated tokens in the texts of the warm start."""

@@ -1,6 +1,6 @@
 """Cross-domain and continual learning: what a memory, LoRA and full fine-tuning carry over to tasks they did not see.
 
-On bases that know several tasks of `studies.tasks` in short narrations; training shows PVM, LoRA and full
+On bases that know several tasks of `studies.tasks.tasks` in short narrations; training shows PVM, LoRA and full
 fine-tuning narrations of at most about 250 tokens, and tests ask at `FAR`.
 """
 
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from studies.pvm_studies import METHOD_LABELS, TRIES
+from studies.pvm.studies import METHOD_LABELS, TRIES
 from studies.study import Claim, Column, Plot, Row, Study
 from studies.study_results import Results, Verdict, judged
-from studies.task_cells import continual_cell, cross_cell
-from studies.task_pretraining import LEARNT
+from studies.tasks.cells import continual_cell, cross_cell
+from studies.tasks.pretraining import LEARNT
 
 PERCEPTION = ("read", "colour")
 OTHERS = tuple(name for name in LEARNT if name not in PERCEPTION)

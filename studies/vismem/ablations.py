@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from studies.pvm_studies import READING, length_columns, training_of
+from studies.pvm.studies import READING, length_columns, training_of
 from studies.study import Claim, Column, Plot, Row, Study
 from studies.study_results import Results, Verdict, judged
-from studies.vismem_cells import read_cell
-from studies.vismem_studies import FAR, PAPER
-from studies.vismem_when import labels, when_cell
+from studies.vismem.cells import read_cell
+from studies.vismem.studies import FAR, PAPER
+from studies.vismem.when import labels, when_cell
 
 # --- when to invoke ---------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from studies.pvm_cells import train_cell
-from studies.pvm_studies import (
+from studies.pvm.cells import train_cell
+from studies.pvm.studies import (
     FAR,
     PAPER,
     READING,

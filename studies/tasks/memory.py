@@ -12,8 +12,8 @@ from typing import Any
 
 from studies.study import Claim, Column, Plot, Row, Study
 from studies.study_results import Interval, Results, Verdict, judged
-from studies.task_cells import cross_cell
-from studies.transfer_studies import FAR, MEMORY, READING, training_of, unknown
+from studies.tasks.cells import cross_cell
+from studies.tasks.transfer import FAR, MEMORY, READING, training_of, unknown
 
 SIZES = (4, 8, 16, 32)
 """Latents of a long-term memory."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from studies.pvm_cells import train_cell
+from studies.pvm.cells import train_cell
 from studies.study import Claim, Column, Plot, Row, Study
 from studies.study_results import Results, Verdict, judged
 

@@ -27,7 +27,7 @@ from keepsight.vismem.embeddings import watch_visual_embeddings
 from keepsight.vismem.memory import Formation, Sight, read_sights
 from keepsight.vismem.module import match_rms
 from keepsight.vismem.tokens import MemoryTokens
-from studies.tasks import TaskBatch
+from studies.tasks.tasks import TaskBatch
 
 MAX_TEXT_STATES = 8
 """Text states in H. Without a cap the long-term former drifts with the text (docs/vismem.md)."""

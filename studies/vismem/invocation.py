@@ -33,7 +33,7 @@ from keepsight.train.vismem.grpo import (
 )
 from keepsight.vismem import VisMemBranch
 from keepsight.vismem.tokens import LONG, SHORT
-from studies.vismem import Reading
+from studies.vismem.reading import Reading
 
 BLOCKS, BUDGET, SCORED_FACTS = 5, 2, 2
 KINDS = {1: SHORT, 2: LONG}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from studies.pvm_studies import LENGTHS, READING, length_columns
+from studies.pvm.studies import LENGTHS, READING, length_columns
 from studies.study import Claim, Column, Plot, Row, Study
 from studies.study_results import Results, Verdict, judged
-from studies.vismem_cells import policy_cell, read_cell
+from studies.vismem.cells import policy_cell, read_cell
 
 PAPER = "VisMem paper"
 FAR = "1024"

@@ -10,14 +10,14 @@ import torch
 
 from keepsight.lab.experiments import attach, fit
 from keepsight.lab.reference import load_reference
-from studies.pvm_cells import plan_of
+from studies.pvm.cells import plan_of
 from studies.study import Bench, Outcome
-from studies.task_pretraining import TaskPretrainConfig, pretrain_tasks, questions, short_facts
-from studies.tasks import make_batch
-from studies.vismem import attach_vismem, lab_config
-from studies.vismem_cells import plan_of as memory_plan_of
-from studies.vismem_cells import share_of
-from studies.vismem_tasks import answers_with_memory, train_memory
+from studies.tasks.pretraining import TaskPretrainConfig, pretrain_tasks, questions, short_facts
+from studies.tasks.tasks import make_batch
+from studies.vismem.cells import plan_of as memory_plan_of
+from studies.vismem.cells import share_of
+from studies.vismem.reading import attach_vismem, lab_config
+from studies.vismem.tasks import answers_with_memory, train_memory
 
 UNTRAINED = ("base", "insert")
 """Methods without training: nothing, and something put into the text again."""

@@ -1,0 +1,1 @@
+"""PVM's studies: reading by length, ablations, and refinement by GRPO."""

@@ -1,0 +1,1 @@
+"""Studies on tasks of more kinds than reading: transfer, compression, text against pixels."""

@@ -1,0 +1,1 @@
+"""VisMem's studies: one memory, when to invoke, sizes and forms."""
