@@ -17,10 +17,7 @@ from typing import Any
 
 import torch
 
-try:  # transformers >= 5.20: layers without sequence states have a base class of their own
-    from transformers.cache_utils import DummyLayer as _CacheLayerBase
-except ImportError:
-    from transformers.cache_utils import CacheLayerMixin as _CacheLayerBase
+from keepsight.compat import StatelessLayer
 
 #: fn(embeds [B, M, D], valid [B, M]) -> embeds [B, M, D]
 Replacement = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -50,7 +47,7 @@ def replace_memory(fn: Replacement) -> Iterator[None]:
         _replacement.reset(token)
 
 
-class VisualCacheLayer(_CacheLayerBase):
+class VisualCacheLayer(StatelessLayer):
     """An extra entry of `Cache.layers` that holds the projected visual keys and values of every PVM block.
 
     Attributes:
@@ -131,14 +128,6 @@ class VisualCacheLayer(_CacheLayerBase):
     def get_seq_length(self) -> int:
         """As of an empty layer."""
         return 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """No maximum."""
-        return -1
 
 
 def swap_memory(cache: Any, donor: Any) -> None:
