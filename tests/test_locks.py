@@ -83,6 +83,7 @@ def test_every_requirement_is_locked_within_its_range(lock, python, platform):
         name = canonicalize_name(requirement.name)
         assert name in versions, f"{name} is not in locks/{lock}: make lock"
         assert versions[name] in requirement.specifier, f"locks/{lock} has {name} {versions[name]}: make lock"
+    assert "uv" in versions  # the installer, which is no requirement of keepsight
 
 
 @pytest.mark.parametrize("name", MINORS_MATTER)

@@ -140,7 +140,8 @@ def install_with_pip(command: list[str], lock: Path | None) -> None:
 def run(command: list[str], variables: dict[str, str]) -> None:
     """Run a command that has to work; its own words are the error."""
     if subprocess.run(command, env=variables).returncode:
-        sys.exit("The installation failed; the lines above say why. To try it with pip alone: make test INSTALLER=pip")
+        hint = "" if command[2] == "pip" else " To try it with pip alone: make test INSTALLER=pip"
+        sys.exit(f"The installation failed; the lines above say why.{hint}")
 
 
 def wants_cpu_build() -> bool:

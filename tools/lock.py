@@ -44,9 +44,10 @@ def oldest_minors() -> dict[str, str]:
 def compile_lock(uv: list[str], variables: dict[str, str], name: str, what: str, more: list[str]) -> None:
     """Write one lock: `more` narrows what pyproject.toml allows."""
     with tempfile.TemporaryDirectory() as folder:
-        constraints = Path(folder, "constraints.txt")
+        constraints, installer = Path(folder, "constraints.txt"), Path(folder, "installer.txt")
         constraints.write_text("\n".join(more))
-        command = [*uv, "pip", "compile", "--quiet", str(ROOT / "pyproject.toml"), "--extra", "dev", "--universal"]
+        installer.write_text("uv")  # no requirement of ours: pip can do without it
+        command = [*uv, "pip", "compile", "--quiet", "pyproject.toml", "--extra", "dev", str(installer), "--universal"]
         command += ["--python-version", ".".join(map(str, OLDEST_PYTHON)), "--constraints", str(constraints)]
         command += ["--generate-hashes", "--no-header", "--no-annotate"]
         done = subprocess.run(command, env=variables, cwd=ROOT, stdout=subprocess.PIPE, text=True)
