@@ -16,7 +16,7 @@ import keepsight
 from keepsight.backbone import Backbone
 from keepsight.compat import cache_argument
 from keepsight.pvm import replace_memory
-from keepsight.pvm.memory import VisualCacheLayer
+from keepsight.pvm.cache import VisualCache
 
 IMAGE, VIDEO, START, END = 10, 11, 12, 13
 GATE = 0.1  # any value but 0, at which the logits could not tell the variants apart
@@ -165,7 +165,7 @@ class Decoder:
         self.start = self.length
         self.graphs = compiled == "reduce-overhead" and self.token.is_cuda
 
-        self.memory = VisualCacheLayer.of(self.cache)
+        self.memory = VisualCache.of(self.cache)
         self.blocks = blocks_of(model)
         assert bool(self.blocks) == (self.memory is not None)
         self.reproject = reproject

@@ -11,14 +11,13 @@ from families import BY_NAME, Row, make_inputs
 from helpers import attach, logits
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import keepsight
 from keepsight import compat
 from keepsight.backbone import Backbone
-from keepsight.pvm.memory import VisualCacheLayer
 from keepsight.vismem import VisMemOutput
 
 ROOT = Path(__file__).parents[1]
@@ -109,26 +108,6 @@ def test_the_vismem_output_names_its_cache_as_generate_does():
     assert output.to_tuple()[0] is ids
     # The old name is an alias where transformers keeps one, and the name itself on older releases.
     assert output["past_key_values"] is output.past_key_values is cache
-
-
-def test_an_entry_without_a_sequence_changes_nothing_of_what_a_cache_says_of_itself():
-    family = BY_NAME["internvl_qwen2"]
-    config = family.build().config.get_text_config()
-    for make in (lambda: DynamicCache(config=config), lambda: StaticCache(config=config, max_cache_len=8)):
-        plain, extended = make(), make()
-        entry = VisualCacheLayer()
-        assert isinstance(entry, compat.StatelessLayer)
-        extended.layers.append(entry)
-        states = torch.zeros(1, config.num_key_value_heads, 3, config.hidden_size // config.num_attention_heads)
-        for cache in (plain, extended):
-            for layer in range(config.num_hidden_layers):
-                cache.update(states, states, layer)
-        questions = [name for name in ("get_max_length", "get_max_cache_shape") if hasattr(plain, name)]
-        assert questions  # at least one, by whatever name
-        for question in ["get_seq_length", *questions]:
-            assert getattr(extended, question)() == getattr(plain, question)()
-        assert extended.is_compileable == plain.is_compileable
-        assert extended.is_initialized == plain.is_initialized
 
 
 def test_training_arguments_switch_checkpointing_under_this_release_s_name(tmp_path):

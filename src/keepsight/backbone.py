@@ -16,7 +16,7 @@ The decoders of all families share one shape, on which the memories rest:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +142,18 @@ FAMILIES: dict[str, Family] = {
 }
 
 _MIXERS = ("self_attn", "linear_attn")
+_PIXELS = {"pixel_values": "image", "pixel_values_videos": "video"}
+#: Arguments of a VLM with floating-point tensors of two or more dimensions that hold no image.
+_TEXT_ARGUMENTS = ("inputs_embeds", "attention_mask")
+
+
+def _holds_features(value: Any) -> bool:
+    """Whether an argument holds pixels or visual features: floating-point tensors of at least two dimensions."""
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() and value.ndim >= 2
+    if isinstance(value, Mapping):
+        return any(_holds_features(item) for item in value.values())
+    return isinstance(value, (list, tuple)) and any(_holds_features(item) for item in value)
 
 
 def family_of(config: Any, name: str = "The model") -> Family:
@@ -301,19 +313,32 @@ class Backbone:
         """Whether the layer can attend back to any earlier position (a linear mixer only keeps a fixed-size state)."""
         return hasattr(layer, "self_attn")
 
-    def given_modalities(self, arguments: Callable[[str], Any]) -> set[str]:
+    def given_modalities(self, arguments: Mapping[str, Any]) -> set[str]:
         """Which modalities a call of the VLM brings visual input for.
 
         Args:
-            arguments: name -> value of that argument of the VLM's forward, or None.
+            arguments: those of the VLM's forward, by name. Features under a name that nobody knows could be of any
+                modality, and count for all.
         """
-        encoded = arguments("mm_encoder_outputs") or {}  # generate() passes {} on text-only calls
-        found = {modality for modality in ("image", "video") if encoded.get(modality) is not None}
-        if arguments("pixel_values") is not None:
-            found.add("image")
-        if arguments("pixel_values_videos") is not None:
-            found.add("video")
+        everything = {modality for modality, _ in self.family.visual_tokens}
+        found: set[str] = set()
+        for name, value in arguments.items():
+            if name in _TEXT_ARGUMENTS or not _holds_features(value):
+                continue
+            if name in _PIXELS:
+                found.add(_PIXELS[name])
+            else:  # encoded before the call: {"image": features}
+                named = {n for n, v in value.items() if _holds_features(v)} if isinstance(value, Mapping) else set()
+                found |= named if named and named <= everything else everything
         return found
+
+    def decoder_input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """What enters the decoder [B, T, D], among the arguments of its call: by its name, or else by its shape."""
+        width = self.text_config.hidden_size
+        for value in (kwargs.get("inputs_embeds"), *args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[2:] == (width,):
+                return value
+        return None
 
     def visual_mask(
         self,

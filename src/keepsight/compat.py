@@ -16,7 +16,6 @@ from importlib import metadata
 from typing import Any
 
 from packaging.version import Version
-from transformers import cache_utils
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -24,21 +23,6 @@ from keepsight.errors import KeepsightError
 
 #: What `generate` returns, with the name of the cache as this release writes it: base of our own generation outputs.
 GenerationOutput = GenerateDecoderOnlyOutput
-
-_Layer: Any = getattr(cache_utils, "DummyLayer", cache_utils.CacheLayerMixin)
-
-
-class StatelessLayer(_Layer):
-    """Base of an entry of `Cache.layers` that stores no keys and values of a sequence.
-
-    transformers >= 5.20 has a class for such entries and does not ask them for a length; before, all have the same.
-    """
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name in older releases
 
 
 def find_cache(args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Cache | None:

@@ -19,7 +19,7 @@ from helpers import (
 from transformers import DynamicCache, StaticCache
 
 from keepsight.compat import cache_argument, find_output_cache
-from keepsight.pvm.memory import VisualCacheLayer
+from keepsight.pvm.cache import VisualCache
 from keepsight.pvm.module import PvmBlock
 
 
@@ -290,12 +290,12 @@ def test_memory_lives_and_dies_with_the_cache():
     model, inputs = built(family)
     out = generate(model, inputs)
     cache = find_output_cache(out)
-    layer = VisualCacheLayer.of(cache)
-    assert layer is cache.layers[-1]
+    layer = VisualCache.of(cache)
+    assert len(cache) == model.config.get_text_config().num_hidden_layers
     assert len(layer.states) == 2
     assert not any(t.requires_grad for states in layer.states.values() for t in states)
     fresh = DynamicCache(config=model.config.get_text_config())
-    assert VisualCacheLayer.of(fresh) is None
+    assert VisualCache.of(fresh) is None
     # Nothing of the request is left on the model: a text-only request gives what the base gives.
     text = make_inputs(family, model, [Row(6, seed=9)])
     with model.disable_adapter():

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import keepsight
+from keepsight.checkpoints.adapters import inspect_adapter
 from keepsight.compat import why_transformers_refuses_peft
 
 LORA = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj|up_proj)", init_lora_weights=False)
@@ -182,17 +183,17 @@ def test_non_finite_and_truncated_adapters_are_named(tmp_path):
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
-    info = keepsight.checkpoints.adapters.inspect_adapter(tmp_path)
+    info = inspect_adapter(tmp_path)
     assert info.num_parameters == sum(t.numel() for t in tensors.values())
     assert info.gates == {1: pytest.approx(0.7), 3: pytest.approx(0.7)}
     name = next(n for n in tensors if n.endswith("q_proj.weight"))
     save_file(tensors | {name: tensors[name] * float("nan")}, file)
     with pytest.raises(keepsight.BrokenAdapterError, match=r"values of .*q_proj.weight are NaN"):
-        keepsight.checkpoints.adapters.inspect_adapter(tmp_path)
+        inspect_adapter(tmp_path)
     save_file({n: t for n, t in tensors.items() if n != name}, file)
     with pytest.raises(keepsight.BrokenAdapterError, match=r"lacks 1 of .*cross_attn.q_proj.weight"):
-        keepsight.checkpoints.adapters.inspect_adapter(tmp_path)
+        inspect_adapter(tmp_path)
     save_file(tensors, file)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(keepsight.BrokenAdapterError, match="cut off"):
-        keepsight.checkpoints.adapters.inspect_adapter(tmp_path)
+        inspect_adapter(tmp_path)

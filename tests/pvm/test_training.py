@@ -97,22 +97,15 @@ def test_gradient_reaches_the_projector_through_the_memory_only_on_request():
     assert not torch.allclose(found[True], found[False], rtol=1e-3)
 
 
-def test_packed_samples_are_refused():
-    family = BY_NAME["qwen3_vl"]
-    model, inputs = built(family, [Row((2, 2), 5, seed=1)])
-    with pytest.raises(ValueError, match="packing=False"):
-        model(**inputs, cu_seq_lens_q=torch.tensor([0, 4, inputs["input_ids"].shape[1]]))
-
-
-def test_a_late_memory_warns():
-    """A memory that is switched on after the images were read cannot retrieve them, and says so."""
+def test_a_late_memory_is_refused():
+    """A memory that is switched on after the images were read cannot retrieve them."""
     family = BY_NAME["internvl_qwen2"]
     model, inputs = built(family, [Row((2, 2), 5, seed=1)])
     model.add_adapter("late", keepsight.PvmConfig(layers=[1], width=32))
     with torch.no_grad():
         cache = find_output_cache(model(**inputs, use_cache=True))
         model.set_adapter("late")
-        with pytest.warns(keepsight.KeepsightWarning, match="'late' was switched on after"):
+        with pytest.raises(keepsight.KeepsightError, match="'late' was switched on after"):
             model(input_ids=torch.tensor([[9]]), **cache_argument(model, cache))
 
 

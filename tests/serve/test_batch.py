@@ -145,9 +145,9 @@ def test_a_cancelled_row_frees_its_cache():
     longest = max(len(row.ids) for row in batch.rows)
     shapes = {tuple(layer.keys.shape[::2]) for layer in batch.cache.layers if layer.keys is not None}
     assert shapes == {(len(batch.rows), longest)}
-    from keepsight.pvm.memory import VisualCacheLayer
+    from keepsight.pvm.cache import VisualCache
 
-    assert VisualCacheLayer.of(batch.cache).valid.shape == (len(batch.rows), 4)
+    assert VisualCache.of(batch.cache).valid.shape == (len(batch.rows), 4)
     for job in requests:
         job.is_cancelled = True
     batch.step()

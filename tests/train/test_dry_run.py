@@ -11,7 +11,7 @@ from families import BY_NAME, TinyFamily
 
 import keepsight
 from keepsight.backbone import Backbone
-from keepsight.pvm.hooks import MEMORY
+from keepsight.pvm.branch import MEMORY
 from keepsight.train.estimate.dry_run import dry_run
 from keepsight.train.estimate.tracing import SeenImage, trace
 from keepsight.train.run.engines import Engine

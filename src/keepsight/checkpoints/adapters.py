@@ -149,8 +149,9 @@ def _count_not_finite(tensor: torch.Tensor) -> int:
 
 def _check_memory(info: AdapterInfo) -> None:
     """All that a memory's own configuration tells of its tensors: a PVM's in full, where a VisMem's stand."""
-    from keepsight.pvm.tuner import BRANCH as PVM_BRANCH
-    from keepsight.pvm.tuner import PvmModel, make_block
+    from keepsight.pvm.branch import BRANCH as PVM_BRANCH
+    from keepsight.pvm.branch import make_block
+    from keepsight.pvm.tuner import PvmModel
     from keepsight.vismem.tuner import BRANCH as VISMEM_BRANCH
     from keepsight.vismem.tuner import VisMemModel
 

@@ -28,7 +28,7 @@ from keepsight.backbone import Backbone
 from keepsight.lab.narration import FACT_LENGTH, Narrations, TrainingText, make_narrations
 from keepsight.lab.pretraining import narration_loss
 from keepsight.pvm import PvmConfig
-from keepsight.pvm.hooks import MEMORY
+from keepsight.pvm.branch import MEMORY
 from keepsight.pvm.memory import VisualMemory
 from keepsight.pvm.module import PvmBlock
 from keepsight.train.run.blindfold import BlindfoldSchedule, blindfold

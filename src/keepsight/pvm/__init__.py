@@ -18,7 +18,8 @@ def _register() -> None:
 
 _register()
 
+from keepsight.pvm.cache import swap_memory  # noqa: E402
 from keepsight.pvm.config import PvmConfig  # noqa: E402
-from keepsight.pvm.memory import replace_memory, swap_memory  # noqa: E402
+from keepsight.pvm.scope import replace_memory, visual_positions  # noqa: E402
 
-__all__ = ["PvmConfig", "memory_off", "replace_memory", "swap_memory"]
+__all__ = ["PvmConfig", "memory_off", "replace_memory", "swap_memory", "visual_positions"]

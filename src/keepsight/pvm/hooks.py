@@ -1,25 +1,30 @@
-"""The route by which a request's visual memory reaches the blocks in an unforked model.
+"""The route by which a request's visual memory reaches the blocks in an unforked model, and the checks that it did.
 
-    vlm          pre-hook   if pixels came in: where they go ([B, T] mask) joins the keyword arguments
-    decoder      pre-hook   the mask becomes a `VisualMemory` (with what the cache remembers), as a keyword argument
+    vlm          pre-hook   a `Call` is opened: what the VLM was given
+      tower        hook       the vision encoder ran in this call
+    decoder      pre-hook   the images of the call become a `VisualMemory` (with what the cache remembers), as a keyword
+                            argument; without images an empty one, so that a block knows that it is on
       layer i      the decoder hands its keyword arguments to every layer, and the layer to its token mixer; layers
                    without a block ignore ours, as they ignore all they do not know
-        mixer      pre-hook   takes the memory out
+        mixer      pre-hook   takes the memory out                                   (these three: branch.py)
         norm       pre-hook   takes the residual stream x
         mlp        hook       adds gate * out
-    decoder      hook       new projections are stored in the cache
+    decoder      hook       every block was reached; new projections are stored in the cache
+    vlm          hook       the decoder was reached; the `Call` is closed
 
-Nothing is kept on the model. Between mixer and mlp of ONE decoder layer the memory and x wait in a thread-local slot:
-set and used within one layer call in one thread, so that gradient checkpointing, which calls the layer's forward
-again but not the layer's own hooks, takes the same route a second time.
+Nothing is kept on the model. All hooks are module-level functions or bound methods of route and branch: copies and
+pickles of the model keep working.
 
-All hooks are module-level functions or bound methods of the branch: copies and pickles of the model keep working.
+A memory that is on and an image that was given end in "read" or in an error that says what was looked for. What the
+route depends on are names in others' code, which change; so it asks what things *are* (a cache is a `Cache`, pixels are
+what made the vision encoder run), and checks at the end of each call that it got through.
 """
 
 from __future__ import annotations
 
 import inspect
-import threading
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,31 +32,27 @@ from torch import nn
 
 from keepsight.backbone import Backbone
 from keepsight.compat import find_cache, find_output_cache
-from keepsight.pvm.memory import VisualCacheLayer, VisualMemory
+from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.pvm.branch import MEMORY, MIXER, MLP, in_flight
+from keepsight.pvm.cache import VisualCache
+from keepsight.pvm.memory import VisualMemory
+from keepsight.pvm.packing import find_packing
+from keepsight.pvm.scope import positions_at, positions_given
 
-MASK = "keepsight_visual_mask"
-MEMORY = "keepsight_visual_memory"
 
+@dataclass
+class Call:
+    """One call of the VLM, while it runs.
 
-class InFlight(threading.local):
-    """What waits between the mixer and the mlp of one decoder layer, per thread.
-
-    A thread-local and no context variable, because torch.compile cannot trace the latter; nothing in a layer yields
-    to another task, so both are equally safe.
+    Attributes:
+        given: its arguments, by name.
+        tower_ran: the vision encoder ran in it.
+        decoder_ran: its decoder was called.
     """
 
-    memory: VisualMemory | None = None
-    residual: torch.Tensor | None = None  # [B, T, D]
-
-
-in_flight = InFlight()
-
-
-def without_memory(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Pre-hook that keeps our keyword arguments away from modules that do not expect them."""
-    if MEMORY not in kwargs and MASK not in kwargs:
-        return None
-    return args, {name: value for name, value in kwargs.items() if name not in (MASK, MEMORY)}
+    given: dict[str, Any]
+    tower_ran: bool = False
+    decoder_ran: bool = False
 
 
 class PvmRoute:
@@ -67,15 +68,11 @@ class PvmRoute:
         vlm, decoder = backbone.vlm, backbone.decoder
         self._vlm_arguments = list(inspect.signature(vlm.forward).parameters)
         self._handles = [
-            vlm.register_forward_pre_hook(self._find_images, with_kwargs=True),
+            vlm.register_forward_pre_hook(self._open_call, with_kwargs=True),
+            vlm.register_forward_hook(self._close_call, always_call=True),
+            backbone.vision_tower.register_forward_hook(_note_tower),
             decoder.register_forward_pre_hook(self._make_memory, with_kwargs=True),
             decoder.register_forward_hook(self._store_memory, with_kwargs=True),
-        ]
-        # Some families pass all keyword arguments on to the vision tower.
-        self._handles += [
-            child.register_forward_pre_hook(without_memory, with_kwargs=True)
-            for child in vlm.children()
-            if child is not decoder
         ]
 
     def add(self, index: int, branch: Any) -> None:
@@ -84,7 +81,7 @@ class PvmRoute:
         self.branches[index] = branch
         self._handles += [
             Backbone.mixer(layer).register_forward_pre_hook(branch.take_memory, with_kwargs=True),
-            layer.post_attention_layernorm.register_forward_pre_hook(branch.take_residual),
+            layer.post_attention_layernorm.register_forward_pre_hook(branch.take_residual, with_kwargs=True),
             layer.mlp.register_forward_hook(branch.add_update),
         ]
 
@@ -93,50 +90,219 @@ class PvmRoute:
         for handle in self._handles:
             handle.remove()
 
-    def _find_images(self, vlm: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if not any(branch.active_blocks for branch in self.branches.values()):
-            return None
+    @property
+    def _is_on(self) -> bool:
+        return any(branch.active_blocks for branch in self.branches.values())
 
-        by_position = dict(zip(self._vlm_arguments, args, strict=False))
+    @property
+    def _reads(self) -> bool:
+        """Whether any block that is on looks at images (the control does not)."""
+        return any(block.reads_memory for branch in self.branches.values() for _, block in branch.active_blocks)
 
-        def argument(name: str) -> Any:
-            return kwargs.get(name, by_position.get(name))
+    # The VLM
 
-        modalities = self.backbone.given_modalities(argument)
-        if not modalities:
-            return None
-        mask = self.backbone.visual_mask(argument("input_ids"), argument("inputs_embeds"), modalities)
-        return args, {**kwargs, MASK: mask}
+    def _open_call(self, vlm: nn.Module, args: tuple, kwargs: dict) -> None:
+        in_flight.call = Call(dict(zip(self._vlm_arguments, args, strict=False)) | kwargs)
+        in_flight.encoded = False
+
+    def _close_call(self, vlm: nn.Module, args: tuple, output: Any) -> None:
+        call, in_flight.call = in_flight.call, None
+        if output is not None and call is not None and not call.decoder_ran and self._is_on:
+            raise KeepsightError(
+                f"{type(vlm).__name__} ran, and {self.backbone.decoder_path} was not called as a module inside it, "
+                "where the visual memory waits for what enters the decoder. " + _ASK
+            )
+
+    def _modalities(self, call: Call | None) -> set[str]:
+        """Which kinds of images the call brings, by its arguments, or because the vision encoder ran."""
+        if call is None:
+            return set()
+        found = self.backbone.given_modalities(call.given)
+        if not found and call.tower_ran:
+            found = {modality for modality, _ in self.backbone.family.visual_tokens}
+        return found
+
+    # The decoder
 
     def _make_memory(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        mask = kwargs.pop(MASK, None)
-        cache = find_cache(args, kwargs)
-        past = VisualCacheLayer.of(cache)
-        if mask is None and past is None:
+        call, in_flight.reached = in_flight.call, {}
+        if call is not None:
+            call.decoder_ran = True
+        if MEMORY in kwargs or not self._is_on:
             return None
-        start = cache.get_seq_length() if cache is not None else 0
-        if past is not None and isinstance(start, int):  # a tensor length means a static cache, which is never cropped
-            past.truncate(start)
-        if mask is not None and mask.any():
-            _refuse_packing(kwargs)
-            kwargs[MEMORY] = VisualMemory(kwargs["inputs_embeds"], mask, past, int(start))
-        elif past is not None and past.states:
-            kwargs[MEMORY] = VisualMemory(past=past)
-        return args, kwargs
+        if call is None and in_flight.encoded:
+            in_flight.encoded = False
+            raise KeepsightError(
+                f"The vision encoder ran and {self.backbone.decoder_path} was called, but not as a part of a call of "
+                f"{type(self.backbone.vlm).__name__}, where the visual memory learns what is an image. " + _ASK
+            )
+        cache = find_cache(args, kwargs)
+        past = VisualCache.of(cache)
+        if cache is not None:
+            if past is None and call is not None and self._reads:
+                _refuse_foreign(cache)
+            start = cache.get_seq_length()
+            if past is not None and not isinstance(start, torch.Tensor):  # of a static cache: never rewound unsaid
+                past.truncate(start)
+            if past is not None and past.missed is not None and self._reads:
+                raise KeepsightError(
+                    f"The KV cache holds an image that was read while the visual memory was off (at position "
+                    f"{past.missed} and behind), so the memory has nothing to retrieve from it. Keep the memory on, or "
+                    "off, for as long as a cache is used."
+                )
+        else:
+            start = 0
+        mask, embeds = self._visual_mask(call, args, kwargs, start)
+        if mask is None:
+            memory = VisualMemory(past=past)
+        else:
+            assert embeds is not None
+            packing = find_packing(kwargs, embeds, self.backbone.text_config, self._fills_cache(decoder, cache, kwargs))
+            memory = VisualMemory(embeds, mask, past, int(start), packing)
+        return args, {**kwargs, MEMORY: memory}
 
-    @staticmethod
-    def _store_memory(decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        memory = kwargs.get(MEMORY)
+    def _visual_mask(
+        self, call: Call | None, args: tuple, kwargs: dict, start: Any
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Where images stand in this call [B, T], and what enters the decoder [B, T, D]; None, None without images."""
+        modalities = self._modalities(call)
+        if modalities:
+            assert call is not None
+            mask = self.backbone.visual_mask(call.given.get("input_ids"), call.given.get("inputs_embeds"), modalities)
+            if not mask.any():
+                raise KeepsightError(
+                    f"The call brings visual input ({_names(call)}), and no position of it is visual: looked for the "
+                    f"token ids {list(self.backbone.visual_token_ids(modalities))} in input_ids (or their embeddings "
+                    "in inputs_embeds) and found none. A memory would have nothing to remember. Give the prompt its "
+                    "placeholder tokens (the processor's chat template writes them), or no pixels."
+                )
+        elif (call is not None and call.given.get("inputs_embeds") is None) or torch.compiler.is_compiling():
+            return None, None
+        elif not positions_given():
+            if call is not None and self._reads:
+                warnings.warn(
+                    "inputs_embeds were given and no pixels: if images are in them, the visual memory cannot know, and "
+                    "is without them. Say where they stand: `with keepsight.pvm.visual_positions(mask):` around the "
+                    "call (mask: bool [B, T], true at visual positions; all false says that there is no image).",
+                    KeepsightWarning,
+                    stacklevel=2,
+                )
+            return None, None
+        else:
+            mask = None
+        embeds = self.backbone.decoder_input(args, kwargs)
+        if embeds is None:
+            if mask is None:
+                return None, None
+            raise KeepsightError(
+                f"The call brings visual input, and {self.backbone.decoder_path} was given no embeddings: looked for a "
+                f"floating-point tensor [B, T, {self.backbone.text_config.hidden_size}] among its arguments "
+                f"({', '.join(kwargs) or 'none by name'}). " + _ASK
+            )
+        if mask is None:
+            mask = positions_at(int(start), *embeds.shape[:2]).to(embeds.device)
+            if not mask.any():
+                return None, None
+        if mask.shape != embeds.shape[:2]:
+            raise KeepsightError(
+                f"The VLM was given {list(mask.shape)} rows and positions and its decoder {list(embeds.shape[:2])}, so "
+                "the visual memory cannot tell where the images stand. " + _ASK
+            )
+        return mask, embeds
+
+    def _fills_cache(self, decoder: Any, cache: Any, kwargs: dict) -> bool:
+        """Whether the call will write to a KV cache, as far as can be known before it."""
+        if cache is not None:
+            return True
+        if decoder.training and torch.is_grad_enabled() and getattr(decoder, "gradient_checkpointing", False):
+            return False
+        given = kwargs.get("use_cache")
+        return bool(getattr(self.backbone.text_config, "use_cache", False) if given is None else given)
+
+    def _store_memory(self, decoder: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        reached, in_flight.reached = in_flight.reached or {}, None
         cache = find_output_cache(output)
         if cache is None:
             cache = find_cache(args, kwargs)
-        if memory is not None and cache is not None:
+        memory = kwargs.get(MEMORY)
+        if memory is None:
+            if cache is not None and in_flight.call is not None:
+                self._note_missed(cache, args, kwargs)
+            return
+        self._check_reached(decoder, reached)
+        if not isinstance(memory, VisualMemory):  # a stand-in of our own
+            return
+        if cache is not None:
+            VisualCache.mark(cache)
             memory.store(cache)
+        elif kwargs.get("use_cache") and not (decoder.training and torch.is_grad_enabled()):
+            raise KeepsightError(
+                f"{self.backbone.decoder_path} was called with use_cache=True, and no KV cache was found: looked for "
+                f"an instance of transformers' Cache among its arguments ({', '.join(kwargs)}) and in its output "
+                f"({type(output).__name__}). The next call would be without its memory. " + _ASK
+            )
+
+    def _note_missed(self, cache: Any, args: tuple, kwargs: dict) -> None:
+        """The memory is off, and may be on when this cache is used again: say in it whether it will lack an image."""
+        has_image, kept = bool(self._modalities(in_flight.call)), VisualCache.of(cache)
+        if not has_image and kept is not None:
+            return
+        embeds = self.backbone.decoder_input(args, kwargs)
+        length = cache.get_seq_length()
+        if not has_image and isinstance(length, torch.Tensor):
+            return
+        start = int(length) - (0 if embeds is None else embeds.shape[1])
+        if has_image:
+            kept = VisualCache.mark(cache)
+            kept.missed = start if kept.missed is None else kept.missed
+            kept.attach(cache)
+        elif start == 0:
+            VisualCache.mark(cache)
+
+    def _check_reached(self, decoder: Any, reached: dict[int, str]) -> None:
+        """Raises KeepsightError if a layer ran without the blocks that are on in it."""
+        for index, branch in self.branches.items():
+            if reached.get(index) == MLP or index >= decoder.config.num_hidden_layers or not branch.active_blocks:
+                continue
+            last = reached.get(index)
+            found = f"was last seen at {last}" if last else f"never came to {MIXER} (as the keyword argument {MEMORY})"
+            raise KeepsightError(
+                f"Decoder layer {index} ran without its visual memory, which {found}: looked for calls, as modules and "
+                f"in this order, of {type(Backbone.mixer(self.backbone.layers[index])).__name__}, "
+                f"post_attention_layernorm and mlp inside {type(self.backbone.layers[index]).__name__}. " + _ASK
+            )
 
 
-def _refuse_packing(kwargs: dict) -> None:
-    if any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")):
-        raise ValueError(
-            "Several samples are packed into one row (cu_seq_lens are given), and a visual memory would show each of "
-            "them the images of all. Train with one sample per row: packing=False, padding_free=False."
+_ASK = (
+    "This release of transformers, or a change to the model, takes another way than keepsight knows: install a release "
+    "that keepsight was tested with (docs/compatibility.md), or switch the memory off (keepsight.pvm.memory_off)."
+)
+
+
+def _note_tower(tower: nn.Module, args: tuple, output: Any) -> None:
+    if in_flight.call is not None:
+        in_flight.call.tower_ran = True
+    else:  # `generate` encodes the images before it calls the model
+        in_flight.encoded = True
+
+
+def _names(call: Call) -> str:
+    names = [
+        name for name, value in call.given.items() if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
+    return ", ".join(names) or "the vision encoder ran"
+
+
+def _refuse_foreign(cache: Any) -> None:
+    """Raises KeepsightError if a KV cache that no route has seen is not empty."""
+    length = cache.get_seq_length()
+    if isinstance(length, torch.Tensor) and torch.compiler.is_compiling():
+        return  # asking would break the graph; `generate` compiles only what comes after the prompt
+    if int(length) > 0:
+        raise KeepsightError(
+            f"The KV cache ({type(cache).__name__}) holds {int(length)} positions that this visual memory did not see "
+            "being read: looked for its own entry in the cache and found none. They were read by another model, before "
+            "the memory was attached, or copied into a new cache; an image among them would be missing from the "
+            "memory. Read the prompt with this model, and hand on the cache object that it filled (copy.deepcopy is "
+            "fine)."
         )

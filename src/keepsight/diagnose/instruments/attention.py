@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from keepsight.backbone import Backbone
-from keepsight.compat import find_cache
+from keepsight.compat import find_cache, find_output_cache
 from keepsight.diagnose.instruments.attention_trace import AttentionTrace
 from keepsight.diagnose.instruments.layout import PromptWatch, VisualLayout
 from keepsight.diagnose.instruments.metering import Metered, scores_of
@@ -91,7 +91,7 @@ class AttentionMeter:
         self._handles = [
             *self._watch.hooks(),
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            decoder.register_forward_hook(self._after, always_call=True),
+            decoder.register_forward_hook(self._after, always_call=True, with_kwargs=True),
         ]
         return self
 
@@ -119,7 +119,7 @@ class AttentionMeter:
         """Pre-hook of the decoder: which step this is; if it is one to measure, the layers are metered."""
         if threading.get_ident() != self._thread or vismem_scope.is_base_only():  # a latent memory is being formed
             return
-        cache, embeds = find_cache(args, kwargs), kwargs.get("inputs_embeds")
+        cache, embeds = find_cache(args, kwargs), self.backbone.decoder_input(args, kwargs)
         if embeds is None:
             return
         start = int(cache.get_seq_length()) if cache is not None else 0
@@ -149,9 +149,13 @@ class AttentionMeter:
         self._now, self._place = [None] * len(self.layers), None
         self._metered.on()
 
-    def _after(self, decoder: Any, args: tuple, output: Any) -> None:
+    def _after(self, decoder: Any, args: tuple, kwargs: dict, output: Any) -> None:
         """Hook of the decoder, called also when it failed: the layers get their configuration back."""
-        if threading.get_ident() != self._thread or vismem_scope.is_base_only() or not self._metered.is_on:
+        if threading.get_ident() != self._thread or vismem_scope.is_base_only():
+            return
+        if output is not None and kwargs.get("use_cache"):
+            _require_cache(self.backbone, args, kwargs, output)
+        if not self._metered.is_on:
             return
         self._metered.off()
         if self._now and all(found is not None for found in self._now) and self._counts is not None:
@@ -160,11 +164,12 @@ class AttentionMeter:
             self._records[self._step] = stacked, self._counts
             if self._place is not None:
                 self._places[self._step] = self._place / len(self.layers)
-        elif output is not None and not any(found is not None for found in self._now):
+        elif output is not None:
+            unseen = [i for i, found in zip(self.layers, self._now, strict=True) if found is None]
             raise UnsupportedModelError(
-                f"{self.backbone.family.name}'s attention did not ask transformers' attention interface for its "
-                "function, so the meter sees nothing. It cannot measure this model (compiled graphs included: "
-                "measure the uncompiled model)."
+                f"The attention of {self.backbone.family.name}'s decoder layers {unseen} did not ask transformers' "
+                "attention interface for its function, so the meter sees nothing of them. It cannot measure this model "
+                "(compiled graphs included: measure the uncompiled model)."
             )
 
     @torch.no_grad()
@@ -240,6 +245,16 @@ class AttentionMeter:
         if any(place is None for place in found) or len({len(p) for p in found if p is not None}) != 1:
             return None
         return torch.stack([place for place in found if place is not None]).float().cpu().numpy()
+
+
+def _require_cache(backbone: Backbone, args: tuple, kwargs: dict, output: Any) -> None:
+    """Raises UnsupportedModelError if a call keeps a KV cache that nobody can find: every step would be the first."""
+    if find_output_cache(output) is None and find_cache(args, kwargs) is None:
+        raise UnsupportedModelError(
+            f"{backbone.decoder_path} was called with use_cache=True, and the meter finds no KV cache: looked for an "
+            f"instance of transformers' Cache among its arguments ({', '.join(kwargs)}) and in its output "
+            f"({type(output).__name__}). It cannot tell which step a call is."
+        )
 
 
 def _choose_layers(backbone: Backbone, layers: Any) -> list[int]:

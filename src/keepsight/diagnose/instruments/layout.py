@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from keepsight.backbone import Backbone
+from keepsight.errors import KeepsightError
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class PromptWatch:
         self._encoder_arguments = list(inspect.signature(backbone.vision_tower.forward).parameters)
         self.has_grids = "grid_thw" in self._encoder_arguments
         self._encoded: list[list[tuple[int, ...]]] = []  # grids of each call of the vision tower
-        self._found: tuple[torch.Tensor, list[VisualLayout]] | None = None
+        self._given: dict[str, Any] | None = None  # arguments of the VLM's call that is under way
+        self._tower_ran = False
         self._thread = threading.get_ident()
 
     def hooks(self) -> list[Any]:
@@ -104,33 +106,49 @@ class PromptWatch:
         ]
 
     def take(self) -> tuple[torch.Tensor, list[VisualLayout]] | None:
-        """Visual mask [B, T] and B layouts of the call that is under way, once; None if it brings no images."""
-        found, self._found = self._found, None
-        return found
+        """Visual mask [B, T] and B layouts of the call that is under way, once; None if it brings no images.
+
+        Raises:
+            KeepsightError: if images came in and cannot be found.
+        """
+        given, self._given = self._given, None
+        tower_ran, self._tower_ran = self._tower_ran, False
+        if given is None:
+            if tower_ran:
+                raise KeepsightError(
+                    f"The vision encoder ran and {self.backbone.decoder_path} was called, but not as a part of a call "
+                    f"of {type(self.backbone.vlm).__name__}, where it can be seen which positions are visual."
+                )
+            return None
+        modalities = self.backbone.given_modalities(given)
+        if not modalities and tower_ran:
+            modalities = {modality for modality, _ in self.backbone.family.visual_tokens}
+        if not modalities:
+            return None
+        ids = given.get("input_ids")
+        mask = self.backbone.visual_mask(ids, given.get("inputs_embeds"), modalities)
+        if not mask.any():
+            raise KeepsightError(
+                "The call brings visual input, and no position of it is visual: looked for the token ids "
+                f"{list(self.backbone.visual_token_ids(modalities))} and found none."
+            )
+        grids, copies = self._grids(given) if self.has_grids else (None, 1)
+        self._encoded = []
+        return mask, visual_layouts(self.backbone, ids, mask, grids, copies)
 
     def _see_grids(self, tower: Any, args: tuple, kwargs: dict) -> None:
-        if threading.get_ident() == self._thread and self.has_grids:
+        if threading.get_ident() != self._thread:
+            return
+        self._tower_ran = True
+        if self.has_grids:
             grid = (dict(zip(self._encoder_arguments, args, strict=False)) | kwargs).get("grid_thw")
             if grid is not None:
                 self._encoded.append([tuple(int(n) for n in row) for row in grid])
 
     def _see_prompt(self, vlm: Any, args: tuple, kwargs: dict) -> None:
-        if threading.get_ident() != self._thread:
-            return
-        given = dict(zip(self._arguments, args, strict=False)) | kwargs
-        modalities = self.backbone.given_modalities(given.get)
-        if not modalities:
-            self._found = None
-            return
-        ids = given.get("input_ids")
-        mask = self.backbone.visual_mask(ids, given.get("inputs_embeds"), modalities)
-        if not self.has_grids:
-            grids, copies = None, 1
-        else:
-            grids, copies = self._grids(given)
-        self._encoded = []
-        layouts = visual_layouts(self.backbone, ids, mask, grids, copies)
-        self._found = mask, layouts
+        if threading.get_ident() == self._thread:
+            self._given = dict(zip(self._arguments, args, strict=False)) | kwargs
+            self._tower_ran = False  # `generate` encodes the images before, and hands them over
 
     def _grids(self, given: dict[str, Any]) -> tuple[dict[str, list[tuple[int, ...]]], int]:
         """Grids (frames, height, width in patches) by modality, and how often every row of the prompt is repeated."""

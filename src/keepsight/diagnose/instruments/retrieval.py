@@ -17,7 +17,7 @@ from keepsight.backbone import Backbone
 from keepsight.compat import find_cache
 from keepsight.diagnose.instruments.layout import PromptWatch, VisualLayout
 from keepsight.errors import KeepsightError
-from keepsight.pvm.tuner import PvmBranch
+from keepsight.pvm.branch import PvmBranch
 from keepsight.vismem import scope as vismem_scope
 
 
@@ -95,13 +95,14 @@ class RetrievalMeter:
         self._handles = []
 
     def _before(self, decoder: Any, args: tuple, kwargs: dict) -> None:
-        if threading.get_ident() != self._thread or kwargs.get("inputs_embeds") is None:
+        embeds = self.backbone.decoder_input(args, kwargs)
+        if threading.get_ident() != self._thread or embeds is None:
             return
         if vismem_scope.is_base_only():  # a latent memory is being formed beside this one
             return
         cache = find_cache(args, kwargs)
         start = int(cache.get_seq_length()) if cache is not None else 0
-        length = kwargs["inputs_embeds"].shape[1]
+        length = embeds.shape[1]
         if start == 0:
             self._begin()
         found = self._watch.take()

@@ -131,7 +131,7 @@ class VisMemHandle:
         return [TYPES[int(i)] for i in own]
 
     def _sees(self, inputs: Inputs) -> bool:
-        return bool(self.backbone.given_modalities(inputs.get)) and bool(
+        return bool(self.backbone.given_modalities(inputs)) and bool(
             self.backbone.visual_mask(inputs["input_ids"]).any()
         )
 

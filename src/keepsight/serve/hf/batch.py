@@ -287,8 +287,7 @@ class Batch:
         """Some rows as a batch of their own; this one keeps its cache."""
         part = self._empty()
         part.rows = [self.rows[i] for i in rows]
-        part.cache = copy.copy(self.cache)
-        part.cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        part.cache = shared.copied(self.cache)
         shared.keep(part.cache, rows, self.length - part.length)
         assert self.logits is not None
         part.logits = self.logits[torch.tensor(rows, device=self.logits.device)]

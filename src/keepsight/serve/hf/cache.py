@@ -6,13 +6,14 @@ together, a row joins by padding on the left, and the batch is never longer than
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from keepsight.pvm.memory import VisualCacheLayer
+from keepsight.pvm.cache import VisualCache
 
 _STATES = ("conv_states", "recurrent_states")
 
@@ -20,12 +21,12 @@ _STATES = ("conv_states", "recurrent_states")
 def can_share(cache: Any) -> bool:
     """Whether rows of this cache can join others: dynamic softmax attention, and linear attention. Sliding windows and
     caches of other kinds cannot, and their rows run alone."""
-    return all(type(layer) in (DynamicLayer, LinearAttentionLayer, VisualCacheLayer) for layer in cache.layers)
+    return all(type(layer) in (DynamicLayer, LinearAttentionLayer) for layer in cache.layers)
 
 
 def can_rewind(cache: Any) -> bool:
     """Whether `rewind` works: it does where nothing is ever overwritten."""
-    return all(type(layer) in (DynamicLayer, VisualCacheLayer) for layer in cache.layers)
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def join(cache: Any, lengths: tuple[int, int], other: Any) -> None:
@@ -38,7 +39,7 @@ def join(cache: Any, lengths: tuple[int, int], other: Any) -> None:
     """
     total = max(lengths)
     left, right = (total - length for length in lengths)
-    mine, theirs = _take_visual(cache), _take_visual(other)
+    mine, theirs = VisualCache.of(cache), VisualCache.of(other)
     rows, more = _rows(cache), _rows(other)
     for layer, new in zip(cache.layers, other.layers, strict=True):
         if isinstance(layer, LinearAttentionLayer):
@@ -51,19 +52,30 @@ def join(cache: Any, lengths: tuple[int, int], other: Any) -> None:
             layer.keys = torch.cat([_pad(layer.keys, left), _pad(new.keys, right)])
             layer.values = torch.cat([_pad(layer.values, left), _pad(new.values, right)])
     if mine is not None or theirs is not None:
-        cache.layers.append(_join_visual((mine, left, rows), (theirs, right, more)))
+        VisualCache.joined([(mine, left, rows), (theirs, right, more)]).attach(cache)
 
 
 def keep(cache: Any, rows: list[int], cut: int) -> None:
     """Keep (or repeat) `rows` of a cache and drop its first `cut` slots, in place."""
-    index = torch.tensor(rows, device=_keys(cache).device)
+    cache.reorder_cache(torch.tensor(rows, device=_keys(cache).device))
     for layer in cache.layers:
-        layer.reorder_cache(index)
         if cut and isinstance(layer, DynamicLayer):
             # Copies, so that what was cut off is freed.
             layer.keys, layer.values = layer.keys[..., cut:, :].clone(), layer.values[..., cut:, :].clone()
-        elif isinstance(layer, VisualCacheLayer):
-            _trim_visual(layer, cut)
+
+    visual = VisualCache.of(cache)
+    if visual is not None:
+        visual.drop_first(cut)
+
+
+def copied(cache: Any) -> Any:
+    """Another cache of the same tensors: what happens to one does not happen to the other."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    visual = VisualCache.of(cache)
+    if visual is not None:
+        visual.copy().attach(other)
+    return other
 
 
 def rewind(cache: Any, length: int) -> None:
@@ -84,73 +96,3 @@ def _rows(cache: Any) -> int:
 def _pad(states: torch.Tensor, left: int) -> torch.Tensor:
     """[B, H, T, d] with `left` empty slots before."""
     return F.pad(states, (0, 0, left, 0)) if left else states
-
-
-def _take_visual(cache: Any) -> VisualCacheLayer | None:
-    layer = VisualCacheLayer.of(cache)
-    if layer is not None:
-        cache.layers.remove(layer)
-    return layer if layer is not None and layer.states else None
-
-
-def _join_visual(*parts: tuple[VisualCacheLayer | None, int, int]) -> VisualCacheLayer:
-    """One layer for all rows; rows that saw no image get empty entries, which nobody can see.
-
-    Args:
-        parts: (layer or None, slots that were added on the left, rows).
-    """
-    present = [layer for layer, _, _ in parts if layer is not None]
-    like = present[0]
-    assert like.valid is not None
-    longest = max(layer.valid.shape[1] for layer in present if layer.valid is not None)
-    joined = VisualCacheLayer()
-    valid, slots = [], []
-    for layer, left, rows in parts:
-        if layer is None:
-            valid.append(like.valid.new_zeros(rows, longest))
-            slots.append(torch.zeros(rows, longest, dtype=torch.long, device=like.valid.device))
-        else:
-            assert layer.valid is not None
-            assert layer.slots is not None
-            missing = longest - layer.valid.shape[1]
-            valid.append(F.pad(layer.valid, (0, missing)))
-            slots.append(F.pad(layer.slots + left, (0, missing)))
-    joined.valid, joined.slots = torch.cat(valid), torch.cat(slots)
-    for name, states in like.states.items():
-        both = []
-        for which in (0, 1):
-            pieces = []
-            for layer, _, rows in parts:
-                if layer is None:
-                    _, heads, _, width = states[which].shape
-                    pieces.append(states[which].new_zeros(rows, heads, longest, width))
-                else:
-                    state = layer.states[name][which]
-                    pieces.append(F.pad(state, (0, 0, 0, longest - state.shape[2])))
-            both.append(torch.cat(pieces))
-        joined.states[name] = (both[0], both[1])
-    _settle(joined)
-    return joined
-
-
-def _trim_visual(layer: VisualCacheLayer, cut: int) -> None:
-    """Drop entries that no row has any more, and move slots after a cut on the left."""
-    if layer.valid is None or layer.slots is None:
-        return
-    longest = int(layer.valid.sum(1).max())
-    # Valid entries come first in every row, because images are only ever appended.
-    layer.valid, layer.slots = layer.valid[:, :longest].clone(), (layer.slots[:, :longest] - cut).clamp(min=0)
-    layer.states = {
-        name: (k[:, :, :longest].clone(), v[:, :, :longest].clone()) for name, (k, v) in layer.states.items()
-    }
-    if not longest:
-        layer.reset()
-    else:
-        _settle(layer)
-
-
-def _settle(layer: VisualCacheLayer) -> None:
-    assert layer.valid is not None
-    assert layer.slots is not None
-    layer.is_full = bool(layer.valid.all())
-    layer.end = int(layer.slots.masked_fill(~layer.valid, 0).max()) + 1

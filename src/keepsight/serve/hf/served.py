@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keepsight.backbone import Backbone
-from keepsight.pvm.tuner import PvmBranch
+from keepsight.pvm.branch import PvmBranch
 from keepsight.vismem.tuner import BRANCH as LATENT
 
 

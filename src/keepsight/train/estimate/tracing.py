@@ -18,8 +18,7 @@ from transformers import AutoModelForImageTextToText
 from keepsight.backbone import Backbone
 from keepsight.checkpoints.bases import base_config
 from keepsight.errors import KeepsightError
-from keepsight.pvm.hooks import MEMORY
-from keepsight.pvm.tuner import PvmBranch
+from keepsight.pvm.branch import MEMORY, PvmBranch
 from keepsight.train.run.flops import ModelShape
 
 

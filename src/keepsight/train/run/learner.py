@@ -29,7 +29,7 @@ from keepsight.checkpoints.adapters import WEIGHTS
 from keepsight.checkpoints.sources import POLICY
 from keepsight.errors import KeepsightError
 from keepsight.pvm import PvmConfig
-from keepsight.pvm.tuner import BRANCH
+from keepsight.pvm.branch import BRANCH
 
 PolicyChoice = Literal["none", "lora", "full"]
 _LORA = "policy"  # the LoRA's adapter name where a memory is the default

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from keepsight.backbone import Backbone
 from keepsight.checkpoints.bases import base_config
 from keepsight.pvm import PvmConfig
-from keepsight.pvm.tuner import make_block
+from keepsight.pvm.branch import make_block
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,161 @@
+"""The branch of one decoder layer: its blocks, one per adapter, and the hooks that add them to the layer's output.
+
+Between mixer and mlp of ONE decoder layer the memory and x wait in a thread-local slot: set and used within one layer
+call in one thread, so that gradient checkpointing, which calls the layer's forward again but not the layer's own hooks,
+takes the same route a second time. Whether the memory is on travels with the memory, so that the recomputation finds
+what the forward found, in whatever thread and scope it happens.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+from keepsight.peft_method import MemoryBranch
+from keepsight.pvm.config import PvmConfig
+from keepsight.pvm.kernels import attention_for
+from keepsight.pvm.memory import VisualMemory
+from keepsight.pvm.module import ParallelMlpBlock, PvmBlock
+
+BRANCH = "visual_memory"  # name of the branch in its decoder layer; must not contain PEFT's prefix "pvm_"
+MEMORY = "keepsight_visual_memory"  # the keyword argument in which the memory travels
+
+
+class InFlight(threading.local):
+    """What waits between two hooks of one call, per thread.
+
+    A thread-local and no context variable, because torch before 2.12 cannot compile the latter; nothing in a layer
+    yields to another task, so both are equally safe.
+    """
+
+    memory: Any = None  # between mixer and mlp of one layer
+    residual: torch.Tensor | None = None  # [B, T, D], likewise
+    reached: dict[int, str] | None = None  # layer -> the last hook that fired, while the decoder runs
+    call: Any = None  # while the VLM runs: see hooks.py
+    encoded: bool = False  # the vision encoder has run, and the VLM not since
+
+    def note(self, index: int, stage: str) -> None:
+        """Hook `stage` of layer `index` has fired."""
+        if self.reached is not None:  # None in a recomputation, long after the call
+            self.reached[index] = stage
+
+
+in_flight = InFlight()
+#: The hooks of a layer, in the order in which they fire.
+MIXER, NORM, MLP = "the token mixer", "post_attention_layernorm", "the mlp"
+
+
+def without_memory(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Keep our keyword argument away from a module that does not expect it."""
+    if MEMORY not in kwargs:
+        return None
+    return args, {name: value for name, value in kwargs.items() if name != MEMORY}
+
+
+def make_block(config: PvmConfig) -> Any:
+    """A new block as a resolved config describes it: a `PvmBlock`, or the control's `ParallelMlpBlock`."""
+    if config.branch == "mlp":
+        return ParallelMlpBlock(config.block_shape, config.init_gate)
+    block = PvmBlock(config.block_shape, config.init_gate, config.detach_visual)
+    block.causal = config.causal
+    return block
+
+
+class PvmBranch(nn.Module, MemoryBranch):
+    """The PVM blocks of one decoder layer, one per adapter, and the hooks that apply them.
+
+    Args:
+        index: index of the decoder layer.
+        norm: the layer's norm after the mixer, for the device and dtype of new blocks.
+        text_config: configuration of the decoder; its attention implementation is asked at every call.
+    """
+
+    adapter_layer_names = ("pvm_blocks",)
+
+    def __init__(self, index: int, norm: Any, text_config: Any):
+        super().__init__()
+        self.index, self.text_config = index, text_config
+        self._norm = (norm,)  # in a tuple, so that it does not become a child of the branch
+        self.pvm_blocks = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What PEFT takes device and dtype of new adapters from: a weight of the decoder layer."""
+        return self._norm[0].weight
+
+    def add_block(self, adapter_name: str, config: PvmConfig) -> None:
+        """Add a block for `adapter_name`, on the device and in the dtype of the decoder layer."""
+        block = make_block(config)
+        if not next(block.parameters()).is_meta:  # low_cpu_mem_usage builds on meta; the weights come when loading
+            block = block.to(self.weight.device, self.weight.dtype)
+        others = self.pvm_blocks.keys() - {adapter_name}
+        self.pvm_blocks[adapter_name] = block
+        self.set_adapter(self.active_adapters if others else adapter_name, inference_mode=config.inference_mode)
+
+    @property
+    def active_blocks(self) -> list[tuple[str, Any]]:
+        """(adapter name, block) of every adapter that is switched on."""
+        if self.is_off:
+            return []
+        return [(name, self.pvm_blocks[name]) for name in self.active_adapters if name in self.pvm_blocks]
+
+    def take_memory(self, mixer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Pre-hook of the token mixer: the memory of this call waits for the mlp."""
+        in_flight.memory, in_flight.residual = kwargs.get(MEMORY), None
+        if in_flight.memory is not None:
+            in_flight.note(self.index, MIXER)
+        return without_memory(mixer, args, kwargs)
+
+    def take_residual(self, norm: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Pre-hook of the norm after the mixer: x [B, T, D] waits for the mlp."""
+        in_flight.residual = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        if in_flight.memory is not None:
+            in_flight.note(self.index, NORM)
+
+    def add_update(self, mlp: nn.Module, args: tuple, output: Any) -> Any:
+        """Hook of the mlp: adds gate * out to its output [B, T, D]."""
+        memory, x = in_flight.memory, in_flight.residual
+        in_flight.memory = in_flight.residual = None
+        if memory is None or x is None:  # off; a call in which it is on and this happens ends in an error (hooks.py)
+            return output
+        in_flight.note(self.index, MLP)
+        y, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        for name, block in self.active_blocks:
+            update = self._look(name, block, memory, x) if block.reads_memory else self._think(block, memory, x)
+            if update is not None:
+                y = y + update.to(y.dtype)
+        return y if rest is None else (y, *rest)
+
+    def _look(self, name: str, block: Any, memory: VisualMemory, x: torch.Tensor) -> torch.Tensor | None:
+        """The update [B, T, D] of a memory block; None where there is nothing to look at."""
+        states = memory.states(f"{self.index}.{name}", block.project)
+        if states is None:
+            return _no_update(block)
+        mask, keep = memory.view(x.shape[1], block.causal)
+        if mask is not None:
+            mask = mask.to(x.device)
+        update = block(x, *states, mask, attention_for(self.text_config, mask))
+        return update if keep is None else update.masked_fill(~keep.to(update.device), 0)
+
+    def _think(self, block: Any, memory: VisualMemory, x: torch.Tensor) -> torch.Tensor:
+        """The update [B, T, D] of the control's block, which has no memory; silent at visual positions too."""
+        update = block(x)
+        if memory.visual_mask is None:
+            return update
+        return update.masked_fill(memory.visual_mask[..., None].to(update.device), 0)
+
+
+def _no_update(block: nn.Module) -> torch.Tensor | None:
+    """Nothing; in training a zero that touches every parameter.
+
+    Data-parallel training waits for the gradient of every parameter on every rank, so a rank whose batch has no image
+    must produce zeros, not silence.
+    """
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    if not (block.training and torch.is_grad_enabled() and parameters):
+        return None
+    return 0.0 * torch.stack([p.sum() for p in parameters]).sum()

@@ -1,0 +1,107 @@
+"""Several samples in one row: each retrieves from its own images, in values and gradients, or is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import BY_NAME, Row, TinyFamily, make_inputs
+from helpers import CLOSE, attach
+
+import keepsight
+
+ROWS = [Row(2, (2, 2), 4, seed=1), Row(3, (1, 2), 2, (2, 2), 3, seed=2), Row(4, seed=3)]
+APART = ["qwen3_vl", "qwen2_5_vl", "internvl_qwen2", "internvl_qwen3", "llava_onevision"]
+
+
+def packed(family: TinyFamily, model: Any, rows: list[Row]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """(inputs of one row that holds the samples of all rows one behind the other, inputs of each alone)."""
+    alone = [make_inputs(family, model, [row]) for row in rows]
+    for inputs in alone:
+        inputs["position_ids"] = positions(model, inputs)
+        del inputs["attention_mask"]
+    names = dict.fromkeys(name for inputs in alone for name in inputs)
+    along = {"input_ids": 1, "position_ids": -1, "mm_token_type_ids": 1}
+    together = {n: torch.cat([inputs[n] for inputs in alone if n in inputs], along.get(n, 0)) for n in names}
+    return together, alone
+
+
+def positions(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[1, T], or [4, 1, T] where images lie in three dimensions: the text's own positions first."""
+    length = inputs["input_ids"].shape[1]
+    text = torch.arange(length)[None]
+    if not hasattr(model.model, "get_rope_index"):
+        return text
+    given = {k: inputs[k] for k in ("input_ids", "mm_token_type_ids", "image_grid_thw") if k in inputs}
+    placed = model.model.get_rope_index(**given)[0] if "image_grid_thw" in inputs else text.expand(3, 1, -1)
+    return torch.cat([text[None], placed])
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "published"])
+@pytest.mark.parametrize("name", APART)
+def test_packed_equals_each_alone(name: str, causal: bool) -> None:
+    family = BY_NAME[name]
+    base = family.build()
+    rows = ROWS if name != "llava_onevision" else [ROWS[0], Row(3, (1, 2), 5, seed=2), ROWS[2]]  # cut by sample there
+    together, alone = packed(family, base, rows)
+    model = attach(base, causal=causal)
+
+    def states(inputs: dict[str, Any]) -> torch.Tensor:
+        return model(**inputs, use_cache=False).logits[0]
+
+    def gradients(logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        logits.float().log_softmax(-1)[:, 7].sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    apart = torch.cat([states(inputs) for inputs in alone])
+    found = states(together)
+    torch.testing.assert_close(found, apart, **CLOSE)
+    expected = gradients(apart)
+    for parameter, gradient in gradients(found).items():
+        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-3, atol=1e-4)
+    with model.disable_adapter(), torch.no_grad():
+        assert (states(together) - found).abs().max() > 1e-2  # and the memory matters
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"use_cache": True}, "no KV cache is filled"),
+        ({"attention_mask": True}, "no attention_mask is given"),
+        ({"three": True}, "three-dimensional"),
+    ],
+)
+def test_samples_that_the_decoder_would_mix_are_refused(change: dict[str, Any], reason: str) -> None:
+    family = BY_NAME["qwen3_vl"]
+    base = family.build()
+    together, _ = packed(family, base, ROWS)
+    model = attach(base)
+    if "attention_mask" in change:
+        together["attention_mask"] = torch.ones_like(together["input_ids"])
+    if "three" in change:
+        together["position_ids"] = together["position_ids"][1:]
+    with pytest.raises(keepsight.KeepsightError, match=f"packed into one row, and .*{reason}"), torch.no_grad():
+        model(**together, use_cache=change.get("use_cache", False))
+
+
+def test_linear_attention_is_refused() -> None:
+    family = BY_NAME["qwen3_5"]
+    base = family.build()
+    together, alone = packed(family, base, ROWS)
+    model = attach(base)
+    with torch.no_grad():
+        with pytest.raises(keepsight.KeepsightError, match="linear attention carries its state"):
+            model(**together, use_cache=False)
+        for inputs in alone:  # one sample is none too many
+            model(**inputs, use_cache=False)
+
+
+def test_lengths_without_positions_are_refused() -> None:
+    family = BY_NAME["qwen3_vl"]
+    base = family.build()
+    inputs = make_inputs(family, base, ROWS[:1])
+    model = attach(base)
+    with pytest.raises(keepsight.KeepsightError, match="packing=False"):
+        model(**inputs, cu_seq_lens_q=torch.tensor([0, 4, inputs["input_ids"].shape[1]]))
