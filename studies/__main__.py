@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from keepsight.cli.console import Interrupted, debugging, err, error_border, fail, out, quiet, say, with_examples
+from keepsight.cli.console import Interrupted, debugging, error_border, fail, out, quiet, say, with_examples
+from keepsight.cli.progress import Progress
 from keepsight.errors import KeepsightError
 
 _RAW = Path("studies/results")
@@ -87,8 +88,25 @@ def run(
         say(f"{len(todo)} cells to run in {len(chosen)} studies; results go to {folder}")
         begin = time.perf_counter()
         try:
-            with _progress(len(todo)) as (on_done, on_progress):
-                run_tasks(todo, workers, lambda task, result: on_done(task, result, failed), on_progress)
+            with Progress("studies") as show:
+                finished = 0
+
+                def on_done(task: Any, result: Any) -> None:
+                    nonlocal finished
+                    finished += 1
+                    if isinstance(result, str):
+                        failed.append(task.name)
+                        fail(f"{task.name} failed: {result.strip().splitlines()[-1]}")
+                        if debugging():
+                            say(result)
+                    else:
+                        say(f"{task.name}: {result['wall_seconds']:.0f} s")
+                    show("cells", finished, len(todo))
+
+                def on_progress(task: Any, what: str, share: float) -> None:
+                    show("cells", finished, len(todo), f"{task.name}: {what} {share:.0%}")
+
+                run_tasks(todo, workers, on_done, on_progress)
         except KeyboardInterrupt as stop:
             raise Interrupted("stopped by Ctrl-C; finished cells are kept, the same command goes on.") from stop
         say(f"{len(todo) - len(failed)} cells run in {time.perf_counter() - begin:.0f} s")
@@ -113,43 +131,6 @@ def _check_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KeepsightError(f"{folder} cannot be written ({error.strerror}). Choose another place.") from error
-
-
-def _progress(total: int) -> Any:
-    """A bar over all cells that also says what the running one does; and one line per finished cell."""
-    import contextlib
-
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    @contextlib.contextmanager
-    def show() -> Any:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err) as bars:
-            bar = bars.add_task("cells", total=total)
-
-            def on_done(task: Any, result: Any, failed: list[str]) -> None:
-                bars.update(bar, advance=1, description="cells")
-                if isinstance(result, str):
-                    failed.append(task.name)
-                    fail(f"{task.name} failed: {result.strip().splitlines()[-1]}")
-                    if debugging():
-                        say(result)
-                else:
-                    say(f"{task.name}: {result['wall_seconds']:.0f} s")
-
-            def on_progress(task: Any, what: str, share: float) -> None:
-                bars.update(bar, description=f"{task.name}: {what} {share:.0%}")
-
-            yield on_done, on_progress
-
-    return show()
 
 
 @app.command("list")

@@ -19,7 +19,7 @@ def reference_path() -> Path:
     if not (_FOLDER / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"The reference VLM's weights are not at {_FOLDER}. Reinstall keepsight, or make one: "
-            "keepsight lab pretrain --out DIR"
+            "keepsight lab pretrain -o DIR"
         )
     return _FOLDER
 

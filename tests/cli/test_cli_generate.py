@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
-from command_line import Trained, keepsight_cli
+from command_line import Trained, keepsight_cli, message
 from peft import LoraConfig, get_peft_model
 from tiny_training import draw_digit
 
@@ -78,3 +79,15 @@ def test_generate_warns_of_what_has_no_effect(words: list[str], warning: str, tr
 def test_no_memory_without_a_memory_warns(tiny_vlm: Path, image: Path) -> None:
     result = keepsight_cli("generate", tiny_vlm, "-i", image, "-p", "x", "--max-new-tokens", 2, "--no-memory")
     assert "warning: --no-memory has no effect" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["generate", "-p", "x"], ["diagnose"], ["serve"]])
+@pytest.mark.usefixtures("no_loading")
+def test_an_adapter_that_is_given_twice(command: list[str], trained: Trained, tmp_path: Path) -> None:
+    twin = tmp_path / "twin"
+    shutil.copytree(trained[0], twin, ignore=shutil.ignore_patterns("checkpoint-*"))
+    more = ["-o", tmp_path / "out"] if command == ["diagnose"] else []
+    same = message(keepsight_cli(*command, *more, trained[0], "-a", trained[0]))
+    assert "is given twice" in same
+    other = message(keepsight_cli(*command, *more, trained[0], "-a", twin))
+    assert "are both PVMs, and only one can be active" in other

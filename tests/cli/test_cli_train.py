@@ -110,6 +110,8 @@ def test_an_output_folder_that_holds_something(trained: Trained, tiny_vlm: Path,
         (["--width", "33"], "Try 32 or 48"),
         (["--resume", "--overwrite"], "give one of them"),
         (["--lr", "0"], "expected a number above 0"),
+        (["--report-to", "wandbb"], "'wandbb' is no tracker. Did you mean 'wandb'? Known: "),
+        (["--report-to", "neptune"], "'neptune' is not installed: pip install neptune."),
     ],
 )
 @pytest.mark.usefixtures("no_loading")

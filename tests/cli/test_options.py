@@ -15,7 +15,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from keepsight.cli.console import error_border
-from keepsight.cli.options import settings_command
+from keepsight.cli.options import Command, settings_options
 from keepsight.cli.train import train_app
 from keepsight.cli.train.job import PvmOptions, VisMemOptions
 from keepsight.pvm import PvmConfig
@@ -34,8 +34,8 @@ COMMANDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Baking:
-    lr: float = setting(0.5, "Heat.", STEPS, known_as=("--learning-rate",))
-    group_size: int = setting(3, "Loaves.", STEPS, formerly=("--completions",))
+    lr: float = setting(0.5, "Heat.", STEPS)
+    group_size: int = setting(3, "Loaves.", STEPS)
     limit: float | None = setting(0.25, "Of salt.", STEPS, zero_is_none=True)
     seeds: tuple[str, ...] = setting((), "On top.", STEPS, "--seed")
     layers: str | None = setting(None, "Which.", STEPS)
@@ -56,7 +56,7 @@ def bake(source: str, baking: Baking) -> None:
     made.append((source, baking))
 
 
-settings_command(app, "bake", bake)
+app.command("bake", cls=Command)(settings_options(bake))
 
 
 def run(*words: Any) -> Result:
@@ -177,6 +177,8 @@ def test_options_of_a_memory_have_its_configs_defaults(options: Any, config: Any
         ("generate --imgae x", "--image"),
         ("train pvm x --learning-rate 1", "--lr"),
         ("train pvm x --learning-rate=1", "--lr"),
+        ("generate -p x --max-tokens 4", "--max-new-tokens"),
+        ("demo --outptu x", "--output-dir"),
         ("train pvm x --gradient-accumulation-steps 1", "--grad-accum"),
         ("train pvm-grpo x --num-generations 4", "--group-size"),
         ("train vismem-formation x --beta 4", "--kl"),

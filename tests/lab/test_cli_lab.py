@@ -26,16 +26,16 @@ def call(*words):
 
 
 def test_it_writes_a_base_and_says_how_well_it_reads(few_steps, tmp_path):
-    done = call("--out", tmp_path / "base", "--seed", 5, "--max-jump", 0)
+    done = call("--output-dir", tmp_path / "base", "--seed", 5, "--max-jump", 0)
     assert done.exit_code == 0, done.output
     record = json.loads((tmp_path / "base" / PRETRAINING_RECORD).read_text())
     assert record["config"]["seed"] == 5
     assert record["config"]["max_jump"] == 0
     assert f"{record['short_accuracy']:.1%}" in done.output
-    again = call("--out", tmp_path / "base")
+    again = call("--output-dir", tmp_path / "base")
     assert "--overwrite" in str(again.exception)
     assert json.loads((tmp_path / "base" / PRETRAINING_RECORD).read_text()) == record
-    assert call("--out", tmp_path / "base", "--overwrite", "--seed", 6).exit_code == 0
+    assert call("--output-dir", tmp_path / "base", "--overwrite", "--seed", 6).exit_code == 0
     assert json.loads((tmp_path / "base" / PRETRAINING_RECORD).read_text())["config"]["seed"] == 6
 
 
@@ -43,9 +43,9 @@ def test_foreign_folders_and_files_are_left_alone(few_steps, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for words in ((), ("--overwrite",)):
-        assert "holds no base made here" in str(call("--out", tmp_path / "mine", *words).exception)
+        assert "holds no base made here" in str(call("--output-dir", tmp_path / "mine", *words).exception)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
-    assert "is a file" in str(call("--out", tmp_path / "mine" / "thesis.txt").exception)
+    assert "is a file" in str(call("--output-dir", tmp_path / "mine" / "thesis.txt").exception)
 
 
 def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
@@ -54,6 +54,6 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pretraining, "pretrain", stop)
-    stopped = call("--out", tmp_path / "base")
+    stopped = call("--output-dir", tmp_path / "base")
     assert "nothing was written" in str(stopped.exception)
     assert list(tmp_path.iterdir()) == []

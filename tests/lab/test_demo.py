@@ -226,7 +226,7 @@ def test_the_command_prints_its_numbers(tmp_path, monkeypatch, capsys):
     app = typer.Typer()
     app.command()(command)
     out = tmp_path / "demo"
-    result = CliRunner().invoke(app, ["--quick", "--out", str(out), "--workers", "0", "--seed", "1"])
+    result = CliRunner().invoke(app, ["--quick", "--output-dir", str(out), "--workers", "0", "--seed", "1"])
     assert result.exit_code == 0, result.output
     written = json.loads((out / "results.json").read_text())
     assert written["seed"] == 1
@@ -246,6 +246,6 @@ def test_the_command_refuses_a_base_that_is_none(tmp_path):
 
     app = typer.Typer()
     app.command()(command)
-    result = CliRunner().invoke(app, ["--out", str(tmp_path / "demo"), "--base", str(tmp_path)])
+    result = CliRunner().invoke(app, ["--output-dir", str(tmp_path / "demo"), "--base", str(tmp_path)])
     assert "no base" in str(result.exception)
     assert not (tmp_path / "demo").exists()

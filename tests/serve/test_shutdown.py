@@ -22,7 +22,8 @@ from live import NAME, ask, images, serving, wait_for
 from typer.testing import CliRunner
 
 from keepsight.cli import app
-from keepsight.cli.serve import _adapter_name, _name, _refuse_twins
+from keepsight.cli.console import refuse_twins
+from keepsight.cli.serve import _adapter_name, _name
 from keepsight.errors import KeepsightError
 from keepsight.serve.openai.server import _Brief, bind
 from keepsight.serve.openai.settings import Limits
@@ -103,7 +104,7 @@ def test_mistakes_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
         assert "expected a name" in message("--trusted-host", name)
     assert "no such folder" in message(tmp_path / "missing")
     with pytest.raises(KeepsightError, match="both PVMs"):
-        _refuse_twins([SimpleNamespace(path=name, method=kind) for name, kind in (("a", "PVM"), ("b", "PVM"))])
+        refuse_twins([SimpleNamespace(path=name, method=kind) for name, kind in (("a", "PVM"), ("b", "PVM"))], "Stop.")
 
 
 def test_an_address_is_taken_once_and_free_again():

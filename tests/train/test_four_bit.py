@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import TrainerCallback
 import keepsight
 from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.installed import install_line
 from keepsight.train.estimate.dry_run import dry_run
 from keepsight.train.pvm.grpo import GrpoSettings, train_pvm_grpo
 from keepsight.train.pvm.sft import SftSettings, TrainReport, train_pvm
@@ -196,7 +198,7 @@ def test_every_stage_refuses_before_it_reads_data(tiny_vlm: Path, tmp_path: Path
 
 def test_a_missing_package_is_named(tiny_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(four_bit, "is_bitsandbytes_available", lambda: False)
-    with pytest.raises(ImportError, match=r'pip install "keepsight\[4bit\]"'):
+    with pytest.raises(ImportError, match=re.escape(install_line("4bit"))):
         train_pvm(tiny_vlm, tmp_path / "no.jsonl", tmp_path / "out", settings=SftSettings(**SFT))
 
 

@@ -121,6 +121,8 @@ def _asked(error: Any) -> str:
 
 
 def _load(name: str) -> Any:
+    from keepsight.cli.options import Command
+
     module, attribute, line, _ = COMMANDS[name]
     found = getattr(importlib.import_module(module), attribute)
     if isinstance(found, typer.Typer):
@@ -128,7 +130,7 @@ def _load(name: str) -> Any:
         group.name, group.help = name, group.help or line
         return group
     single = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    single.command(name)(found)
+    single.command(name, cls=Command)(found)
     return typer.main.get_command(single)
 
 

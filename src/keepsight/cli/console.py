@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from keepsight.installed import MissingExtraError, install_line
+
 #: Click's errors of usage, and of all that it refuses. Typer has Click from its own package or from Click's, by its
 #: release; what it makes public of them in both is a subclass.
 UsageError: Any = typer.BadParameter.__base__
@@ -25,6 +28,7 @@ INTERRUPTED = 130  # what shells give a process that Ctrl-C ended
 
 out = Console(soft_wrap=False)
 err = Console(stderr=True)
+last_line_at = 0.0  # when something was last said, on the monotonic clock
 
 _EXTRA_OF = {
     "sklearn": "lab",
@@ -51,25 +55,24 @@ class Interrupted(Exception):
     """Ctrl-C, with something to tell the user."""
 
 
-def say(line: str) -> None:
+def say(line: str, label: str = "", style: str = "") -> None:
     """One line on stderr, never wrapped, never read as markup."""
-    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _tell(label: str, style: str, message: str) -> None:
+    global last_line_at
+    last_line_at = time.monotonic()
     console = Console(stderr=True)
-    console.print(f"{label}: ", style=style, end="", highlight=False)
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    if label:
+        console.print(f"{label}: ", style=style, end="", highlight=False)
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """A warning, in one line."""
-    _tell("warning", "yellow bold", message)
+    say(message, "warning", "yellow bold")
 
 
 def fail(message: str) -> None:
     """An error, in one message."""
-    _tell("error", "red bold", message)
+    say(message, "error", "red bold")
 
 
 @contextmanager
@@ -86,7 +89,7 @@ def error_border(debug: bool, extra: str = "train") -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Interrupted) as stop:
-        _tell("interrupted", "yellow bold", str(stop) or "stopped by Ctrl-C")
+        say(str(stop) or "stopped by Ctrl-C", "interrupted", "yellow bold")
         raise SystemExit(INTERRUPTED) from stop
     except BrokenPipeError as error:  # `keepsight ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -102,17 +105,13 @@ def explain(error: Exception, extra: str = "train") -> str:
     """What to tell the user about an exception; `extra` is the one to name where an image library is missing."""
     text = str(error).strip()
     if "Missing optional dependencies" in text and ("torchvision" in text or "Pillow" in text):
-        return f'this command needs Pillow and torchvision. Install them: pip install "keepsight[{extra}]"'
-    if isinstance(error, ImportError):
-        if "pip install" in text and "keepsight[" in text:
-            return text
+        return f"this command needs Pillow and torchvision. Install them: {install_line(extra)}"
+    if isinstance(error, ImportError) and not isinstance(error, MissingExtraError):
         missing = (getattr(error, "name", None) or "").partition(".")[0]
         for name in (*_EXTRA_OF, *_IMAGE_LIBRARIES):
             if missing == name or f"requires the {name.lower()}" in text.lower():
                 which = _EXTRA_OF.get(name, extra)
-                return (
-                    f'this command needs {name}, which is not installed. Install it: pip install "keepsight[{which}]"'
-                )
+                return f"this command needs {name}, which is not installed. Install it: {install_line(which)}"
     if type(error).__name__ == "OutOfMemoryError" or "out of memory" in text.lower():
         return (
             "out of memory. Try fewer samples at once (--batch-size 1), --gradient-checkpointing, smaller images, a "
@@ -160,11 +159,6 @@ def quiet() -> None:
         sys.modules["datasets"].disable_progress_bars()
 
 
-def status(text: str) -> Any:
-    """A spinner on stderr while something takes its time; nothing where stderr is no terminal."""
-    return err.status(text)
-
-
 def with_examples(*examples: tuple[str, str]) -> Any:
     """Decorator that ends a command's help with examples, each a comment and the command it explains."""
 
@@ -204,3 +198,24 @@ def check_device(device: str | None) -> None:
     there: dict[str, Any] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if kind in there and not there[kind]():
         raise KeepsightError(f"--device {device}: torch finds none on this machine. Leave --device out to use the CPU.")
+
+
+def refuse_twins(infos: list[Any], way_out: str) -> None:
+    """Refuse two adapters of one method on a model: the second would be loaded and do nothing.
+
+    Args:
+        infos: what `check_sources` found.
+        way_out: what to do instead, a sentence.
+    """
+    from keepsight.errors import KeepsightError
+
+    taken: dict[str, Any] = {}
+    for info in infos:
+        if info.method in taken:
+            first = taken[info.method].path
+            if first == info.path:
+                raise KeepsightError(f"{info.path} is given twice. It is one {info.method}, and active once.")
+            raise KeepsightError(
+                f"{first} and {info.path} are both {info.method}s, and only one can be active. {way_out}"
+            )
+        taken[info.method] = info

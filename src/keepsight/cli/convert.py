@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from keepsight.cli.console import out
+from keepsight.cli.progress import Progress
 
 
 def convert(
@@ -28,31 +29,15 @@ def convert(
 
     # Asked to end, unwind: what was written so far is removed on the way.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    console = Console()
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as bar:
-        tasks: dict[str, int] = {}
+    with Progress("the conversion") as show:
+        made = convert_checkpoint(
+            source, target, overwrite=overwrite, progress=lambda task, done, total: show(task, done / total, 1)
+        )
 
-        def show(task: str, done: int, total: int) -> None:
-            if task not in tasks:
-                tasks[task] = bar.add_task(task, total=total)
-            bar.update(tasks[task], completed=done)  # type: ignore[arg-type]
+    def tell(line: str) -> None:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
-        made = convert_checkpoint(source, target, overwrite=overwrite, progress=show)
     gates = ", ".join(f"{layer}: {gate:+.4g}" for layer, gate in made.gates.items())
-    console.print(
-        f"Base     {_plain(str(made.base))}: {made.base_tensors:,} tensors, {made.base_bytes / 1e9:.2f} GB",
-        soft_wrap=True,
-    )
-    console.print(
-        f"Adapter  {_plain(str(made.adapter))}: {made.adapter_parameters:,} parameters, gates {{{gates}}}",
-        soft_wrap=True,
-    )
-    console.print(f"Use it:  keepsight.load({str(made.adapter)!r})", markup=False, soft_wrap=True)
-
-
-def _plain(text: str) -> str:
-    """Text that rich prints as it is: a path may hold brackets."""
-    from rich.markup import escape
-
-    return escape(text)
+    tell(f"Base     {made.base}: {made.base_tensors:,} tensors, {made.base_bytes / 1e9:.2f} GB")
+    tell(f"Adapter  {made.adapter}: {made.adapter_parameters:,} parameters, gates {{{gates}}}")
+    tell(f"Use it:  keepsight.load({str(made.adapter)!r})")

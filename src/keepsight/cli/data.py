@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections import Counter
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import err, out, quiet, say, with_examples
+from keepsight.cli.console import out, quiet, say, with_examples
+from keepsight.cli.options import Command
+from keepsight.cli.progress import Progress
 from keepsight.errors import KeepsightError
 
 data_app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, no_args_is_help=True)
@@ -55,7 +57,7 @@ def check(
         raise KeepsightError("--max-length counts tokens, and every model makes other ones: name it with --model.")
     source = load_dataset_any(dataset, split)
     measure = None if model is None else _measure(model, purpose, source.folder)
-    with _progress(len(source.rows)) as advance:
+    with Progress("the check", transient=True) as bars:
         found = survey_dataset(
             source,
             kind="chat" if purpose == "sft" else "prompt",
@@ -64,7 +66,7 @@ def check(
             measure=measure,
             max_length=max_length,
             need_answer=purpose == "grpo",
-            progress=advance,
+            progress=partial(bars, "checking samples"),
         )
     out.print(_table(found, len(source.rows), images == "full" or measure is not None, max_length), markup=False)
     for where, what in found.problems[:show]:
@@ -82,7 +84,7 @@ def check(
     say("Good for training with one of these." if found.text_only else "Good for training.")
 
 
-data_app.command("check")(check)
+data_app.command("check", cls=Command)(check)
 
 
 def _measure(model: str, purpose: str, folder: Any) -> Any:
@@ -132,21 +134,3 @@ def _kind(what: str) -> str:
     """The column that a problem is about, and for lengths that."""
     column = what.partition(":")[0].partition("[")[0]
     return "length" if "tokens after processing" in what else column
-
-
-class _progress:
-    """A progress bar on a terminal, nothing elsewhere: `with _progress(total) as advance: advance(done, total)`."""
-
-    def __init__(self, total: int):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("checking samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=err, transient=True, disable=not sys.stderr.isatty())
-        self.task = self.bar.add_task("", total=total)
-
-    def __enter__(self) -> Any:
-        self.bar.start()
-        return lambda done, total: self.bar.update(self.task, completed=done)
-
-    def __exit__(self, *args: Any) -> None:
-        self.bar.stop()

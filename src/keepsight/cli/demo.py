@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from keepsight.cli.console import Interrupted, err, out, quiet, say, with_examples
+from keepsight.cli.progress import Progress
 from keepsight.errors import KeepsightError
+from keepsight.installed import MissingExtraError
 
 _ROWS = (
     ("base", "base"),
@@ -23,10 +25,10 @@ _ROWS = (
 @with_examples(
     ("all of it; then open keepsight-demo/report.html", "keepsight demo"),
     ("less of it, in under two minutes", "keepsight demo --quick"),
-    ("on a base of your own", "keepsight lab pretrain --seed 1 --out base-1 && keepsight demo --base base-1"),
+    ("on a base of your own", "keepsight lab pretrain --seed 1 --output-dir base-1 && keepsight demo --base base-1"),
 )
 def demo(
-    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for results, plots and report.")] = Path(
+    folder: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for results, plots and report.")] = Path(
         "keepsight-demo"
     ),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps, images and methods; under two minutes.")] = False,
@@ -45,8 +47,6 @@ def demo(
     beyond their training. Then the memory is tampered with, to see whether it is really used.
     """
     quiet()
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
     from keepsight.lab.demo import check_output, run_demo
     from keepsight.lab.digits import load_glyphs
     from keepsight.lab.jobs import Settings
@@ -55,40 +55,33 @@ def demo(
     load_glyphs()  # a missing extra is found before the work
     _need_matplotlib()
     if base is not None and not (base / "config.json").is_file():
-        raise KeepsightError(f"{base} is no base: it has no config.json. Make one: keepsight lab pretrain --out {base}")
+        raise KeepsightError(f"{base} is no base: it has no config.json. Make one: keepsight lab pretrain -o {base}")
     settings = Settings.quick(seed, base) if quick else Settings(seed=seed, base=base)
     names = dict(_ROWS)
     say(
         "A tiny VLM reads digits; a memory and two controls of the same size learn to help it. "
         + ("Under two minutes on two cores." if quick else "A few minutes on two cores; --quick does less.")
     )
-    columns = (
-        TextColumn("{task.fields[who]:<18}"),
-        BarColumn(bar_width=28),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
     try:
-        with Progress(*columns, console=err) as bars:
-            tasks = {name: bars.add_task("waiting", total=1.0, start=False, who=names[name]) for name in settings.jobs}
-            started: set[str] = set()
-
-            def show(job: str, what: str, share: float) -> None:
-                if job not in started:
-                    started.add(job)
-                    bars.start_task(tasks[job])
-                bars.update(tasks[job], completed=share, description=what)
+        with Progress("the demo") as show:
+            for job in settings.jobs:
+                show(names[job], 0, 1, "waiting")
 
             def finish(job: str, result: dict[str, Any]) -> None:
-                bars.update(tasks[job], completed=1.0, description="done")
-                bars.stop_task(tasks[job])
+                show(names[job], 1, 1, "done")
                 if not err.is_terminal:
                     far = settings.lengths[-1]
                     accuracy = result["accuracy_by_length"][str(far)]["accuracy"]
                     say(f"{names[job]}: reads {accuracy:.1%} after {far:,} tokens")
 
-            results = run_demo(folder, settings, quick=quick, workers=workers, on_progress=show, on_done=finish)
+            results = run_demo(
+                folder,
+                settings,
+                quick=quick,
+                workers=workers,
+                on_progress=lambda job, what, share: show(names[job], min(share, 0.99), 1, what),
+                on_done=finish,
+            )
     except KeyboardInterrupt as stop:
         raise Interrupted("stopped by Ctrl-C; no results were written.") from stop
     print_results(results, folder)
@@ -98,9 +91,7 @@ def _need_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            "The demo draws its plots with matplotlib. Install the extra: pip install 'keepsight[lab]'"
-        ) from error
+        raise MissingExtraError("The demo draws its plots with matplotlib.", "lab") from error
 
 
 def print_results(results: dict[str, Any], folder: Path) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import Interrupted, check_device, err, out, quiet, say, status, with_examples
+from keepsight.cli.console import Interrupted, check_device, out, quiet, refuse_twins, say, with_examples
+from keepsight.cli.progress import Progress, Waiting
 from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.installed import install_line
 
 
 @with_examples(
@@ -51,6 +51,7 @@ def diagnose(
     dataset: Annotated[
         list[str] | None,
         typer.Option(
+            "--data",
             "--dataset",
             "-d",
             help='JSONL: "image" or "images", "prompt" and, if known, "answer", "reply"; repeat for several.',
@@ -73,9 +74,9 @@ def diagnose(
     probe_images: Annotated[
         int, typer.Option(help="VisMem: at most so many images for the probe of its latents.", min=1)
     ] = 512,
-    out_dir: Annotated[str, typer.Option("--out", "-o", help="Folder for report.html, results.json and PNGs.")] = (
-        "keepsight-diagnosis"
-    ),
+    out_dir: Annotated[
+        str, typer.Option("--output-dir", "-o", help="Folder for report.html, results.json and PNGs.")
+    ] = ("keepsight-diagnosis"),
     control: Annotated[
         str | None, typer.Option(help="An adapter trained on the memory's data without its memory, to compare.")
     ] = None,
@@ -107,7 +108,8 @@ def diagnose(
     quiet()
     given = _samples(image or [], video, prompt, dataset or [])
     base_name, infos = check_sources(source, adapter or [], base)
-    with status(f"loading {base_name}"):
+    refuse_twins(infos, "Leave one of them out.")
+    with Waiting(f"loading {base_name}"):
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         model, processor = load_checked(base_name, infos, **options)
         other = None if control is None else load(control, base=base, **options)[0]
@@ -128,7 +130,7 @@ def diagnose(
         temperature=temperature,
         seed=seed,
     )
-    with _progress() as progress:
+    with Progress("the diagnosis", announce=True) as progress:
         found: Diagnosis = examine(model, processor, given, settings, other, progress, DigitGrids.of(processor))
     found.model["name"] = source
     _write(found, folder)
@@ -151,7 +153,7 @@ def _layers(text: str) -> Any:
 def _writable(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.exists() and not folder.is_dir():
-        raise KeepsightError(f"--out {name} is a file; name a folder.")
+        raise KeepsightError(f"-o {name} is a file; name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -216,23 +218,4 @@ def _write(found: Any, folder: Path) -> None:
 
         save_plots(found, folder)
     except ImportError:
-        say("matplotlib is not installed, so no PNGs were drawn: pip install 'keepsight[lab]'")
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar per stage on stderr; one line per stage where stderr is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    tasks: dict[str, Any] = {}
-    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
-
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-                if not err.is_terminal:
-                    say(f"{stage} ...")
-            bars.update(tasks[stage], completed=done)
-
-        yield tell
+        say(f"matplotlib is not installed, so no PNGs were drawn. Install it: {install_line('lab')}")

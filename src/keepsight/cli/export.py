@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from keepsight.cli.console import out, warn, with_examples
+from keepsight.cli.options import Command
 
 export_app = typer.Typer(
     add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False, no_args_is_help=True
@@ -19,7 +20,7 @@ def _export() -> None:
     """Make a folder that another engine serves."""
 
 
-@export_app.command("vllm")
+@export_app.command("vllm", cls=Command)
 @with_examples(
     (
         "a folder that stock vLLM serves; the base's weights are linked, not copied",

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import check_device, quiet, say, status, with_examples
+from keepsight.cli.console import check_device, quiet, refuse_twins, say, with_examples
+from keepsight.cli.progress import Waiting
 from keepsight.errors import KeepsightError, KeepsightWarning
 
 
@@ -82,6 +83,7 @@ def generate(
             stacklevel=2,
         )
     base_name, infos = check_sources(source, adapter or [], base)
+    refuse_twins(infos, "Leave one of them out.")
     methods = {info.method for info in infos}
     has_memory = bool(methods & {"PVM", "VISMEM"})
     has_latent = "VISMEM" in methods
@@ -94,7 +96,7 @@ def generate(
         warnings.warn(
             "No --image is given, so the visual memory has nothing to remember.", KeepsightWarning, stacklevel=2
         )
-    with status(f"loading {base_name}"):
+    with Waiting(f"loading {base_name}"):
         model, processor = load_checked(base_name, infos, dtype=dtype, device=device)
     require_chat_template(processor)
     latent: dict[str, Any] = {}

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from keepsight.cli.console import Interrupted, err, out, quiet, with_examples
+from keepsight.cli.console import Interrupted, out, quiet, with_examples
+from keepsight.cli.options import Command
+from keepsight.cli.progress import Progress
 from keepsight.errors import KeepsightError
 
 lab_app = typer.Typer(
@@ -32,8 +34,8 @@ def _lab() -> None:
 
 
 @with_examples(
-    ("the base that ships with keepsight, from nothing", "keepsight lab pretrain --out my-base"),
-    ("another base, and the demo on it", "keepsight lab pretrain --seed 1 --out base-1"),
+    ("the base that ships with keepsight, from nothing", "keepsight lab pretrain -o my-base"),
+    ("another base, and the demo on it", "keepsight lab pretrain --seed 1 --output-dir base-1"),
     ("", "keepsight demo --base base-1"),
     (
         "a base that has seen short positions only: its fall is mostly rotary range",
@@ -41,7 +43,9 @@ def _lab() -> None:
     ),
 )
 def pretrain(
-    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the checkpoint.")] = Path("keepsight-base"),
+    folder: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the checkpoint.")] = Path(
+        "keepsight-base"
+    ),
     seed: Annotated[int, typer.Option(help="Of weights and data; the same seed gives the same bits.", min=0)] = 0,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the last stage. Default: the shipped base's.", min=0)
@@ -62,8 +66,6 @@ def pretrain(
     quiet()
     from dataclasses import replace
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from keepsight.checkpoints.atomic import new_folder
     from keepsight.lab.digits import load_glyphs
     from keepsight.lab.pretraining import PRETRAINING_RECORD, PretrainConfig
@@ -71,10 +73,10 @@ def pretrain(
 
     load_glyphs()  # a missing extra is found before the work
     if folder.exists() and not folder.is_dir():
-        raise KeepsightError(f"{folder} is a file; --out needs a folder.")
+        raise KeepsightError(f"{folder} is a file; -o needs a folder.")
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / PRETRAINING_RECORD).is_file():
-            raise KeepsightError(f"{folder} is not empty and holds no base made here. Choose another folder: --out DIR")
+            raise KeepsightError(f"{folder} is not empty and holds no base made here. Choose another folder: -o DIR")
         if not overwrite:
             raise KeepsightError(f"{folder} holds a base already. Choose another folder, or replace it: --overwrite")
     config = PretrainConfig(seed=seed)
@@ -83,23 +85,13 @@ def pretrain(
     if max_jump is not None:
         config = replace(config, max_jump=max_jump)
     begin = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        with new_folder(folder) as fresh, Progress(*columns, console=err) as bars:
-            tasks = {name: bars.add_task(text, total=None, start=False) for name, text in _STAGES.items()}
-
-            def show(stage: str, done: int, total: int) -> None:
-                if done == 1:
-                    bars.start_task(tasks[stage])
-                bars.update(tasks[stage], completed=done, total=total)
-                if done == total:
-                    bars.stop_task(tasks[stage])
-
-            record = run(fresh, config, show)
+        with new_folder(folder) as fresh, Progress("pretraining", announce=True) as show:
+            record = run(fresh, config, lambda stage, done, total: show(_STAGES[stage], done, total))
     except KeyboardInterrupt as stop:
         raise Interrupted("stopped by Ctrl-C; nothing was written.") from stop
     except PermissionError as error:
-        raise KeepsightError(f"{folder} cannot be written. Choose another folder: --out DIR") from error
+        raise KeepsightError(f"{folder} cannot be written. Choose another folder: -o DIR") from error
     out.print(
         f"{folder}: reads {record['short_accuracy']:.1%} of unseen validation digits in short outputs; "
         f"{time.perf_counter() - begin:.0f} s",
@@ -110,4 +102,4 @@ def pretrain(
     out.print(f"The demo on it: keepsight demo --base {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
-lab_app.command("pretrain")(pretrain)
+lab_app.command("pretrain", cls=Command)(pretrain)

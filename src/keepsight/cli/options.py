@@ -21,6 +21,45 @@ from keepsight.cli.console import UsageError, first_of_all, listen_to_warnings
 from keepsight.errors import KeepsightError
 from keepsight.train.run.fields import PANELS, RUN, Setting, setting_of
 
+#: Former name of an option -> today's. They are taken, and not shown.
+FORMER = {
+    "--completions": "--group-size",
+    "--max-words": "--max-new-tokens",
+    "--out": "--output-dir",
+}
+#: What others call an option -> our name, to answer those who try it.
+ELSEWHERE = {
+    "--batch": "--batch-size",
+    "--beta": "--kl",
+    "--clip-range": "--clip",
+    "--cutoff-len": "--max-length",
+    "--dataloader-num-workers": "--workers",
+    "--epsilon": "--clip",
+    "--eval-data": "--eval-dataset",
+    "--grad-clip": "--max-grad-norm",
+    "--gradient-accumulation-steps": "--grad-accum",
+    "--kl-coef": "--kl",
+    "--learning-rate": "--lr",
+    "--lora-r": "--lora-rank",
+    "--lr-scheduler-type": "--scheduler",
+    "--max-completion-length": "--max-new-tokens",
+    "--max-prompt-length": "--max-length",
+    "--max-seq-length": "--max-length",
+    "--max-tokens": "--max-new-tokens",
+    "--num-generations": "--group-size",
+    "--num-iterations": "--iterations",
+    "--num-train-epochs": "--epochs",
+    "--output": "--output-dir",
+    "--per-device-train-batch-size": "--batch-size",
+    "--quantization-bit": "--load-in-4bit",
+    "--resume-from-checkpoint": "--resume",
+    "--rollout-batch": "--rows-per-rollout",
+    "--save-total-limit": "--keep-checkpoints",
+    "--steps": "--max-steps",
+    "--torch-dtype": "--dtype",
+    "--train-file": "--data",
+    "--warmup": "--warmup-ratio",
+}
 _HERE = ("config", "save_config")  # about this call, as is what follows: not saved
 _NOT_SAVED = (*_HERE, "resume", "overwrite", "dry_run")
 
@@ -104,11 +143,10 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
     if not isinstance(read, dict):
         raise KeepsightError(f"--config {path}: expected settings, one a line, such as `lr: 0.0001`.")
     options = {parameter.name: parameter for parameter in context.command.params}
-    renamed = {old.lstrip("-").replace("-", "_"): name for name, found in _known(context) for old in found.formerly}
     values = {}
     for key, value in read.items():
-        name = str(key).replace("-", "_")
-        name = renamed.get(name, name)
+        word = f"--{str(key).replace('_', '-')}"
+        name = (word if str(key) in options else FORMER.get(word, word))[2:].replace("-", "_")
         if name not in options or name in _HERE:
             near = difflib.get_close_matches(name, options, 1)
             raise KeepsightError(
@@ -159,18 +197,12 @@ _FILES = [
 ]
 
 
-def _known(context: typer.Context) -> Iterable[tuple[str, Setting]]:
-    return getattr(context.command, "settings", {}).items()
-
-
-class SettingsCommand(TyperCommand):
-    """A command made by `settings_options`, which takes former names of its options and knows what others call them."""
-
-    settings: dict[str, Setting]
+class Command(TyperCommand):
+    """A command that takes former names of its options and knows what others call them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse, with former names replaced; a name that others use is answered with ours."""
-        former = {old: self._name(name) for name, found in self.settings.items() for old in found.formerly}
+        former = self._ours(FORMER)
         words = []
         for word in args:
             name, equals, value = word.partition("=")
@@ -178,23 +210,12 @@ class SettingsCommand(TyperCommand):
         try:
             return super().parse_args(ctx, words)
         except UsageError as error:
-            wrong = getattr(error, "option_name", None)
-            ours = {other: self._name(name) for name, found in self.settings.items() for other in found.known_as}
-            if hasattr(error, "possibilities") and wrong in ours:
-                error.possibilities = [ours[wrong]]
+            meant = self._ours(ELSEWHERE).get(getattr(error, "option_name", ""))
+            if meant is not None and hasattr(error, "possibilities"):
+                error.possibilities = [meant]
             raise
 
-    def _name(self, field: str) -> str:
-        return next(parameter.opts[0] for parameter in self.params if parameter.name == field)
-
-
-def settings_command(app: typer.Typer, name: str, command: Callable[..., None]) -> None:
-    """Add a command with `settings_options` to a group."""
-    found = {
-        item.name: known
-        for parameter in inspect.signature(command, eval_str=True).parameters.values()
-        if is_dataclass(parameter.annotation)
-        for item, known in _settings(parameter.annotation)
-    }
-    made = type("Command", (SettingsCommand,), {"settings": found})
-    app.command(name, cls=made)(settings_options(command))
+    def _ours(self, names: dict[str, str]) -> dict[str, str]:
+        """Those of the names that mean an option of this command, and are none."""
+        options = {name for parameter in self.params for name in parameter.opts}
+        return {other: ours for other, ours in names.items() if ours in options and other not in options}

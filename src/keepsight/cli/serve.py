@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import check_device, quiet, say, status, with_examples
+from keepsight.cli.console import check_device, quiet, refuse_twins, say, with_examples
+from keepsight.cli.progress import Waiting
 from keepsight.errors import KeepsightError, KeepsightWarning
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -127,7 +128,7 @@ def serve(
     from keepsight.data.collate import require_chat_template
 
     base_name, infos = check_sources(source, adapter or [], base)
-    _refuse_twins(infos)
+    refuse_twins(infos, "Start a server for each, on ports of their own.")
     options = _engine_args(engine, engine_args, infos)
     settings = ServeSettings(
         name=name or _name(source),
@@ -154,13 +155,13 @@ def serve(
             stacklevel=2,
         )
     taken = bind(host, port)
-    with status(f"loading {base_name}"):
+    with Waiting(f"loading {base_name}"):
         model, processor = load_checked(base_name, infos, dtype=dtype, device=device)
     require_chat_template(processor)
     log_to_stderr()
     api = _api(model, processor, settings)
     if engine == "vllm":
-        with status("starting vLLM"):
+        with Waiting("starting vLLM"):
             api = _with_vllm(api, base_name, infos[0], options)
     memories = ", ".join(api.served.memories) or "none"
 
@@ -181,18 +182,6 @@ def _api(model: Any, processor: Any, settings: Any) -> Any:
     if latent is not None:
         warn(latent.branch, latent.policy)  # of memories that were never trained
     return Api(Served.of(model, processor), settings)
-
-
-def _refuse_twins(infos: list[Any]) -> None:
-    """One model has one memory of a kind; of two, the second would be loaded and do nothing."""
-    taken: dict[str, Any] = {}
-    for info in infos:
-        if info.method in taken:
-            raise KeepsightError(
-                f"{taken[info.method].path} and {info.path} are both {info.method}s, and only one can be active. Start "
-                "a server for each, on ports of their own."
-            )
-        taken[info.method] = info
 
 
 def _engine_args(engine: str, given: str | None, infos: list[Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.data.pixels import ImageError, as_seen
+from keepsight.installed import MissingExtraError
 
 __all__ = ["ImageError", "find_image", "is_base64", "open_image"]
 
@@ -129,5 +130,5 @@ def _pillow() -> Any:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
-        raise ImportError('Reading images needs Pillow. Install it: pip install "keepsight[train]"') from error
+        raise MissingExtraError("Reading images needs Pillow.", "train") from error
     return Image, UnidentifiedImageError

@@ -11,6 +11,7 @@ from typing import Any
 
 from keepsight.data.conversations import DataError
 from keepsight.errors import KeepsightError
+from keepsight.installed import MissingExtraError
 
 _TEXT_FILES = (".jsonl", ".json", ".csv")
 _FILES = (*_TEXT_FILES, ".parquet")
@@ -175,9 +176,7 @@ def import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            'Training needs the `datasets` library. Install it: pip install "keepsight[train]"'
-        ) from error
+        raise MissingExtraError("Training needs the `datasets` library.", "train") from error
     return datasets
 
 

@@ -48,19 +48,17 @@ def check_output(out: Path) -> None:
         DemoOutputError: `out` is a file, cannot be written, or holds files of these names that no demo wrote.
     """
     if out.exists() and not out.is_dir():
-        raise DemoOutputError(f"{out} is a file; --out needs a folder.")
+        raise DemoOutputError(f"{out} is a file; -o needs a folder.")
     taken = [name for name in FILES if (out / name).exists()]
     if taken and not _is_former_demo(out / "results.json"):
-        raise DemoOutputError(f"{out} holds {taken[0]}, which no earlier demo wrote. Choose another folder: --out DIR")
+        raise DemoOutputError(f"{out} holds {taken[0]}, which no earlier demo wrote. Choose another folder: -o DIR")
     made = next((p for p in (out, *out.parents) if p.exists()), None)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise DemoOutputError(
-            f"{out} cannot be written ({error.strerror}). Choose another folder: --out DIR"
-        ) from error
+        raise DemoOutputError(f"{out} cannot be written ({error.strerror}). Choose another folder: -o DIR") from error
     finally:
         for folder in (out, *out.parents):  # leave nothing of an empty try behind
             if folder == made or not folder.is_dir() or any(folder.iterdir()):

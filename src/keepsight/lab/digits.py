@@ -15,6 +15,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from keepsight.installed import MissingExtraError
+
 Split = Literal["train", "validation", "test"]
 
 GRID = 4
@@ -40,9 +42,10 @@ def load_glyphs() -> Glyphs:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             "The lab draws its images from the handwritten digits that scikit-learn ships, and scikit-learn is not "
-            "installed. Install the extra: pip install 'keepsight[lab]'"
+            "installed.",
+            "lab",
         ) from error
     bunch = load_digits()
     return Glyphs((bunch.images / 16.0).astype(np.float32), bunch.target.astype(np.int64))

@@ -55,7 +55,7 @@ def load_reference(path: str | Path | None = None) -> tuple[Any, Any]:
     folder = reference_path() if path is None else Path(path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"{folder} is no checkpoint folder: it has no config.json. Make one: keepsight lab pretrain --out {folder}"
+            f"{folder} is no checkpoint folder: it has no config.json. Make one: keepsight lab pretrain -o {folder}"
         )
     model = read_base(folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder)

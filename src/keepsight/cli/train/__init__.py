@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from keepsight.cli.options import settings_command
+from keepsight.cli.options import Command, settings_options
 from keepsight.cli.train.cost import cost
 from keepsight.cli.train.pvm import pvm
 from keepsight.cli.train.pvm_grpo import pvm_grpo
@@ -23,8 +23,8 @@ def _train() -> None:
     """
 
 
-settings_command(train_app, "pvm", pvm)
-settings_command(train_app, "pvm-grpo", pvm_grpo)
-settings_command(train_app, "vismem-formation", formation)
-settings_command(train_app, "vismem-invocation", invocation)
-train_app.command("cost")(cost)
+train_app.command("pvm", cls=Command)(settings_options(pvm))
+train_app.command("pvm-grpo", cls=Command)(settings_options(pvm_grpo))
+train_app.command("vismem-formation", cls=Command)(settings_options(formation))
+train_app.command("vismem-invocation", cls=Command)(settings_options(invocation))
+train_app.command("cost", cls=Command)(cost)

@@ -25,30 +25,25 @@ class Job:
         "--data",
         "--dataset",
         "-d",
-        known_as=("--train-file", "--data-path"),
     )
-    eval_dataset: str | None = setting(None, "Data for evaluation.", DATA, known_as=("--eval-data",))
+    eval_dataset: str | None = setting(None, "Data for evaluation.", DATA)
     eval_split: str | None = setting(None, "Which split of --eval-dataset. Default: as --split.", DATA)
     split: str = setting("train", "Which split of the dataset, if it has several.", DATA)
     check: Literal["full", "quick"] = setting(
         "full", "full opens every image before training; quick only looks whether it is there.", DATA
     )
-    output_dir: Path | None = setting(
-        None, "Gets checkpoints and the result.", RUN, "--output-dir", "-o", known_as=("--out", "--output")
-    )
+    output_dir: Path | None = setting(None, "Gets checkpoints and the result.", RUN, "--output-dir", "-o")
     resume: bool = setting(
         False,
         "Go on from the last whole checkpoint in --output-dir.",
         RUN,
         "--resume",
-        known_as=("--resume-from-checkpoint",),
     )
     overwrite: bool = setting(
         False,
         "Start anew; what is there is moved aside, not deleted.",
         RUN,
         "--overwrite",
-        known_as=("--overwrite-output-dir",),
     )
     control: tuple[str, ...] = setting(
         (),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from keepsight.cli.console import Interrupted, first_of_all, out, say, warn
+from keepsight.cli.progress import Progress
 from keepsight.cli.train.job import Job
 from keepsight.train.run.settings import GrpoSettings
 
@@ -76,33 +77,29 @@ def run_and_report(
     from keepsight.train.run.preflight import silent
 
     dataset, folder = job.checked()
-    first = first_of_all()
+    if not first_of_all():
+        train(source, dataset, folder, controls=parse_controls(job.control), say=silent, **job.named())
+        return
+
+    def on_log(values: dict[str, float], step: int, total: int) -> None:
+        print_log(values, step, total)
+        show.at(f"step {step}/{total}")
+
     try:
-        report = train(
-            source,
-            dataset,
-            folder,
-            controls=parse_controls(job.control),
-            say=say if first else silent,
-            on_log=print_log,
-            on_check=CheckProgress() if first else None,
-            **job.named(),
-        )
+        with Progress("training", transient=True) as show:
+            report = train(
+                source,
+                dataset,
+                folder,
+                controls=parse_controls(job.control),
+                say=say,
+                on_log=on_log,
+                on_check=partial(show, "checking samples"),
+                **job.named(),
+            )
     except KeyboardInterrupt as stop:
         raise Interrupted(_how_to_go_on(folder)) from stop
-    if first:
-        print_report(report, source)
-
-
-class CheckProgress:
-    """A counter on a terminal while samples are checked; silent elsewhere."""
-
-    def __call__(self, done: int, total: int) -> None:
-        """So many samples are checked."""
-        if not sys.stderr.isatty() or (done % 100 and done != total):
-            return
-        sys.stderr.write(f"\rchecking samples {done:,}/{total:,}" + ("\r\033[K" if done == total else ""))
-        sys.stderr.flush()
+    print_report(report, source)
 
 
 def print_log(values: dict[str, float], step: int, total: int) -> None:

@@ -16,6 +16,7 @@ import inspect
 from typing import Any
 
 from keepsight.errors import KeepsightError
+from keepsight.installed import install_line
 from keepsight.serve.vllm.names import SUPPORTED_VLLM
 
 _AS_RELEASED = f"Use vLLM {' or '.join(f'{minor}.x' for minor in SUPPORTED_VLLM)} as released."
@@ -45,7 +46,7 @@ def why_not() -> str | None:
 
     version = installed_version()
     if version is None:
-        return 'vLLM is not installed. Install it: pip install "keepsight[vllm]".'
+        return f"vLLM is not installed. Install it: {install_line('vllm')}"
     if ".".join(version.split("+")[0].split(".")[:2]) not in SUPPORTED_VLLM:
         known = " and ".join(f"{minor}.x" for minor in SUPPORTED_VLLM)
         return (

@@ -19,6 +19,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from keepsight.installed import MissingExtraError
+
 _WRAPPED = re.compile(r"^(?:\\boxed|\\text|\\mathrm|\\mathbf|\\textbf)\s*\{(.*)\}$", re.DOTALL)
 _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"))
 _LEAD = re.compile(r"^(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s*", re.IGNORECASE)
@@ -143,7 +145,7 @@ class _Checker:
 
     def _start(self) -> subprocess.Popen[str]:
         if importlib.util.find_spec("math_verify") is None:
-            raise ImportError('Comparing formulas needs math-verify. Install it: pip install "keepsight[train]"')
+            raise MissingExtraError("Comparing formulas needs math-verify.", "train")
         script = Path(__file__).with_name("answer_process.py")
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         process = subprocess.Popen([sys.executable, str(script)], stdin=pipe, stdout=pipe, stderr=null, text=True)

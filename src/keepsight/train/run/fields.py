@@ -25,30 +25,18 @@ class Setting:
         help: what it means, in a line or two.
         panel: one of `PANELS`.
         names: of the option, where it is not the field's with dashes.
-        formerly: names that are still taken, and not shown.
-        known_as: what others call it; not taken, but answered with the right name.
         zero_is_none: the command line writes 0 for None.
     """
 
     help: str
     panel: str
     names: tuple[str, ...] = ()
-    formerly: tuple[str, ...] = ()
-    known_as: tuple[str, ...] = ()
     zero_is_none: bool = False
 
 
-def setting(
-    default: T,
-    help: str,
-    panel: str,
-    *names: str,
-    formerly: tuple[str, ...] = (),
-    known_as: tuple[str, ...] = (),
-    zero_is_none: bool = False,
-) -> T:
+def setting(default: T, help: str, panel: str, *names: str, zero_is_none: bool = False) -> T:
     """A field with this default, which is an option of the command line; see `Setting`."""
-    found = Setting(help, panel, names, formerly, known_as, zero_is_none)
+    found = Setting(help, panel, names, zero_is_none)
     return field(default=default, metadata={_KEY: found})
 
 

@@ -22,6 +22,7 @@ from keepsight.backbone import Backbone
 from keepsight.checkpoints.bases import base_config
 from keepsight.checkpoints.load import load
 from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.installed import MissingExtraError
 from keepsight.train.run.engines import Engine
 from keepsight.train.run.learner import PolicyChoice, lora_targets
 
@@ -65,7 +66,7 @@ def check_four_bit(
             "recipes/accelerate/ddp.yaml, where every process holds the whole base, or spread the base unpacked."
         )
     if (asked or stored == "bitsandbytes") and not is_bitsandbytes_available():
-        raise ImportError(f'{how} needs bitsandbytes, 0.46.1 or newer: pip install "keepsight[4bit]"')
+        raise MissingExtraError(f"{how} needs bitsandbytes, 0.46.1 or newer.", "4bit")
     if asked and stored:
         warnings.warn(
             f"--load-in-4bit has no effect: {source} is stored quantised, and is read as it is.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from keepsight.data.check import CheckedData, check_dataset, load_dataset_any
 from keepsight.data.collate import ConversationCollator
 from keepsight.errors import KeepsightError
+from keepsight.installed import MissingExtraError
 from keepsight.shipped import resolve_base
 from keepsight.tested import warn_of_untested
 from keepsight.train.run import output
@@ -20,6 +22,7 @@ from keepsight.train.run.engines import Engine
 from keepsight.train.run.plan import MemoryPlan
 from keepsight.train.run.settings import RunSettings
 
+_PACKAGES = {"azure_ml": "azureml-mlflow", "flyte": "flytekit"}  # where the tracker's own name is another package's
 Say = Callable[[str], None]
 """Called with one line for the user."""
 
@@ -33,7 +36,7 @@ def require_trl() -> None:
     try:
         import trl  # noqa: F401
     except ImportError as error:
-        raise ImportError('Training goes through TRL. Install it: pip install "keepsight[train]"') from error
+        raise MissingExtraError("Training goes through TRL.", "train") from error
     warn_of_untested("trl")
 
 
@@ -45,16 +48,23 @@ def check_settings(settings: RunSettings) -> None:
     """
     from transformers import SchedulerType
     from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     schedules = [schedule.value for schedule in SchedulerType]
     if settings.scheduler not in schedules:
         raise ValueError(f"scheduler={settings.scheduler!r}: expected one of {', '.join(schedules)}.")
     available = get_available_reporting_integrations()
     for tracker in settings.report_to:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            near = difflib.get_close_matches(tracker, INTEGRATION_TO_CALLBACK, 1)
+            raise ValueError(
+                f"report_to={tracker!r} is no tracker.{f' Did you mean {near[0]!r}?' if near else ''} "
+                f"Known: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}. Leave it out for none."
+            )
         if tracker not in available:
             raise ValueError(
-                f"report_to={tracker!r} is not installed (pip install {tracker}?). "
-                f"Available: {', '.join(available) or 'none'}."
+                f"report_to={tracker!r} is not installed: pip install {_PACKAGES.get(tracker, tracker)}. "
+                f"Installed: {', '.join(available) or 'none'}."
             )
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch finds no GPU.")

@@ -26,42 +26,35 @@ TRACKERS_HELP = "tensorboard, wandb, trackio, ...; repeat for several."
 class RunSettings:
     """What supervised training and reinforcement learning have in common."""
 
-    epochs: float = setting(1.0, "Passes over the data.", STEPS, known_as=("--num-train-epochs",))
-    max_steps: int | None = setting(None, "Optimiser steps; overrides --epochs.", STEPS, known_as=("--steps",))
-    batch_size: int = setting(
-        1, "Samples per device and forward.", STEPS, known_as=("--per-device-train-batch-size", "--micro-batch-size")
-    )
-    grad_accum: int = setting(8, "Forwards per step.", STEPS, known_as=("--gradient-accumulation-steps",))
-    lr: float = setting(1e-4, "Peak learning rate.", STEPS, known_as=("--learning-rate",))
-    gate_lr_multiplier: float = setting(
-        10.0, "The gates learn so many times faster. Not in the paper.", STEPS, known_as=("--gate-lr",)
-    )
-    warmup_ratio: float = setting(0.1, "Share of the steps with a rising rate.", STEPS, known_as=("--warmup",))
-    scheduler: str = setting("cosine", "cosine, linear, constant, ...", STEPS, known_as=("--lr-scheduler-type",))
+    epochs: float = setting(1.0, "Passes over the data.", STEPS)
+    max_steps: int | None = setting(None, "Optimiser steps; overrides --epochs.", STEPS)
+    batch_size: int = setting(1, "Samples per device and forward.", STEPS)
+    grad_accum: int = setting(8, "Forwards per step.", STEPS)
+    lr: float = setting(1e-4, "Peak learning rate.", STEPS)
+    gate_lr_multiplier: float = setting(10.0, "The gates learn so many times faster. Not in the paper.", STEPS)
+    warmup_ratio: float = setting(0.1, "Share of the steps with a rising rate.", STEPS)
+    scheduler: str = setting("cosine", "cosine, linear, constant, ...", STEPS)
     weight_decay: float = setting(0.0, "Of matrices.", STEPS)
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", STEPS, known_as=("--grad-clip",))
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", STEPS)
     max_length: int | None = setting(
         None,
         "Longest sample in tokens, images included. Default: no limit.",
         DATA,
-        known_as=("--max-seq-length", "--max-seq-len", "--cutoff-len"),
     )
     text_only: Literal["error", "skip", "keep"] = setting(
         "error", "What to do with samples without an image: they teach a memory nothing.", DATA
     )
     bf16: bool | None = setting(None, "Default: on a GPU that has it.", RUN)
     gradient_checkpointing: bool | None = setting(None, "Less memory, more time. Default: on a GPU.", RUN)
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "Of the base.", RUN, known_as=("--torch-dtype",))
-    load_in_4bit: bool = setting(False, FOUR_BIT_HELP, RUN, "--load-in-4bit", known_as=("--quantization-bit",))
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "Of the base.", RUN)
+    load_in_4bit: bool = setting(False, FOUR_BIT_HELP, RUN, "--load-in-4bit")
     device: Literal["cpu", "cuda"] | None = setting(None, "Default: the GPU if there is one.", RUN)
     seed: int = setting(0, "Of initialisation, data order and sampling.", STEPS)
     logging_steps: int = setting(10, "A line every so many steps.", RUN)
     save_steps: int = setting(200, "A checkpoint every so many steps.", RUN)
     eval_steps: int | None = setting(None, "Evaluate every so many steps. Default: as --save-steps.", RUN)
-    keep_checkpoints: int | None = setting(
-        None, "How many checkpoints to keep. Default: all.", RUN, known_as=("--save-total-limit",)
-    )
-    workers: int = setting(0, "Processes that read images.", RUN, known_as=("--dataloader-num-workers",))
+    keep_checkpoints: int | None = setting(None, "How many checkpoints to keep. Default: all.", RUN)
+    workers: int = setting(0, "Processes that read images.", RUN)
     report_to: tuple[str, ...] = setting((), TRACKERS_HELP, RUN)
 
     def __post_init__(self) -> None:
@@ -145,20 +138,15 @@ class GrpoSettings(RunSettings):
     have at most 16,384 tokens, the prompt included.
     """
 
-    batch_size: int = setting(
-        8, "Completions per device and forward.", STEPS, known_as=("--per-device-train-batch-size",)
-    )
-    lr: float = setting(1e-6, "Peak learning rate.", STEPS, known_as=("--learning-rate",))
-    gate_lr_multiplier: float = setting(
-        1.0, "The gates learn so many times faster. Not in the paper.", STEPS, known_as=("--gate-lr",)
-    )
-    warmup_ratio: float = setting(0.0, "Share of the steps with a rising rate.", STEPS, known_as=("--warmup",))
-    scheduler: str = setting("constant", "cosine, linear, constant, ...", STEPS, known_as=("--lr-scheduler-type",))
+    batch_size: int = setting(8, "Completions per device and forward.", STEPS)
+    lr: float = setting(1e-6, "Peak learning rate.", STEPS)
+    gate_lr_multiplier: float = setting(1.0, "The gates learn so many times faster. Not in the paper.", STEPS)
+    warmup_ratio: float = setting(0.0, "Share of the steps with a rising rate.", STEPS)
+    scheduler: str = setting("constant", "cosine, linear, constant, ...", STEPS)
     max_length: int | None = setting(
         None,
         "Longest prompt in tokens, images included. Default: no limit.",
         DATA,
-        known_as=("--max-prompt-length",),
     )
     logging_steps: int = setting(1, "A line every so many steps.", RUN)
     save_steps: int = setting(50, "A checkpoint every so many steps.", RUN)
@@ -166,15 +154,11 @@ class GrpoSettings(RunSettings):
         8,
         "G, completions of each prompt, compared with each other.",
         REWARD,
-        formerly=("--completions",),
-        known_as=("--num-generations",),
     )
-    max_new_tokens: int = setting(
-        16_384, "Longest completion in tokens.", REWARD, known_as=("--max-completion-length", "--max-words")
-    )
+    max_new_tokens: int = setting(16_384, "Longest completion in tokens.", REWARD)
     temperature: float = setting(1.0, "Of sampling.", REWARD)
     top_p: float = setting(1.0, "Of sampling.", REWARD)
-    kl: float = setting(0.0, "Coefficient of the divergence from the start.", REWARD, known_as=("--beta", "--kl-coef"))
+    kl: float = setting(0.0, "Coefficient of the divergence from the start.", REWARD)
     mask_truncated: bool = setting(True, "Completions that were cut off teach nothing.", REWARD)
     rollout_batch: int | None = setting(None, "Completions a device writes at a time. Default: all of a step.", REWARD)
     rewards: tuple[str, ...] = setting(DEFAULT_REWARDS, REWARDS_HELP, REWARD, "--reward")

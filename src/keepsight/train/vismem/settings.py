@@ -24,27 +24,19 @@ class RlSettings:
     paper gives `target_kl` and no rule for it.
     """
 
-    epochs: float = setting(2.0, "Passes over the data.", STEPS, known_as=("--num-train-epochs",))
-    max_steps: int | None = setting(None, "Optimiser steps; overrides --epochs.", STEPS, known_as=("--steps",))
-    batch_size: int = setting(
-        8, "Questions per step, all processes together.", STEPS, known_as=("--per-device-train-batch-size",)
-    )
-    group_size: int = setting(
-        16, "G, trajectories per question.", REWARD, formerly=("--completions",), known_as=("--num-generations",)
-    )
-    iterations: int = setting(
-        1, "Optimiser steps per batch of trajectories.", STEPS, known_as=("--num-iterations", "--ppo-epochs")
-    )
-    lr: float = setting(5e-5, "Peak learning rate.", STEPS, known_as=("--learning-rate",))
+    epochs: float = setting(2.0, "Passes over the data.", STEPS)
+    max_steps: int | None = setting(None, "Optimiser steps; overrides --epochs.", STEPS)
+    batch_size: int = setting(8, "Questions per step, all processes together.", STEPS)
+    group_size: int = setting(16, "G, trajectories per question.", REWARD)
+    iterations: int = setting(1, "Optimiser steps per batch of trajectories.", STEPS)
+    lr: float = setting(5e-5, "Peak learning rate.", STEPS)
     end_lr: float | None = None
-    warmup_ratio: float = setting(0.2, "Share of the steps with a rising rate.", STEPS, known_as=("--warmup",))
-    scheduler: Literal["cosine", "linear", "constant"] = setting(
-        "cosine", "How the rate falls.", STEPS, known_as=("--lr-scheduler-type",)
-    )
+    warmup_ratio: float = setting(0.2, "Share of the steps with a rising rate.", STEPS)
+    scheduler: Literal["cosine", "linear", "constant"] = setting("cosine", "How the rate falls.", STEPS)
     weight_decay: float = setting(0.0, "Of everything that is trained.", STEPS)
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", STEPS, known_as=("--grad-clip",))
-    clip: float = setting(0.2, "How far the ratio may move.", STEPS, known_as=("--epsilon", "--clip-range"))
-    kl: float = setting(0.015, "Coefficient of the KL penalty; 0 for none.", STEPS, known_as=("--beta", "--kl-coef"))
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", STEPS)
+    clip: float = setting(0.2, "How far the ratio may move.", STEPS)
+    kl: float = setting(0.015, "Coefficient of the KL penalty; 0 for none.", STEPS)
     target_kl: float | None = setting(
         0.03, "KL per token above which the coefficient grows in proportion; 0 for never.", STEPS, zero_is_none=True
     )
@@ -58,27 +50,21 @@ class RlSettings:
         512,
         "Longest completion in tokens of text; memories do not count.",
         REWARD,
-        formerly=("--max-words",),
-        known_as=("--max-completion-length",),
     )
     temperature: float = setting(1.0, "Of sampling.", REWARD)
     max_invocations: int | None = setting(
         None, "At most so many memories per trajectory. Default: the memory's own setting.", REWARD
     )
-    rows_per_rollout: int = setting(
-        32, "Trajectories written at once by one process.", RUN, known_as=("--rollout-batch",)
-    )
+    rows_per_rollout: int = setting(32, "Trajectories written at once by one process.", RUN)
     rows_per_forward: int = setting(4, "Trajectories in one forward and backward: memory, not results.", RUN)
     gradient_checkpointing: bool | None = setting(None, "Less memory, more time. Default: on a GPU.", RUN)
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "Of the base.", RUN, known_as=("--torch-dtype",))
-    load_in_4bit: bool = setting(False, FOUR_BIT_HELP, RUN, "--load-in-4bit", known_as=("--quantization-bit",))
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "Of the base.", RUN)
+    load_in_4bit: bool = setting(False, FOUR_BIT_HELP, RUN, "--load-in-4bit")
     device: Literal["cpu", "cuda"] | None = setting(None, "Default: the GPU if there is one.", RUN)
     seed: int = setting(0, "Of initialisation, data order and sampling.", STEPS)
     logging_steps: int = setting(1, "A line every so many steps.", RUN)
     save_steps: int = setting(20, "A checkpoint every so many steps.", RUN)
-    keep_checkpoints: int | None = setting(
-        None, "How many checkpoints to keep. Default: all.", RUN, known_as=("--save-total-limit",)
-    )
+    keep_checkpoints: int | None = setting(None, "How many checkpoints to keep. Default: all.", RUN)
     report_to: tuple[str, ...] = setting((), TRACKERS_HELP, RUN)
 
     def __post_init__(self) -> None:
