@@ -152,6 +152,7 @@ def test_what_is_said_of_transformers_own_adapter_methods_is_what_they_do(tmp_pa
         "disable_adapters": (),
         "enable_adapters": (),
         "add_adapter": (keepsight.PvmConfig(layers=[1], width=16), "second"),
+        "save_pretrained": (tmp_path / "again",),
         "delete_adapter": ("default",),
     }
     for name, arguments in methods.items():

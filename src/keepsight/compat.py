@@ -133,6 +133,7 @@ def why_transformers_refuses_peft() -> str | None:
         return None
     return (
         f"transformers {metadata.version('transformers')} wants PEFT >= {wanted} and refuses PEFT {installed} in its "
-        "own model.add_adapter, set_adapter, enable_adapters, disable_adapters and delete_adapter: use "
-        "PeftModel.from_pretrained or keepsight.load instead, which need no newer PEFT."
+        "own model.add_adapter, set_adapter, enable_adapters, disable_adapters and delete_adapter, and in "
+        "save_pretrained after load_adapter: use PeftModel.from_pretrained or keepsight.load instead, which need no "
+        "newer PEFT."
     )
