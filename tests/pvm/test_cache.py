@@ -1,5 +1,7 @@
 """Whatever way tokens are generated, the result is that of one uncached forward of one row."""
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -301,3 +303,65 @@ def test_memory_lives_and_dies_with_the_cache():
     with model.disable_adapter():
         base = logits(model, text)
     assert torch.equal(logits(model, text), base)
+
+
+def _swapped(cache):
+    cache.reorder_cache(torch.tensor([1, 0]))
+    return cache
+
+
+def _selected(cache):
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    return cache
+
+
+def _repeated(cache):
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([2, 1]))
+    return cache
+
+
+CHANGES = {
+    "reorder": _swapped,
+    "select": _selected,
+    "repeat": _repeated,
+    "deepcopy": lambda cache: _swapped(copy.deepcopy(cache)),
+    "pickle": lambda cache: _swapped(pickle.loads(pickle.dumps(cache))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_happens_to_a_cache_happens_to_its_memory(change):
+    """Two rows that change places continue as each other, and the cache is to everybody else what it was."""
+    family = BY_NAME["internvl_qwen3"]
+    model, inputs = built(family, [Row(2, (2, 2), 4, seed=1), Row(2, (2, 2), 4, seed=2)])
+    word = torch.full((2, 1), 50)
+    with torch.no_grad():
+        cache, plain = DynamicCache(config=model.config.get_text_config()), DynamicCache()
+        model(**inputs, **cache_argument(model, cache))
+        assert isinstance(cache, type(plain))
+        assert len(cache) == len(cache.layers) == model.config.get_text_config().num_hidden_layers
+        assert {type(layer) for layer in cache.layers} == {type(layer) for layer in fresh_layers(model)}
+        expected = model(input_ids=word, **cache_argument(model, copy.deepcopy(cache))).logits
+        changed = CHANGES[change](cache)
+        found = model(input_ids=word, **cache_argument(model, changed)).logits
+    assert not torch.allclose(expected[0], expected[1], atol=1e-3)
+    torch.testing.assert_close(found, expected.flip(0), **CLOSE)
+
+
+def fresh_layers(model):
+    return DynamicCache(config=model.config.get_text_config()).layers
+
+
+def test_a_cropped_and_a_given_cache_keep_their_memory():
+    family = BY_NAME["internvl_qwen3"]
+    model, inputs = built(family, [Row(2, (2, 2), 4, seed=1)])
+    plain = generate(model, inputs).sequences
+    with torch.no_grad():
+        cache = find_output_cache(model(**inputs, use_cache=True))
+        word = torch.tensor([[50]])
+        first = model(input_ids=word, **cache_argument(model, cache)).logits
+        cache.crop(-1)
+        torch.testing.assert_close(model(input_ids=word, **cache_argument(model, cache)).logits, first, **CLOSE)
+    given = generate(model, inputs, **cache_argument(model, DynamicCache(config=model.config.get_text_config())))
+    assert given.sequences.tolist() == plain.tolist()
