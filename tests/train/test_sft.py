@@ -64,7 +64,7 @@ def test_the_loss_falls_and_only_the_memory_learns(
 
 def family_folder(family: TinyFamily, folder: Path) -> Path:
     """A tiny model of a family with a processor of that family, saved as any VLM is."""
-    from test_collate import internvl, llava_onevision
+    from family_processors import internvl, llava_onevision
 
     from keepsight.lab.reference import build_processor
 
