@@ -23,7 +23,7 @@ import keepsight
 from keepsight.lab.digits import CELLS, draw_grids
 from keepsight.lab.evaluation import SCORED
 from keepsight.lab.narration import VOCABULARY, filler_ids, gaps_for_length, make_narrations
-from keepsight.vismem import MemoryPolicy
+from keepsight.vismem import MemoryPolicy, RolloutOptions
 from keepsight.vismem.scope import replace_latents
 from studies.vismem.reading import Reading, decision_column
 
@@ -119,7 +119,8 @@ def tell(adapter: str, folder: Path, behind: int = 3, words: int = 32, rows: int
             with replace_latents(lambda _, latents: latents.roll(1, 0)) if swap else contextlib.nullcontext():
                 written = model.generate(
                     **inputs,
-                    memory=MemoryPolicy("forced", at=at, seeds=seeds),
+                    memory=MemoryPolicy("forced", at=at),
+                    rollout=RolloutOptions(seeds=seeds),
                     max_new_tokens=words,
                     do_sample=True,
                     top_k=0,

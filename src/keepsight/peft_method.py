@@ -133,6 +133,14 @@ class MemoryBranch(BaseTunerLayer):
         """Whether no adapter of this branch may act in the current thread."""
         return self.disable_adapters or self in _switch.off
 
+    # PEFT calls these on every adapter layer of a model when the adapters of another method are merged.
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing of a memory is ever merged."""
+
+    def unmerge(self) -> None:
+        """Nothing was merged."""
+
 
 class MemoryTuner(BaseTuner):
     """PEFT's tuner, as all memories need it: beside other methods on one model, and never merged.
@@ -165,6 +173,8 @@ class MemoryTuner(BaseTuner):
                 f"differently: get_peft_model(model, {self.config_cls.__name__}(), adapter_name='memory')."
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        # Our own name for the list of adapters: PEFT takes the model's away when a LoRA beside us is unloaded.
+        self.__dict__["peft_config"] = self.peft_config
 
     def inject_adapter(
         self,

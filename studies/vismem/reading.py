@@ -26,7 +26,6 @@ from keepsight.vismem import scope as vismem_scope
 from keepsight.vismem.embeddings import watch_visual_embeddings
 from keepsight.vismem.memory import Formation, Sight, read_sights
 from keepsight.vismem.module import match_rms
-from keepsight.vismem.tokens import MemoryTokens
 from studies.tasks.tasks import TaskBatch
 
 MAX_TEXT_STATES = 8
@@ -95,7 +94,7 @@ class Reading:
         self.model, self.batch = model, batch
         self.backbone = Backbone.of(model)
         self.branch = VisMemBranch.of(model)
-        self.tokens = MemoryTokens(self.branch.config.token_ids or [])
+        self.tokens = self.branch.tokens
         self.column = batch.start if column is None else column
         assert self.column >= batch.start, "the prompt is read in one piece"
         ids = batch.input_ids[:, : self.column]

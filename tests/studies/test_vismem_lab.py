@@ -6,7 +6,7 @@ import torch
 
 from keepsight.lab.narration import make_narrations
 from keepsight.lab.reference import load_reference
-from keepsight.vismem import MemoryPolicy, Replay, VisMemBranch, splice
+from keepsight.vismem import MemoryPolicy, Replay, RolloutOptions, VisMemBranch, splice
 from studies.vismem.reading import Reading, answers_with_plan, attach_vismem, decision_column, lab_config, noise_like
 from studies.vismem.training import MemoryPlan, stage_one, warm_start
 
@@ -65,7 +65,8 @@ def test_memories_are_the_ones_that_generate_forms(kind):
     with pytest.warns(UserWarning, match="never trained"):
         out = model.generate(
             **inputs,
-            memory=MemoryPolicy("only_long", replay=[Replay(written)]),
+            memory=MemoryPolicy("only_long"),
+            rollout=RolloutOptions([Replay(written)]),
             max_new_tokens=len(written) + 20,
             return_dict_in_generate=True,
         )

@@ -123,8 +123,12 @@ def test_counterfactuals_share_the_beginning(name, kind):
             assert not after.invoked
         else:
             assert after.invocations[0].kind != first.kind
-            assert after.invocations[0].invoked_as == first.kind
-            assert torch.allclose(after.invocations[0].formation.text, first.formation.text, **CLOSE)
+            # A well-formed pair, and only the first memory is turned: what follows is the model's own choice.
+            token = MemoryTokens(VisMemBranch.of(model).config.token_ids).invoke[after.invocations[0].kind]
+            assert after.ids[start] == token
+            assert all(i.kind == i.invoked_as for i in after.invocations)
+            before_token, after_token = first.formation.text[:-1], after.invocations[0].formation.text[:-1]
+            assert torch.allclose(after_token, before_token, **CLOSE)
 
 
 def test_the_reference_is_the_model_without_memory(name):

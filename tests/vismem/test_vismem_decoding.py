@@ -7,7 +7,7 @@ import torch
 from families import BY_NAME, FAMILIES, Row, make_inputs
 from vismem_helpers import CLOSE, PLAN, ROWS, WordsAndMemory, at_choices, built, forced, generate, uncached
 
-from keepsight.vismem import MemoryPolicy, Replay, VisMemBranch
+from keepsight.vismem import MemoryPolicy, Replay, RolloutOptions, VisMemBranch
 
 
 def assert_is_uncached(model, inputs, out):
@@ -118,13 +118,13 @@ def test_replay_then_same_other_and_no_memory(name):
     second = first.invocations[0][1]
     prefix = first.sequences[0, prompt : second.position + 1]
     replay = [Replay(prefix, first.invocations[0][0].latents)]
-    again = generate(model, inputs, memory=MemoryPolicy("free", replay=replay, max_invocations=2))
+    again = generate(model, inputs, memory=MemoryPolicy("free", max_invocations=2), rollout=RolloutOptions(replay))
     assert again.sequences.tolist() == first.sequences.tolist()
     torch.testing.assert_close(again.invocations[0][0].latents, second.latents, **CLOSE)
-    other = generate(model, inputs, memory=MemoryPolicy("reversed", replay=replay, max_invocations=2))
+    other = generate(model, inputs, memory=MemoryPolicy("reversed", max_invocations=2), rollout=RolloutOptions(replay))
     assert [(i.kind, i.invoked_as) for i in other.invocations[0]] == [("short", "long")]
     without = [Replay(prefix[:-1], first.invocations[0][0].latents)]
-    none = generate(model, inputs, memory=MemoryPolicy("free", replay=without, max_invocations=1))
+    none = generate(model, inputs, memory=MemoryPolicy("free", max_invocations=1), rollout=RolloutOptions(without))
     assert none.invocations[0] == []
     assert none.sequences[0, : second.position].tolist() == first.sequences[0, : second.position].tolist()
 

@@ -12,9 +12,10 @@ from vismem_helpers import CLOSE, ROWS, attach, built, forced, generate
 from keepsight.backbone import Backbone
 from keepsight.compat import enable_checkpointing
 from keepsight.vismem import VisMemBranch, VisMemConfig, scope
-from keepsight.vismem.formers import Formers, pad
+from keepsight.vismem.formers import Formers
 from keepsight.vismem.memory import Formation, Sight
 from keepsight.vismem.module import match_rms
+from keepsight.vismem.sequences import pad
 from keepsight.vismem.vision import VisionWalk
 
 TYPES = ("short", "long")

@@ -62,7 +62,7 @@ def test_rows_leave_the_base_alone(name, tied, ids):
 def test_a_tokenizer_without_the_first_delimiter_has_the_others(reference):
     """A tokenizer of words has nothing for a line break, or makes nothing of it."""
     _, processor, _ = reference
-    find = keepsight.vismem.tokens.find_delimiters
+    find = keepsight.vismem.processor.find_delimiters
     full_stop = processor.tokenizer.convert_tokens_to_ids(".")
     assert processor.tokenizer.encode("\n", add_special_tokens=False) == []
     assert find(processor.tokenizer, ["\n", "."]) == [full_stop]
@@ -242,17 +242,32 @@ def test_guards(name):
 
 
 def test_repetition_penalty_spares_memory(name):
-    """Invoking once must not make invoking again less likely."""
+    """Invoking once makes nothing less likely, invoking again and ending the text included; n-grams are the text's."""
     model, inputs = built(name, [Row(1, (2, 2), 5, seed=2)])
     seen = []
 
     def look(ids, scores):
-        seen.append(bool(torch.isin(ids, torch.tensor([128, 129, 130, 131])).any()))
+        seen.append(ids[0].tolist())
         return scores
 
-    generate(model, inputs, memory=forced([{1: "long"}]), logits_processor=[look], repetition_penalty=5.0)
+    prompt = inputs["input_ids"].shape[1]
+    options = {"memory": forced([{1: "long"}]), "pad_token_id": 1, "eos_token_id": 1}
+    out = generate(model, inputs, logits_processor=[look], **options)
     assert len(seen) > 8
-    assert not any(seen)
+    tokens = VisMemBranch.of(model).tokens
+    never_chosen = set(tokens.end.values())
+    for ids in seen:
+        assert not set(ids[prompt:]) & {1, *tokens.invoke.values()}
+        text = [i for i in ids[prompt:] if i not in never_chosen]
+        assert ids == ids[:prompt] + ids[prompt : len(ids) - len(text)] + text  # in one piece
+    text = out.sequences[0, prompt:][~tokens.memory_mask(out.sequences[0, prompt:])].tolist()
+    assert text[:-1] == [i for i in seen[-1][prompt:] if i not in never_chosen]
+    # The penalty of transformers' own: what it makes of the raw logits is the same as if there were no memory.
+    out = generate(model, inputs, repetition_penalty=5.0, output_scores=True, **options)
+    raw, processed = out.logits[-1][0], out.scores[-1][0]
+    written = set(out.sequences[0, :-1].tolist()) - set(tokens.ids)
+    changed = {i for i in range(len(raw)) if 5 <= i < 115 and raw[i] != processed[i]}
+    assert changed == {i for i in written if 5 <= i < 115}
 
 
 def test_what_is_refused(name):

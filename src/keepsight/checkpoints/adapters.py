@@ -152,7 +152,7 @@ def _check_memory(info: AdapterInfo) -> None:
     from keepsight.pvm.branch import BRANCH as PVM_BRANCH
     from keepsight.pvm.branch import make_block
     from keepsight.pvm.tuner import PvmModel
-    from keepsight.vismem.tuner import BRANCH as VISMEM_BRANCH
+    from keepsight.vismem.branch import BRANCH as VISMEM_BRANCH
     from keepsight.vismem.tuner import VisMemModel
 
     try:

@@ -180,7 +180,7 @@ def _api(model: Any, processor: Any, settings: Any) -> Any:
 
     latent = LatentMemories.of(model)
     if latent is not None:
-        warn(latent.branch, latent.policy)  # of memories that were never trained
+        warn(latent.writer.branch, latent.policy)  # of memories that were never trained
     return Api(Served.of(model, processor), settings)
 
 

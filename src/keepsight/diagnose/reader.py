@@ -49,7 +49,7 @@ class Reader:
         require_chat_template(processor)
         self.model, self.processor, self.backbone = model, processor, Backbone.of(model)
         branch = active_latent_memory(model)
-        self._memory_tokens = None if branch is None else MemoryTokens(branch.config.token_ids or [])
+        self._memory_tokens = None if branch is None else branch.tokens
 
     def inputs(self, sample: Sample) -> dict[str, torch.Tensor]:
         """Model inputs of the prompt, one row.
@@ -147,7 +147,7 @@ class Reader:
         if branch is None:
             hold += self._memory_tokens.ids if self._memory_tokens is not None else []
         elif memory is None or memory.name != "off":
-            config, tokens = branch.config, MemoryTokens(branch.config.token_ids or [])
+            config, tokens = branch.config, branch.tokens
             length += config.max_invocations * (max(config.num_short, config.num_long) + 2)
             options |= {"return_dict_in_generate": True, "stopping_criteria": [_TextLength(tokens, prompt, steps)]}
         if branch is not None and memory is not None:
@@ -166,7 +166,7 @@ class Reader:
         if torch.is_tensor(out):
             return Output(out[0, prompt:].cpu())
         assert branch is not None
-        text, plan = parsed(out.sequences[0, prompt:].cpu(), MemoryTokens(branch.config.token_ids or []))
+        text, plan = parsed(out.sequences[0, prompt:].cpu(), branch.tokens)
         return Output(text, plan, tuple(out.invocations[0][: len(plan)]))
 
     def tokens(self, text: str) -> torch.Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers import StoppingCriteriaList, StopStringCriteria
 
 from keepsight.compat import find_cache
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.vismem.policy import MemoryPolicy
+from keepsight.vismem.sequences import TextOnly
 from keepsight.vismem.tokens import LONG, SHORT, MemoryTokens
 
 
@@ -46,12 +46,14 @@ def refuse(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     if cache is not None and int(cache.get_seq_length()):
         raise KeepsightError(
             "The KV cache that was given already holds a prompt, whose visual states memory can no longer read. Pass "
-            "the whole conversation as input_ids, or memory='off'."
+            "the whole conversation as input_ids with its images, and its memories as invocations=out.invocations."
         )
 
 
 def warn(branch: Any, policy: MemoryPolicy) -> None:
     """Warn of memories and invocation tokens that were never trained."""
+    if not policy.can_invoke:
+        return
     memory = branch.active
     untrained = [kind for kind, bank in ((SHORT, memory.short_bank), (LONG, memory.long_bank)) if bank.is_untrained]
     if len(untrained) == 2:
@@ -59,7 +61,7 @@ def warn(branch: Any, policy: MemoryPolicy) -> None:
             "This VisMem was never trained: its memories are noise, and the text after them is worse for it. Train it, "
             "load a trained adapter, or generate with memory='off'.",
             KeepsightWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     if policy.model_decides and memory.rows.is_untrained:
         warnings.warn(
@@ -67,28 +69,8 @@ def warn(branch: Any, policy: MemoryPolicy) -> None:
             "trained, so it invokes them by chance. Use memory=MemoryPolicy('forced', at={...}) or 'random' until "
             "stage II has trained them.",
             KeepsightWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
-
-
-class TextOnly(StoppingCriteria):
-    """Asks another criterion about the text without its memories.
-
-    Args:
-        criterion: the criterion.
-        tokens: which ids are memory.
-        pad: id to fill up with, on the left.
-    """
-
-    def __init__(self, criterion: Any, tokens: MemoryTokens, pad: int):
-        self.criterion, self.tokens, self.pad = criterion, tokens, pad
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Bool [B]."""
-        keep = ~self.tokens.memory_mask(input_ids)
-        order = keep.to(torch.uint8).argsort(dim=1, stable=True)  # memory first, text after it, in order
-        text = input_ids.gather(1, order).masked_fill(~keep.gather(1, order), self.pad)
-        return self.criterion(text, scores, **kwargs)
 
 
 def with_stop_strings(model: Any, kwargs: dict[str, Any], tokens: MemoryTokens) -> dict[str, Any]:

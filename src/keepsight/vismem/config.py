@@ -56,8 +56,10 @@ class VisMemConfig(PeftConfig):
         slot_layout: where the short-term memory's positions lie: "strip", under the image; or "grid", spread over it.
         max_text_states: how many of the latest text states the memory is formed from; None: all since the last memory.
         policy: when memory is invoked, unless `generate(memory=...)` says otherwise: "free" (the model decides),
-            "off", "random", "only_short", "only_long", "reversed" or "forced"; see `MemoryPolicy`.
+            "off", "random", "only_short", "only_long" or "reversed"; see `MemoryPolicy`.
         max_invocations: guard against invocation loops: at most so many per sequence.
+        min_words: another guard, where the model decides: so many words at least between two memories. None: as many as
+            the first of the two has latents, so that an answer is never mostly memory.
         random_probability: policy "random": probability of an invocation after a delimiter.
         delimiters: what ends a clause; `add_memory_tokens` finds their tokens. Invocation tokens start as the first.
         token_names: the four special tokens: short invoke, short end, long invoke, long end.
@@ -90,6 +92,7 @@ class VisMemConfig(PeftConfig):
     max_text_states: int | None = field(default=None)
     policy: PolicyName = field(default="free")
     max_invocations: int = field(default=8)
+    min_words: int | None = field(default=None)
     random_probability: float = field(default=0.25)
     delimiters: list[str] = field(default_factory=lambda: [",", ".", ";", ":", "?", "!", "\n"])
     token_names: list[str] = field(default_factory=lambda: list(TOKEN_NAMES))
@@ -117,6 +120,10 @@ class VisMemConfig(PeftConfig):
             raise ValueError(f"max_invocations={self.max_invocations!r}: expected a whole number.")
         if self.max_invocations < 1:
             raise ValueError(f"max_invocations={self.max_invocations}: to invoke nothing, write policy='off'.")
+        if self.min_words is not None and (isinstance(self.min_words, bool) or not isinstance(self.min_words, int)):
+            raise ValueError(f"min_words={self.min_words!r}: expected a whole number, or None.")
+        if self.min_words is not None and self.min_words < 0:
+            raise ValueError(f"min_words={self.min_words}: expected words between two memories, from 0.")
         for name in ("short_alpha", "long_alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a positive number.")
@@ -130,7 +137,12 @@ class VisMemConfig(PeftConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected some of {', '.join(PROJECTIONS)}.")
         _one_of("form", self.form, ("literal", "incremental"))
         _one_of("slot_layout", self.slot_layout, ("strip", "grid"))
-        _one_of("policy", self.policy, get_args(PolicyName))
+        if self.policy == "forced":
+            raise ValueError(
+                "policy='forced': the places are named with each call, generate(memory=MemoryPolicy('forced', "
+                "at={0: 'short'})). In the config, choose what applies without them: 'free', 'random', 'off' ..."
+            )
+        _one_of("policy", self.policy, tuple(name for name in get_args(PolicyName) if name != "forced"))
         if len(set(self.token_names)) != 4:
             raise ValueError(f"token_names={self.token_names!r}: expected four different names.")
         if self.token_ids is not None and (len(set(self.token_ids)) != 4 or min(self.token_ids) < 0):

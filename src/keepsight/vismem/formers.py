@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import DynamicCache
 
 from keepsight.backbone import Backbone
@@ -24,12 +23,10 @@ from keepsight.errors import KeepsightError
 from keepsight.vismem import layout
 from keepsight.vismem.memory import Formation, Sight
 from keepsight.vismem.module import LatentMemory, match_rms
-from keepsight.vismem.scope import base_only, current_change, low_rank
+from keepsight.vismem.scope import BANK, base_only, call, low_rank
+from keepsight.vismem.sequences import pad, pad_left
 from keepsight.vismem.tokens import SHORT
 from keepsight.vismem.vision import Rotary, VisionWalk
-
-#: Keyword argument with which the decoder's layers are told the adapter, for gradient checkpointing.
-BANK = "keepsight_vismem_bank"
 
 
 class Formers:
@@ -65,8 +62,7 @@ class Formers:
                 self._short(formations, queries) if kind == SHORT else self._long(formations, text, text_valid, queries)
             )
         latents = self.memory.as_embeddings(formed.to(self.memory.dtype), kind == SHORT)
-        change = current_change()
-        return latents if change is None else change(kind, latents)
+        return latents if call.change is None else call.change(kind, latents)
 
     @property
     def _is_incremental(self) -> bool:
@@ -84,7 +80,7 @@ class Formers:
         if self._is_incremental:
             kept = [self._kept_queries(f.sight) for f in formations]
             states = [
-                tuple(torch.stack([_left(row[layer][i][0], visual.shape[1], 1) for row in kept]) for i in (0, 1))
+                tuple(torch.stack([pad_left(row[layer][i][0], visual.shape[1], 1) for row in kept]) for i in (0, 1))
                 for layer in range(len(self.memory.builder.layers))
             ]
         return self.memory.builder(states, visual_valid, text, text_valid)
@@ -172,7 +168,7 @@ class Formers:
     def _stacked(prefixes: list[Any], layer: int, which: int, longest: int) -> torch.Tensor:
         like = next(p for p in prefixes if p)[layer][which]
         empty = like[:, :, :0]
-        return torch.cat([_left(p[layer][which] if p else empty, longest, 2) for p in prefixes])
+        return torch.cat([pad_left(p[layer][which] if p else empty, longest, 2) for p in prefixes])
 
     def _kept_prefix(self, sight: Sight) -> list[tuple[torch.Tensor, torch.Tensor]]:
         if sight.prefix_states is not None and not torch.is_grad_enabled():
@@ -216,19 +212,9 @@ class Formers:
                 **{BANK: bank},
                 **cache_argument(self.backbone.decoder, cache),
             )
+        if cache is not None and int(cache.get_seq_length()) != valid.shape[1]:
+            raise KeepsightError(
+                f"The decoder was given a KV cache and did not use it: {int(cache.get_seq_length())} of "
+                f"{valid.shape[1]} positions are in it. form='incremental' would form memories without the image."
+            )
         return output.last_hidden_state
-
-
-def pad(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [L_i, D] as one tensor [B, L, D], padded on the left with zeros, and where it is valid: bool [B, L]."""
-    longest = max(len(row) for row in rows)
-    stacked = torch.stack([_left(row, longest, 0) for row in rows])
-    counts = torch.tensor([len(row) for row in rows], device=stacked.device)
-    valid = torch.arange(longest, device=stacked.device) >= longest - counts[:, None]
-    return stacked, valid
-
-
-def _left(x: torch.Tensor, length: int, dim: int) -> torch.Tensor:
-    """Pad `x` with zeros at the start of `dim`, to `length`."""
-    missing = length - x.shape[dim]
-    return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (missing, 0)) if missing else x

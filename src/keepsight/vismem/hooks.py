@@ -1,5 +1,7 @@
 """The route by which latents and special tokens reach an unforked model, and what is recorded on the way.
 
+    model          pre-hook   refuses calls whose loss goes past the head
+                   hook       sees to it that embedding and head were called, and so the special tokens seen
     embedding      pre-hook   ids that the base has no row for are hidden from it
                    hook       the special tokens' rows and the waiting latents are written over its output
     head           hook       the special tokens' logits are written over, or appended to, its output
@@ -16,7 +18,6 @@ arguments, from which the token mixer's hook restores it.
 from __future__ import annotations
 
 import functools
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,17 +25,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from keepsight.backbone import Backbone
+from keepsight.errors import KeepsightError
 from keepsight.vismem import scope
 from keepsight.vismem.config import PROJECTIONS
-from keepsight.vismem.formers import BANK
+from keepsight.vismem.scope import BANK, call
 from keepsight.vismem.vision import bare
 
-#: Token ids of the embedding call in progress.
-_ids: ContextVar[torch.Tensor | None] = ContextVar("keepsight_vismem_ids", default=None)
-#: Labels of the model call in progress.
-_labels: ContextVar[Any] = ContextVar("keepsight_vismem_labels", default=None)
-#: A layer is being computed again for its gradient.
-_again: ContextVar[bool] = ContextVar("keepsight_vismem_again", default=False)
+_PAST_THE_HEAD = (
+    "This forward takes its loss or log-probabilities past the model's head (TRL's trainers and fused losses multiply "
+    "by lm_head.weight themselves), where a latent memory's special tokens have no logits. Train a memory with "
+    "`keepsight train vismem-formation` and `keepsight train vismem-invocation`; to train something else with it off, "
+    "use `with model.disable_adapter():` or `model.base_model.disable_adapter_layers()`."
+)
 
 
 class VisMemRoute:
@@ -50,11 +52,11 @@ class VisMemRoute:
         model = backbone.model
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         self._handles: list[Any] = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, with_kwargs=True),
             embedding.register_forward_pre_hook(self._hide_ids),
             embedding.register_forward_hook(self._write_rows),
             head.register_forward_hook(self._write_logits),
-            model.register_forward_pre_hook(self._take_labels, with_kwargs=True),
-            model.register_forward_hook(self._compute_loss, with_kwargs=True),
             backbone.decoder.register_forward_hook(_note_hidden),
         ]
         for index, block in enumerate(backbone.vision_blocks):
@@ -74,7 +76,6 @@ class VisMemRoute:
                     projection = bare(getattr(mixer, name))
                     update = functools.partial(_add_update, index, name)
                     self._handles.append(projection.register_forward_hook(update))
-        self._shielded: set[int] = set()
 
     def remove(self) -> None:
         """Take every hook off the model."""
@@ -82,62 +83,89 @@ class VisMemRoute:
             handle.remove()
 
     def shield(self, model: nn.Module) -> None:
-        """Make other adapters' PEFT layers keep out of formations; looks for new ones every time."""
-        for module in model.modules():
-            if (
-                isinstance(module, BaseTunerLayer)
-                and hasattr(module, "base_layer")
-                and id(module) not in self._shielded
-            ):
-                self._shielded.add(id(module))
-                self._handles.append(module.register_forward_hook(_base_output, with_kwargs=True))
+        """Make other adapters' PEFT layers keep out of formations; looks for new ones every time.
+
+        Raises:
+            KeepsightError: if one of them is merged into the base's weights.
+        """
+        for name, module in model.named_modules():
+            layer: Any = module
+            if not isinstance(module, BaseTunerLayer) or not hasattr(module, "base_layer"):
+                continue
+            if module.merged:
+                raise KeepsightError(
+                    f"{name}: {', '.join(module.merged_adapters)} is merged into the base's weights, by which a memory "
+                    "is formed without it. Call unmerge_adapter() first."
+                )
+            if _base_output not in layer._forward_hooks.values():
+                self._handles.append(layer.register_forward_hook(_base_output, with_kwargs=True))
+
+    def _begin(self, model: Any, args: tuple, kwargs: dict) -> None:
+        if self.branch.active is None:
+            return
+        if call.again:
+            raise KeepsightError(
+                "A decoder layer was computed again for its gradient, and its mlp was not called as a module: what was "
+                "switched off for the formation of a memory stays off. This model's gradient checkpointing cannot be "
+                "used with a latent memory."
+            )
+        if kwargs.get("fused_lm_head"):  # TRL's
+            raise KeepsightError(_PAST_THE_HEAD)
+        call.embedded = call.scored = False
+
+    def _end(self, model: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        if self.branch.active is None:
+            return
+        if not call.scored:
+            raise KeepsightError(_PAST_THE_HEAD)
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is not None and not call.embedded and not call.only_words:
+            raise KeepsightError(
+                "The model was given input_ids and did not look them up in its input embedding "
+                "(get_input_embeddings()), where a latent memory is spliced in: no memory would be seen."
+            )
 
     def _hide_ids(self, embedding: Any, args: tuple) -> tuple | None:
-        active = self.branch.active
-        if active is None or scope.are_only_words():
-            _ids.set(None)
+        call.ids = None
+        if self.branch.active is None or call.only_words:
             return None
-        ids = args[0]
-        _ids.set(ids)
+        call.ids = ids = args[0]
         rows = embedding.weight.shape[0]
         return (ids.masked_fill(ids >= rows, 0), *args[1:]) if max(self.branch.config.token_ids) >= rows else None
 
     def _write_rows(self, embedding: Any, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        ids = _ids.get()
-        _ids.set(None)
+        ids, call.ids = call.ids, None
         if ids is None:
             return None
+        call.embedded = True
         output = self.branch.active.rows.embed(ids, output, self.branch.config.token_ids)
-        splice = scope.current_splice()
+        splice = call.splice
         if splice is None or splice.mask.shape != ids.shape:
+            self._refuse_lost(ids)
             return output
+        splice.was_used = True
         values = splice.values.to(output.device, output.dtype)
         return output.masked_scatter(splice.mask.to(output.device)[..., None], values)
 
+    def _refuse_lost(self, ids: torch.Tensor) -> None:
+        """Raise if ids hold the places of latents that nobody gave."""
+        if ids.ndim != 2 or torch.compiler.is_compiling() or ids.is_meta:
+            return
+        lost = int(self.branch.tokens.latent_mask(ids).sum())
+        if lost:
+            raise KeepsightError(
+                f"The input_ids hold the places of {lost} latents of memories (end tokens before an end token), and no "
+                "latents were given. For generate: model.generate(..., invocations=out.invocations) of the output that "
+                "they come from; for a forward: with splice(model, input_ids, out.invocations): ...; or leave the "
+                "memories out of the text: ids[~branch.tokens.memory_mask(ids)]."
+            )
+
     def _write_logits(self, head: Any, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         active = self.branch.active
-        return None if active is None else active.rows.score(args[0], output, self.branch.config.token_ids)
-
-    # With more logits than the base's vocabulary, transformers' own loss would fail on the shape.
-
-    def _take_labels(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        _labels.set(None)
-        if kwargs.get("labels") is None or self.branch.active is None:
+        if active is None:
             return None
-        _labels.set(kwargs["labels"])
-        return args, {name: value for name, value in kwargs.items() if name != "labels"}
-
-    def _compute_loss(self, model: Any, args: tuple, kwargs: dict, output: Any) -> Any:
-        labels = _labels.get()
-        _labels.set(None)
-        if labels is None:
-            return None
-        more = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
-        loss = model.loss_function(
-            logits=output["logits"], labels=labels, vocab_size=output["logits"].shape[-1], **more
-        )
-        output["loss"] = loss
-        return output
+        call.scored = True
+        return active.rows.score(args[0], output, self.branch.config.token_ids)
 
 
 def _note_hidden(decoder: Any, args: tuple, output: Any) -> None:
@@ -168,25 +196,27 @@ def _note_vision(index: int, block: Any, args: tuple, kwargs: dict) -> None:
 
 
 def _add_update(index: int, name: str, projection: Any, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-    bank = scope.current_bank()
+    bank = call.bank
     update = bank.get(index, name) if bank is not None else None
-    return None if update is None else output + update(args[0]).to(output.dtype)
+    if update is None:
+        return None
+    if not call.again:
+        call.updates.add((index, name))
+    return output + update(args[0]).to(output.dtype)
 
 
 def _base_output(layer: Any, args: tuple, kwargs: dict, output: Any) -> Any:
-    return bare(layer)(*args, **kwargs) if scope.is_base_only() else None
+    return bare(layer)(*args, **kwargs) if call.base_only else None
 
 
 def _restore_scope(mixer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     if BANK not in kwargs:
         return None
-    if scope.current_bank() is None:
+    if call.bank is None:
         scope.enter_again(kwargs[BANK])
-        _again.set(True)
     return args, {name: value for name, value in kwargs.items() if name != BANK}
 
 
 def _end_scope(mlp: Any, args: tuple, output: Any) -> None:
-    if _again.get():
+    if call.again:
         scope.leave_again()
-        _again.set(False)

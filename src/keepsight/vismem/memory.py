@@ -7,6 +7,7 @@ saw; copies of a row (`num_return_sequences`) share it. `Invocation` is the reco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,9 +60,9 @@ class Invocation:
     Attributes:
         row: index of the row in `sequences`.
         kind: "short" or "long": the memory that was formed.
-        invoked_as: the token that was written; differs from `kind` under policy "reversed".
+        invoked_as: the type that was asked for; differs from `kind` under policy "reversed".
         position: index of the invocation token in the row's `sequences`; the latents follow it.
-        was_sampled: the model chose it itself (not a policy).
+        was_sampled: the model asked for it itself (not a policy).
         latents: [N, D], as spliced in.
         formation: the hidden states it was formed from: `formation.sight.visual`, `formation.text`.
     """
@@ -73,6 +74,15 @@ class Invocation:
     was_sampled: bool
     latents: torch.Tensor = field(repr=False)
     formation: Formation = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """One image, tile or frame as the vision encoder saw it: positions `start` to `stop`, in windows of these sizes."""
+
+    start: int
+    stop: int
+    windows: tuple[int, ...]
 
 
 def read_sights(
@@ -90,134 +100,109 @@ def read_sights(
         vision_calls: what the hooks saw of the vision encoder while the prompt was read.
         input_ids: the prompt [B, T], with every row repeated `copies` times.
         hidden: the decoder's last hidden states [B, T, D].
-        arguments: what `generate` was given besides: pixels' sizes.
+        arguments: what `generate` was given besides: pixels and their sizes.
         copies: `num_return_sequences`.
 
     Raises:
         KeepsightError: if the visual tokens of the prompt do not match what the vision encoder saw.
     """
     visual_mask = backbone.visual_mask(input_ids)
-    if not vision_calls and not arguments.get("mm_encoder_outputs"):  # placeholders without pixels are text
-        visual_mask = torch.zeros_like(visual_mask)
-    rows = len(input_ids) // copies
+    ran = [call for call in vision_calls if "x" in call]
+    if len(ran) < len(vision_calls) or (not ran and not arguments.get("mm_encoder_outputs")):
+        if vision_calls or backbone.given_modalities(arguments):
+            raise KeepsightError(
+                "Images were given, and the blocks of the vision encoder "
+                f"({backbone.family.vision_tower}.{backbone.family.vision.blocks}) did not run as modules: a memory "
+                "would be formed without the image."
+            )
+        visual_mask = torch.zeros_like(visual_mask)  # placeholders without pixels are text
     per_row: list[list[Patches]] = [[] for _ in range(len(input_ids))]
     modalities = list(backbone.family.visual_tokens)
-    for call in vision_calls:
-        found = _assign(backbone, call, input_ids, modalities, arguments, copies)
-        for row, patches in found.items():
-            per_row[row].append(patches)
+    for call in ran:
+        tiles = _tiles(call, backbone)
+        counts = _tiles_per_row(backbone, input_ids[::copies], arguments, len(tiles), copies)
+        if counts is None:
+            counts = _dealt(backbone, tiles, input_ids, modalities, copies)
+        # The encoder ran before the rows were repeated (transformers >= 5.20), or after.
+        step = copies if sum(counts[::copies]) == len(tiles) else 1
+        first = 0
+        for row in range(0, len(input_ids), step):
+            own = tiles[first : first + counts[row]]
+            first += len(own)
+            if own:
+                patches = _cut(call, own, backbone)
+                for copy in range(step):
+                    per_row[row + copy].append(patches)
     sights: list[Sight] = []
     for row in range(len(input_ids)):
         if row % copies:
             sights.append(sights[-1])
             continue
-        own = Patches.cat(per_row[row]) if per_row[row] else None
-        sights.append(Sight(hidden[row][visual_mask[row]].detach(), own))
-    assert len(sights) == rows * copies
+        seen = Patches.cat(per_row[row]) if per_row[row] else None
+        sights.append(Sight(hidden[row][visual_mask[row]].detach(), seen))
     return sights
 
 
-def _assign(
-    backbone: Backbone,
-    call: dict[str, Any],
-    input_ids: torch.Tensor,
-    modalities: list[tuple[str, str]],
-    arguments: dict[str, Any],
-    copies: int,
-) -> dict[int, Patches]:
-    """Row -> its patches, of one call of the vision encoder."""
-    x = call["x"].detach()
-    lengths = _lengths(call, backbone)
-    windows = _windows(call, backbone, lengths)
-    drop = int(backbone.family.vision.class_token)
-    tokens = [(n - drop) // backbone.merge_side**2 for n in lengths]
-    tiles = _tiles_per_row(backbone, input_ids[::copies], arguments, len(lengths), copies)
-    if tiles is None:
-        for modality in modalities:
-            token = getattr(backbone.model.config, modality[1])
-            counts = (input_ids == token).sum(1).tolist()
-            # The encoder ran before the rows were repeated (transformers >= 5.20), or after.
-            for step in dict.fromkeys((copies, 1)):
-                if sum(counts[::step]) == sum(tokens) and sum(tokens):
-                    modalities.remove(modality)
-                    tiles = [0] * len(input_ids)
-                    _consume(tokens, counts, step, tiles)
-                    return _cut(call, x, lengths, windows, tiles, step, backbone)
-        raise KeepsightError(
-            f"The vision encoder made {sum(tokens)} visual tokens; no kind of visual token occurs as often in the "
-            f"prompt ({ {m[0]: int((input_ids == getattr(backbone.model.config, m[1])).sum()) for m in modalities} }). "
-            "Pass the pixels that belong to input_ids."
-        )
-    step = copies if sum(tiles) == len(lengths) else 1
-    spread = [0] * len(input_ids)
-    for index, count in enumerate(tiles):
-        for copy in range(copies):
-            spread[index * copies + copy] = count
-    return _cut(call, x, lengths, windows, spread, step, backbone)
-
-
-def _consume(tokens: list[int], counts: list[int], step: int, tiles: list[int]) -> None:
-    """Deal images out to rows by the number of visual tokens each row holds."""
-    index = 0
-    for row in range(0, len(counts), step):
-        left, start = counts[row], index
-        while left > 0:
-            left -= tokens[index]
-            index += 1
-        for copy in range(step):
-            tiles[row + copy] = index - start
-
-
-def _cut(
-    call: dict[str, Any],
-    x: torch.Tensor,
-    lengths: list[int],
-    windows: list[int],
-    tiles: list[int],
-    step: int,
-    backbone: Backbone,
-) -> dict[int, Patches]:
-    x = x.reshape(-1, x.shape[-1])
-    result: dict[int, Patches] = {}
-    image = window = start = 0
-    for row in range(0, len(tiles), step):
-        own = lengths[image : image + tiles[row]]
-        image += tiles[row]
-        if not own:
-            continue
-        stop, first = start + sum(own), window
-        covered = 0
-        while covered < sum(own):
-            covered += windows[window]
-            window += 1
-        rotary = call.get("rotary")
-        if rotary is not None:
-            rotary = tuple(t.detach()[start:stop] for t in rotary)
-        coordinates = call.get("coordinates")
-        if coordinates is not None:
-            extent = tuple((coordinates[start:stop].amax(0) + 1).tolist())
-        else:
-            table = backbone.position_table()
-            assert table is not None
-            extent = (table.shape[-2], table.shape[-1])
-        patches = Patches(x[start:stop], tuple(own), tuple(windows[first:window]), rotary, extent)
-        for copy in range(step):
-            result[row + copy] = patches
-        start = stop
-    return result
-
-
-def _lengths(call: dict[str, Any], backbone: Backbone) -> list[int]:
-    """Positions of each image, tile or frame."""
+def _tiles(call: dict[str, Any], backbone: Backbone) -> list[_Tile]:
+    """What one call of the vision encoder saw, in order."""
     if call["x"].ndim == 3:
-        return [call["x"].shape[1]] * call["x"].shape[0]
+        rows, positions = call["x"].shape[:2]
+        return [_Tile(i * positions, (i + 1) * positions, (positions,)) for i in range(rows)]
+    windowed = sorted(backbone.windowed_vision_blocks & set(call["cu_seqlens"]))
     full = min(set(call["cu_seqlens"]) - backbone.windowed_vision_blocks, default=0)
-    return call["cu_seqlens"][full].diff().tolist()
+    lengths = call["cu_seqlens"][full].diff().tolist()
+    windows = iter(call["cu_seqlens"][windowed[0]].diff().tolist() if windowed else lengths)
+    tiles, start = [], 0
+    for length in lengths:
+        own: list[int] = []
+        while sum(own) < length:
+            own.append(next(windows))
+        tiles.append(_Tile(start, start + length, tuple(own)))
+        start += length
+    return tiles
 
 
-def _windows(call: dict[str, Any], backbone: Backbone, lengths: list[int]) -> list[int]:
-    windowed = sorted(backbone.windowed_vision_blocks & set(call.get("cu_seqlens", ())))
-    return call["cu_seqlens"][windowed[0]].diff().tolist() if windowed else lengths
+def _dealt(
+    backbone: Backbone, tiles: list[_Tile], input_ids: torch.Tensor, modalities: list[tuple[str, str]], copies: int
+) -> list[int]:
+    """How many tiles each row holds [B], by its number of visual tokens; takes the kind of token off `modalities`."""
+    drop = int(backbone.family.vision.class_token)
+    tokens = [(tile.stop - tile.start - drop) // backbone.merge_side**2 for tile in tiles]
+    for modality in modalities:
+        wanted = (input_ids == getattr(backbone.model.config, modality[1])).sum(1).tolist()
+        for step in dict.fromkeys((copies, 1)):
+            if sum(wanted[::step]) == sum(tokens) and sum(tokens):
+                modalities.remove(modality)
+                left, counts = iter(tokens), []
+                for count in wanted[::step]:
+                    taken: list[int] = []
+                    while sum(taken) < count:
+                        taken.append(next(left))
+                    counts += [len(taken)] * step
+                return counts
+    found = {name: int((input_ids == getattr(backbone.model.config, token)).sum()) for name, token in modalities}
+    raise KeepsightError(
+        f"The vision encoder made {sum(tokens)} visual tokens; no kind of visual token occurs as often in the "
+        f"prompt ({found}). Pass the pixels that belong to input_ids."
+    )
+
+
+def _cut(call: dict[str, Any], tiles: list[_Tile], backbone: Backbone) -> Patches:
+    """The patches of one row's tiles, which lie side by side."""
+    start, stop = tiles[0].start, tiles[-1].stop
+    x = call["x"].detach()
+    rotary = call.get("rotary")
+    if rotary is not None:
+        rotary = tuple(t.detach()[start:stop] for t in rotary)
+    coordinates = call.get("coordinates")
+    if coordinates is not None:
+        extent = tuple((coordinates[start:stop].amax(0) + 1).tolist())
+    else:
+        table = backbone.position_table()
+        assert table is not None
+        extent = (table.shape[-2], table.shape[-1])
+    images, windows = tuple(t.stop - t.start for t in tiles), sum((t.windows for t in tiles), ())
+    return Patches(x.reshape(-1, x.shape[-1])[start:stop], images, windows, rotary, extent)
 
 
 def _tiles_per_row(
@@ -254,17 +239,29 @@ def _tiles_per_row(
             f"The vision encoder saw {found} tiles; image_sizes and batch_num_images describe {sum(result)}. "
             "(A short-term memory of LLaVA's videos is not supported.)"
         )
-    return result
+    return [count for count in result for _ in range(copies)]
 
 
-def splice_values(sequences: torch.Tensor, invocations: list[list[Invocation]], width: int) -> torch.Tensor:
+def splice_values(latent_mask: torch.Tensor, invocations: Sequence[Sequence[Invocation]], width: int) -> torch.Tensor:
     """The latents of whole sequences, in the order in which their positions occur: [n, D].
 
     Args:
-        sequences: ids [B, T].
+        latent_mask: bool [B, T], where the sequences hold latents.
         invocations: per row, in order.
         width: D, for sequences without memories.
+
+    Raises:
+        KeepsightError: if a row has other memories than its sequence.
     """
+    if len(invocations) != len(latent_mask):
+        raise KeepsightError(f"invocations of {len(invocations)} rows for {len(latent_mask)} sequences.")
+    for row, (own, mask) in enumerate(zip(invocations, latent_mask, strict=True)):
+        given, held = sum(len(i.latents) for i in own), int(mask.sum())
+        if given != held:
+            raise KeepsightError(
+                f"Row {row} of the sequences holds the places of {held} latents, and its {len(own)} invocations bring "
+                f"{given}. Give all of the sequence's memories, in their order: out.invocations of the output that the "
+                "sequences come from."
+            )
     latents = [invocation.latents for row in invocations for invocation in row]
-    assert len(invocations) == len(sequences)
-    return torch.cat(latents) if latents else torch.zeros(0, width, device=sequences.device)
+    return torch.cat(latents) if latents else torch.zeros(0, width, device=latent_mask.device)

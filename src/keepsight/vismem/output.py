@@ -20,14 +20,15 @@ class VisMemOutput(GenerationOutput):
 
     Attributes:
         sequences: ids [B, T]; a memory stands there as `<invoke> <end> ... <end>` (see `tokens.py`).
-        invocations: per row, its memories in order: type, position, latents, and what they were formed from.
+        invocations: per row, its memories in order: type, position, latents, and what they were formed from. Those of
+            the prompt (`generate(invocations=...)`) come first: give the next turn of a conversation all of them.
         sampled: bool [B, new], true where the model chose the token: not memory, not forced, not padding.
         allowed: bool [B, new, 2], whether the row could have invoked a short / a long memory there.
         sights: per row, what the prompt showed: visual states and patches.
         scores: with `output_scores`: per new position, processed logits [B, V]; where nothing was chosen, the token
             that stands there has 0 and all others -inf.
         logits: with `output_logits`: likewise, unprocessed.
-        shadowed: of the rows after the first B, which row each is the shadow of (`MemoryPolicy.shadows`).
+        shadowed: of the rows after the first B, which row each is the shadow of (`RolloutOptions.shadows`).
     """
 
     invocations: list[list[Invocation]] | None = None

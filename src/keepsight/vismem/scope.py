@@ -1,33 +1,42 @@
-"""What is in force in the current thread or task. Nothing here is kept on a model or in a module's state.
+"""What is in force in the current thread. Nothing here is kept on a model or in a module's state.
 
-Every scope is a context variable: set inside a `with` block, gone after it, also after an exception, and invisible to
-other threads that use the same model at the same time.
+One `Call` a thread. Every scope sets some of it inside a `with` block and puts back what was there, also after an
+exception; other threads that use the same model at the same time see nothing of it. A thread-local and no context
+variable, because torch.compile cannot trace the latter.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from keepsight.errors import KeepsightError
 from keepsight.vismem.module import LowRankBank
+
+#: Keyword argument with which the decoder's layers are told the adapter, for gradient checkpointing.
+BANK = "keepsight_vismem_bank"
+#: (kind, latents [B, N, D]) -> latents of the same shape.
+Change = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass
 class Splice:
-    """Latents for one call of the input embedding.
+    """Latents for the calls of the input embedding.
 
     Attributes:
         mask: bool [B, T], true at memory positions.
         values: [n, D], the latents of those positions, row by row.
+        was_used: whether an embedding call took them.
     """
 
     mask: torch.Tensor
     values: torch.Tensor
+    was_used: bool = False
 
 
 @dataclass
@@ -42,113 +51,145 @@ class Watch:
     hidden: torch.Tensor | None = None
     vision_calls: list[dict[str, Any]] = field(default_factory=list)
 
+    def take_hidden(self) -> torch.Tensor:
+        """The hidden states of the call that has just been made.
 
-#: Only the base computes: adapters of every kind keep out (a memory is being formed).
-_base_only: ContextVar[bool] = ContextVar("keepsight_vismem_base_only", default=False)
-#: The low-rank updates in force in the decoder.
-_bank: ContextVar[LowRankBank | None] = ContextVar("keepsight_vismem_bank", default=None)
-_splice: ContextVar[Splice | None] = ContextVar("keepsight_vismem_splice", default=None)
-_watch: ContextVar[Watch | None] = ContextVar("keepsight_vismem_watch", default=None)
-_only_words: ContextVar[bool] = ContextVar("keepsight_vismem_only_words", default=False)
-_silent: ContextVar[bool] = ContextVar("keepsight_vismem_silent", default=False)
-#: What stands in for the memories that are formed.
-_change: ContextVar[Callable[[str, torch.Tensor], torch.Tensor] | None] = ContextVar(
-    "keepsight_vismem_change", default=None
-)
+        Raises:
+            KeepsightError: if none passed by, so that a memory would be formed from nothing, or from an older call.
+        """
+        hidden, self.hidden = self.hidden, None
+        if hidden is None:
+            raise KeepsightError(
+                "The model was called, and its decoder's hidden states (last_hidden_state of what get_decoder() "
+                "returns) did not pass by: a memory has nothing to be formed from. Call the decoder as a module."
+            )
+        return hidden
+
+
+class Call(threading.local):
+    """What is in force in one thread.
+
+    Attributes:
+        base_only: only the base computes, adapters of every kind keep out: a memory is being formed.
+        bank: the low-rank updates in force in the decoder; None outside a formation.
+        updates: which of them (layer, projection) were added since `bank` came into force.
+        again: a decoder layer is being computed again for its gradient.
+        splice: the latents that wait for the input embedding.
+        watch: where to record what passes by.
+        only_words: no special token is among the ids, so the embedding need not look for them.
+        change: what stands in for the memories that are formed.
+        ids: token ids of the embedding call in progress.
+        embedded: the input embedding was called since the model's call began.
+        scored: the head was called since the model's call began.
+    """
+
+    base_only: bool = False
+    bank: LowRankBank | None = None
+    updates: set[tuple[int, str]]  # set with `bank`
+    again: bool = False
+    splice: Splice | None = None
+    watch: Watch | None = None
+    only_words: bool = False
+    change: Change | None = None
+    ids: torch.Tensor | None = None
+    embedded: bool = False
+    scored: bool = False
+
+
+call = Call()
 
 
 @contextlib.contextmanager
-def _setting(variable: ContextVar[Any], value: Any) -> Iterator[Any]:
-    token = variable.set(value)
+def _setting(name: str, value: Any) -> Iterator[Any]:
+    before = getattr(call, name, None)
+    setattr(call, name, value)
     try:
         yield value
     finally:
-        variable.reset(token)
+        setattr(call, name, before)
 
 
 def base_only() -> contextlib.AbstractContextManager[bool]:
     """The base alone computes; PEFT layers of other adapters pass their base layer's output through."""
-    return _setting(_base_only, True)
+    return _setting("base_only", True)
 
 
-def low_rank(bank: LowRankBank) -> contextlib.AbstractContextManager[LowRankBank]:
-    """The decoder computes with the updates of `bank`."""
-    return _setting(_bank, bank)
+@contextlib.contextmanager
+def low_rank(bank: LowRankBank) -> Iterator[LowRankBank]:
+    """The decoder computes with the updates of `bank`.
+
+    Raises:
+        KeepsightError: if not all of them were added in the block: the memory would be the unadapted base's.
+    """
+    with _setting("bank", bank), _setting("updates", set()):
+        yield bank
+        if len(call.updates) != len(bank.updates):
+            raise KeepsightError(
+                f"{len(call.updates)} of the long-term former's {len(bank.updates)} low-rank updates were added while "
+                "the decoder ran: some attention projections are not called as modules, once per layer."
+            )
 
 
-def spliced(mask: torch.Tensor, values: torch.Tensor) -> contextlib.AbstractContextManager[Splice]:
-    """The next calls of the input embedding get latents at memory positions."""
-    return _setting(_splice, Splice(mask, values))
+@contextlib.contextmanager
+def spliced(mask: torch.Tensor, values: torch.Tensor) -> Iterator[Splice]:
+    """The calls of the input embedding in this block get latents at memory positions.
+
+    Raises:
+        KeepsightError: if there are latents, and no embedding call of the mask's shape took them.
+    """
+    with _setting("splice", Splice(mask, values)) as splice:
+        yield splice
+        if len(values) and not splice.was_used:
+            raise KeepsightError(
+                f"{len(values)} latents were given for ids of shape {tuple(mask.shape)}, and no call of the input "
+                "embedding (get_input_embeddings()) took them. Give the model input_ids of that shape, in this block."
+            )
 
 
 def watching() -> contextlib.AbstractContextManager[Watch]:
     """The hooks record what passes by."""
-    return _setting(_watch, Watch())
+    return _setting("watch", Watch())
 
 
 def only_words() -> contextlib.AbstractContextManager[bool]:
     """The caller knows that no special token is among the ids, so the embedding need not look for them."""
-    return _setting(_only_words, True)
+    return _setting("only_words", True)
 
 
-def are_only_words() -> bool:
-    """Whether the ids are known to hold no special token."""
-    return _only_words.get()
-
-
-def silent() -> contextlib.AbstractContextManager[bool]:
-    """The model is its base: no special tokens, no memory."""
-    return _setting(_silent, True)
-
-
-def replace_latents(
-    change: Callable[[str, torch.Tensor], torch.Tensor],
-) -> contextlib.AbstractContextManager[Callable[[str, torch.Tensor], torch.Tensor]]:
+def replace_latents(change: Change) -> contextlib.AbstractContextManager[Change]:
     """Other contents: whenever memories are formed, `change` says what is spliced in instead.
 
     Args:
         change: (kind, latents [B, N, D]) -> latents of the same shape.
     """
-    return _setting(_change, change)
-
-
-def current_change() -> Callable[[str, torch.Tensor], torch.Tensor] | None:
-    """What stands in for memories, or None."""
-    return _change.get()
+    return _setting("change", change)
 
 
 def is_base_only() -> bool:
     """Whether only the base computes."""
-    return _base_only.get()
+    return call.base_only
 
 
 def current_bank() -> LowRankBank | None:
     """The low-rank updates in force, or None (always, outside a formation)."""
-    return _bank.get()
+    return call.bank
 
 
 def current_splice() -> Splice | None:
     """The latents waiting for the input embedding."""
-    return _splice.get()
+    return call.splice
 
 
 def current_watch() -> Watch | None:
     """Where to record; None while a memory is being formed."""
-    return None if _base_only.get() else _watch.get()
-
-
-def is_silent() -> bool:
-    """Whether the memory keeps out altogether."""
-    return _silent.get()
+    return None if call.base_only else call.watch
 
 
 def enter_again(bank: LowRankBank) -> None:
     """Set the scope of a formation for a layer that is recomputed (gradient checkpointing); see `leave_again`."""
-    _base_only.set(True)
-    _bank.set(bank)
+    call.again, call.base_only, call.bank = True, True, bank
 
 
 def leave_again() -> None:
     """Undo `enter_again`."""
-    _base_only.set(False)
-    _bank.set(None)
+    call.again, call.base_only, call.bank = False, False, None

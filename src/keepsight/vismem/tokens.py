@@ -1,4 +1,4 @@
-"""The four special tokens: in the tokenizer, in the embedding, in the head, and out of the text.
+"""The four special tokens: in the embedding, in the head, and in sequences of ids.
 
 A memory in a sequence reads `<invoke> <end> <end> ... <end>`: N memory positions, which carry the end token's id and
 latent vectors instead of its embedding, then the end token itself. So a sequence holds ids of the tokenizer only, and
@@ -10,20 +10,12 @@ over the base's output, whether the base has spare rows at those ids or none, ti
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
 from keepsight.errors import KeepsightError
-
-
-@functools.lru_cache(maxsize=64)
-def id_tensor(ids: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Token ids on a device, copied there once."""
-    return torch.tensor(ids, device=device)
-
 
 SHORT, LONG = "short", "long"
 TYPES = (SHORT, LONG)
@@ -91,7 +83,7 @@ class TokenRows(nn.Module):
 
     def embed(self, ids: torch.Tensor, output: torch.Tensor, token_ids: list[int]) -> torch.Tensor:
         """Write the rows over the base's embeddings [..., D] of `ids` [...]."""
-        which = ids.unsqueeze(-1) == id_tensor(tuple(token_ids), ids.device)
+        which = torch.stack([ids == token for token in token_ids], -1)
         rows = self.embedding[which.to(torch.int8).argmax(-1)].to(output.dtype)
         return torch.where(which.any(-1, keepdim=True), rows, output)
 
@@ -105,11 +97,15 @@ class TokenRows(nn.Module):
         """
         bias = torch.stack([self.invoke_bias, torch.zeros_like(self.invoke_bias)], 1).flatten()
         own = (states.to(self.head.dtype) @ self.head.T + bias).to(logits.dtype)
-        missing = max(token_ids) + 1 - logits.shape[-1]
-        if missing > 0:
-            filler = logits.new_full((*logits.shape[:-1], missing), torch.finfo(logits.dtype).min)
-            logits = torch.cat([logits, filler], -1)
-        return logits.index_copy(-1, id_tensor(tuple(token_ids), logits.device), own)
+        pieces, start = [], 0
+        for column, token in sorted(enumerate(token_ids), key=lambda one: one[1]):
+            pieces.append(logits[..., start:token])
+            missing = token - start - pieces[-1].shape[-1]
+            if missing:  # ids between the base's last column and ours: no such tokens
+                pieces.append(logits.new_full((*logits.shape[:-1], missing), torch.finfo(logits.dtype).min))
+            pieces.append(own[..., column : column + 1])
+            start = token + 1
+        return torch.cat([*pieces, logits[..., start:]], -1)
 
 
 class MemoryTokens:
@@ -117,20 +113,32 @@ class MemoryTokens:
 
     Args:
         token_ids: short invoke, short end, long invoke, long end.
+
+    Raises:
+        KeepsightError: if there are not four.
     """
 
-    def __init__(self, token_ids: list[int]):
+    def __init__(self, token_ids: Sequence[int] | None):
+        if token_ids is None or len(token_ids) != 4:
+            raise KeepsightError(
+                f"token_ids={token_ids}: the ids of the four special tokens are not known yet. Call "
+                "add_memory_tokens(processor, config), or get_peft_model(model, config), first."
+            )
         self.ids = list(token_ids)
         self.invoke = {SHORT: token_ids[0], LONG: token_ids[2]}
         self.end = {SHORT: token_ids[1], LONG: token_ids[3]}
 
+    def invoked(self, token: int) -> str | None:
+        """The type whose invocation token an id is, if it is one."""
+        return next((kind for kind, own in self.invoke.items() if own == token), None)
+
     def memory_mask(self, ids: torch.Tensor) -> torch.Tensor:
         """Bool, true at all positions of memories in whole sequences: invocation, latents, end. Shape as `ids`."""
-        return torch.isin(ids, id_tensor(tuple(self.ids), ids.device))
+        return _is_one_of(ids, self.ids)
 
     def end_mask(self, ids: torch.Tensor) -> torch.Tensor:
         """Bool, true at end tokens' ids. Shape as `ids`."""
-        return torch.isin(ids, id_tensor(tuple(self.end.values()), ids.device))
+        return _is_one_of(ids, self.end.values())
 
     def latent_mask(self, ids: torch.Tensor) -> torch.Tensor:
         """Bool [B, T], true where whole sequences [B, T] hold latents: end tokens before another end token."""
@@ -138,113 +146,9 @@ class MemoryTokens:
         return torch.cat([ends[:, :-1] & ends[:, 1:], ends[:, -1:] & False], 1)
 
 
-def add_memory_tokens(processor: Any, target: Any) -> dict[str, int]:
-    """Add the four special tokens to a processor (or tokenizer), and tell the memory their ids.
-
-    Call it before `get_peft_model`, with the config, or after it, with the model; save the processor beside the
-    adapter (`processor.save_pretrained(folder)`), and `keepsight.load` finds it there. Calling it again changes
-    nothing.
-
-    Args:
-        processor: the model's processor or tokenizer; changed in place.
-        target: a `VisMemConfig`, or a model that carries a VisMem adapter.
-
-    Returns:
-        Token -> id.
-
-    Raises:
-        KeepsightError: if the tokens stand in the tokenizer under other ids than the memory was trained with.
-    """
-    from keepsight.vismem.config import VisMemConfig
-
-    tokenizer = getattr(processor, "tokenizer", processor)
-    branch, names = None, None
-    if isinstance(target, VisMemConfig):
-        configs = [target]
-    else:
-        from keepsight.vismem.tuner import VisMemBranch
-
-        branch = VisMemBranch.of(target)
-        configs = list(branch.configs.values())
-    for config in configs:
-        if names is not None and names != config.token_names:
-            raise KeepsightError("The model's VisMem adapters name their tokens differently; load them on two models.")
-        names = config.token_names
-    assert names is not None
-    tokenizer.add_tokens(list(names), special_tokens=True)
-    ids = [int(i) for i in tokenizer.convert_tokens_to_ids(list(names))]
-    delimiters = find_delimiters(tokenizer, configs[0].delimiters)
-    is_new = not all(config.has_bound_tokens for config in configs)
-    for config in configs:
-        if config.has_bound_tokens and config.token_ids != ids:
-            raise KeepsightError(
-                f"The memory was made with token ids {config.token_ids}; this tokenizer gives its tokens {ids}. Use "
-                "the processor that was saved with the adapter."
-            )
-        config.token_ids, config.delimiter_ids = ids, delimiters
-    if branch is not None and is_new:
-        branch.restart_rows()
-    return dict(zip(names, ids, strict=True))
-
-
-def find_delimiters(tokenizer: Any, delimiters: list[str]) -> list[int]:
-    """Ids of the tokens that are delimiters, alone or with white space; the first is the first delimiter's own.
-
-    Raises:
-        KeepsightError: if the tokenizer has a token for none of them.
-    """
-    special = set(tokenizer.all_special_ids)
-    found = []
-    for text, index in tokenizer.get_vocab().items():
-        if index in special or len(text) > 8:
-            continue
-        plain = tokenizer.convert_tokens_to_string([text])
-        if plain.strip() in delimiters or (plain and plain in delimiters):
-            found.append(int(index))
-    if not found:
-        raise KeepsightError(f"The tokenizer has no token for any of the delimiters {delimiters}.")
-    first = tokenizer.encode(delimiters[0], add_special_tokens=False)
-    return sorted(found, key=lambda index: ([index] != first[-1:], index))  # a tokenizer may have nothing for it
-
-
-def decode(processor: Any, sequences: Any, target: Any, show_memory: bool = False, **kwargs: Any) -> list[str]:
-    """Decode sequences to text.
-
-    Args:
-        processor: a processor or tokenizer.
-        sequences: ids [B, T], or an output of `generate`.
-        target: the model that carries the VisMem adapter, or its config.
-        show_memory: write a memory as its invocation token, a count of latents, and its end token. By default
-            memories are left out.
-        kwargs: for the tokenizer's `decode`.
-    """
-    from keepsight.vismem.config import VisMemConfig
-    from keepsight.vismem.tuner import VisMemBranch
-
-    config = target if isinstance(target, VisMemConfig) else VisMemBranch.of(target).config
-    tokens, names = MemoryTokens(config.token_ids or []), config.token_names
-    tokenizer = getattr(processor, "tokenizer", processor)
-    ids = sequences if torch.is_tensor(sequences) else getattr(sequences, "sequences", sequences)
-    texts = []
-    for row in torch.as_tensor(ids):
-        if not show_memory:
-            texts.append(tokenizer.decode(row[~tokens.memory_mask(row)], **kwargs))
-            continue
-        latents = tokens.latent_mask(row[None])[0].tolist()
-        pieces: list[str] = []
-        plain: list[int] = []
-        count = 0
-        for index, is_latent in zip(row.tolist(), latents, strict=True):
-            if is_latent:
-                count += 1
-            elif index in tokens.ids:
-                pieces += [tokenizer.decode(plain, **kwargs)] if plain else []
-                plain = []
-                name = names[tokens.ids.index(index)]
-                pieces.append(f"[{count} latents]{name}" if count else name)
-                count = 0
-            else:
-                plain.append(index)
-        pieces += [tokenizer.decode(plain, **kwargs)] if plain else []
-        texts.append("".join(pieces))
-    return texts
+def _is_one_of(ids: torch.Tensor, tokens: Iterable[int]) -> torch.Tensor:
+    """As `torch.isin`, without a tensor of the tokens, which would have to be copied to the device every time."""
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for token in tokens:
+        found = found | (ids == token)
+    return found

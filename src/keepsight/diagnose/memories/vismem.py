@@ -17,10 +17,11 @@ from keepsight.backbone import Backbone
 from keepsight.diagnose.memories.interface import Inputs, Memory, Placed, Plan
 from keepsight.diagnose.memories.invoked import active_latent_memory, forced
 from keepsight.diagnose.memories.tampering import Contents
+from keepsight.peft_method import memory_off
 from keepsight.vismem import MemoryPolicy, splice
 from keepsight.vismem import scope as vismem_scope
 from keepsight.vismem.memory import Formation, Sight, read_sights
-from keepsight.vismem.tokens import LONG, SHORT, TYPES, MemoryTokens
+from keepsight.vismem.tokens import LONG, SHORT, TYPES
 
 if TYPE_CHECKING:
     from keepsight.diagnose.reader import Reader
@@ -53,7 +54,7 @@ class VisMemHandle:
         self.backbone, self.config = Backbone.of(model), branch.config
         self.layers: list[int] = []
         self.sizes = {SHORT: self.config.num_short, LONG: self.config.num_long}
-        self.tokens = MemoryTokens(branch.config.token_ids or [])
+        self.tokens = branch.tokens
         memory = branch.active
         banks = ((SHORT, memory.short_bank), (LONG, memory.long_bank))
         self.trained = tuple(name for name, bank in banks if not bank.is_untrained)
@@ -70,7 +71,7 @@ class VisMemHandle:
 
     def off(self) -> AbstractContextManager[Any]:
         """See `Memory.off`."""
-        return vismem_scope.silent()
+        return memory_off(self.branch)
 
     def single_types(self) -> dict[str, Memory]:
         """See `Memory.single_types`; a handle that was made for one type has none."""

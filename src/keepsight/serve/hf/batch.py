@@ -31,7 +31,6 @@ from keepsight.serve.hf.latent import LatentMemories
 from keepsight.serve.hf.rows import Job, Row
 from keepsight.serve.hf.sampling import log_probs
 from keepsight.serve.text import TextStream
-from keepsight.vismem import scope as vismem_scope
 
 
 @contextlib.contextmanager
@@ -40,7 +39,7 @@ def memories(model: Any, on: bool) -> Iterator[None]:
     if on:
         yield
         return
-    with memory_off(model), vismem_scope.silent():
+    with memory_off(model):
         yield
 
 
@@ -134,7 +133,7 @@ class Batch:
                     do_sample=bool(generation_config.do_sample),
                     generator=torch.Generator().manual_seed(seed),
                     ends=frozenset() if ends is None else frozenset(ends.flatten().tolist()),
-                    latent=None if self.latent is None else self.latent.copy(latent),
+                    latent=None if latent is None else LatentMemories.copy(latent),
                 )
             )
         self.logits = output.logits[:, -1].to(torch.float32, copy=True)

@@ -28,7 +28,7 @@ def next_tokens(rows: list[Row], logits: torch.Tensor, latent: LatentMemories | 
     """
     scores = logits
     if latent is not None:
-        scores = latent.constrained(logits, torch.cat([latent.allowed(row) for row in rows]))
+        scores = latent.constrained(logits, latent.allowed(rows))
     tokens = [0] * len(rows)
     best: dict[int, torch.Tensor] = {}  # row -> its scores [1, V], where the likeliest token is taken
     for i, row in enumerate(rows):
@@ -38,7 +38,7 @@ def next_tokens(rows: list[Row], logits: torch.Tensor, latent: LatentMemories | 
             own = scores[i : i + 1]
             if row.processors:
                 seen = row.seen(scores.device)
-                own = row.processors(seen if latent is None else latent.hidden(seen), own.clone())
+                own = row.processors(seen if latent is None else latent.seen(row, seen), own.clone())
             if row.do_sample:
                 tokens[i] = draw(own, row.generator)
             else:

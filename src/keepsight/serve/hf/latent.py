@@ -1,7 +1,6 @@
-"""VisMem in a batch whose rows come and go: the decoder of `model.generate`, asked row by row.
+"""VisMem in a batch whose rows come and go.
 
-`MemoryDecoder` decides for rows that began together and share one length. Here every row has a length and a limit of
-its own, so whatever depends on them is asked for one row at a time; forming, inserting and splicing are its own.
+`MemoryWriter` decides for any rows; here every row has a length and a limit of its own, and its state in `Row.latent`.
 """
 
 from __future__ import annotations
@@ -13,58 +12,62 @@ from typing import Any
 
 import torch
 
-from keepsight.backbone import Backbone
 from keepsight.serve.errors import ApiError
 from keepsight.serve.hf.rows import Invocation, Row
-from keepsight.vismem import scope
-from keepsight.vismem.decoding import MemoryDecoder, _Row
-from keepsight.vismem.memory import Sight
-from keepsight.vismem.policy import MemoryPolicy
-from keepsight.vismem.tokens import MemoryTokens
-from keepsight.vismem.tuner import BRANCH
+from keepsight.vismem import MemoryPolicy, VisMemBranch, scope
+from keepsight.vismem.memory import Sight, read_sights
 from keepsight.vismem.vision import Patches
+from keepsight.vismem.writer import MemoryWriter, RowState
 
 
-class LatentMemories(MemoryDecoder):
-    """The latent memories of the rows of one batch. Each row keeps its own state in `Row.latent`."""
+class LatentMemories:
+    """The latent memories of the rows of one batch.
+
+    Args:
+        writer: decides what comes next in a row.
+    """
+
+    def __init__(self, writer: MemoryWriter):
+        self.writer, self.tokens, self.policy = writer, writer.tokens, writer.policy
+        self._watch: scope.Watch | None = None
 
     @classmethod
-    def of(cls, model: Any) -> LatentMemories | None:
-        """For a model, if it carries a VisMem that its own policy does not switch off."""
-        branch = getattr(Backbone.of(model).decoder, BRANCH, None)
+    def of(cls, model: Any, policy: MemoryPolicy | None = None) -> LatentMemories | None:
+        """For a model, if it carries a VisMem that its own policy (or the given one) does not switch off."""
+        branch = VisMemBranch.find(model)
         if branch is None or branch.active is None:
             return None
-        policy = MemoryPolicy.of(None, branch.config)
-        return None if policy.name == "off" else cls(branch, policy, MemoryTokens(branch.config.token_ids), {})
+        policy = MemoryPolicy.of(policy, branch.config)
+        return None if policy.name == "off" else cls(MemoryWriter(branch, policy))
 
     def fresh(self) -> LatentMemories:
         """The same for another batch."""
-        return LatentMemories(self.branch, self.policy, self.tokens, {})
+        return LatentMemories(self.writer)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """While the model is called: notes what memories are formed from."""
-        with scope.watching() as watch:
-            self.watch = watch
+        with scope.watching() as self._watch:
             try:
                 yield
             finally:
-                self.watch = None
+                self._watch = None
 
-    def start(self, inputs: dict[str, torch.Tensor], input_ids: torch.Tensor) -> Any:
-        """The state of one row [1, T] whose prompt has just been read."""
-        self.arguments = inputs
-        (state,) = self._start(input_ids, 1)
-        self.arguments = {}  # pixels are not kept
-        return state
+    def start(self, inputs: dict[str, torch.Tensor], input_ids: torch.Tensor) -> RowState:
+        """The state of one row [1, T] whose prompt has just been read, inside `watching`."""
+        assert self._watch is not None
+        calls, hidden = self._watch.vision_calls, self._watch.take_hidden()
+        (sight,) = read_sights(self.writer.branch.backbone, calls, input_ids, hidden, inputs)
+        calls.clear()
+        return RowState(sight, plan=dict(self.policy.plan(0)))
 
-    def blank(self, has_image: bool) -> Any:
+    def blank(self, has_image: bool) -> RowState:
         """The state of a row whose prompt has not been read yet; what it sees is filled in when a memory needs it."""
         patches = Patches(torch.empty(0, 0), (), (), None, (0, 0)) if has_image else None
-        return _Row(Sight(torch.empty(0, 0), patches), plan=dict(self.policy.plan(0)))
+        return RowState(Sight(torch.empty(0, 0), patches), plan=dict(self.policy.plan(0)))
 
     @staticmethod
-    def copy(state: Any) -> Any:
+    def copy(state: RowState) -> RowState:
         """The same for another answer to the same prompt, which shares what was seen."""
         return replace(state, queue=[], text=[], invocations=[], plan={})
 
@@ -80,13 +83,13 @@ class LatentMemories(MemoryDecoder):
             return
         before = {id(row): len(row.latent.invocations) for row in waiting}
         try:
-            self._form_waiting([row.latent for row in waiting], 0)
+            self.writer.form([row.latent for row in waiting])
         except Exception:
             for row in waiting:
                 if row.latent.waiting is None:
                     continue
                 try:
-                    self._form_waiting([row.latent], 0)
+                    self.writer.form([row.latent])
                 except Exception as error:
                     row.error = ApiError(500, f"A memory could not be formed ({type(error).__name__}).")
         for row in waiting:
@@ -98,9 +101,10 @@ class LatentMemories(MemoryDecoder):
                 )
             row.latent.invocations.clear()  # latents and states are not kept beyond the cache
 
-    def allowed(self, row: Row) -> torch.Tensor:
-        """Bool [1, 2]: whether the row may invoke each type now."""
-        return self._allowed([row.latent], len(row.ids), row.job.prompt_tokens + row.job.sampling.max_tokens)
+    def allowed(self, rows: list[Row]) -> torch.Tensor:
+        """Bool [B, 2]: whether each row may invoke each type now."""
+        rooms = [row.job.prompt_tokens + row.job.sampling.max_tokens - len(row.ids) for row in rows]
+        return self.writer.allowed([row.latent for row in rows], rooms)
 
     @staticmethod
     def is_inserting(row: Row) -> bool:
@@ -109,26 +113,25 @@ class LatentMemories(MemoryDecoder):
 
     def constrained(self, logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] without what cannot be chosen: end tokens, and invocations that are not allowed."""
-        return self._constrained(logits, allowed)
+        return self.writer.constrained(logits, allowed)
 
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids [1, T] as logits processors see them: memory is no text."""
-        return self._hidden(ids, None)
+    def seen(self, row: Row, ids: torch.Tensor) -> torch.Tensor:
+        """A row's ids [1, T] as logits processors see them: memory is no text."""
+        return self.writer.seen(ids, row.job.prompt_tokens) if row.latent.count else ids
 
     def next(self, rows: list[Row], chosen: list[int]) -> tuple[list[list[int]], list[list[Any]]]:
         """The next positions of all rows, equally many: ids, and latents where there are any."""
-        allowed = []
         for row in rows:
-            allowed.append(self.allowed(row))
             draws = self.policy.name == "random" and not self.is_inserting(row)
-            row.latent.draws = torch.rand(1, 3, generator=row.generator) if draws else None
-        ids, latents, _ = self._next([row.latent for row in rows], chosen, torch.cat(allowed), None, 0)
+            row.latent.draws = torch.rand(2, generator=row.generator).tolist() if draws else None
+        ids, latents, _ = self.writer.next([row.latent for row in rows], chosen, self.allowed(rows))
         return ids, latents
 
     def feeding(self, ids: list[list[int]], latents: list[list[Any]]) -> contextlib.AbstractContextManager[Any]:
         """The scope of the model call that is given these positions."""
-        return self._given(ids, latents, self.branch.weight.device)
+        return self.writer.feeding(ids, latents, self.writer.branch.weight.device)
 
     def remember(self, rows: list[Row], ids: list[list[int]], latents: list[list[Any]]) -> None:
         """Collect the text states of what has just been fed. Call it inside `watching`."""
-        self._remember([row.latent for row in rows], ids, latents)
+        assert self._watch is not None
+        self.writer.remember([row.latent for row in rows], ids, latents, self._watch.take_hidden())

@@ -20,10 +20,10 @@ class Invocation:
 
     Attributes:
         kind: "short" or "long": what was formed.
-        invoked_as: the token that was written; differs under policy "reversed".
+        invoked_as: the type that was asked for; differs under policy "reversed".
         text_offset: characters of the answer before it.
         latents: N.
-        was_sampled: the model chose it itself.
+        was_sampled: the model asked for it itself.
     """
 
     kind: str

@@ -8,7 +8,7 @@ from typing import Any
 
 from keepsight.backbone import Backbone
 from keepsight.pvm.branch import PvmBranch
-from keepsight.vismem.tuner import BRANCH as LATENT
+from keepsight.vismem import VisMemBranch
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Served:
         memories = []
         if any(isinstance(module, PvmBranch) and module.active_blocks for module in model.modules()):
             memories.append("pvm")
-        latent = getattr(backbone.decoder, LATENT, None)
+        latent = VisMemBranch.find(model)
         names: list[str] = []
         if latent is not None and latent.active is not None:
             memories.append("vismem")

@@ -1,4 +1,4 @@
-"""What vLLM's sampler may choose beside latent memories: `MemoryDecoder`'s rules, said ahead for a whole request.
+"""What vLLM's sampler may choose beside latent memories: `MemoryWriter`'s rules, said ahead for a whole request.
 
 Runs inside vLLM, one instance per engine, per request told by `SamplingParams.extra_args["keepsight"]`.
 """
@@ -22,7 +22,7 @@ class MemoryLimits(AdapterLogitsProcessor):
     A request says, under `KEY`:
 
         never        ids that are never chosen
-        until        [id, n]: may be one of the first n tokens of this request, and none after
+        while        [id, first, end]: may be a token of this request from number `first` (from 0) to before `end`
         prompt       length of the prompt proper; what follows in this request's prompt is the answer so far
         words        ids below this are text
         repetition, frequency, presence   penalties, as transformers and OpenAI know them
@@ -41,7 +41,9 @@ class MemoryLimits(AdapterLogitsProcessor):
         def limit(prompt_ids: list[int], output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
             if told["repetition"] != 1 or told["frequency"] or told["presence"]:
                 _penalise(logits, told, prompt_ids, output_ids)
-            banned = told["never"] + [token for token, most in told["until"] if len(output_ids) >= most]
+            banned = told["never"] + [
+                token for token, first, end in told["while"] if not first <= len(output_ids) < end
+            ]
             logits[banned] = -torch.inf
             return logits
 

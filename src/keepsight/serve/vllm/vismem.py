@@ -7,7 +7,7 @@ it, as prompt embeddings. vLLM's prefix cache keeps the rest from being computed
     vLLM      prompt ........... <invoke>            prompt ... <invoke> latents <end> ........... <eos>
     beside it                    reads the same, forms the memory
 
-When memory is invoked, how often, and what may be chosen is `MemoryDecoder`'s business, as on the Hugging Face path:
+When memory is invoked, how often, and what may be chosen is `MemoryWriter`'s business, as on the Hugging Face path:
 every token that vLLM writes goes through `LatentMemories.next`, and what it would forbid, `MemoryLimits` forbids in
 vLLM's sampler.
 """
@@ -33,10 +33,6 @@ from keepsight.serve.text import TextStream
 from keepsight.serve.vllm.check import UnsupportedVllmError
 from keepsight.vismem.policy import MemoryPolicy
 from keepsight.vismem.tokens import TYPES
-
-#: Stands for the states of text that nobody has read yet: the policy asks only whether there is any.
-_UNREAD = torch.empty(0, 0)
-
 
 #: vLLM's own limit, and OpenAI's.
 _MOST_LOGPROBS = 20
@@ -78,10 +74,10 @@ class VllmBatch:
 
     def __init__(self, llm: Any, vocabulary: int, model: Any, tokenizer: Any, policy: MemoryPolicy | None = None):
         self.llm, self.vocabulary, self.model, self.tokenizer = llm, vocabulary, model, tokenizer
-        latent = LatentMemories.of(model)
+        latent = LatentMemories.of(model, policy)
         if latent is None:
             raise KeepsightError("This model carries no VisMem that is on; vLLM alone serves it.")
-        self.latent = latent if policy is None else LatentMemories(latent.branch, policy, latent.tokens, {})
+        self.latent = latent
         self.config = Backbone.of(model).model.generation_config
         self.answers: list[Answer] = []
         self._names = itertools.count()
@@ -177,7 +173,7 @@ class VllmBatch:
         options = sampling.options(config)
         told = {
             "never": [*self._outer] if row.latent is None else self._never(),
-            "until": [] if row.latent is None else self._until(row),
+            "while": [] if row.latent is None else self._while(row),
             "prompt": row.job.prompt_tokens,
             "words": self.vocabulary,
             "repetition": config.repetition_penalty or 1.0,
@@ -204,22 +200,22 @@ class VllmBatch:
         )
 
     def _never(self) -> list[int]:
-        admitted = [self.latent.tokens.invoke[kind] for kind in TYPES if self.latent.policy.admits(kind)]
+        admitted = [self.latent.tokens.invoke[kind] for kind in TYPES if self.latent.writer.policy.admits(kind)]
         return [inner for token, inner in self._inner.items() if token not in admitted] + self._hidden
 
-    def _until(self, row: Row) -> list[list[int]]:
-        """For how many tokens each type may be invoked: asked of the policy, length by length; it only ever says no
-        from some length on."""
-        most = row.job.prompt_tokens + row.job.sampling.max_tokens
-        lengths = range(len(row.ids), most + 1)
-        return [
-            [
-                self._inner[self.latent.tokens.invoke[kind]],
-                next((n for n, at in enumerate(lengths) if not self.latent._can(row.latent, kind, at, most)), 0),
-            ]
-            for kind in TYPES
-            if self.latent.policy.admits(kind)
-        ]
+    def _while(self, row: Row) -> list[list[int]]:
+        """[id, first, end]: from which to before which token of this request each type may be invoked. Asked of the
+        writer, which never allows it before so many words, and never again once there is no room."""
+        writer, room = self.latent.writer, row.room
+        found = []
+        for kind in TYPES:
+            if not writer.policy.admits(kind):
+                continue
+            since = row.latent.since
+            first = next((n for n in range(room + 1) if writer.may_follow(row.latent, since + n)), room + 1)
+            end = next((n for n in range(room + 1) if not writer.has_room(row.latent, kind, room - n)), room + 1)
+            found.append([self._inner[writer.tokens.invoke[kind]], first, end])
+        return found
 
     # One step
 
@@ -276,7 +272,6 @@ class VllmBatch:
             row.write(ids, lambda _: False, lambda _: self._entry(token, told, row))
         else:
             ((ids,), _) = self.latent.next([row], [token])
-            row.latent.text = [_UNREAD]
             row.write(ids, self.latent.is_memory, lambda _: self._entry(token, told, row))
         row.ids += ids
 

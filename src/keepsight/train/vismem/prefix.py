@@ -6,7 +6,8 @@ begin with the same keys and values, the image's among them: prompt and image ar
 trajectory and pass, and no gradient runs through them.
 
 Not where the policy itself is trained, nor under gradient checkpointing (which takes no cache), nor on models with
-linear attention, whose state cannot be gone on from by several positions at once: there, whole sequences are read.
+linear attention, whose state cannot be gone on from by several positions at once, nor beside a visual memory, whose own
+states in the cache are not keys and values of the decoder: there, whole sequences are read.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import DynamicCache
 
 from keepsight.backbone import Backbone
 from keepsight.compat import cache_argument, find_output_cache
+from keepsight.errors import KeepsightError
+from keepsight.pvm import PvmConfig
 from keepsight.train.vismem.rollout import Prompt
+from keepsight.vismem.sequences import pad_left
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,27 @@ class Prefixes:
     Args:
         model: carries VisMem; in eval mode.
         prompts: model inputs of one row each.
+
+    Raises:
+        KeepsightError: if the model's prompts cannot be gone on from.
     """
 
     def __init__(self, model: Any, prompts: Sequence[Prompt]):
+        if not self.can_read(model):
+            raise KeepsightError(
+                "Keys and values alone do not stand for a prompt of this model: it has linear attention, or carries a "
+                "PVM beside the latent memory. Leave prefixes out: log_probs(..., prefixes=None) reads whole sequences."
+            )
         self.model, self.prompts = model, prompts
         self._kept: dict[int, Prefix] = {}
 
     @staticmethod
     def can_read(model: Any) -> bool:
         """Whether a model's prompts can be gone on from."""
-        return all(Backbone.has_softmax_attention(layer) for layer in Backbone.of(model).layers)
+        backbone = Backbone.of(model)
+        others = getattr(backbone.model, "peft_config", {}).values()
+        has_pvm = any(isinstance(config, PvmConfig) for config in others)
+        return not has_pvm and all(Backbone.has_softmax_attention(layer) for layer in backbone.layers)
 
     def take(self, rows: Sequence[int]) -> list[Prefix]:
         """The prefixes of some rows' prompts."""
@@ -100,7 +114,7 @@ def continued(model: Any, prefixes: Sequence[Prefix], ids: torch.Tensor, valid: 
     longest, device = max(prefix.length for prefix in prefixes), ids.device
     cache = DynamicCache()
     for layer in range(len(prefixes[0].states)):
-        cache.update(*(torch.cat([_left(p.states[layer][i], longest) for p in prefixes]) for i in (0, 1)), layer)
+        cache.update(*(torch.cat([pad_left(p.states[layer][i], longest, 2) for p in prefixes]) for i in (0, 1)), layer)
     before = torch.tensor([prefix.length for prefix in prefixes], device=device)[:, None]
     seen = torch.arange(longest, device=device) >= longest - before
     own = torch.cat([valid.new_ones(len(ids), 1), valid], 1)
@@ -115,8 +129,3 @@ def continued(model: Any, prefixes: Sequence[Prefix], ids: torch.Tensor, valid: 
         "use_cache": True,
         **cache_argument(model, cache),
     }
-
-
-def _left(states: torch.Tensor, length: int) -> torch.Tensor:
-    """Zeros before [1, H, P, d], up to `length` positions."""
-    return F.pad(states, (0, 0, length - states.shape[2], 0))

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from keepsight.backbone import Backbone
 from keepsight.train.vismem.grpo import token_log_probs
@@ -20,7 +19,8 @@ from keepsight.train.vismem.prefix import Prefixes, continued
 from keepsight.train.vismem.rollout import Prompt, Trajectory, banned_ids, is_tokenwise, padding_id, stack_prompts
 from keepsight.vismem import VisMemBranch, splice
 from keepsight.vismem.memory import Formation, Sight
-from keepsight.vismem.tokens import TYPES, MemoryTokens
+from keepsight.vismem.sequences import pad_right
+from keepsight.vismem.tokens import TYPES
 
 
 def recorded_latents(model: Any, trajectories: Sequence[Trajectory]) -> torch.Tensor:
@@ -89,7 +89,7 @@ def log_probs(
         logits = model(**inputs, logits_to_keep=length + 1).logits[:, :-1]
     ids, chosen = inputs["input_ids"][:, -length:], chosen_mask(trajectories).to(base.device)
     admitted = pad_right([t.admitted for t in trajectories])
-    tokens = MemoryTokens(VisMemBranch.of(model).config.token_ids or [])
+    tokens = VisMemBranch.of(model).tokens
     switched = [tokens.invoke[kind] for kind in TYPES]
     each = token_log_probs(logits / temperature, ids, banned_ids(model), switched, admitted)
     return torch.where(chosen, each, torch.zeros_like(each))
@@ -107,7 +107,7 @@ def log_probs_without_memory(
     This is the reference of stage I: the model as it is without us. Positions as in `log_probs`; chosen invocation
     tokens, which that model cannot write, are 0.
     """
-    tokens = MemoryTokens(VisMemBranch.of(model).config.token_ids or [])
+    tokens = VisMemBranch.of(model).tokens
     keep = [~tokens.memory_mask(t.ids) for t in trajectories]
     plain = [
         dataclasses.replace(
@@ -146,9 +146,3 @@ def completions(trajectories: Sequence[Trajectory], pad: int) -> tuple[torch.Ten
 def chosen_mask(trajectories: Sequence[Trajectory]) -> torch.Tensor:
     """Bool [n, T], where the model chose."""
     return pad_right([t.chosen for t in trajectories])
-
-
-def pad_right(rows: Sequence[torch.Tensor], value: int = 0) -> torch.Tensor:
-    """Rows [T_i, ...] as one tensor [n, T, ...]."""
-    longest = max(len(row) for row in rows)
-    return torch.stack([F.pad(r, (0, 0) * (r.ndim - 1) + (0, longest - len(r)), value=value) for r in rows])

@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightWarning
-from keepsight.vismem import Invocation, MemoryPolicy, Replay, VisMemBranch
-from keepsight.vismem.tokens import LONG, SHORT, TYPES, MemoryTokens
+from keepsight.vismem import Invocation, MemoryPolicy, Replay, RolloutOptions, VisMemBranch
+from keepsight.vismem.policy import NO_MEMORY
+from keepsight.vismem.sequences import WordLimit, pad_left
+from keepsight.vismem.tokens import LONG, SHORT, TYPES
 
 #: Model inputs of one conversation: `input_ids` [1, T] and what belongs to it.
 Prompt = Mapping[str, torch.Tensor]
-#: Draws nothing, writes what it is told, and never invokes.
-NO_MEMORY = MemoryPolicy("forced", at={})
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,11 @@ class Trajectory:
     @property
     def words(self) -> int:
         """Tokens of text that the model chose."""
-        return int(self.chosen.sum()) - sum(invocation.was_sampled for invocation in self.invocations)
+        return int(self.chosen.sum()) - sum(int(self.chosen[i.position]) for i in self.invocations)
 
     def count(self, kind: str) -> int:
         """How many memories of a type it holds."""
         return sum(invocation.kind == kind for invocation in self.invocations)
-
-
-class _WordLimit(StoppingCriteria):
-    """Stops a row after so many tokens of text, its memories not counted."""
-
-    def __init__(self, tokens: MemoryTokens, prompt: int, limit: int):
-        self.tokens, self.prompt, self.limit = tokens, prompt, limit
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        words = ~self.tokens.memory_mask(input_ids[:, self.prompt :])
-        return words.sum(1) >= self.limit
 
 
 def row_seed(*parts: Any) -> int:
@@ -92,7 +81,7 @@ def banned_ids(model: Any) -> tuple[int, ...]:
     A placeholder in the text would be taken for an image whose pixels are missing.
     """
     branch = VisMemBranch.of(model)
-    return (*branch.backbone.visual_token_ids(), *MemoryTokens(branch.config.token_ids or []).end.values())
+    return (*branch.backbone.visual_token_ids(), *branch.tokens.end.values())
 
 
 def stack_prompts(prompts: Sequence[Prompt], pad: int) -> dict[str, torch.Tensor]:
@@ -109,7 +98,7 @@ def stack_prompts(prompts: Sequence[Prompt], pad: int) -> dict[str, torch.Tensor
         values = [prompt[name] for prompt in prompts if name in prompt]
         if is_tokenwise(name, prompts):
             values = [prompt.get(name, torch.zeros_like(prompt["input_ids"])) for prompt in prompts]
-            values = [F.pad(v, (longest - v.shape[1], 0), value=pad if name == "input_ids" else 0) for v in values]
+            values = [pad_left(v, longest, 1, pad if name == "input_ids" else 0) for v in values]
         elif values[0].ndim == 5:  # LLaVA: [images, tiles, 3, H, W], with as many tiles as the largest image has
             tiles = max(v.shape[1] for v in values)
             values = [F.pad(v, (0,) * 6 + (0, tiles - v.shape[1])) for v in values]
@@ -140,14 +129,15 @@ def sample(
 ) -> list[Trajectory]:
     """Write trajectories, with KV cache, in batches. A prompt is read once for all its copies in a batch.
 
-    Drawn from the model's whole distribution at `temperature`: whatever the model's generation config says of top-k,
-    top-p or penalties is left out, since the log-probabilities in training know nothing of it.
+    Drawn from the model's whole distribution at `temperature`: what the model's generation config says of top-k, top-p
+    and repetition is left out, since the log-probabilities in training know nothing of it, and whatever else in it
+    would change the distribution (a typical_p, a sequence_bias ...) is an error that names it.
 
     Args:
         model: carries VisMem; in eval mode.
         prompts: model inputs of one row each.
         seeds: one per trajectory: `len(prompts) * copies`.
-        policy: when memory is invoked. Its `seeds`, `replay`, `copies` and `shadows` are set here.
+        policy: when memory is invoked.
         copies: trajectories per prompt, next to each other in the result.
         max_words: longest text, in tokens; memories do not count.
         temperature: of sampling.
@@ -162,14 +152,14 @@ def sample(
     limit = rows_per_call or len(seeds)
     found: list[Trajectory] = []
     for some, rows, count in _calls(len(prompts), copies, limit):
-        own = dataclasses.replace(
-            policy,
+        options = RolloutOptions(
             seeds=list(seeds[rows]),
             replay=None if replays is None else list(replays[rows]),
             shadows=None if shadow_seeds is None else list(shadow_seeds[rows]),
             copies=count,
+            plain=True,
         )
-        found += _call(model, prompts[some], own, max_words, temperature, some.start, with_log_probs)
+        found += _call(model, prompts[some], policy, options, max_words, temperature, some.start, with_log_probs)
     return found
 
 
@@ -192,13 +182,14 @@ def _call(
     model: Any,
     prompts: Sequence[Prompt],
     policy: MemoryPolicy,
+    options: RolloutOptions,
     words: int,
     temperature: float,
     first: int,
     with_log_probs: bool,
 ) -> list[Trajectory]:
     branch, base = VisMemBranch.of(model), Backbone.of(model).model
-    config, tokens = branch.config, MemoryTokens(branch.config.token_ids or [])
+    config, tokens = branch.config, branch.tokens
     pad = padding_id(base)
     inputs = {n: v.to(base.device) for n, v in stack_prompts(prompts, pad).items()}
     length = inputs["input_ids"].shape[1]
@@ -207,13 +198,16 @@ def _call(
     with warnings.catch_warnings():
         # A memory in training is untrained at first; `generate` warns of it at every call.
         warnings.filterwarnings("ignore", message=".*never trained", category=KeepsightWarning)
+        # A policy in training loops at first; the settings and the metrics tell how often it invokes.
+        warnings.filterwarnings("ignore", message="An invocation loop", category=KeepsightWarning)
         out = model.generate(
             **inputs,
             memory=policy,
+            rollout=options,
             num_return_sequences=1,
             max_new_tokens=room,
             min_new_tokens=0,
-            stopping_criteria=StoppingCriteriaList([_WordLimit(tokens, length, words)]),
+            stopping_criteria=StoppingCriteriaList([WordLimit(tokens, length, words)]),
             suppress_tokens=list(branch.backbone.visual_token_ids()),
             do_sample=True,
             temperature=temperature,
@@ -237,8 +231,8 @@ def _call(
         invocations = [dataclasses.replace(i, position=i.position - length) for i in out.invocations[row]]
         chosen, admitted = out.sampled[row, :end], out.allowed[row, :end] & admits
         own = None if chosen_log_probs is None else chosen_log_probs[row, :end]
-        result.append(Trajectory(first + row // policy.copies, ids[:end], chosen, admitted, invocations, own))
-    trajectories = result[: len(prompts) * policy.copies]
+        result.append(Trajectory(first + row // options.copies, ids[:end], chosen, admitted, invocations, own))
+    trajectories = result[: len(prompts) * options.copies]
     for row, shadow in zip(out.shadowed, result[len(trajectories) :], strict=True):
         trajectories[row] = dataclasses.replace(trajectories[row], without=_branched(trajectories[row], shadow))
     return trajectories
@@ -282,16 +276,17 @@ def counterfactuals(
         prompts: as the trajectories were written after.
         trajectories: each with a memory or without.
         seeds: one per trajectory, for the new continuations.
-        kind: "without": no memory from there on. "other": the first memory, and all that the model invokes after it,
-            are of the other type. (A trajectory whose prompt has no image is its own counterfactual where the other
-            type is the short-term memory, which needs one.)
+        kind: "without": no memory from there on. "other": the first memory is of the other type, under that type's
+            token; from there on the model invokes as it likes. (A trajectory whose prompt has no image is its own
+            counterfactual where the other type is the short-term memory, which needs one.)
         max_words: as in `sample`.
         max_invocations: as the trajectories' policy has it.
         temperature: as in `sample`.
         rows_per_call: as in `sample`.
     """
-    others = {"without": NO_MEMORY, "other": MemoryPolicy("reversed", max_invocations=max_invocations)}
-    policy, where, replays = others[kind], [], []
+    tokens = VisMemBranch.of(model).tokens
+    policy = {"without": NO_MEMORY, "other": MemoryPolicy("free", max_invocations=max_invocations)}[kind]
+    where, replays = [], []
     for index, trajectory in enumerate(trajectories):
         if not trajectory.invoked:
             continue
@@ -299,7 +294,11 @@ def counterfactuals(
         if kind == "other" and first.kind == LONG and first.formation.sight.patches is None:
             continue
         where.append(index)
-        replays.append(Replay(trajectory.ids[: first.position + (kind == "other")]))
+        beginning = trajectory.ids[: first.position]
+        if kind == "other":
+            invoke = tokens.invoke[LONG if first.kind == SHORT else SHORT]
+            beginning = torch.cat([beginning, beginning.new_tensor([invoke])])
+        replays.append(Replay(beginning))
     result = list(trajectories)
     if where:
         written = sample(
@@ -319,7 +318,7 @@ def counterfactuals(
 
 def texts(model: Any, processor: Any, trajectories: Sequence[Trajectory]) -> list[str]:
     """What stands in the trajectories, without memories and special tokens."""
-    tokens = MemoryTokens(VisMemBranch.of(model).config.token_ids or [])
+    tokens = VisMemBranch.of(model).tokens
     tokenizer = getattr(processor, "tokenizer", processor)
     rows = [t.ids[~tokens.memory_mask(t.ids)].tolist() for t in trajectories]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]

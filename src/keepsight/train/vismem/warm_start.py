@@ -36,7 +36,7 @@ from keepsight.vismem import VisMemBranch, scope
 from keepsight.vismem.embeddings import watch_visual_embeddings
 from keepsight.vismem.layout import grid_shape
 from keepsight.vismem.memory import Formation, Sight, read_sights
-from keepsight.vismem.tokens import LONG, SHORT, TYPES, MemoryTokens
+from keepsight.vismem.tokens import LONG, SHORT, TYPES
 
 OnLog = Callable[[int, dict[str, float]], None]
 """Called as `on_log(step, {"short": relative error, "long": relative error, "lr": ..., "gradient_norm": ...})`."""
@@ -164,7 +164,7 @@ def look(branch: Any, inputs: Mapping[str, Any], max_text_states: int | None = N
     within a small perturbation of each other, and are not trained here.)
     """
     backbone = branch.backbone
-    tokens = MemoryTokens(branch.config.token_ids or [])
+    tokens = branch.tokens
     arguments = _left_padded({k: v for k, v in inputs.items() if k not in ("labels", "position_ids")})
     arguments = _with_token(arguments, tokens.invoke[SHORT])
     device = branch.weight.device

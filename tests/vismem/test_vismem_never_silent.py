@@ -1,0 +1,129 @@
+"""Whatever the route depends on and does not find ends in an error, never in text without memory.
+
+Each mutation takes one thing away from a model that carries a VisMem: a module is called past its hooks, or a value is
+not where it was. What a release of transformers renames or moves looks like that from here.
+"""
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+from families import Row
+from transformers import Cache
+from vismem_helpers import built, forced, generate
+
+import keepsight
+from keepsight.vismem import VisMemBranch, VisMemOutput, scope
+
+
+def without_hooks(module):
+    """The same module, called past every hook."""
+    twin = copy.copy(module)
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        twin.__dict__[name] = OrderedDict()
+        twin.__dict__[f"{name}_with_kwargs"] = OrderedDict()
+    return twin
+
+
+def replace(model, module):
+    """Put the twin in the module's place."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is module:
+                parent._modules[name] = without_hooks(module)
+
+
+def embedding(base, backbone):
+    twin = without_hooks(base.get_input_embeddings())
+    for module in (backbone.vlm, backbone.decoder, base):
+        module.get_input_embeddings = lambda: twin
+    replace(base, backbone.decoder.embed_tokens)
+
+
+def head(base, backbone):
+    replace(base, base.get_output_embeddings())
+
+
+def decoder(base, backbone):
+    replace(base, backbone.decoder)
+
+
+def vision_blocks(base, backbone):
+    for block in list(backbone.vision_blocks):
+        replace(base, block)
+
+
+def projection(base, backbone):
+    replace(base, backbone.layers[2].self_attn.v_proj)
+
+
+def cache_field(base, backbone):
+    def strip(module, args, output):
+        values = {k: None if isinstance(v, Cache) else v for k, v in output.__dict__.items()}
+        return type(output)(**{k: v for k, v in values.items() if v is not None})
+
+    base.register_forward_hook(strip)
+
+
+MUTATIONS = [embedding, head, decoder, vision_blocks, projection, cache_field]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.__name__)
+def test_a_broken_route_is_an_error(name, mutation):
+    model, inputs = built(name, [Row(1, (2, 2), 5, seed=2)])
+    branch = VisMemBranch.of(model)
+    plan = forced([{2: "short", 5: "long"}])
+    assert len(generate(model, inputs, memory=plan).invocations[0]) == 2
+    mutation(model.get_base_model(), branch.backbone)
+    with pytest.raises(keepsight.KeepsightError, match=r"memor|former|hidden states"):
+        generate(model, inputs, memory=plan)
+    assert not scope.is_base_only()
+
+
+def test_an_incremental_memory_needs_its_cache():
+    """A decoder that takes no cache, by whatever name, forms no memory without the image."""
+    model, inputs = built("qwen2_5_vl", [Row(1, (2, 2), 5, seed=2)], form="incremental")
+    branch = VisMemBranch.of(model)
+
+    def drop(module, args, kwargs):
+        if scope.is_base_only():
+            return args, {k: v for k, v in kwargs.items() if not isinstance(v, Cache)}
+
+    branch.backbone.decoder.register_forward_pre_hook(drop, with_kwargs=True)
+    with pytest.raises(keepsight.KeepsightError, match="did not use it"):
+        generate(model, inputs, memory=forced([{2: "long"}]))
+
+
+def test_a_forward_in_training_is_seen_to_as_well():
+    model, inputs = built("qwen2_5_vl", [Row(1, (2, 2), 5, seed=2)])
+    labels = inputs["input_ids"]
+    model(**inputs, labels=labels).loss.backward()
+    head(model.get_base_model(), VisMemBranch.of(model).backbone)
+    with pytest.raises(keepsight.KeepsightError, match="past the model's head"):
+        model(**inputs, labels=labels)
+    with model.disable_adapter():
+        model(**inputs, labels=labels)
+
+
+def test_the_output_is_a_generation_output_of_this_release():
+    """By key, by place, as a mapping and as a tree of tensors, it is what transformers itself returns, and more."""
+    model, inputs = built("qwen2_5_vl", [Row(1, (2, 2), 5, seed=2)])
+    with model.disable_adapter():
+        base = generate(model, inputs, output_scores=True)
+    out = generate(model, inputs, output_scores=True, memory=forced([{2: "long"}]))
+    assert isinstance(out, type(base))
+    assert isinstance(out, VisMemOutput)
+    assert list(out.keys())[: len(base.keys())] == list(base.keys())
+    assert [name for name in out if name in base] == list(base)
+    assert torch.equal(out["sequences"], out.sequences)
+    assert out[0] is out.sequences
+    assert out.to_tuple()[0] is out.sequences
+    assert isinstance(next(v for v in out.values() if isinstance(v, Cache)), Cache)
+    leaves, spec = torch.utils._pytree.tree_flatten(out)
+    again = torch.utils._pytree.tree_unflatten(leaves, spec)
+    assert torch.equal(again.sequences, out.sequences)
+    assert again.invocations[0][0].kind == "long"
+    assert torch.equal(copy.copy(out).sequences, out.sequences)
+    plain = generate(model, inputs, memory="off", output_scores=True)
+    assert type(plain) is type(base)
