@@ -36,6 +36,8 @@ def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
         ("genrate", 2),
         ("generate --imgae x.png", 2),
         ("train pvm --learning-rate 1", 2),
+        ("train pvm keepsight/reference", 2),
+        ("train pvm keepsight/reference -d data.jsonl -o out --lr 0", 1),
         *((f"{command} --help", 0) for command in ("generate", "info", "serve", "diagnose", "demo", "convert")),
         *((f"{command} --help", 0) for command in ("train pvm", "train pvm-grpo", "train vismem-formation")),
         *((f"{command} --help", 0) for command in ("data check", "export vllm", "lab pretrain", "train cost")),

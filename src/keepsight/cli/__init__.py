@@ -114,7 +114,7 @@ class LazyGroup(TyperGroup):
 def _asked(error: Any) -> str:
     """What is wrong with the command line, as a sentence, and what was meant."""
     near = getattr(error, "possibilities", None)
-    if near:
+    if near and "Did you mean" not in error.message:
         return f"{error.message.rstrip('.')}. Did you mean {' or '.join(near)}?"
     sentence = error.format_message().rstrip(".")
     return sentence if sentence.endswith("?") else f"{sentence}."

@@ -58,6 +58,10 @@ class Job:
         None, "With --dry-run: tokens of a sample. Default: the longest of the data, else 2048.", RUN
     )
 
+    def __post_init__(self) -> None:
+        if not self.dry_run:
+            self.checked()  # before anything slow is imported
+
     def checked(self) -> tuple[str, Path]:
         """Data and folder; refuses what contradicts itself or is missing."""
         if self.resume and self.overwrite:
