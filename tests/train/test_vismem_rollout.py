@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import attach as attach_pvm
 from vismem_training import FAMILY_NAMES, RANDOM, ROWS, model_and_prompts, seeds, written
 
 from keepsight.compat import enable_checkpointing
@@ -298,3 +299,35 @@ def test_checkpointing_switched_on_by_hand_is_refused_by_an_incremental_memory()
     enable_checkpointing(model.get_base_model())
     with pytest.raises(KeepsightError, match="would not see the image"):
         formed_latents(model, trajectories)
+
+
+@pytest.mark.parametrize(
+    ("setting", "culprit"),
+    [
+        ({"typical_p": 0.5}, "TypicalLogitsWarper"),
+        ({"min_p": 0.2}, "MinPLogitsWarper"),
+        ({"sequence_bias": [[[7], 3.0]]}, "SequenceBiasLogitsProcessor"),
+        ({"exponential_decay_length_penalty": (2, 1.5), "eos_token_id": 1}, "ExponentialDecayLengthPenalty"),
+    ],
+)
+def test_what_training_could_not_compute_again_is_refused(setting, culprit):
+    model, prompts = model_and_prompts("qwen2_5_vl")
+    model.get_base_model().generation_config.update(**setting)
+    with pytest.raises(KeepsightError, match=culprit):
+        written(model, prompts)
+
+
+def test_beside_a_visual_memory_whole_sequences_are_read():
+    """Keys and values of the decoder do not stand for what a PVM remembers: it must not be switched off unsaid."""
+    model, prompts = model_and_prompts("qwen2_5_vl")
+    assert Prefixes.can_read(model)
+    attach_pvm(model.get_base_model(), adapter_name="pvm")
+    assert not Prefixes.can_read(model)
+    with pytest.raises(KeepsightError, match="prefixes=None"):
+        Prefixes(model, prompts)
+    trajectories = written(model, prompts, with_log_probs=True)
+    rolled = pad_right([t.log_probs for t in trajectories])
+    rolled = torch.where(chosen_mask(trajectories), rolled, 0)
+    with torch.no_grad():
+        again = log_probs(model, prompts, trajectories, recorded_latents(model, trajectories))
+    torch.testing.assert_close(again, rolled, **CLOSE)
