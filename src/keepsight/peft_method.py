@@ -9,14 +9,16 @@ import functools
 import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 
-from keepsight import loading
+from keepsight import card, loading
 from keepsight.errors import AdapterMismatchError, KeepsightError, MergeError
 from keepsight.tested import warn_of_untested
 
@@ -91,6 +93,15 @@ def check_base(config: Any, model_config: Any, **more: Any) -> dict[str, Any]:
             f"or train a new one with a fresh {type(config).__name__}()."
         )
     return found
+
+
+class MemoryConfig(PeftConfig):
+    """PEFT's config, as all memories need it: saved with a model card of ours."""
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's own; then the card, and files that everybody may read."""
+        super().save_pretrained(save_directory, **kwargs)
+        card.finish(Path(save_directory), self)
 
 
 class _Switch(threading.local):

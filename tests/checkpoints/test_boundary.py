@@ -235,3 +235,33 @@ def test_tokens_of_a_vismem_are_its_own(tmp_path: Path) -> None:
     info.config["token_ids"] = None
     with pytest.raises(keepsight.AdapterMismatchError, match="knows"):
         check_words(info, "the base", model.config)
+
+
+@pytest.mark.parametrize("method", ["pvm", "vismem"])
+def test_the_card_beside_a_memory(method: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Ours, without a path of this machine, rewritten when saved again; one that was written by hand stays."""
+    model = METHODS[method](read_base(bases["qwen3_vl"]))
+    folder = tmp_path / "memory"
+    for _ in range(2):
+        model.save_pretrained(folder)
+        text = (folder / "README.md").read_text()
+        assert str(bases["qwen3_vl"]) not in text
+        assert "keepsight.load(" in text
+        assert "[More Information Needed]" not in text
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert len(set(modes.values())) == 1, modes
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
+    model.save_pretrained(folder)
+    text = (folder / "README.md").read_text()
+    assert "Mine." in text
+    assert "license: mit" in text
+    assert str(bases["qwen3_vl"]) not in text
+    model.peft_config["default"].base_model_name_or_path = "owner/name"
+    model.save_pretrained(tmp_path / "other")
+    assert "base_model: owner/name\n" in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_the_card_of_an_adapter_with_a_name(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = attach(read_base(bases["qwen3_vl"], dtype=torch.float32), adapter_name="memory")
+    model.save_pretrained(tmp_path)
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("README.md")] == [Path("memory/README.md")]

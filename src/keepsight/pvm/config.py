@@ -6,11 +6,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from peft import PeftConfig
 from peft.utils import PeftType
 
 from keepsight.backbone import Backbone
-from keepsight.peft_method import check_base, refuse_unknown_keys
+from keepsight.peft_method import MemoryConfig, check_base, refuse_unknown_keys
 from keepsight.pvm.module import BlockShape
 from keepsight.shipped import portable_name
 
@@ -24,7 +23,7 @@ PAPER_WIDTH = 512
 
 @refuse_unknown_keys
 @dataclass
-class PvmConfig(PeftConfig):
+class PvmConfig(MemoryConfig):
     """Configuration of PVM, persistent visual memory (arXiv 2605.00814).
 
     `PvmConfig()` resolves every size from the model it is put on; what it resolved to stands in the saved

@@ -6,12 +6,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from peft import PeftConfig
 from peft.utils import PeftType
 
 from keepsight.backbone import Backbone
 from keepsight.errors import UnsupportedModelError
-from keepsight.peft_method import check_base, refuse_unknown_keys
+from keepsight.peft_method import MemoryConfig, check_base, refuse_unknown_keys
 from keepsight.shipped import portable_name
 
 PolicyName = Literal["free", "off", "forced", "random", "only_short", "only_long", "reversed"]
@@ -23,7 +22,7 @@ TOKEN_NAMES = ("<|short_memory|>", "<|/short_memory|>", "<|long_memory|>", "<|/l
 
 @refuse_unknown_keys
 @dataclass
-class VisMemConfig(PeftConfig):
+class VisMemConfig(MemoryConfig):
     """Configuration of VisMem, latent vision memory (arXiv 2511.11007). The defaults are the paper's.
 
     **Read this before training on long outputs:** `max_text_states`. The long-term former is the same language model

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from keepsight.card import names_base
 from keepsight.checkpoints.atomic import write_text
 from keepsight.checkpoints.sources import POLICY
 from keepsight.data.check import CheckedData
@@ -301,8 +302,7 @@ def result_card(base: str, title: str, rows: list[tuple[str, str]], trainer: Any
     table = "\n".join(f"| {name} | {value} |" for name, value in [*rows, ("trained parameters", f"{count:,}")])
     library = "peft" if hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config") else "transformers"
     return f"""---
-base_model: {base}
-library_name: {library}
+{names_base(base)}library_name: {library}
 tags: [keepsight, pvm, vision-language]
 ---
 

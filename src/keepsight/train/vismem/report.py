@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keepsight.card import names_base
 from keepsight.data.check import CheckedData
 from keepsight.train.rewards.rewards import Reward
 from keepsight.train.run.accounting import RunCost
@@ -85,8 +86,7 @@ def card(source: str | Path, rewards: list[Reward], trainer: VisMemTrainer) -> s
     if isinstance(settings, InvocationSettings):
         more = f"| invocation cost (ours; the paper's is 0) | {settings.invocation_cost:g} |\n"
     return f"""---
-base_model: {config.base_model_name_or_path or source}
-library_name: peft
+{names_base(config.base_model_name_or_path or str(source))}library_name: peft
 tags: [keepsight, vismem, vision-language]
 ---
 

@@ -1,0 +1,96 @@
+"""What lies beside a saved memory for people and the hub: a model card of ours, and files that everybody may read.
+
+PEFT leaves a template to fill in, with the base's folder on this machine as its name.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from keepsight.shipped import REFERENCE_NAME, VISMEM_NAME
+
+CARD = "README.md"
+_TEMPLATES = "# Model Card for Model ID"  # stands in PEFT's
+_OURS = "<!-- written by keepsight -->"
+_METHODS = {"PVM": "Persistent visual memory (PVM)", "VISMEM": "Latent vision memory (VisMem)"}
+
+
+def hub_name(base: str | None) -> str | None:
+    """A base's id on the hub, for a card's metadata; None for a folder of this machine and for what is shipped."""
+    is_id = base is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) is not None
+    return base if is_id and base not in (REFERENCE_NAME, VISMEM_NAME) and not Path(str(base)).exists() else None
+
+
+def names_base(base: str | None) -> str:
+    """The line of a card's metadata that names its base, or nothing."""
+    named = hub_name(base)
+    return f"base_model: {named}\n" if named else ""
+
+
+def finish(folder: Path, config: Any) -> None:
+    """Put our card into a folder that PEFT has just written, unless it holds one that was written by hand.
+
+    Args:
+        folder: with adapter_config.json, and the weights beside it.
+        config: the memory's.
+    """
+    weights = folder / "adapter_model.safetensors"
+    if weights.is_file():  # written for its owner alone
+        shutil.copymode(folder / "adapter_config.json", weights)
+    above = folder.parent / CARD
+    if not (folder.parent / "adapter_config.json").is_file() and above.is_file() and _TEMPLATES in above.read_text():
+        above.unlink()  # an adapter with a name of its own lies in a folder of its own; PEFT's template does not
+    file = folder / CARD
+    if not file.is_file() or any(mark in file.read_text() for mark in (_TEMPLATES, _OURS)):
+        file.write_text(_card(config), encoding="utf-8")
+        return
+    card = ModelCard.load(file, ignore_metadata_errors=True)
+    card.data.base_model = hub_name(config.base_model_name_or_path)
+    card.data.tags = [tag for tag in card.data.tags or [] if not str(tag).startswith("base_model:")] or None
+    card.save(file)
+
+
+def _card(config: Any) -> str:
+    base = hub_name(config.base_model_name_or_path)
+    named = base or f"a model of type {config.base_model_type}"
+    if config.base_model_name_or_path == REFERENCE_NAME:
+        named = f"{REFERENCE_NAME}, which comes with keepsight"
+    more = "" if base or REFERENCE_NAME in named else ", base=FOLDER"
+    known = {
+        "base": named,
+        "decoder of the base": f"{config.base_num_layers} layers of width {config.base_hidden_size}",
+        "layers": getattr(config, "layers", None),
+        "latent width": getattr(config, "width", None),
+        "rule": ("causal" if config.causal else "published (non-causal)") if hasattr(config, "causal") else None,
+        "latents": f"{config.num_short} short, {config.num_long} long" if hasattr(config, "num_short") else None,
+        "invoked": getattr(config, "policy", None),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in known.items() if value is not None)
+    metadata = names_base(base) + ("base_model_relation: adapter\n" if base else "")
+    tag = config.peft_type.value.lower()
+    return f"""---
+{metadata}library_name: peft
+tags: [keepsight, {tag}, vision-language]
+---
+{_OURS}
+
+# {_METHODS[config.peft_type.value]} for {named}
+
+A memory for what a vision-language model sees, to be put on its base by [PEFT](https://huggingface.co/docs/peft) with
+`keepsight`.
+
+```python
+import keepsight
+
+model, processor = keepsight.load("this folder or its hub id"{more})
+```
+
+| | |
+|---|---|
+{table}
+"""
