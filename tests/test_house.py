@@ -1,0 +1,40 @@
+"""The house keeps its plan: imports go down, nothing goes round in circles, no folder hides its story in a crowd."""
+
+import importlib.util
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CROWD = 16
+#: Folders that are still more crowded than that, and by how much; they may only shrink.
+CROWDED = {"src/keepsight/train/vismem": 23, "src/keepsight/vismem": 20, "src/keepsight/train/run": 17}
+
+
+def test_imports_keep_the_contract() -> None:
+    """`.importlinter` is the plan; `lint-imports` says which import breaks it."""
+    call = [
+        sys.executable,
+        "-c",
+        "import sys; from importlinter.cli import lint_imports_command as c; c()",
+        "--no-cache",
+    ]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[done.stdout.find("Broken contracts") :] + done.stderr
+
+
+def test_no_folder_is_a_crowd() -> None:
+    files = [*(ROOT / "src" / "keepsight").rglob("*.py"), *(ROOT / "studies").rglob("*.py")]
+    count = Counter(file.parent.relative_to(ROOT).as_posix() for file in files if file.name != "__init__.py")
+    assert {folder: n for folder, n in count.items() if n > CROWDED.get(folder, CROWD)} == {}
+    assert {folder: n for folder, n in CROWDED.items() if count[folder] < n} == {}, "it has shrunk: say so here"
+
+
+def test_the_picture_is_drawn_from_the_contract() -> None:
+    place = importlib.util.spec_from_file_location("picture", ROOT / "tools" / "picture.py")
+    assert place is not None
+    assert place.loader is not None
+    picture = importlib.util.module_from_spec(place)
+    place.loader.exec_module(picture)
+    assert picture.PICTURE.read_text() == picture.draw(), "run python tools/picture.py"
