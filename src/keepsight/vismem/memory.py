@@ -224,6 +224,9 @@ def _tiles_per_row(
                 "processor returns it, so that the memory knows whose image is whose."
             )
         per_row = [int(has) for has in has_images]
+    given = iter([int(n) for n in per_row])
+    if len(per_row) != len(has_images):  # of the rows that have any
+        per_row = [next(given, 0) if has else 0 for has in has_images]
     per_row = [int(n) for n in per_row]
     side = backbone.model.config.vision_config.image_size
     tiles = [
