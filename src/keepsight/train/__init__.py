@@ -4,14 +4,14 @@ from typing import Any
 
 #: Public name -> the module it is in. They are imported when first used: training needs an extra, keepsight does not.
 _PUBLIC = {
-    "FormationSettings": "vismem",
-    "GrpoSettings": "pvm_grpo",
-    "InvocationSettings": "vismem",
-    "SftSettings": "sft",
-    "train_pvm": "sft",
-    "train_pvm_grpo": "pvm_grpo",
-    "train_vismem_formation": "vismem",
-    "train_vismem_invocation": "vismem",
+    "FormationSettings": "vismem.train",
+    "GrpoSettings": "pvm.grpo",
+    "InvocationSettings": "vismem.train",
+    "SftSettings": "pvm.sft",
+    "train_pvm": "pvm.sft",
+    "train_pvm_grpo": "pvm.grpo",
+    "train_vismem_formation": "vismem.train",
+    "train_vismem_invocation": "vismem.train",
 }
 
 
