@@ -77,7 +77,8 @@ def test_a_broken_route_is_an_error(name, mutation):
     assert len(generate(model, inputs, memory=plan).invocations[0]) == 2
     mutation(model.get_base_model(), branch.backbone)
     # SigLIP itself collects its states by hooks on its blocks, and LLaVA fails on its own without them.
-    with pytest.raises((keepsight.KeepsightError, IndexError)):
+    base_fails = name.startswith("llava") and mutation is vision_blocks
+    with pytest.raises(IndexError if base_fails else keepsight.KeepsightError):
         generate(model, inputs, memory=plan)
     assert not scope.is_base_only()
 
