@@ -75,7 +75,7 @@ def work(folder: str, options: dict[str, Any]) -> None:
     writer: Any
     if options["writer"] == "transformers":
         writer = Batch(model, processor.tokenizer, True)
-        writer.latent = LatentMemories(writer.latent.branch, policy, writer.latent.tokens, {})
+        writer.latent = LatentMemories.of(model, policy)
     else:
         writer = _vllm(root, model, processor, policy, options)
     print("ready", file=answers, flush=True)

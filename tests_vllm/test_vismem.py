@@ -64,7 +64,7 @@ class Reference:
         job = Job(inputs, inputs["input_ids"].shape[1], sampling, 1, memory, events.append)
         batch = Batch(self.model, self.processor.tokenizer, memory)
         if policy is not None and batch.latent is not None:
-            batch.latent = LatentMemories(batch.latent.branch, policy, batch.latent.tokens, {})
+            batch.latent = LatentMemories.of(self.model, policy)
         batch = batch.read(job)
         (row,) = batch.rows
         if policy is not None:  # copies of a row forget it

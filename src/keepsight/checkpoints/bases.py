@@ -152,7 +152,7 @@ def _dtype(stored: str) -> torch.dtype:
 
 
 def read_base(source: str | Path, **kwargs: Any) -> Any:
-    """A base model with its weights, all of them.
+    """A base model with its weights, all of them, from safetensors: a pickle would run code.
 
     Args:
         source: a folder, or a hub id.
@@ -162,7 +162,7 @@ def read_base(source: str | Path, **kwargs: Any) -> Any:
         KeepsightError: if tensors are missing, left over or of another shape, naming one stored and one expected.
     """
     model, found = AutoModelForImageTextToText.from_pretrained(
-        source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        source, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **kwargs
     )
     check_loaded(found, str(source))
     return model
