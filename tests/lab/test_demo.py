@@ -16,6 +16,7 @@ from keepsight.lab.demo import DemoOutputError, check_output, describe_regime, r
 from keepsight.lab.experiments import TrainPlan
 from keepsight.lab.jobs import Settings
 from keepsight.lab.reference import REFERENCE_NAME
+from keepsight.lab.seeds import in_words
 from keepsight.lab.workers import WorkerError, run_jobs
 
 TINY = Settings(
@@ -128,6 +129,8 @@ def test_the_report_needs_nothing_but_itself(demo):
         "no proof of harm",
         "Filler hidden",
         "LoRA trained on",
+        "Another seed, another number",
+        in_words(results["study"]),
     ):
         assert must in text
     assert f"{results['pvm']['trainable_parameters']:,}" in text

@@ -98,6 +98,8 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
     """The tables and the verdict, on stdout."""
     from rich.table import Table
 
+    from keepsight.lab.seeds import in_words
+
     lengths, limit = results["lengths"], results["train_length"]
     table = Table(
         title=f"Digits read correctly, by generated tokens before the answer (trained up to {limit}; * beyond)",
@@ -149,6 +151,9 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
     for entry in results["verdict"]:
         mark = "[green]held[/green]        " if entry["held"] else "[red]did not hold[/red]"
         out.print(f"{mark} {entry['claim']}.", highlight=False, soft_wrap=True)
+    if results["study"]:
+        out.print()
+        out.print(in_words(results["study"]), highlight=False, markup=False, soft_wrap=True)
     out.print()
     out.print(
         f"regime: {results['regime']}. {results['regime_note']}",

@@ -30,7 +30,8 @@ from keepsight.errors import KeepsightError
 from keepsight.lab.jobs import Settings
 from keepsight.lab.pretraining import PRETRAINING_RECORD
 from keepsight.lab.reference import REFERENCE_NAME, reference_path
-from keepsight.lab.verdict import verdict
+from keepsight.lab.seeds import compare
+from keepsight.lab.verdict import NEEDED, verdict
 from keepsight.lab.workers import OnDone, OnProgress, run_jobs, usable_cores
 
 FILES = ("results.json", "report.html", "accuracy_by_length.png", "attention_mass.png", "causal.png", "adapter")
@@ -105,6 +106,7 @@ def run_demo(
     with tempfile.TemporaryDirectory(prefix="keepsight-demo-") as scratch:
         jobs = run_jobs(settings, Path(scratch), workers, on_progress, on_done)
         results = assemble(jobs, settings, quick)
+        results["study"] = compare(results)
         results["seconds"] = round(time.perf_counter() - begin, 1)
         results["conditions"] = conditions(workers)
         results = json.loads(json.dumps(results))  # what is returned is what is written, lists for tuples included
@@ -134,7 +136,8 @@ def assemble(jobs: dict[str, dict[str, Any]], settings: Settings, quick: bool) -
     for name in ("base", "pvm", "lora", "mlp", "pvm_plain", "lora_long"):
         if name in jobs:
             results[name] = jobs[name]
-    results["verdict"] = verdict(results)
+    if jobs.keys() >= NEEDED:
+        results["verdict"] = verdict(results)
     return results
 
 

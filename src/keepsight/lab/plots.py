@@ -63,7 +63,7 @@ def plot_all(results: dict[str, Any], folder: Path) -> dict[str, Figure]:
         ),
         ("causal", _causal, "Accuracy with the memory on, off, with noise and with another image's memory."),
     ):
-        pictures = {theme: _render(draw, results, theme) for theme in COLORS}
+        pictures = {theme: render(draw, results, theme) for theme in COLORS}
         (folder / f"{name}.png").write_bytes(pictures["light"])
         figures[name] = Figure(data_uri(pictures["light"]), data_uri(pictures["dark"]), alt)
     return figures
@@ -74,7 +74,8 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _render(draw: Any, results: dict[str, Any], theme: str) -> bytes:
+def render(draw: Any, results: dict[str, Any], theme: str) -> bytes:
+    """The PNG of what `draw(figure, results, colors of the theme)` draws."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -128,16 +129,17 @@ def _accuracy(figure: Any, results: dict[str, Any], color: dict[str, str]) -> No
         line("pvm_plain", color=color["pvm"], lw=1.4, ls=":", label=LABELS["pvm_plain"])
     if "lora_long" in results:
         line("lora_long", color=color["lora"], lw=1.4, ls=":", label=LABELS["lora_long"])
-    axes.axvline(results["train_length"], color=color["ink"], lw=1, alpha=0.5)
+    frame(axes, lengths, results["train_length"], color)
+    name_ends(axes, lengths[-1], ends)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=2, fontsize=10)
+
+
+def frame(axes: Any, lengths: list[int], train_length: int, color: dict[str, str]) -> None:
+    """All of a plot of accuracy by length but its lines."""
+    axes.axvline(train_length, color=color["ink"], lw=1, alpha=0.5)
     axes.text(
-        results["train_length"] * 0.95,
-        0.03,
-        "trained up to here",
-        rotation=90,
-        va="bottom",
-        ha="right",
-        fontsize=10,
-        alpha=0.8,
+        train_length * 0.95, 0.03, "trained up to here", rotation=90, va="bottom", ha="right", fontsize=10, alpha=0.8
     )
     axes.axhline(CHANCE, color=color["ink"], lw=0.8, ls=(0, (1, 3)), alpha=0.7)
     axes.text(lengths[0], CHANCE + 0.015, "guessing", fontsize=10, alpha=0.8)
@@ -148,22 +150,22 @@ def _accuracy(figure: Any, results: dict[str, Any], color: dict[str, str]) -> No
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25%", "50%", "75%", "100%"])
     axes.set_xlabel("generated tokens before the answer")
     axes.set_title("Digits read correctly", loc="left", fontsize=12)
+
+
+def name_ends(axes: Any, last: int, ends: list[tuple[float, str, str]]) -> None:
+    """Labels at the lines' ends (value, label, color), pushed apart where they would overlap."""
     place = 2.0
-    for value, label, ink in sorted(
-        ends, reverse=True
-    ):  # labels at the lines' ends, pushed apart where they would overlap
+    for value, label, ink in sorted(ends, reverse=True):
         place = min(value, place - 0.06)
         axes.annotate(
             label,
-            (lengths[-1], place),
+            (last, place),
             xytext=(8, 0),
             textcoords="offset points",
             color=ink,
             va="center",
             fontweight="bold",
         )
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=2, fontsize=10)
 
 
 def _mass(figure: Any, results: dict[str, Any], color: dict[str, str]) -> None:

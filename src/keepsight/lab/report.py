@@ -14,6 +14,7 @@ from keepsight.lab.digits import CELLS, GLYPH, GRID
 from keepsight.lab.plots import Figure, data_uri
 from keepsight.lab.report_page import PAGE
 from keepsight.lab.samples import Word
+from keepsight.lab.seeds import in_words
 from keepsight.lab.verdict import standard_error
 
 NAMES = {
@@ -29,7 +30,7 @@ WHAT = {
     "pvm": "Two small branches that look at the image alone, with a softmax of their own. Text cannot crowd it out.",
     "lora": "Low-rank changes of the model's own attention: the usual way to fine-tune.",
     "mlp": "Two branches of the same size in the same places that look at nothing: is it just the extra parameters?",
-    "pvm_plain": "The paper's recipe: the same memory, trained without keepsight's blindfold warm-up.",
+    "pvm_plain": "The paper's recipe: the same memory, trained without keepsight's blindfold.",
     "lora_long": "LoRA trained on outputs as long as the longest asked here.",
 }
 
@@ -82,6 +83,8 @@ def render_report(
         "warmup_steps": str(results["plan"]["warmup_steps"]),
         "conditions": _conditions(results),
         "seed": str(results["seed"]),
+        "seeds_words": escape(in_words(results["study"])) if results["study"] else "",
+        "seeds_table": _seeds_table(results["study"]) if results["study"] else "",
         "quick": (
             "<p class='note'>This is the quick version: fewer training steps, fewer images and fewer methods. "
             "<code>keepsight demo</code> runs the full one.</p>"
@@ -273,12 +276,25 @@ def _verdict(results: dict[str, Any]) -> str:
     return "<ul class='verdict'>" + "".join(items) + "</ul>"
 
 
+def _seeds_table(study: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"<b class='{method}'>{NAMES[method]}</b>",
+            *(_percent(entry[name]) for name in ("here", "mean", "min", "max")),
+            str(entry["seeds"]),
+        ]
+        for method, entry in study["methods"].items()
+    ]
+    return _table([f"After {study['length']:,} tokens", "this run", "mean", "lowest", "highest", "seeds"], rows)
+
+
 def _warmup_words(results: dict[str, Any]) -> str:
+    share = results["plan"]["blindfold_share"]
+    after = f", nor in {share:.0%} of the steps after that" if share else ""
     words = (
-        f"For the first {results['plan']['warmup_steps']} training steps the frozen model's text could not see the "
-        f"image, so that only "
-        "the memory could bring the answer. This <em>blindfold warm-up</em> is keepsight's own addition and is not in "
-        "the PVM paper. "
+        f"In the first {results['plan']['warmup_steps']} training steps the frozen model's text could not see the "
+        f"image{after}, so that only the memory could bring the answer. This <em>blindfold</em> is keepsight's own "
+        "addition and is not in the PVM paper. "
     )
     far = results["lengths"][-1]
     if "pvm_plain" not in results:

@@ -117,6 +117,9 @@ $accuracy
 $accuracy_table
 <p class="note">$se_note A star marks lengths beyond the training length.</p>
 $verdict
+<h3>Another seed, another number</h3>
+<p>$seeds_words</p>
+$seeds_table
 
 <h2>Is the memory really used?</h2>
 <p>A good score is not yet proof that the memory did it. So we tamper with it. The language model is always shown the
@@ -142,8 +145,7 @@ pretrained with randomised positions to take that reason away, and the filler-hi
 long outputs. With some bases it falls too, though later.</li>
 <li><b>Free speech.</b> The answers are scored within a given text. How well the model writes on its own is another
 question.</li>
-<li><b>Chance.</b> This is one seed ($seed). Results over several bases ship with keepsight, those that fall short
-included.</li>
+<li><b>Chance.</b> This is one seed ($seed); the table of seeds above shows how far others lie apart.</li>
 </ul>
 
 <h2>Try it</h2>

@@ -6,6 +6,8 @@ from typing import Any
 
 CHANCE = 0.1
 """Ten digits."""
+NEEDED = {"base", "pvm", "lora", "mlp"}
+"""Jobs without which there is no verdict."""
 
 
 def accuracy_at(results: dict[str, Any], method: str, length: int, key: str = "accuracy_by_length") -> float:

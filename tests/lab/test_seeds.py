@@ -1,0 +1,58 @@
+"""The study of many seeds that ships: what its raw results say, of the demo's own recipe, and told in the report."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from keepsight.lab import seeds
+from keepsight.lab.jobs import Settings
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))  # as Python does for `python benchmarks/lab_figures.py`
+lab_figures = importlib.import_module("lab_figures")
+RAW = [json.loads(path.read_text()) for path in sorted(lab_figures.RESULTS.glob("seed-*.json"))]
+
+
+def test_what_ships_follows_from_the_raw_results():
+    summary = lab_figures.summarise(lab_figures.RESULTS)
+    assert json.loads((lab_figures.RESULTS / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert seeds.study() == json.loads(json.dumps(lab_figures.shipped(summary)))
+    for method, entries in seeds.study()["accuracy_by_length"].items():
+        assert [run["seed"] for run in RAW if method in run] == seeds.study()["seeds"][method]
+        for length, entry in entries.items():
+            values = [run[method]["accuracy_by_length"][length]["accuracy"] for run in RAW if method in run]
+            assert entry["mean"] == pytest.approx(sum(values) / len(values), abs=1e-4)
+            assert (entry["min"], entry["max"], entry["seeds"]) == (min(values), max(values), len(values))
+
+
+def test_the_study_is_of_the_recipe_that_the_demo_trains():
+    plan = json.loads(json.dumps(Settings().plan.as_dict()))
+    assert seeds.study()["plan"] == plan
+    assert all(run["plan"] == plan and run["split"] == "test" for run in RAW)
+    assert len(seeds.study()["seeds"]["pvm"]) >= 10
+
+
+@pytest.mark.parametrize("shift", ["below", "within", "above"])
+def test_a_run_is_placed_among_the_seeds(shift):
+    spread = seeds.study()["accuracy_by_length"]["pvm"]["2048"]
+    here = {"below": spread["min"] - 0.01, "within": spread["mean"], "above": spread["max"] + 0.001}[shift]
+    results = {
+        "lengths": [32, 2048, 5000],  # the study has not read at 5,000
+        "plan": Settings().plan.as_dict(),
+        "pvm": {"accuracy_by_length": {"2048": {"accuracy": here}}},
+    }
+    compared = seeds.compare(results)
+    assert compared["length"] == 2048
+    assert compared["same_plan"]
+    assert compared["methods"].keys() == {"pvm"}
+    assert compared["methods"]["pvm"]["place"] == shift
+    words = seeds.in_words(compared)
+    for value in (here, spread["mean"], spread["min"], spread["max"]):
+        assert f"{value:.1%}" in words
+    assert "otherwise" not in words
+    quick = seeds.compare({**results, "plan": Settings.quick().plan.as_dict()})
+    assert "otherwise" in seeds.in_words(quick)
+    assert seeds.compare({**results, "lengths": [33]}) is None
