@@ -73,7 +73,7 @@ def put_over(add: Callable[..., None], site: Path, version: str) -> str:
         shutil.rmtree(there)
         released.rename(there)
         (description,) = Path(folder).glob("vllm-*.dist-info")
-        return description.name.split("-")[1]
+        return description.name.removeprefix("vllm-").removesuffix(".dist-info")
 
 
 def name_vllm(site: Path, version: str) -> None:
