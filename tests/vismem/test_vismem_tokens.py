@@ -218,7 +218,7 @@ def test_random_policy(name):
         generate(model, inputs, memory="random")
     config.delimiter_ids = list(range(5, 60))
     torch.manual_seed(1)
-    out = generate(model, inputs, n=90, do_sample=True, memory=MemoryPolicy("random", probability=0.5))
+    out = generate(model, inputs, n=240, do_sample=True, memory=MemoryPolicy("random", probability=0.5))
     assert {i.kind for i in out.invocations[0]} == {"short", "long"}
     assert {i.kind for i in out.invocations[1]} == {"long"}
     for row, found in enumerate(out.invocations):
