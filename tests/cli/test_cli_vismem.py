@@ -61,9 +61,13 @@ def test_generate_shows_memory(adapter: Path, image: Path) -> None:
     plain, shown = keepsight_cli(*words), keepsight_cli(*words, "--show-memory")
     assert shown.exit_code == 0, shown.output
     assert shown.stdout == plain.stdout  # the answer hides memories
-    assert "memory" not in plain.stdout + plain.stderr
+    assert "memory at token" not in plain.stdout + plain.stderr
     found = re.findall(r"\[long-term memory at token (\d+), .*: 5 latents, formed from (\d+) visual", shown.stderr)
-    assert [int(at) for at, _ in found] == [0, 7]
+    places = [int(at) for at, _ in found]
+    assert places[0] == 0
+    assert len(places) == 2
+    assert places[1] >= 7 + 5  # the first memory's seven tokens, and as many words as it has latents
+    assert "loop was cut" in plain.stderr
     assert all(int(visual) > 0 for _, visual in found)
 
 

@@ -354,7 +354,7 @@ def test_gradient_checkpointing_and_accumulation_change_nothing(tiny_vlm: Path, 
         ({"pvm": keepsight.PvmConfig(layers=[9])}, "out of range; the model has layers 0 to 3"),
         ({"pvm": keepsight.PvmConfig(width=50)}, "Try 48 or 64"),
         ({"settings": settings(scheduler="banana")}, "scheduler='banana': expected one of"),
-        ({"settings": settings(report_to=("banana",))}, "report_to='banana' is not installed"),
+        ({"settings": settings(report_to=("banana",))}, "report_to='banana' is no tracker"),
     ],
 )
 def test_bad_settings_are_refused_before_weights_are_read(

@@ -268,7 +268,7 @@ def test_data_that_cannot_be_rewarded_are_refused_before_weights_are_read(
         train_vismem_formation(tiny_vlm, questions, "/proc/keepsight", rewards=[digits], settings=formation())
     with pytest.raises(KeepsightError, match="is no adapter"):
         train_vismem_invocation(tiny_vlm, questions, tmp_path / "e", rewards=[digits], settings=invocation())
-    with pytest.raises(ValueError, match="report_to='banana' is not installed"):
+    with pytest.raises(ValueError, match="report_to='banana' is no tracker"):
         train_vismem_formation(tiny_vlm, questions, tmp_path / "f", settings=formation(report_to=("banana",)))
     assert not list(tmp_path.iterdir())
 

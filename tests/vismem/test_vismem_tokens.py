@@ -217,7 +217,7 @@ def test_random_policy(name):
     with pytest.raises(keepsight.KeepsightError, match="add_memory_tokens"):
         generate(model, inputs, memory="random")
     config.delimiter_ids = list(range(5, 60))
-    torch.manual_seed(1)
+    torch.manual_seed(2)
     out = generate(model, inputs, n=240, do_sample=True, memory=MemoryPolicy("random", probability=0.5))
     assert {i.kind for i in out.invocations[0]} == {"short", "long"}
     assert {i.kind for i in out.invocations[1]} == {"long"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import SuppressTokensLogitsProcessor, TemperatureLogitsWarper
+from transformers import MinLengthLogitsProcessor, SuppressTokensLogitsProcessor, TemperatureLogitsWarper
 
 from keepsight.errors import KeepsightError
 from keepsight.vismem.decoding import Invocations, MemoryDecoder, Step
@@ -119,13 +119,17 @@ class _RolloutDecoder(MemoryDecoder):
             self.draws = [drawn(seed, self.room) for seed in options.seeds]
 
     def _refuse_processors(self) -> None:
-        others = [type(p).__name__ for p in self.logits_processor if not isinstance(p, PLAIN)]
+        others = [type(p).__name__ for p in self.logits_processor if not isinstance(p, PLAIN) and not self._is_idle(p)]
         if others:
             raise KeepsightError(
                 f"Rollouts draw from the model's own distribution, whose log-probabilities training computes again; "
                 f"{', '.join(others)} would change it. Take its setting out of model.generation_config (or of the "
                 "folder's generation_config.json)."
             )
+
+    def _is_idle(self, processor: Any) -> bool:
+        """min_new_tokens=0 makes a processor that asks for the length of the prompt, which is always there."""
+        return isinstance(processor, MinLengthLogitsProcessor) and processor.min_length <= self.prompt
 
     def _replay(self, row: RowState, replay: Replay) -> None:
         tokens = self.writer.tokens
