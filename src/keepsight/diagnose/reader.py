@@ -81,9 +81,9 @@ class Reader:
         return dict(inputs.to(self.model.device))
 
     def with_text(self, inputs: dict[str, torch.Tensor], text: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The inputs with token ids [n] after the prompt."""
+        """The inputs with token ids after the prompt: [n], or [B, n] for prompts of B rows."""
         longer = dict(inputs)
-        tail = text.to(inputs["input_ids"].device)[None]
+        tail = torch.atleast_2d(text.to(inputs["input_ids"].device))
         longer["input_ids"] = torch.cat([inputs["input_ids"], tail], 1)
         for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
             if name in longer:

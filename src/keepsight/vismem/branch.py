@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from keepsight.backbone import Backbone
-from keepsight.errors import BrokenAdapterError, KeepsightError, MergeError
+from keepsight.errors import KeepsightError, MergeError
 from keepsight.peft_method import MemoryBranch
 from keepsight.vismem.config import VisMemConfig
 from keepsight.vismem.formers import Formers
@@ -150,16 +150,6 @@ class VisMemBranch(nn.Module, MemoryBranch):
         else:  # no tokenizer yet: the mean token; `add_memory_tokens` starts them again
             rows = embedding[:4096].float().mean(0), head[:4096].float().mean(0)
         memory.rows.reset(*rows, config.perturbation)
-
-    def check_complete(self, adapter_name: str, path: Any, found: set[str]) -> None:
-        """Raise BrokenAdapterError if an adapter's file lacks tensors of its memory: PEFT would leave them random."""
-        names = {name.partition(f"{CONTAINER}.")[2] for name in found}
-        missing = sorted(set(self.vismem_memory[adapter_name].state_dict()) - names)
-        if missing:
-            raise BrokenAdapterError(
-                f"{path} lacks {len(missing)} tensors of the memory that its adapter_config.json describes, such as "
-                f"{missing[0]}. Copy it again or use an earlier checkpoint."
-            )
 
     @property
     def active_name(self) -> str | None:

@@ -108,7 +108,7 @@ class Probe:
         text = text.expand(rows, -1) if text.ndim == 1 else text
         for kind in TYPES:
             invoke = torch.full((rows, 1), memory.tokens.invoke[kind])
-            longer = _longer(inputs, torch.cat([text, invoke], 1))
+            longer = self.reader.with_text(inputs, torch.cat([text, invoke], 1))
             watch_layout = PromptWatch(backbone)
             handles = watch_layout.hooks()
             try:
@@ -241,17 +241,6 @@ class Probe:
             float(np.mean(majority)),
             np.array(questions),
         )
-
-
-def _longer(inputs: dict[str, torch.Tensor], tail: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Inputs of B rows with `tail` [B, n] after the prompts."""
-    longer = dict(inputs)
-    tail = tail.to(inputs["input_ids"].device)
-    longer["input_ids"] = torch.cat([inputs["input_ids"], tail], 1)
-    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
-        if name in longer:
-            longer[name] = torch.cat([longer[name], torch.full_like(tail, value, dtype=longer[name].dtype)], 1)
-    return longer
 
 
 def _spread(vectors: torch.Tensor) -> float:
