@@ -176,7 +176,7 @@ def _api(model: Any, processor: Any, settings: Any) -> Any:
     from keepsight.serve.hf.latent import LatentMemories
     from keepsight.serve.hf.served import Served
     from keepsight.serve.openai.api import Api
-    from keepsight.vismem.checks import warn
+    from keepsight.vismem.writing.checks import warn
 
     latent = LatentMemories.of(model)
     if latent is not None:

@@ -17,7 +17,7 @@ from keepsight.serve.hf.rows import Invocation, Row
 from keepsight.vismem import MemoryPolicy, VisMemBranch, scope
 from keepsight.vismem.memory import Sight, read_sights
 from keepsight.vismem.vision import Patches
-from keepsight.vismem.writer import MemoryWriter, RowState
+from keepsight.vismem.writing.writer import MemoryWriter, RowState
 
 
 class LatentMemories:

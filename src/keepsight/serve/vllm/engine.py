@@ -17,7 +17,7 @@ from keepsight.serve.metrics import Metrics
 from keepsight.serve.vllm.check import check_version
 from keepsight.serve.vllm.latent_folder import write_model
 from keepsight.serve.vllm.vismem import VllmBatch
-from keepsight.vismem.policy import MemoryPolicy
+from keepsight.vismem.writing.policy import MemoryPolicy
 
 _LIMITS = "keepsight.serve.vllm.limits:MemoryLimits"
 #: What vLLM reads from the environment, unless it is set: the engine lives in this process, whose signals are ours; its

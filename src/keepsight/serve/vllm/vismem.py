@@ -31,8 +31,8 @@ from keepsight.serve.hf.latent import LatentMemories
 from keepsight.serve.hf.rows import Job, Row
 from keepsight.serve.text import TextStream
 from keepsight.serve.vllm.check import UnsupportedVllmError
-from keepsight.vismem.policy import MemoryPolicy
 from keepsight.vismem.tokens import TYPES
+from keepsight.vismem.writing.policy import MemoryPolicy
 
 #: vLLM's own limit, and OpenAI's.
 _MOST_LOGPROBS = 20

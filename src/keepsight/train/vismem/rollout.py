@@ -24,9 +24,9 @@ from transformers import StoppingCriteriaList
 from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightWarning
 from keepsight.vismem import Invocation, MemoryPolicy, Replay, RolloutOptions, VisMemBranch
-from keepsight.vismem.policy import NO_MEMORY
 from keepsight.vismem.sequences import WordLimit, pad_left
 from keepsight.vismem.tokens import LONG, SHORT, TYPES
+from keepsight.vismem.writing.policy import NO_MEMORY
 
 #: Model inputs of one conversation: `input_ids` [1, T] and what belongs to it.
 Prompt = Mapping[str, torch.Tensor]

@@ -15,10 +15,10 @@ import torch
 from transformers import MinLengthLogitsProcessor, SuppressTokensLogitsProcessor, TemperatureLogitsWarper
 
 from keepsight.errors import KeepsightError
-from keepsight.vismem.decoding import Invocations, MemoryDecoder, Step
-from keepsight.vismem.output import VisMemOutput
 from keepsight.vismem.sequences import take_rows
-from keepsight.vismem.writer import MemoryWriter, RowState
+from keepsight.vismem.writing.decoding import Invocations, MemoryDecoder, Step
+from keepsight.vismem.writing.output import VisMemOutput
+from keepsight.vismem.writing.writer import MemoryWriter, RowState
 
 #: What a recomputation of log-probabilities from plain logits can do again.
 PLAIN = (SuppressTokensLogitsProcessor, TemperatureLogitsWarper)

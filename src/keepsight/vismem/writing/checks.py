@@ -9,9 +9,9 @@ from transformers import StoppingCriteriaList, StopStringCriteria
 
 from keepsight.compat import find_cache
 from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.vismem.policy import MemoryPolicy
 from keepsight.vismem.sequences import TextOnly
 from keepsight.vismem.tokens import LONG, SHORT, MemoryTokens
+from keepsight.vismem.writing.policy import MemoryPolicy
 
 
 def refuse(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:

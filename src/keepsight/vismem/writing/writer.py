@@ -26,9 +26,9 @@ import torch
 from keepsight.vismem import scope
 from keepsight.vismem.branch import VisMemBranch
 from keepsight.vismem.memory import Formation, Invocation, Sight
-from keepsight.vismem.policy import MemoryPolicy
 from keepsight.vismem.sequences import text_last
 from keepsight.vismem.tokens import SHORT, TYPES
+from keepsight.vismem.writing.policy import MemoryPolicy
 
 
 @dataclass

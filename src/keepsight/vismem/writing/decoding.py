@@ -24,11 +24,11 @@ from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.peft_method import memory_off
 from keepsight.vismem import scope
 from keepsight.vismem.branch import VisMemBranch
-from keepsight.vismem.checks import refuse, warn, with_stop_strings
 from keepsight.vismem.memory import Invocation, read_sights, splice_values
-from keepsight.vismem.output import Record, VisMemOutput
-from keepsight.vismem.policy import NO_MEMORY, MemoryPolicy
-from keepsight.vismem.writer import MemoryWriter, RowState
+from keepsight.vismem.writing.checks import refuse, warn, with_stop_strings
+from keepsight.vismem.writing.output import Record, VisMemOutput
+from keepsight.vismem.writing.policy import NO_MEMORY, MemoryPolicy
+from keepsight.vismem.writing.writer import MemoryWriter, RowState
 
 #: Per row, the memories of whole sequences, in order.
 Invocations = Sequence[Sequence[Invocation]]
