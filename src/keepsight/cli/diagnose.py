@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from keepsight.cli.console import Interrupted, check_device, out, quiet, refuse_twins, say, with_examples
+from keepsight.cli.model import BUILT_IN, Adapters, Base, Device, Dtype, Images, Source
 from keepsight.cli.progress import Progress, Waiting
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.installed import install_line
@@ -31,14 +32,9 @@ from keepsight.installed import install_line
     ),
 )
 def diagnose(
-    source: Annotated[
-        str,
-        typer.Argument(help="A plain VLM or an adapter (its base is found by itself): a folder or a hub id."),
-    ] = "keepsight/reference",
-    adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", "-a", help="A further adapter, memory or LoRA; repeat for several.")
-    ] = None,
-    image: Annotated[list[str] | None, typer.Option("--image", "-i", help="An image file; repeat for several.")] = None,
+    source: Source = BUILT_IN,
+    adapter: Adapters = None,
+    image: Images = None,
     video: Annotated[
         str | None, typer.Option(help="A video: an animated GIF or WebP, or a folder of frames in order of name.")
     ] = None,
@@ -84,13 +80,9 @@ def diagnose(
         float | None, typer.Option(help="Of the written text. Default: 1 for the built-in model, else 0.", min=0)
     ] = None,
     seed: Annotated[int, typer.Option(help="Of noise, choices and sampling.")] = 0,
-    base: Annotated[str | None, typer.Option(help="The base model, where it is not the recorded one.")] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the weights were saved.")
-    ] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the GPU if there is one.")
-    ] = None,
+    base: Base = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
 ) -> None:
     """Does this VLM lose its image, and is its memory really used? Works with and without a keepsight memory.
 

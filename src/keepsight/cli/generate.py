@@ -6,11 +6,12 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from keepsight.cli.console import check_device, quiet, refuse_twins, say, with_examples
+from keepsight.cli.model import BUILT_IN, Adapters, Base, Device, Dtype, Images, Source
 from keepsight.cli.progress import Waiting
 from keepsight.errors import KeepsightError, KeepsightWarning
 
@@ -35,14 +36,9 @@ from keepsight.errors import KeepsightError, KeepsightWarning
 )
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")],
-    source: Annotated[
-        str,
-        typer.Argument(help="An adapter (its base is found by itself) or a plain VLM: a folder or a hub id."),
-    ] = "keepsight/reference",
-    image: Annotated[list[str] | None, typer.Option("--image", "-i", help="An image file; repeat for several.")] = None,
-    adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", "-a", help="A further adapter, memory or LoRA; repeat for several.")
-    ] = None,
+    source: Source = BUILT_IN,
+    image: Images = None,
+    adapter: Adapters = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 256,
     temperature: Annotated[
         float, typer.Option(help="0 always takes the likeliest token; 1 samples as trained.", min=0)
@@ -52,15 +48,9 @@ def generate(
     show_memory: Annotated[
         bool, typer.Option("--show-memory", help="VisMem: say where which memory was invoked, after the answer.")
     ] = False,
-    base: Annotated[
-        str | None, typer.Option(help="The base model, where it is not the one the adapter recorded.")
-    ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the weights were saved.")
-    ] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the GPU if there is one.")
-    ] = None,
+    base: Base = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
 ) -> None:
     """Ask a model about images. The answer streams to stdout; everything else goes to stderr."""
     from keepsight.data.images import open_image

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from keepsight.cli.console import check_device, quiet, refuse_twins, say, with_examples
+from keepsight.cli.model import BUILT_IN, Adapters, Base, Device, Dtype, Source
 from keepsight.cli.progress import Waiting
 from keepsight.errors import KeepsightError, KeepsightWarning
 
@@ -31,13 +32,8 @@ _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
     ),
 )
 def serve(
-    source: Annotated[
-        str,
-        typer.Argument(help="An adapter (its base is found by itself) or a plain VLM: a folder or a hub id."),
-    ] = "keepsight/reference",
-    adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", "-a", help="A further adapter, memory or LoRA; repeat for several.")
-    ] = None,
+    source: Source = BUILT_IN,
+    adapter: Adapters = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the model. Default: folder or hub id.")] = None,
@@ -76,15 +72,9 @@ def serve(
     shutdown_timeout: Annotated[
         float, typer.Option(help="Seconds that running requests get to finish at the end.", min=1)
     ] = 120,
-    base: Annotated[
-        str | None, typer.Option(help="The base model, where it is not the one the adapter recorded.")
-    ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the weights were saved.")
-    ] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the GPU if there is one.")
-    ] = None,
+    base: Base = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
     engine: Annotated[
         Literal["transformers", "vllm"],
         typer.Option(help="What writes. vllm: an experiment, for a VisMem; it needs keepsight[vllm]."),
