@@ -1,6 +1,6 @@
 """The route by which a request's visual memory reaches the blocks in an unforked model, and the checks that it did.
 
-    vlm          pre-hook   a `Call` is opened: what the VLM was given
+    vlm          pre-hook   a `Given` is opened: what the VLM was given
       tower        hook       the vision encoder ran in this call
     decoder      pre-hook   the images of the call become a `VisualMemory` (with what the cache remembers), as a keyword
                             argument; without images an empty one, so that a block knows that it is on
@@ -10,7 +10,7 @@
         norm       pre-hook   takes the residual stream x
         mlp        hook       adds gate * out
     decoder      hook       every block was reached; new projections are stored in the cache
-    vlm          hook       the decoder was reached; the `Call` is closed
+    vlm          hook       the decoder was reached; the `Given` is closed
 
 Nothing is kept on the model. All hooks are module-level functions or bound methods of route and branch: copies and
 pickles of the model keep working.
@@ -41,7 +41,7 @@ from keepsight.pvm.scope import positions_at, positions_given
 
 
 @dataclass
-class Call:
+class Given:
     """One call of the VLM, while it runs.
 
     Attributes:
@@ -102,7 +102,7 @@ class PvmRoute:
     # The VLM
 
     def _open_call(self, vlm: nn.Module, args: tuple, kwargs: dict) -> None:
-        in_flight.call = Call(dict(zip(self._vlm_arguments, args, strict=False)) | kwargs)
+        in_flight.call = Given(dict(zip(self._vlm_arguments, args, strict=False)) | kwargs)
         in_flight.encoded = False
 
     def _close_call(self, vlm: nn.Module, args: tuple, output: Any) -> None:
@@ -113,7 +113,7 @@ class PvmRoute:
                 "where the visual memory waits for what enters the decoder. " + _ASK
             )
 
-    def _modalities(self, call: Call | None) -> set[str]:
+    def _modalities(self, call: Given | None) -> set[str]:
         """Which kinds of images the call brings, by its arguments, or because the vision encoder ran."""
         if call is None:
             return set()
@@ -162,7 +162,7 @@ class PvmRoute:
         return args, {**kwargs, MEMORY: memory}
 
     def _visual_mask(
-        self, call: Call | None, args: tuple, kwargs: dict, start: Any
+        self, call: Given | None, args: tuple, kwargs: dict, start: Any
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Where images stand in this call [B, T], and what enters the decoder [B, T, D]; None, None without images."""
         modalities = self._modalities(call)
@@ -286,7 +286,7 @@ def _note_tower(tower: nn.Module, args: tuple, output: Any) -> None:
         in_flight.encoded = True
 
 
-def _names(call: Call) -> str:
+def _names(call: Given) -> str:
     names = [
         name for name, value in call.given.items() if isinstance(value, torch.Tensor) and value.is_floating_point()
     ]

@@ -196,7 +196,7 @@ class VisMemBranch(nn.Module, MemoryBranch):
         return self.base_loss(logits=logits, labels=labels, vocab_size=count, **kwargs)
 
 
-class Guard(nn.Module, BaseTunerLayer):
+class MergeGuard(nn.Module, BaseTunerLayer):
     """The first module of a model that carries VisMem: keeps other adapters from being merged into the base.
 
     The long-term former is the base under an adapter of its own, and other adapters keep out while it computes. Merged
@@ -216,7 +216,7 @@ class Guard(nn.Module, BaseTunerLayer):
         """Make a guard the first child of a model that has none."""
         others = {name: child for name, child in model._modules.items() if name != GUARD}
         model._modules.clear()
-        model.add_module(GUARD, Guard())
+        model.add_module(GUARD, MergeGuard())
         model._modules.update(others)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
@@ -230,7 +230,7 @@ class Guard(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Nothing was merged."""
 
-    def unload_and_optionally_merge_module(self, merge: bool, *args: Any, **kwargs: Any) -> Guard:
+    def unload_and_optionally_merge_module(self, merge: bool, *args: Any, **kwargs: Any) -> MergeGuard:
         """What PEFT calls where it takes adapters off: stays, unless they are to be merged."""
         if merge:
             self.merge()

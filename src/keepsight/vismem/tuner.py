@@ -12,7 +12,7 @@ from torch import nn
 from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.peft_method import MemoryTuner
-from keepsight.vismem.branch import BRANCH, CONTAINER, GUARD, Guard, VisMemBranch
+from keepsight.vismem.branch import BRANCH, CONTAINER, GUARD, MergeGuard, VisMemBranch
 from keepsight.vismem.config import VisMemConfig
 from keepsight.vismem.writing.decoding import generate
 
@@ -49,7 +49,7 @@ class VisMemModel(MemoryTuner):
             branch = VisMemBranch(Backbone.of(self.model))
             branch._active_adapter = self.active_adapter
             target.add_module(BRANCH, branch)
-            Guard.put(self.model)
+            MergeGuard.put(self.model)
             # Any wrapper's generate (PEFT's of either method, TRL's) ends in the model's own.
             self.model.generate = MethodType(generate, branch)
             self.model.loss_function = branch.loss
