@@ -45,12 +45,12 @@ class Given:
     """One call of the VLM, while it runs.
 
     Attributes:
-        given: its arguments, by name.
+        arguments: by name.
         tower_ran: the vision encoder ran in it.
         decoder_ran: its decoder was called.
     """
 
-    given: dict[str, Any]
+    arguments: dict[str, Any]
     tower_ran: bool = False
     decoder_ran: bool = False
 
@@ -117,7 +117,7 @@ class PvmRoute:
         """Which kinds of images the call brings, by its arguments, or because the vision encoder ran."""
         if call is None:
             return set()
-        found = self.backbone.given_modalities(call.given)
+        found = self.backbone.given_modalities(call.arguments)
         if not found and call.tower_ran:
             found = {modality for modality, _ in self.backbone.family.visual_tokens}
         return found
@@ -168,7 +168,9 @@ class PvmRoute:
         modalities = self._modalities(call)
         if modalities:
             assert call is not None
-            mask = self.backbone.visual_mask(call.given.get("input_ids"), call.given.get("inputs_embeds"), modalities)
+            mask = self.backbone.visual_mask(
+                call.arguments.get("input_ids"), call.arguments.get("inputs_embeds"), modalities
+            )
             if not mask.any():
                 raise KeepsightError(
                     f"The call brings visual input ({_names(call)}), and no position of it is visual: looked for the "
@@ -176,7 +178,7 @@ class PvmRoute:
                     "in inputs_embeds) and found none. A memory would have nothing to remember. Give the prompt its "
                     "placeholder tokens (the processor's chat template writes them), or no pixels."
                 )
-        elif (call is not None and call.given.get("inputs_embeds") is None) or torch.compiler.is_compiling():
+        elif (call is not None and call.arguments.get("inputs_embeds") is None) or torch.compiler.is_compiling():
             return None, None
         elif not positions_given():
             if call is not None and self._reads:
@@ -288,7 +290,7 @@ def _note_tower(tower: nn.Module, args: tuple, output: Any) -> None:
 
 def _names(call: Given) -> str:
     names = [
-        name for name, value in call.given.items() if isinstance(value, torch.Tensor) and value.is_floating_point()
+        name for name, value in call.arguments.items() if isinstance(value, torch.Tensor) and value.is_floating_point()
     ]
     return ", ".join(names) or "the vision encoder ran"
 
