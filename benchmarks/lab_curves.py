@@ -26,7 +26,7 @@ from keepsight.lab.jobs import Settings
 from keepsight.lab.pretraining import one_thread
 from keepsight.lab.reference import load_reference
 from keepsight.pvm import replace_memory
-from keepsight.train.run.blindfold import blindfold
+from keepsight.train.pvm.blindfold import blindfold
 
 FAR, NEAR, ROWS, EVERY = 2048, 64, 16, 40
 

@@ -17,8 +17,8 @@ from trl.trainer.utils import add_fused_lm_head
 import keepsight
 from keepsight.backbone import Backbone
 from keepsight.compat import enable_checkpointing
-from keepsight.train.run.checkpointing import stop_below_learners
 from keepsight.train.run.learner import matched_lora
+from keepsight.train.run.trainer import stop_below_learners
 
 REFERENCE = "lora"
 SHAPES = {"tiny": "tiny-qwen3-vl", "4b": "Qwen/Qwen3-VL-4B-Instruct", "8b": "Qwen/Qwen3-VL-8B-Instruct"}

@@ -9,7 +9,7 @@ from helpers import MIXED_ROWS, attach, logits
 
 from keepsight.backbone import Backbone
 from keepsight.compat import cache_argument, enable_checkpointing, find_output_cache
-from keepsight.train.run.blindfold import BlindfoldError, BlindfoldSchedule, SightLosses, blindfold, blindfold_mask
+from keepsight.train.pvm.blindfold import BlindfoldError, BlindfoldSchedule, SightLosses, blindfold, blindfold_mask
 
 COVERABLE = [family for family in FAMILIES if not family.hybrid]
 ONE_IMAGE = [Row(2, (2, 2), 5, seed=1), Row(3, (2, 2), 4, seed=2)]

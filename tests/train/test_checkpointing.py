@@ -13,7 +13,7 @@ import keepsight
 from keepsight.backbone import Backbone
 from keepsight.compat import enable_checkpointing
 from keepsight.train.pvm.sft import SftSettings, train_pvm
-from keepsight.train.run.checkpointing import stop_below_learners
+from keepsight.train.run.trainer import stop_below_learners
 
 
 class Calls(TrainerCallback):

@@ -31,7 +31,7 @@ from keepsight.pvm import PvmConfig
 from keepsight.pvm.branch import MEMORY
 from keepsight.pvm.memory import VisualMemory
 from keepsight.pvm.module import PvmBlock
-from keepsight.train.run.blindfold import BlindfoldSchedule, blindfold
+from keepsight.train.pvm.blindfold import BlindfoldSchedule, blindfold
 from keepsight.train.run.learner import matched_lora
 
 Progress = Callable[[int, int], None]

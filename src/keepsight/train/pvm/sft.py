@@ -3,7 +3,7 @@
 The defaults are the paper's first stage (arXiv 2605.00814, section 5): only the memory learns, AdamW at 1e-4, cosine
 with a tenth of warm-up, one epoch, cross-entropy on the answers. Two additions are keepsight's own and not in the
 paper: the gates get a larger learning rate (they start at 0, and until they move nothing else learns), and, if asked
-for, the blindfold warm-up (see `keepsight.train.run.blindfold`).
+for, the blindfold warm-up (see `keepsight.train.pvm.blindfold`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from keepsight.data.check import CheckedData
 from keepsight.data.collate import ConversationCollator
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.pvm import PvmConfig
+from keepsight.train.pvm.blindfold import BlindfoldSchedule, blindfold
+from keepsight.train.pvm.sft_trainer import make_sft_trainer
 from keepsight.train.run import output, preflight
-from keepsight.train.run.blindfold import BlindfoldSchedule, blindfold
 from keepsight.train.run.controls import WHAT, Comparison, Control, Outcome, control_folder, control_learner, hold_out
 from keepsight.train.run.engines import Engine, check_engine, current_engine
 from keepsight.train.run.four_bit import check_four_bit
@@ -30,7 +31,7 @@ from keepsight.train.run.learner import Learner, lora_size
 from keepsight.train.run.plan import MemoryPlan, plan_memory
 from keepsight.train.run.run import Run, TrainReport, base_lines, execute, memory_lines, result_card, with_comparison
 from keepsight.train.run.settings import SftSettings
-from keepsight.train.run.trainer import OnLog, TrainingDivergedError, make_trainer
+from keepsight.train.run.trainer import OnLog, TrainingDivergedError
 
 __all__ = ["SftSettings", "TrainReport", "TrainingDivergedError", "train_pvm"]
 
@@ -190,7 +191,7 @@ class _Job:
             self._check_space(learner, folder, settings, checkpoint)
 
         def build(model: Any, now: Learner) -> Any:
-            return make_trainer(
+            return make_sft_trainer(
                 model,
                 self.processor,
                 now,

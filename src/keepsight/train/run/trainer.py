@@ -1,8 +1,7 @@
-"""What keepsight's trainers have in common, and the one for supervised fine-tuning; the steps are TRL's own."""
+"""What keepsight's trainers on TRL have in common; the steps are TRL's own."""
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,19 +13,12 @@ import torch
 
 from keepsight.checkpoints.sources import POLICY
 from keepsight.compat import checkpointing_arguments, checkpoints_reentrantly
-from keepsight.data.check import CheckedData, read_sample
-from keepsight.data.collate import ConversationCollator
 from keepsight.errors import KeepsightError
 from keepsight.train.run.accounting import CostMeter
-from keepsight.train.run.blindfold import BlindfoldSchedule, SightLosses, blindfold
-from keepsight.train.run.checkpointing import stop_below_learners
 from keepsight.train.run.engines import keep_vision_whole
-from keepsight.train.run.four_bit import trainable_as_it_is
 from keepsight.train.run.learner import Learner
 from keepsight.train.run.monitor import Speed, gates_of, memory_gradient_norm, memory_used
-from keepsight.train.run.settings import RunSettings, SftSettings
-
-__all__ = ["OnLog", "TrainingDivergedError", "gates_of", "make_trainer"]
+from keepsight.train.run.settings import RunSettings
 
 OnLog = Callable[[dict[str, float], int, int], None]
 """Called as `on_log(values, step, total steps)`."""
@@ -207,90 +199,6 @@ def common_arguments(settings: RunSettings, folder: Path, config_class: Any, eva
     }
 
 
-def make_trainer(
-    model: Any,
-    processor: Any,
-    learner: Learner,
-    settings: SftSettings,
-    folder: Path,
-    data: CheckedData,
-    eval_data: CheckedData | None,
-    collator: ConversationCollator,
-    on_log: OnLog | None = None,
-    callbacks: list[Any] | None = None,
-) -> Any:
-    """A trainer by supervised fine-tuning, which checkpoints into `folder`.
-
-    Args:
-        model: what `learner.put_on` returned.
-        processor: saved beside every checkpoint.
-        learner: what is trained.
-        settings: how to train.
-        folder: gets the checkpoints.
-        data: checked training data.
-        eval_data: checked data for the evaluation loss, or None.
-        collator: makes batches; copied.
-        on_log: called as `on_log(values, step, total steps)`.
-        callbacks: further transformers callbacks.
-    """
-    from trl import SFTConfig, SFTTrainer
-
-    schedule = BlindfoldSchedule.of(settings)
-    losses = SightLosses()
-
-    class PvmTrainer(LearnerTrainer, SFTTrainer):
-        """TRL's SFT trainer, with what keepsight adds, the blindfold, and an account of its work."""
-
-        def cover(self, model: Any) -> Any:
-            covered = schedule.covers(self.state.global_step)
-            return blindfold(self.accelerator.unwrap_model(model)) if covered else nullcontext()
-
-        def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-            loss = super().training_step(model, *args, **kwargs)
-            if schedule:
-                step = self.state.global_step
-                losses.add(step, schedule.covers(step), loss)
-            return loss
-
-        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            if schedule and "loss" in logs:
-                logs.update(losses.take(lambda value: self.accelerator.gather(value).mean()))
-            super().log(logs, *args, **kwargs)
-
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            meter = self.setup.meter
-            if meter is not None:
-                rows, length = inputs["input_ids"].shape
-                patches = meter.shape.patches(inputs)
-                if self.model.training:
-                    tokens = int(inputs["attention_mask"].sum())
-                    checkpointing = settings.checkpoints_gradients
-                    meter.trained(rows, length, tokens=tokens, patches=patches, checkpointing=checkpointing)
-                else:
-                    meter.read(rows, length, patches=patches)
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    args = SFTConfig(
-        **common_arguments(settings, folder, SFTConfig, eval_data is not None and learner.learns),
-        per_device_eval_batch_size=settings.batch_size,
-        max_length=None,  # the collator cuts, and the check has made sure of what it cuts
-        label_names=["labels"],
-    )
-    collator = copy.copy(collator)
-    collator.read = _Reader(data, eval_data)
-    with trainable_as_it_is(model):
-        trainer = PvmTrainer(
-            model=model,
-            args=args,
-            data_collator=collator,
-            train_dataset=data.dataset,
-            eval_dataset=None if eval_data is None else _Reader.marked(eval_data.dataset),
-            processing_class=processor,
-            callbacks=[report_callback(on_log), *(callbacks or [])],
-        )
-    return finish(trainer, Setup(settings, learner))
-
-
 def report_callback(on_log: OnLog | None) -> Any:
     """A callback that hands logs on, and sees to it that the last step and every checkpoint are logged."""
     from transformers import TrainerCallback
@@ -318,17 +226,30 @@ def finish(trainer: Any, setup: Setup) -> Any:
     return trainer
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Reads rows of the training and the evaluation data, each with its own source's images. Goes to workers."""
+#: What transformers' and PEFT's hooks on the input embeddings are called.
+_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
-    data: CheckedData
-    eval_data: CheckedData | None
 
-    @staticmethod
-    def marked(dataset: Any) -> Any:
-        return dataset.add_column("is_eval", [True] * len(dataset))
+def stop_below_learners(model: torch.nn.Module) -> int:
+    """Stop the backward pass below the lowest layer that learns; not for reentrant checkpointing.
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        data = self.eval_data if row.get("is_eval") and self.eval_data is not None else self.data
-        return read_sample(row, data.source)
+    Wherever gradients are checkpointed, transformers, PEFT and TRL make the output of every input embedding require
+    gradients, the vision encoder's patches included. Only reentrant checkpointing needs that. Otherwise the backward
+    pass recomputes and runs through every layer below the lowest one that learns, and through the whole frozen vision
+    encoder, to arrive at gradients that nobody reads: for a PVM on layers 8, 16 and 24 of 36, eight layers and the
+    vision encoder. So their hooks are taken away; switching checkpointing on puts new ones on, so this is called before
+    every forward that has a backward.
+
+    Args:
+        model: any model.
+
+    Returns:
+        How many hooks were taken away.
+    """
+    removed = 0
+    for module in model.modules():
+        found = [key for key, hook in module._forward_hooks.items() if getattr(hook, "__name__", "") in _HOOKS]
+        for key in found:
+            del module._forward_hooks[key]
+        removed += len(found)
+    return removed

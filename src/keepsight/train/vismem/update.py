@@ -12,8 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from keepsight.backbone import Backbone
 from keepsight.compat import disable_checkpointing, enable_checkpointing
-from keepsight.train.run.checkpointing import stop_below_learners
-from keepsight.train.run.trainer import TrainingDivergedError
+from keepsight.train.run.trainer import TrainingDivergedError, stop_below_learners
 from keepsight.train.vismem import grpo
 from keepsight.train.vismem.accounts import Accounts
 from keepsight.train.vismem.prefix import Prefixes
