@@ -7,7 +7,7 @@ RUN     = tools/compatibility.py run
 export HF_HUB_OFFLINE ?= 1
 export TORCH_INDEX INSTALLER
 
-.PHONY: demo test test-oldest test-newest test-vllm lint lock compatibility clean
+.PHONY: demo test test-oldest test-newest test-vllm test-gpu bench-gpu gpu-wheels lint lock compatibility clean
 
 demo: $(VENV)/.installed
 	$(BIN)/keepsight demo
@@ -32,6 +32,19 @@ test-newest:
 # The vLLM plugin, in an environment of its own: vLLM pins other versions than ours.
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python $(RUN) vllm -q tests_vllm
+
+# On a machine with a GPU, in whatever environment GPU_PYTHON is: torch, transformers and keepsight's requirements.
+GPU_PYTHON ?= python3
+test-gpu:
+	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m pytest --device cuda -q -p no:benchmark \
+		tests/pvm tests/vismem tests/diagnose tests/test_peft_method.py
+
+bench-gpu:
+	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) benchmarks/gpu.py
+
+# What a bare machine with torch and transformers lacks, to be carried there: pip install --no-index --find-links wheels
+gpu-wheels:
+	$(PYTHON) -m pip download --only-binary :all: --no-deps -d wheels peft accelerate trl datasets rich typer pytest psutil
 
 $(VENV)/.installed: pyproject.toml locks/dev.txt tools/install.py
 	$(PYTHON) tools/install.py $(VENV) --lock locks/dev.txt

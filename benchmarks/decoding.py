@@ -154,14 +154,17 @@ class Decoder:
             remembered.append(packed)
             return packed
 
-        model.model.visual.embeds = embeds
+        self.batch = len(inputs["input_ids"])
+        model.model.visual.embeds = embeds.repeat(self.batch, 1)  # the same image in every row
         with torch.no_grad(), replace_memory(look):
             output = model(**inputs, **self.given, use_cache=True, logits_to_keep=1)
         self.token = output.logits[:, -1:].argmax(-1)
         self.length = inputs["input_ids"].shape[1]
+        self.max_length = max_length
         delta = int(model.model.rope_deltas.flatten()[0])
         positions = torch.arange(self.length, max_length, device=self.token.device) + delta
-        self.positions = positions.view(-1, 1, 1, 1).expand(-1, 3, -1, -1).contiguous().unbind()  # each [3, 1, 1]
+        # each [3, B, 1]
+        self.positions = positions.view(-1, 1, 1, 1).expand(-1, 3, self.batch, -1).contiguous().unbind()
         self.start = self.length
         self.graphs = compiled == "reduce-overhead" and self.token.is_cuda
 
@@ -188,7 +191,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, token: torch.Tensor | None = None) -> torch.Tensor:
-        """Decode one token; returns the logits [1, 1, vocabulary] it was chosen from."""
+        """Decode one token a row; returns the logits [B, 1, vocabulary] they were chosen from."""
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()
         logits = self.forward(self.token if token is None else token, self.positions[self.length - self.start])
@@ -197,17 +200,59 @@ class Decoder:
         return logits
 
 
-def make_prompt(visual_tokens: int, text_tokens: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Words, one image of `visual_tokens` tokens, words: `text_tokens` words in all."""
+class GraphDecoder(Decoder):
+    """A variant whose step is captured in a CUDA graph by hand: replaying it costs the host one launch.
+
+    Token, position and the cache's length are tensors that the graph itself moves on, so a replay is a whole step. On a
+    CPU, where there is nothing to capture, the same step runs as it is: a rehearsal, and no figure.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.position = self.positions[0].clone()
+        self.graph: Any = None
+        if self.token.is_cuda:
+            stream = torch.cuda.Stream()  # what is loaded or chosen at a first call must not be captured
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream), torch.no_grad():
+                for _ in range(3):
+                    self._advance()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.length += 3
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.no_grad(), torch.cuda.graph(self.graph):
+                self._advance()
+
+    def _advance(self) -> None:
+        self.logits = self._forward(self.token, self.position)
+        self.token.copy_(self.logits[:, -1:].argmax(-1))
+        self.position.add_(1)
+
+    @torch.no_grad()
+    def step(self, token: torch.Tensor | None = None) -> torch.Tensor:
+        """Decode one token a row; returns the logits [B, 1, vocabulary], which the next step overwrites."""
+        assert self.length < self.max_length, "the cache is full"
+        if token is not None:
+            self.token.copy_(token)
+        if self.graph is None:
+            self._advance()
+        else:
+            self.graph.replay()
+        self.length += 1
+        return self.logits
+
+
+def make_prompt(visual_tokens: int, text_tokens: int, device: torch.device, batch: int = 1) -> dict[str, torch.Tensor]:
+    """Words, one image of `visual_tokens` tokens, words: `text_tokens` words in all; the same in every row."""
     g = torch.Generator().manual_seed(0)
     words = torch.randint(20, 1000, (text_tokens,), generator=g).tolist()
     half = text_tokens // 2
     side = next(s for s in range(int(visual_tokens**0.5), 0, -1) if visual_tokens % s == 0)
-    ids = torch.tensor([[*words[:half], START, *[IMAGE] * visual_tokens, END, *words[half:]]])
+    ids = torch.tensor([[*words[:half], START, *[IMAGE] * visual_tokens, END, *words[half:]]]).repeat(batch, 1)
     inputs = {
         "input_ids": ids,
         "mm_token_type_ids": (ids == IMAGE).int(),
-        "pixel_values": torch.zeros(1, 1),  # the stand-in for the vision tower does not look at them
-        "image_grid_thw": torch.tensor([[1, 2 * side, 2 * (visual_tokens // side)]]),
+        "pixel_values": torch.zeros(batch, 1),  # the stand-in for the vision tower does not look at them
+        "image_grid_thw": torch.tensor([[1, 2 * side, 2 * (visual_tokens // side)]]).repeat(batch, 1),
     }
     return {name: tensor.to(device) for name, tensor in inputs.items()}

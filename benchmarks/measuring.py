@@ -8,6 +8,7 @@ import platform
 import shlex
 import statistics
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,37 @@ class OperationCounter(TorchDispatchMode):
         if not any(a is not None and not a.is_write for a in aliases):
             self.count += 1
         return func(*args, **(kwargs or {}))
+
+
+def ceilings(device: torch.device, rounds: int = 20) -> dict[str, float]:
+    """What this device does at best, measured now: bytes a second of a large copy, operations a second of a matmul.
+
+    A copy reads and writes, so both count. On a GPU: 1 GiB, and 8,192 x 8,192 in bfloat16; on a CPU, smaller.
+    """
+    gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    source = torch.empty((1 << 30) if gpu else (1 << 26), dtype=torch.uint8, device=device)
+    target, side = torch.empty_like(source), 8192 if gpu else 1024
+    left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    made = torch.empty_like(left)
+
+    def seconds(work: Any) -> float:
+        work()
+        times = []
+        for _ in range(rounds):
+            if gpu:
+                torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            work()
+            if gpu:
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - begin)
+        return statistics.median(times)
+
+    return {
+        "copy_bytes_per_second": 2 * source.numel() / seconds(lambda: target.copy_(source)),
+        "matmul_operations_per_second": 2 * side**3 / seconds(lambda: torch.mm(left, right, out=made)),
+    }
 
 
 def conditions(script: str, argv: Sequence[str], measured: Sequence[str], device: torch.device, note: str) -> dict:
@@ -80,6 +112,13 @@ def conditions(script: str, argv: Sequence[str], measured: Sequence[str], device
         "keepsight": keepsight.__version__,
         "note": note,
     }
+
+
+def place(folder: Path, name: str, quick: bool) -> Path:
+    """The result file; of a quick run, which nobody may quote, one in a folder that git does not see."""
+    folder = folder / "quick" if quick else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.json"
 
 
 def make_console() -> Console:

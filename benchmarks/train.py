@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import conditions, make_console, spread
+from measuring import conditions, make_console, place, spread
 from rich.table import Table
 
 from keepsight.errors import KeepsightWarning
@@ -159,8 +159,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         "samples_seconds": samples,
     }
     show(report)
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / f"{args.name or f'{args.kind}-{device.type}-{args.shape}-{args.dtype}'}.json"
+    file = place(args.out, args.name or f"{args.kind}-{device.type}-{args.shape}-{args.dtype}", args.quick)
     file.write_text(json.dumps(report, indent=1) + "\n")
     return file
 

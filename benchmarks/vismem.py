@@ -22,12 +22,13 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import conditions, make_console, spread
+from measuring import conditions, make_console, place, spread
 from peft import get_peft_model
 from rich.table import Table
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -183,7 +184,13 @@ def run(model: Any, inputs: dict[str, torch.Tensor], variant: tuple[str, int], t
     return {"seconds": seconds, "formations": formations.samples}
 
 
-def measure(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+Rows = list[dict[str, Any]]
+
+
+def measure(
+    arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype, keep: Callable[[Rows], None]
+) -> Rows:
+    """All rows of the table; `keep` gets those so far whenever a prompt is done: a stopped run keeps what it has."""
     model = build(SHAPES[arguments.shape], device, dtype, arguments.max_text_states)
     variants = [("plain", 0), *((form, count) for count in arguments.invocations for form in FORMS)]
     results = []
@@ -212,6 +219,7 @@ def measure(arguments: argparse.Namespace, device: torch.device, dtype: torch.dt
                     }
                 )
                 print(f"{form} {count} invocations, {visual} visual, batch {batch}: done", file=sys.stderr)
+            keep(results)
     return results
 
 
@@ -268,6 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--name")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result file")
     parser.add_argument("--note", default="")
     parser.add_argument("--quick", action="store_true", help="does it run? Nothing to quote")
     parser.add_argument("--show", nargs="+", type=Path, help="print the tables of result files")
@@ -285,19 +294,22 @@ def main(argv: list[str] | None = None) -> None:
     arguments.dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     given = sys.argv[1:] if argv is None else argv
     found = conditions("benchmarks/vismem.py", given, MEASURED, device, arguments.note)
-    results = measure(arguments, device, getattr(torch, arguments.dtype))
-    options = {k: v for k, v in vars(arguments).items() if k not in ("show", "name")}
+    options = {k: v for k, v in vars(arguments).items() if k not in ("show", "name", "out")}
     result = {
         "conditions": found,
         "arguments": options,
         "shape": asdict(SHAPES[arguments.shape]),
-        "results": results,
+        "results": [],
     }
+    name = arguments.name or f"{device.type}-{arguments.shape}-{arguments.dtype}"
+    file = place(arguments.out, name, arguments.quick)
+
+    def keep(rows: Rows) -> None:
+        file.write_text(json.dumps(result | {"results": rows}, indent=1) + "\n")
+
+    result["results"] = measure(arguments, device, getattr(torch, arguments.dtype), keep)
     show(result)
-    if not arguments.quick:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        name = arguments.name or f"{device.type}-{arguments.shape}-{arguments.dtype}"
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"Raw samples: {file}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import transformers
 
 VOCAB, PAD, EOS, IMAGE, VIDEO, START, END = 128, 0, 1, 120, 121, 122, 123
 FIRST_WORD, LAST_WORD = 5, 115
+#: Where tiny models live; their inputs follow them. `pytest --device cuda` changes it (conftest.py).
+device = "cpu"
 
 
 def _text(**more: Any) -> dict[str, Any]:
@@ -231,7 +233,7 @@ class TinyFamily:
         config = self.config()
         for key, value in overrides.items():
             setattr(config, key, value)
-        model = getattr(transformers, self.model_class)(config).eval()
+        model = getattr(transformers, self.model_class)(config).eval().to(device)
         model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, None
         return model
 
@@ -306,14 +308,15 @@ def make_inputs(family: TinyFamily, model: Any, rows: Sequence[Row]) -> dict[str
         inputs[name] = torch.cat([p[name] for p in pixels])
     if "batch_num_images" in inputs:
         inputs["batch_num_images"] = torch.tensor([len(row.images) for row in rows])
-    return inputs
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
 @torch.no_grad()
 def count_visual_tokens(model: Any, arguments: dict[str, torch.Tensor]) -> list[int]:
     """Visual tokens of each image, as the model itself makes them."""
     names = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
-    output = model.get_image_features(**{k: v for k, v in arguments.items() if k in names}, return_dict=True)
+    given = {name: value.to(model.device) for name, value in arguments.items() if name in names}
+    output = model.get_image_features(**given, return_dict=True)
     return [len(image) for image in output.pooler_output]
 
 

@@ -1,5 +1,6 @@
 """The benchmarks run, write what they promise, and time variants that compute the same. No timing is asserted."""
 
+import dataclasses
 import importlib
 import json
 import statistics
@@ -17,12 +18,14 @@ sys.path.insert(0, str(FOLDER))  # as Python does for `python benchmarks/decode.
 decode = importlib.import_module("decode")
 
 
-@pytest.fixture(scope="module", params=["dynamic", "static"])
+@pytest.fixture(scope="module", params=["dynamic", "static", "graph"])
 def report(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("decode")
-    flags = ["--static"] if request.param == "static" else []
+    flags = {"dynamic": [], "static": ["--static", "--batch", "2"], "graph": ["--graph", "--batch", "2"]}[request.param]
     file = decode.main(["--quick", "--device", "cpu", "--out", str(out), "--note", "a test", *flags])
-    assert [p.name for p in out.iterdir()] == [file.name]
+    assert [p.relative_to(out).as_posix() for p in out.rglob("*.json")] == [
+        f"quick/{file.name}"
+    ]  # never beside a result
     return json.loads(file.read_text())
 
 
@@ -65,15 +68,33 @@ def test_reprojection_gives_the_cached_logits(report: Any) -> None:
 
 
 def test_reprojection_computes_more(report: Any) -> None:
+    rows = report["settings"]["batch"]
     for result in report["results"]:
-        counts = {name: c["operations"] for name, c in result["operations_per_step"].items()}
-        assert counts["base"] < counts["pvm"] < counts["reprojected"]
+        if "graph" not in report["settings"]["mode"]:
+            counts = {name: c["operations"] for name, c in result["operations_per_step"].items()}
+            assert counts["base"] < counts["pvm"] < counts["reprojected"]
         floor = result["bytes_floor"]
         assert 0 < floor["pvm_adds"] < floor["reprojected_adds"]
         assert floor["pvm_over_base"] == pytest.approx(1 + floor["pvm_adds"] / floor["base"])
     small, large = (r["bytes_floor"]["pvm_adds"] for r in report["results"])
-    states = 3 * 2 * (64 - 16) * 2 * 64 * 4  # blocks, keys and values, tokens, KV heads, head size, bytes
+    states = rows * 3 * 2 * (64 - 16) * 2 * 64 * 4  # blocks, keys and values, tokens, KV heads, head size, bytes
     assert large - small == states
+
+
+def test_a_captured_step_is_the_step() -> None:
+    """A graph moves token, position and the cache's length on by itself, and computes what `Decoder` computes."""
+    models = decode.build_models(decode.SHAPES["tiny"], torch.float32, torch.device("cpu"))
+    how = (models, 16, 8, 2, 4, torch.device("cpu"))
+    plain, graph = (decode.make_decoders(*how, kind, None, True) for kind in (decode.Decoder, decode.GraphDecoder))
+    for name in decode.VARIANTS:
+        for _ in range(4):
+            assert torch.equal(plain[name].step(), graph[name].step().clone())
+
+
+def test_ceilings_are_measured() -> None:
+    found = importlib.import_module("measuring").ceilings(torch.device("cpu"), rounds=2)
+    assert found.keys() == {"copy_bytes_per_second", "matmul_operations_per_second"}
+    assert min(found.values()) > 0
 
 
 def test_a_memory_that_is_not_read_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,3 +140,26 @@ def test_committed_results_are_whole(file: Path) -> None:
     assert "/" not in report["conditions"]["command"].replace("benchmarks/", "")
     for result in report["results"]:
         assert decode.summarise(result["samples_ms_per_token"]) == result["summary"]
+
+
+def test_all_of_a_gpus_benchmarks_in_one_go(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rehearsed: a step that ends, one that fails and one that is stopped; each says so in the table."""
+    gpu = importlib.import_module("gpu")
+    step = next(step for step in gpu.STEPS if step.kind == "decode")
+    names = ("ended", "failed", "stopped")
+    changes = ({}, {"rehearsal": "--no-such-option"}, {"limit": 0.1})
+    steps = tuple(dataclasses.replace(step, name=name, **change) for name, change in zip(names, changes, strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "STEPS", steps)
+        assert gpu.main(["--rehearse", "--out", str(tmp_path)]) == 1
+        assert gpu.main(["--rehearse", "--out", str(tmp_path), "--only", "ended"]) == 0
+    table = capfd.readouterr().out
+    assert "done in" in table
+    assert "failed (exit 2)" in table
+    assert "stopped after" in table
+    assert table.count("nothing was written") == 2
+    assert [path.name for path in tmp_path.rglob("*.json")] == ["ended.json"]
+
+
+def test_the_limits_of_a_gpus_benchmarks_fit_nine_minutes() -> None:
+    assert sum(step.limit for step in importlib.import_module("gpu").STEPS) <= 9 * 60
