@@ -27,12 +27,12 @@ RECIPES = estimate.recipes()
 RUN_DRY = ("qwen3-vl-4b-sft", "qwen3-vl-4b-grpo-24gb", "qwen2.5-vl-7b-formation-24gb", "qwen2.5-vl-7b-invocation")
 
 
-def parse(recipe: Any) -> dict[str, Any]:
+def parse(recipe: Any, resilient: bool = True) -> dict[str, Any]:
     """What the real command line makes of a recipe's flags; raises where it knows one of them not."""
     command, words, name = typer.main.get_command(app), list(recipe.command), "keepsight"
     context: Any = None
     while hasattr(command, "resolve_command"):
-        context = command.make_context(name, words, parent=context, resilient_parsing=True)
+        context = command.make_context(name, list(words), parent=context, resilient_parsing=resilient)
         name, command, words = command.resolve_command(context, words)
     return command.make_context(name, words, parent=context).params
 
@@ -55,6 +55,24 @@ def test_a_flag_that_is_no_more_is_found(recipe: Any) -> None:
     rotten = dataclasses.replace(recipe, command=[*recipe.command, "--rotten", "1"])
     with pytest.raises(UsageError, match="--rotten"):
         parse(rotten)
+
+
+def test_a_recipe_makes_defaults_and_what_is_given_counts_more(tmp_path: Path) -> None:
+    recipe = next(recipe for recipe in RECIPES if recipe.path.stem == "qwen3-vl-4b-sft-24gb")
+    config = tmp_path / "run.yaml"
+    config.write_text("recipe: paper\ngate_lr_multiplier: 3.0\n")
+
+    def parsed(*more: str) -> tuple[Any, ...]:
+        words = ["train", "pvm", "BASE", "--data", "$DATA", "--output-dir", "$OUT", *more]
+        given = parse(dataclasses.replace(recipe, command=words), resilient=False)
+        return tuple(given[name] for name in ("blindfold_steps", "gate_lr_multiplier", "causal"))
+
+    assert parsed() == (None, 10.0, True)
+    assert parsed("--recipe", "paper") == (0, 1.0, False)
+    assert parsed("--recipe", "paper", "--causal", "--blindfold-steps", "5") == (5, 1.0, True)
+    assert parsed("--config", str(config)) == (0, 3.0, False)
+    assert parsed("--recipe", "paper", "--config", str(config)) == (0, 3.0, False)
+    assert parsed("--config", str(config), "--recipe", "keepsight") == (None, 3.0, True)
 
 
 def test_the_paper_recipes_are_the_papers() -> None:

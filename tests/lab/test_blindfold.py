@@ -9,7 +9,14 @@ from helpers import MIXED_ROWS, attach, logits
 
 from keepsight.backbone import Backbone
 from keepsight.compat import cache_argument, enable_checkpointing, find_output_cache
-from keepsight.train.pvm.blindfold import BlindfoldError, BlindfoldSchedule, SightLosses, blindfold, blindfold_mask
+from keepsight.train.pvm.blindfold import (
+    BlindfoldError,
+    BlindfoldSchedule,
+    SightLosses,
+    blindfold,
+    blindfold_callback,
+    blindfold_mask,
+)
 
 COVERABLE = [family for family in FAMILIES if not family.hybrid]
 ONE_IMAGE = [Row(2, (2, 2), 5, seed=1), Row(3, (2, 2), 4, seed=2)]
@@ -147,6 +154,48 @@ def test_flash_attention_is_refused():
     Backbone.of(model).decoder.config._attn_implementation = "flash_attention_2"
     with pytest.raises(BlindfoldError, match="attn_implementation='sdpa'"), blindfold(model):
         pass
+
+
+def test_sliding_windows_are_refused():
+    model = BY_NAME["qwen2_5_vl"].build()
+    text = Backbone.of(model).text_config
+    text.layer_types = ["full_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    with pytest.raises(BlindfoldError, match="sliding windows"), blindfold(model):
+        pass
+
+
+@pytest.mark.parametrize("schedule", [None, BlindfoldSchedule(2, 0.0)], ids=["default", "given"])
+def test_any_trainer_takes_it_as_a_callback(schedule, tmp_path):
+    """Step by step, text sees the image where the schedule says so; evaluations always see; nothing is left behind."""
+    from transformers import Trainer, TrainingArguments
+
+    family = BY_NAME["qwen3_vl"]
+    model = attach(family.build())
+    inputs = make_inputs(family, model, ONE_IMAGE)
+    row = {"image": 0}
+    seen = []
+
+    class Look(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            with model.disable_adapter(), torch.no_grad():
+                same = torch.equal(text_logits(model, inputs), text_logits(model, with_other_pixels(inputs)))
+            seen.append("b" if same else "s" if model.training else "e")
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=8, eval_strategy="steps", eval_steps=2, report_to="none", use_cpu=True, save_steps=99
+    )
+    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
+    Look(
+        model=model,
+        args=arguments,
+        train_dataset=[row] * 8,
+        eval_dataset=[row],
+        data_collator=lambda rows: inputs | {"labels": inputs["input_ids"]},
+        callbacks=[blindfold_callback(schedule)],
+    ).train()
+    assert "".join(seen) == ("bbebsebsebse" if schedule is None else "bbessessesse")
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
 
 
 def test_continuing_a_cache_is_refused():

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import TinyFamily
+from families import BY_NAME, TinyFamily
 from safetensors.torch import load_file, save_file
 from tiny_training import FLAGS, QUICK, draw_digit, make_data, read_rows, write_rows
 
 import keepsight
 from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.train.pvm.blindfold import BlindfoldError, BlindfoldSchedule
 from keepsight.train.pvm.sft import SftSettings, TrainingDivergedError, TrainReport, train_pvm
 from keepsight.train.run import run
 from keepsight.train.run.output import OutputError, check_space, last_checkpoint
@@ -83,7 +84,11 @@ def family_folder(family: TinyFamily, folder: Path) -> Path:
 def test_every_family_trains(family: TinyFamily, data: Path, tmp_path: Path) -> None:
     base = family_folder(family, tmp_path / "base")
     pvm = keepsight.PvmConfig(layers=[1, 3], width=32)
-    report = train_pvm(base, data, tmp_path / "out", pvm=pvm, settings=settings(max_steps=8, lr=1e-2))
+    said: list[str] = []
+    report = train_pvm(base, data, tmp_path / "out", pvm=pvm, settings=settings(max_steps=8, lr=1e-2), say=said.append)
+    told = next(line for line in said if "steps; blindfolded: " in line)
+    assert ("blindfolded: none" if family.hybrid else "blindfolded: the first 3 steps, then 50%") in told
+    assert family.hybrid == any(line.startswith("no blindfold warm-up") and "linear attention" in line for line in said)
     assert report.base_unchanged is True
     assert report.last_loss < report.first_loss
     assert all(abs(gate) > 0.01 for gate in report.gates.values())
@@ -235,14 +240,42 @@ def test_the_look_up_stays_needed_and_can_be_watched(tiny_vlm: Path, data: Path,
             logs[step] = values
 
     seen = {}
-    for share in (None, 0.0):
-        options = settings(max_steps=6, logging_steps=1, grad_accum=2, blindfold_steps=2, blindfold_share=share)
-        train_pvm(tiny_vlm, data, tmp_path / f"out-{share}", settings=options, on_log=note)
-        seen[share] = ["".join(k[0] for k in ("blindfolded_loss", "sighted_loss") if k in logs[n]) for n in range(1, 7)]
+    for steps, share in ((2, None), (2, 0.0), (None, None), (0, None)):
+        options = settings(max_steps=6, logging_steps=1, grad_accum=2, blindfold_steps=steps, blindfold_share=share)
+        train_pvm(tiny_vlm, data, tmp_path / f"out-{steps}-{share}", settings=options, on_log=note)
+        kinds = ("blindfolded_loss", "sighted_loss")
+        seen[steps, share] = ["".join(k[0] for k in kinds if k in logs[n]) for n in range(1, 7)]
         for values in logs.values():
-            told = values.get("blindfolded_loss", values.get("sighted_loss"))
+            told = values.get("blindfolded_loss", values.get("sighted_loss", values["loss"]))
             assert told == pytest.approx(values["loss"], abs=1e-3)
-    assert seen == {None: list("bbsbsb"), 0.0: list("bbssss")}
+    assert seen == {
+        (2, None): list("bbsbsb"),
+        (2, 0.0): list("bbssss"),
+        (None, None): list("bbsbsb"),  # three eighths of six steps, and every second one: the laboratory's recipe
+        (0, None): [""] * 6,
+    }
+
+
+def test_the_papers_recipe_has_neither_of_our_additions() -> None:
+    paper = SftSettings.paper(max_steps=5)
+    assert (paper.blindfold_steps, paper.gate_lr_multiplier, paper.max_steps) == (0, 1.0, 5)
+    assert not BlindfoldSchedule.of(paper, 1000)
+    assert str(BlindfoldSchedule.of(SftSettings(), 1000)).startswith("the first 375 steps, then 50%")
+
+
+def test_a_blindfold_that_was_asked_for_and_cannot_be_is_refused(data: Path, tmp_path: Path) -> None:
+    base = family_folder(BY_NAME["qwen3_5"], tmp_path / "base")
+    for asked in ({"blindfold_steps": 2}, {"blindfold_share": 0.5}):
+        with pytest.raises(BlindfoldError, match="linear attention"):
+            train_pvm(base, data, tmp_path / "out", settings=settings(**asked))
+
+
+def test_what_the_rule_means_for_serving_is_said(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    for causal, told in ((True, "vLLM can serve this memory"), (False, "vLLM cannot serve this memory")):
+        said: list[str] = []
+        pvm = keepsight.PvmConfig(causal=causal)
+        train_pvm(tiny_vlm, data, tmp_path / str(causal), pvm=pvm, settings=settings(max_steps=1), say=said.append)
+        assert any(told in line for line in said)
 
 
 def test_a_blindfold_for_all_steps_is_refused() -> None:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoProcessor
 
 from keepsight.checkpoints.adapters import AdapterInfo
+from keepsight.checkpoints.attention import check_attention
 from keepsight.checkpoints.bases import read_base
 from keepsight.checkpoints.sources import check_sources
 from keepsight.errors import AdapterMismatchError
@@ -71,6 +72,9 @@ def load_checked(
 ) -> tuple[Any, Any]:
     """`load`, for what `keepsight.checkpoints.sources.check_sources` has checked and found."""
     warn_of_untested()
+    kernel = model_kwargs.get("attn_implementation")
+    if kernel is not None:
+        check_attention(base_name, kernel, device, dtype, revision=model_kwargs.get("revision"))
     base_path = resolve_base(base_name)
     processor_source = next((a.path for a in adapters if _has_processor(a.path)), base_path)
     processor = AutoProcessor.from_pretrained(processor_source)

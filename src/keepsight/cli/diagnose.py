@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from keepsight.cli.console import Interrupted, check_device, out, quiet, refuse_twins, say, with_examples
-from keepsight.cli.model import BUILT_IN, Adapters, Base, Device, Dtype, Images, Source
+from keepsight.cli.model import BUILT_IN, Adapters, Attention, Base, Device, Dtype, Images, Source
 from keepsight.cli.progress import Progress, Waiting
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.installed import install_line
@@ -83,6 +83,7 @@ def diagnose(
     base: Base = None,
     dtype: Dtype = "auto",
     device: Device = None,
+    attention: Attention = None,
 ) -> None:
     """Does this VLM lose its image, and is its memory really used? Works with and without a keepsight memory.
 
@@ -102,7 +103,7 @@ def diagnose(
     base_name, infos = check_sources(source, adapter or [], base)
     refuse_twins(infos, "Leave one of them out.")
     with Waiting(f"loading {base_name}"):
-        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "attn_implementation": attention}
         model, processor = load_checked(base_name, infos, **options)
         other = None if control is None else load(control, base=base, **options)[0]
     from keepsight.diagnose.results import Diagnosis

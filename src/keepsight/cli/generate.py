@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from keepsight.cli.console import check_device, quiet, refuse_twins, say, with_examples
-from keepsight.cli.model import BUILT_IN, Adapters, Base, Device, Dtype, Images, Source
+from keepsight.cli.model import BUILT_IN, Adapters, Attention, Base, Device, Dtype, Images, Source
 from keepsight.cli.progress import Waiting
 from keepsight.errors import KeepsightError, KeepsightWarning
 
@@ -51,6 +51,7 @@ def generate(
     base: Base = None,
     dtype: Dtype = "auto",
     device: Device = None,
+    attention: Attention = None,
 ) -> None:
     """Ask a model about images. The answer streams to stdout; everything else goes to stderr."""
     from keepsight.data.images import open_image
@@ -87,7 +88,7 @@ def generate(
             "No --image is given, so the visual memory has nothing to remember.", KeepsightWarning, stacklevel=2
         )
     with Waiting(f"loading {base_name}"):
-        model, processor = load_checked(base_name, infos, dtype=dtype, device=device)
+        model, processor = load_checked(base_name, infos, dtype=dtype, device=device, attn_implementation=attention)
     require_chat_template(processor)
     latent: dict[str, Any] = {}
     if has_latent and no_memory:

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from keepsight.checkpoints.attention import Attention as Kernel
+
 BUILT_IN = "keepsight/reference"
 
 Source = Annotated[
@@ -20,3 +22,4 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the weights were saved.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the GPU if there is one.")]
+Attention = Annotated[Kernel | None, typer.Option(help="Attention kernel. Default: transformers' choice, sdpa.")]

@@ -161,8 +161,22 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
         elif isinstance(value, list) and not several:
             value = ",".join(str(part) for part in value)  # layers: [8, 16]
         values[name] = value
-    context.default_map = values
+    context.default_map = {**(context.default_map or {}), **values}
     return path
+
+
+def recipe_of(recipes: dict[str, dict[str, Any]]) -> Callable[[typer.Context, str], str]:
+    """Callback of an eager option that names a recipe: its settings become defaults, which --config overrides.
+
+    Args:
+        recipes: name -> option's parameter -> default.
+    """
+
+    def choose(context: typer.Context, name: str) -> str:
+        context.default_map = {**recipes[name], **(context.default_map or {})}
+        return name
+
+    return choose
 
 
 def _save(path: Path, given: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from keepsight.cli.console import check_device, quiet, refuse_twins, say, with_examples
-from keepsight.cli.model import BUILT_IN, Adapters, Base, Device, Dtype, Source
+from keepsight.cli.model import BUILT_IN, Adapters, Attention, Base, Device, Dtype, Source
 from keepsight.cli.progress import Waiting
 from keepsight.errors import KeepsightError, KeepsightWarning
 
@@ -75,6 +75,7 @@ def serve(
     base: Base = None,
     dtype: Dtype = "auto",
     device: Device = None,
+    attention: Attention = None,
     engine: Annotated[
         Literal["transformers", "vllm"],
         typer.Option(help="What writes. vllm: an experiment, for a VisMem; it needs keepsight[vllm]."),
@@ -146,7 +147,7 @@ def serve(
         )
     taken = bind(host, port)
     with Waiting(f"loading {base_name}"):
-        model, processor = load_checked(base_name, infos, dtype=dtype, device=device)
+        model, processor = load_checked(base_name, infos, dtype=dtype, device=device, attn_implementation=attention)
     require_chat_template(processor)
     log_to_stderr()
     api = _api(model, processor, settings)

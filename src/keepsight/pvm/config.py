@@ -27,7 +27,8 @@ class PvmConfig(MemoryConfig):
     """Configuration of PVM, persistent visual memory (arXiv 2605.00814).
 
     `PvmConfig()` resolves every size from the model it is put on; what it resolved to stands in the saved
-    `adapter_config.json`.
+    `adapter_config.json`. It says what a memory is; how one is trained so that its look-up forms is up to the trainer
+    (`keepsight train pvm`, or `keepsight.train.pvm.blindfold.blindfold_callback` with any other).
 
     Args:
         layers: decoder layers that get a block. Default: the paper's for Qwen3-VL 4B (5, 11, 17) and 8B (8, 16, 24),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from keepsight.cli.console import quiet, with_examples
+from keepsight.cli.options import recipe_of
 from keepsight.cli.train.job import Job, PvmOptions
 from keepsight.cli.train.showing import print_log, print_report, run_and_report, show_dry_run
-from keepsight.train.run.settings import SftSettings
+from keepsight.train.run.fields import STEPS
+from keepsight.train.run.settings import PAPER_SFT, SftSettings
 
 
 @with_examples(
@@ -26,7 +28,7 @@ from keepsight.train.run.settings import SftSettings
     ),
     ("go on where a run stopped", "keepsight train pvm Qwen/Qwen3-VL-4B-Instruct -d train.jsonl -o my-memory --resume"),
     ("is it better than fine-tuning on the same data?", "keepsight train pvm ... --control lora,sft,none"),
-    ("the look-up forms sooner if the base is blindfolded at first", "keepsight train pvm ... --blindfold-steps 200"),
+    ("as the paper: no blindfold, gates at the common rate, the published rule", "... --recipe paper"),
     ("on eight GPUs", "accelerate launch --num_processes 8 -m keepsight.cli train pvm ..."),
 )
 def pvm(
@@ -34,13 +36,25 @@ def pvm(
     job: Job,
     memory: PvmOptions,
     settings: SftSettings,
+    recipe: Annotated[
+        Literal["keepsight", "paper"],
+        typer.Option(
+            help="Defaults of the settings: ours, or the paper's (no blindfold, gates at the common rate, the "
+            "published rule). What is given beside it counts more.",
+            rich_help_panel=STEPS,
+            is_eager=True,
+            callback=recipe_of({"keepsight": {}, "paper": {**PAPER_SFT, "causal": False}}),
+        ),
+    ] = "keepsight",
 ) -> None:
     """Train a persistent visual memory on a frozen VLM (supervised fine-tuning through TRL).
 
     Samples are chats with images: "messages" and "images", or "prompt", "answer" and "image". The loss is on the
     assistant's words. Data, settings and output folder are checked completely before the first step. Defaults follow
-    the PVM paper's first stage.
+    the PVM paper's first stage, with two additions of ours: a blindfold warm-up and faster gates. --recipe paper leaves
+    them out.
     """
+    del recipe  # it has made defaults
     quiet()
     config = memory.config()
     job.warn_of_idle(settings)

@@ -186,6 +186,11 @@ class AttentionMeter:
             return
         assert self._visual is not None
         assert self._edge is not None
+        if mask is not None and not isinstance(mask, torch.Tensor):
+            raise UnsupportedModelError(
+                f"The meter reads attention masks as tensors, and this model's kernel takes a {type(mask).__name__}: "
+                "load it with attn_implementation='sdpa' (--attention sdpa)."
+            )
         batch, keys = query.shape[0], key.shape[2]
         scores = scores_of(query[:, :, -1:], key, kwargs)[:, :, 0]
 

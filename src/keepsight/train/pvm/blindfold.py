@@ -13,7 +13,10 @@ some hundred cheap steps on short samples::
 What has formed can be lost again. When sight comes back at once and for good, the look-up is no longer needed for
 samples of training length, the gates fall, and on some seeds the look-up fades where only long outputs would show it
 (benchmarks/results/lab-curves). So sight comes back for a part of the steps only, and the look-up stays needed to the
-end: `BlindfoldSchedule` says for which.
+end: `BlindfoldSchedule` says for which. `keepsight train pvm` does this unless told otherwise. Any other trainer of
+transformers or TRL takes it as a callback::
+
+    SFTTrainer(model=get_peft_model(vlm, PvmConfig()), callbacks=[blindfold_callback()], ...)
 
 Nothing is kept on the model: the blindfold is a property of the calls made inside the `with` block.
 """
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +36,11 @@ from torch import nn
 from keepsight.backbone import Backbone
 from keepsight.compat import find_cache
 from keepsight.errors import KeepsightError
+from keepsight.pvm import PvmConfig
 from keepsight.train.run.settings import SftSettings
+
+WARM_UP, SHARE = 3 / 8, 0.5
+"""The laboratory's schedule (120 steps of 320, then every second one), with which the look-up formed and stayed."""
 
 _visual: ContextVar[torch.Tensor | None] = ContextVar("keepsight_blindfold_visual", default=None)
 
@@ -66,10 +73,17 @@ class BlindfoldSchedule:
             )
 
     @classmethod
-    def of(cls, settings: SftSettings) -> BlindfoldSchedule:
-        """That of a run: behind a warm-up every second step, unless the settings say otherwise."""
-        share = settings.blindfold_share
-        return cls(settings.blindfold_steps, (0.5 if settings.blindfold_steps else 0.0) if share is None else share)
+    def default(cls, total: int) -> BlindfoldSchedule:
+        """The laboratory's, for a run of so many optimiser steps."""
+        return cls(int(total * WARM_UP), SHARE)
+
+    @classmethod
+    def of(cls, settings: SftSettings, total: int) -> BlindfoldSchedule:
+        """That of a run of so many optimiser steps: the default, where the settings say nothing else."""
+        default = cls.default(total)
+        steps = default.steps if settings.blindfold_steps is None else settings.blindfold_steps
+        share = 0.0 if settings.blindfold_steps == 0 else default.share
+        return cls(steps, share if settings.blindfold_share is None else settings.blindfold_share)
 
     def covers(self, step: int) -> bool:
         """Whether optimiser step `step` (from 0) is blindfolded."""
@@ -84,7 +98,7 @@ class BlindfoldSchedule:
         """For people."""
         if not self:
             return "none"
-        return f"{self.steps} first steps, then {self.share:.0%} of the steps (not in the paper)"
+        return f"the first {self.steps:,} steps, then {self.share:.0%} of the steps (not in the paper)"
 
 
 class SightLosses:
@@ -116,6 +130,37 @@ class SightLosses:
         return found
 
 
+def blindfold_callback(schedule: BlindfoldSchedule | None = None) -> Any:
+    """A callback that blindfolds the training steps of any trainer of transformers or TRL; evaluations see.
+
+    Args:
+        schedule: which steps; default: `BlindfoldSchedule.default` of the trainer's number of steps.
+
+    Raises:
+        BlindfoldError: when training starts, if the model cannot be blindfolded.
+    """
+    from transformers import TrainerCallback
+
+    class Blindfold(TrainerCallback):
+        def __init__(self) -> None:
+            self.schedule, self.on = schedule, ExitStack()
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            self.schedule = self.schedule or BlindfoldSchedule.default(state.max_steps)
+            self.on.close()  # of a training that was broken off
+            with blindfold(model):  # raises where it cannot work
+                pass
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if self.schedule is not None and self.schedule.covers(state.global_step):
+                self.on.enter_context(blindfold(model))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.on.close()
+
+    return Blindfold()
+
+
 @contextmanager
 def blindfold(model: nn.Module) -> Iterator[None]:
     """While active, text positions of the decoder cannot attend to visual ones in self-attention.
@@ -134,7 +179,8 @@ def blindfold(model: nn.Module) -> Iterator[None]:
             or packed sequences.
     """
     backbone = Backbone.of(model)
-    _check(backbone)
+    if why := why_not_blindfold(backbone):
+        raise BlindfoldError(why)
     here: ContextVar[bool] = ContextVar("keepsight_blindfold_here", default=False)
 
     def find_images(vlm: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -198,21 +244,36 @@ def _argument(args: tuple, kwargs: dict, name: str, index: int) -> Any:
     return args[index] if index < len(args) else None
 
 
-def _check(backbone: Backbone) -> None:
+def why_not_blindfold(backbone: Backbone, pvm: PvmConfig | None = None, attention: str | None = None) -> str | None:
+    """Why training on this base cannot be blindfolded, and what to do; None if it can.
+
+    Args:
+        backbone: the base; its meta tensors will do.
+        pvm: the memory.
+        attention: the attention that it will run with; default: the one it was made with.
+    """
+    if pvm is not None and pvm.branch != "memory":
+        return f"branch={pvm.branch!r} looks at no image, so under the blindfold nothing would."
     linear = [i for i, layer in enumerate(backbone.layers) if not Backbone.has_softmax_attention(layer)]
     if linear:
-        raise BlindfoldError(
+        return (
             f"{backbone.family.name} cannot be blindfolded: layers {linear} mix tokens by linear attention, which "
-            f"carries the image "
-            "on in a running state that no mask can hide it from. Train the memory without the warm-up (0 blindfold "
+            "carries the image on in a running state that no mask can hide it from. Train the memory without the "
+            "warm-up (0 blindfold steps)."
+        )
+    if "sliding_attention" in (getattr(backbone.text_config, "layer_types", None) or ()):
+        return (
+            f"This {backbone.family.name} cannot be blindfolded: some of its layers have sliding windows, and the "
+            "blindfold's one mask for all layers would open them. Train the memory without the warm-up (0 blindfold "
             "steps)."
         )
-    implementation = backbone.decoder.config._attn_implementation  # pyright: ignore
-    if implementation not in ("sdpa", "eager"):
-        raise BlindfoldError(
-            f"The blindfold is a 4D attention mask, and {implementation!r} attention takes none. "
-            "Load the model with attn_implementation='sdpa' for the warm-up."
+    attention = attention or backbone.decoder.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        return (
+            f"The blindfold is a 4D attention mask, and {attention!r} attention takes none. Load the model with "
+            "attn_implementation='sdpa' for the warm-up (--attention sdpa), or train without it (0 blindfold steps)."
         )
+    return None
 
 
 def _check_call(args: tuple, kwargs: dict) -> None:

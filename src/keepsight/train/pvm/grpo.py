@@ -101,6 +101,7 @@ def train_pvm_grpo(
     base, adapters = check_sources(source)
     learner, plan = _what_learns(str(source), base, adapters, pvm, policy, lora_rank, settings)
     preflight.check_settings(settings)
+    preflight.check_kernel(settings, base)
     check_four_bit(base, settings.load_in_4bit, engine, policy, tuple(control.name for control in controls))
     _check_kl(learner, settings)
     _check_groups(settings, engine)

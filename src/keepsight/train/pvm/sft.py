@@ -2,8 +2,9 @@
 
 The defaults are the paper's first stage (arXiv 2605.00814, section 5): only the memory learns, AdamW at 1e-4, cosine
 with a tenth of warm-up, one epoch, cross-entropy on the answers. Two additions are keepsight's own and not in the
-paper: the gates get a larger learning rate (they start at 0, and until they move nothing else learns), and, if asked
-for, the blindfold warm-up (see `keepsight.train.pvm.blindfold`).
+paper: the gates get a larger learning rate (they start at 0, and until they move nothing else learns), and the
+blindfold warm-up (see `keepsight.train.pvm.blindfold`), wherever the base can be blindfolded. Without it the memory's
+look-up did not form in our laboratory (docs/evidence). `SftSettings.paper()` is the paper's recipe.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from keepsight.data.check import CheckedData
 from keepsight.data.collate import ConversationCollator
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.pvm import PvmConfig
-from keepsight.train.pvm.blindfold import BlindfoldSchedule, blindfold
+from keepsight.train.pvm.blindfold import BlindfoldError, BlindfoldSchedule, why_not_blindfold
 from keepsight.train.pvm.sft_trainer import make_sft_trainer
 from keepsight.train.run import output, preflight
 from keepsight.train.run.controls import WHAT, Comparison, Control, Outcome, control_folder, control_learner, hold_out
@@ -95,10 +96,9 @@ def train_pvm(
     plan = plan_memory(source, pvm)
     check_weights(source)
     preflight.check_settings(settings)
+    preflight.check_kernel(settings, source)
     check_four_bit(source, settings.load_in_4bit, engine, controls=tuple(control.name for control in controls))
-    if BlindfoldSchedule.of(settings):
-        with blindfold(plan.backbone.model):  # raises where it cannot work
-            pass
+    chosen = _without_blindfold(settings, plan, say)
     memory = Learner(memory=PvmConfig() if pvm is None else pvm)
     learners = [(control, control_learner(control, memory, plan)) for control in controls]  # raises what cannot be
     checkpoint = preflight.find_checkpoint(folder, say) if resume and not overwrite else None
@@ -133,27 +133,31 @@ def train_pvm(
     )
     preflight.say_data(data, "samples", str(source), settings.max_length, say)
     steps = preflight.total_steps(settings, _steps_per_epoch(data, settings, engine))
-    if 0 < steps <= settings.blindfold_steps:
+    schedule = BlindfoldSchedule.of(chosen, steps)
+    if 0 < steps <= schedule.steps:
         warnings.warn(
-            f"blindfold_steps={settings.blindfold_steps} covers all {steps} steps: the memory never learns beside what "
+            f"blindfold_steps={schedule.steps} covers all {steps} steps: the memory never learns beside what "
             "the base sees itself. It is meant for a beginning.",
             KeepsightWarning,
             stacklevel=2,
         )
+    settled = replace(chosen, blindfold_steps=schedule.steps, blindfold_share=schedule.share)
+    for line in _choices(settled, plan.pvm, steps):
+        say(line)
     job = _Job(str(source), plan, data, held_out, processor, collator, engine, on_log, callbacks or [], say)
-    report = job.train("pvm", memory, folder, settings, checkpoint, resume, overwrite)
+    report = job.train("pvm", memory, folder, settled, checkpoint, resume, overwrite)
     if not controls:
         return report
 
     outcomes = [Outcome.of("pvm", "the memory", report, settings.lr)]
     for control, learner in learners:
-        changed = replace(settings, lr=control.rate(settings.lr), blindfold_steps=0, blindfold_share=0.0)
+        changed = replace(settled, lr=control.rate(settings.lr), blindfold_steps=0, blindfold_share=0.0)
         where = control_folder(folder, control)
         last = output.last_checkpoint(where)[0] if resume and learner.learns else None
         say(f"control {control.name} in {where}")
         beside = job.train(f"control {control.name}", learner, where, changed, last, resume, False)
         outcomes.append(Outcome.of(control.name, WHAT[control.name], beside, changed.lr))
-    comparison = Comparison(tuple(outcomes), _note(settings, eval_dataset, held_out))
+    comparison = Comparison(tuple(outcomes), _note(settled, eval_dataset, held_out))
     if engine.is_main:
         comparison.write(folder)
     return with_comparison(report, comparison)
@@ -252,11 +256,39 @@ class _Job:
             ("training", f"{state.global_step} steps on {self.data.rows:,} samples"),
             ("peak learning rate", f"{rates}; seed {settings.seed}"),
             ("training loss", loss),
-            ("blindfolded steps", str(BlindfoldSchedule.of(settings))),
+            ("blindfolded steps", str(BlindfoldSchedule.of(settings, state.global_step))),
             *base_lines(settings),
         ]
         title = "A persistent visual memory (PVM)" if name == "pvm" else f"The {name} of a visual memory"
         return result_card(self.base, f"{title} for {self.base}", rows, trainer)
+
+
+def _without_blindfold(settings: SftSettings, plan: MemoryPlan, say: preflight.Say) -> SftSettings:
+    """The settings, with the blindfold off where it is only the default and cannot be.
+
+    Raises:
+        BlindfoldError: if it was asked for.
+    """
+    why = why_not_blindfold(plan.backbone, plan.pvm, settings.attention)
+    if why is None:
+        return settings
+    if settings.asks_for_blindfold:
+        raise BlindfoldError(why)
+    if settings.blindfold_steps is None:
+        say(f"no blindfold warm-up, without which the look-up did not form in our laboratory: {why}")
+    return replace(settings, blindfold_steps=0, blindfold_share=0.0)
+
+
+def _choices(settings: SftSettings, pvm: PvmConfig, steps: int) -> list[str]:
+    """What is told before the first step: what is ours, and what a choice means later."""
+    rate = f"the gates learn {settings.gate_lr_multiplier:g} times as fast as the rest"
+    ours = f"{rate}{' (not in the paper)' * (settings.gate_lr_multiplier != 1)}"
+    rule = (
+        "causal rule: text reads the images before it. vLLM can serve this memory (keepsight export vllm)"
+        if pvm.causal
+        else "published rule: text before an image reads it, too. vLLM cannot serve this memory; keepsight serve can"
+    )
+    return [f"{steps:,} steps; blindfolded: {BlindfoldSchedule.of(settings, steps)}; {ours}", rule]
 
 
 def _steps_per_epoch(data: CheckedData, settings: SftSettings, engine: Engine) -> int:
@@ -305,5 +337,5 @@ def _about_evaluation(data: CheckedData, held_out: CheckedData | None) -> str:
 def _note(settings: SftSettings, given: Any, held_out: CheckedData | None) -> str:
     where = "the evaluation data" if given is not None else "samples held out of the training data"
     judged = f"Evaluated after the last step on {where}." if held_out is not None else "Training loss only."
-    blind = " The memory was blindfolded, its controls cannot be." if BlindfoldSchedule.of(settings) else ""
+    blind = " The memory was blindfolded, its controls cannot be." if settings.asks_for_blindfold else ""
     return f"{judged} Same data, order of data, steps and seed ({settings.seed}) for all.{blind}"

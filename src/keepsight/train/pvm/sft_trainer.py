@@ -47,7 +47,8 @@ def make_sft_trainer(
     """
     from trl import SFTConfig, SFTTrainer
 
-    schedule = BlindfoldSchedule.of(settings)
+    assert settings.blindfold_steps is not None, "train_pvm has settled the schedule"
+    schedule = BlindfoldSchedule.of(settings, 0)
     losses = SightLosses()
 
     class PvmTrainer(LearnerTrainer, SFTTrainer):

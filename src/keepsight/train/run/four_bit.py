@@ -116,7 +116,7 @@ def load_base(
     Args:
         source: what to load: the plain base, or an adapter on it.
         base: the plain base.
-        settings: with `load_in_4bit` and `on_gpu`.
+        settings: with `load_in_4bit`, `attention` and `on_gpu`.
         dtype: of the base; of what is not packed, where it is packed.
         device: to read it to.
         trainable: leave an adapter's gradients on.
@@ -124,15 +124,16 @@ def load_base(
     Returns:
         (model, processor).
     """
+    kernel = {} if settings.attention is None else {"attn_implementation": settings.attention}
     if not settings.load_in_4bit or stored_packed(base):
-        model, processor = load(source, dtype=dtype, device=device, trainable=trainable)
+        model, processor = load(source, dtype=dtype, device=device, trainable=trainable, **kernel)
     else:
         if dtype == "auto":
             dtype = "bfloat16" if getattr(settings, "uses_bf16", settings.on_gpu) else "float32"
         # One dtype for all: bitsandbytes would cast the frozen biases of packed layers to the other for good.
         packing = four_bit(base, getattr(torch, dtype))
         model, processor = load(
-            source, dtype=dtype, device_map={"": device}, quantization_config=packing, trainable=trainable
+            source, dtype=dtype, device_map={"": device}, quantization_config=packing, trainable=trainable, **kernel
         )
     for module in model.modules():
         # In evaluation on a CPU, bitsandbytes rearranges packed weights in place and rounds their scales to bfloat16:

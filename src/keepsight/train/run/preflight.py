@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from keepsight.checkpoints.attention import check_attention
 from keepsight.data.check import CheckedData, check_dataset, load_dataset_any
 from keepsight.data.collate import ConversationCollator
 from keepsight.errors import KeepsightError
@@ -68,6 +69,16 @@ def check_settings(settings: RunSettings) -> None:
             )
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch finds no GPU.")
+
+
+def check_kernel(settings: Any, base: str | Path) -> None:
+    """Refuse an attention kernel with which the run could not train (see `check_attention`).
+
+    Args:
+        settings: of any run, with `attention`, `device`, `dtype`; `uses_bf16` where matrices may be multiplied in it.
+        base: the plain base.
+    """
+    check_attention(base, settings.attention, settings.device, settings.dtype, getattr(settings, "uses_bf16", False))
 
 
 def find_checkpoint(folder: Path, say: Say) -> Path | None:

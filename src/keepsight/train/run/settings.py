@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from keepsight.checkpoints.attention import Attention
 from keepsight.errors import KeepsightWarning
 from keepsight.train.rewards import DEFAULT_REWARDS
 from keepsight.train.run.fields import DATA, MEMORY, REWARD, RUN, STEPS, documented, setting
@@ -18,7 +19,10 @@ REWARDS_HELP = (
 FOUR_BIT_HELP = (
     "Hold the base's linear maps in four bits (NF4, bitsandbytes): a third of the memory, slower; not in the papers."
 )
+ATTENTION_HELP = "Attention kernel. Default: transformers' choice, sdpa. The PVM paper's is flash_attention_2."
 TRACKERS_HELP = "tensorboard, wandb, trackio, ...; repeat for several."
+PAPER_SFT: dict[str, Any] = {"blindfold_steps": 0, "gate_lr_multiplier": 1.0}
+"""What the PVM paper's first stage has otherwise than our defaults."""
 
 
 @documented
@@ -47,6 +51,7 @@ class RunSettings:
     bf16: bool | None = setting(None, "Default: on a GPU that has it.", RUN)
     gradient_checkpointing: bool | None = setting(None, "Less memory, more time. Default: on a GPU.", RUN)
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "Of the base.", RUN)
+    attention: Attention | None = setting(None, ATTENTION_HELP, RUN)
     load_in_4bit: bool = setting(False, FOUR_BIT_HELP, RUN, "--load-in-4bit")
     device: Literal["cpu", "cuda"] | None = setting(None, "Default: the GPU if there is one.", RUN)
     seed: int = setting(0, "Of initialisation, data order and sampling.", STEPS)
@@ -96,36 +101,49 @@ class RunSettings:
 @documented
 @dataclass(frozen=True, kw_only=True)
 class SftSettings(RunSettings):
-    """How to fine-tune a memory. Defaults are the paper's first stage, where it names them.
+    """How to fine-tune a memory.
 
-    The paper's global batch is 64: 1 sample x 8 accumulation x 8 GPUs.
+    Defaults are the paper's first stage with two additions of ours: gates that learn faster, and the blindfold warm-up,
+    without which the memory's look-up did not form in our laboratory. `SftSettings.paper()` is without them. The
+    paper's global batch is 64: 1 sample x 8 accumulation x 8 GPUs.
     """
 
     over_long: Literal["error", "skip", "truncate"] = setting(
         "error", "What to do with longer ones. truncate cuts answers, never images.", DATA
     )
-    blindfold_steps: int = setting(
-        0,
-        "For so many first steps the frozen base cannot see the image, so the memory must. Not in the paper.",
+    blindfold_steps: int | None = setting(
+        None,
+        "For so many first steps the frozen base cannot see the image, so the memory must. 0 for none. Default: three "
+        "eighths of the steps, where the base can be blindfolded. Not in the paper.",
         MEMORY,
     )
     blindfold_share: float | None = setting(
         None,
-        "The share of the later steps that is blindfolded too, so that the look-up is not lost again. Default: 0.5 "
-        "with --blindfold-steps, else 0 (the paper's recipe).",
+        "The share of the later steps that is blindfolded too, so that the look-up is not lost again. Default: 0.5; 0 "
+        "with --blindfold-steps 0. Not in the paper.",
         MEMORY,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.blindfold_steps < 0:
-            raise ValueError("blindfold_steps cannot be negative.")
+        if self.blindfold_steps is not None and self.blindfold_steps < 0:
+            raise ValueError(f"blindfold_steps={self.blindfold_steps}: expected 0 (no warm-up) or more.")
         if self.blindfold_share is not None and not 0 <= self.blindfold_share < 1:
             raise ValueError(
                 f"blindfold_share={self.blindfold_share}: expected a share of the steps, from 0 to below 1. With 1 the "
                 "memory would never learn beside what the base sees itself."
             )
         _warn_without_length(self.over_long, self.max_length)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> SftSettings:
+        """The paper's first stage as published; its memory is `PvmConfig(causal=False)`."""
+        return cls(**{**PAPER_SFT, **changes})
+
+    @property
+    def asks_for_blindfold(self) -> bool:
+        """Whether the blindfold was asked for, and is not there by default."""
+        return bool(self.blindfold_steps or self.blindfold_share)
 
 
 @documented

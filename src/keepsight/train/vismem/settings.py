@@ -7,9 +7,10 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
+from keepsight.checkpoints.attention import Attention
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.train.run.fields import MEMORY, REWARD, RUN, STEPS, documented, setting
-from keepsight.train.run.settings import FOUR_BIT_HELP, TRACKERS_HELP
+from keepsight.train.run.settings import ATTENTION_HELP, FOUR_BIT_HELP, TRACKERS_HELP
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -59,6 +60,7 @@ class RlSettings:
     rows_per_forward: int = setting(4, "Trajectories in one forward and backward: memory, not results.", RUN)
     gradient_checkpointing: bool | None = setting(None, "Less memory, more time. Default: on a GPU.", RUN)
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "Of the base.", RUN)
+    attention: Attention | None = setting(None, ATTENTION_HELP, RUN)
     load_in_4bit: bool = setting(False, FOUR_BIT_HELP, RUN, "--load-in-4bit")
     device: Literal["cpu", "cuda"] | None = setting(None, "Default: the GPU if there is one.", RUN)
     seed: int = setting(0, "Of initialisation, data order and sampling.", STEPS)
