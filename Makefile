@@ -7,7 +7,7 @@ RUN     = tools/compatibility.py run
 export HF_HUB_OFFLINE ?= 1
 export TORCH_INDEX INSTALLER
 
-.PHONY: demo test test-oldest test-newest test-vllm test-gpu bench-gpu gpu-wheels lint lock compatibility clean
+.PHONY: demo test test-oldest test-newest test-vllm test-gpu bench-gpu gpu-wheels docs release lint lock compatibility clean
 
 demo: $(VENV)/.installed
 	$(BIN)/keepsight demo
@@ -32,6 +32,14 @@ test-newest:
 # The vLLM plugin, in an environment of its own: vLLM pins other versions than ours.
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python $(RUN) vllm -q tests_vllm
+
+# The documentation site, every link checked, in site/. SERVE=--serve shows it.
+docs: $(VENV)/.installed
+	$(BIN)/python tools/site.py $(SERVE)
+
+# The wheel and the source archive in dist/, checked, and the wheel tried in an empty environment. TAG=v1.2.3 must be its version.
+release: $(VENV)/.installed
+	$(BIN)/python tools/release.py $(if $(TAG),--tag $(TAG))
 
 # On a machine with a GPU, in whatever environment GPU_PYTHON is: torch, transformers and keepsight's requirements.
 GPU_PYTHON ?= python3
@@ -67,4 +75,4 @@ compatibility:
 	$(PYTHON) tools/compatibility.py write
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-lock .venv-vllm .results keepsight-demo
+	rm -rf site dist $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-lock .venv-vllm .results keepsight-demo

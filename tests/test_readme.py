@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,19 +15,19 @@ README = (ROOT / "README.md").read_text()
 PAGES = [
     ROOT / "README.md",
     ROOT / "LOG.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "benchmarks").glob("*.md")),
 ]
 
 
 def test_python_of_the_readme_runs_as_printed(tmp_path):
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks
     assert len([line for line in blocks[0].splitlines() if line.strip()]) <= 15
     done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "trainable params" in done.stdout
+    assert re.findall(r"^# (read .*)$", blocks[0], re.MULTILINE)[0] in done.stdout  # the output that the page shows
     assert (tmp_path / "my-memory" / "adapter_model.safetensors").is_file()
     assert "KeepsightWarning" not in done.stderr
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from keepsight.checkpoints.load import load
     from keepsight.peft_method import memory_off
     from keepsight.pvm import PvmConfig
+    from keepsight.shipped import example_image
     from keepsight.vismem import MemoryPolicy, VisMemConfig, add_memory_tokens
 
 __all__ = [
@@ -33,10 +34,11 @@ __all__ = [
     "UnsupportedModelError",
     "VisMemConfig",
     "add_memory_tokens",
+    "example_image",
     "load",
     "memory_off",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 #: Public name -> the module that defines it. It is imported, torch and PEFT with it, when the name is first used.
 _DEFINED_IN = {
@@ -44,6 +46,7 @@ _DEFINED_IN = {
     "PvmConfig": "keepsight.pvm",
     "VisMemConfig": "keepsight.vismem",
     "add_memory_tokens": "keepsight.vismem",
+    "example_image": "keepsight.shipped",
     "load": "keepsight.checkpoints.load",
     "memory_off": "keepsight.peft_method",
 }

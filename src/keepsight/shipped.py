@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 REFERENCE_NAME = "keepsight/reference"
 VISMEM_NAME = "keepsight/reference-vismem"
 """A VisMem for the reference VLM, trained in the lab through both stages."""
+IMAGE_NAME = "keepsight/digits.png"
+"""A grid of handwritten digits, as the reference VLM reads it."""
 _FOLDER = Path(__file__).parent / "lab" / "weights" / "reference"
 
 
@@ -39,3 +42,15 @@ def resolve_adapter(name: str | Path) -> str | Path:
 def portable_name(base: str | None) -> str | None:
     """What to record for a base: the name of the shipped model for its folder, else `base`."""
     return REFERENCE_NAME if base is not None and Path(base) == _FOLDER else base
+
+
+def resolve_image(name: str | Path) -> str | Path:
+    """Where an image is: the shipped one by its name, else `name`."""
+    return Path(__file__).parent / "lab" / "digits.png" if str(name) == IMAGE_NAME else name
+
+
+def example_image() -> Any:
+    """The shipped image, a grid of handwritten digits that `keepsight/reference` reads, as a PIL image."""
+    from PIL import Image
+
+    return Image.open(resolve_image(IMAGE_NAME)).convert("RGB")

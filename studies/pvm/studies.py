@@ -68,7 +68,7 @@ TUNING = Study(
         "one base of its own (seed 100, which no other result uses) and on *validation* glyphs. The figure of merit is "
         "the accuracy averaged over all lengths, so controls that extrapolate are preferred to controls that fit; the "
         "winner is what the other studies use. (Three of PVM's tries tied to the last answer; the earlier sweep on two "
-        "other bases, [sweep.json](../benchmarks/results/lab-seeds/sweep.json), decided for 6e-3.) All else (data, "
+        "other bases, [sweep.json](../../benchmarks/results/lab-seeds/sweep.json), decided for 6e-3.) All else (data, "
         "steps, batch) is shared and was not tuned for anyone here; PVM's layers, width and gate rate come from the "
         "[lab's earlier choices](../lab.md#what-competes)."
     ),

@@ -65,7 +65,7 @@ itself stays frozen and unforked; the memory is a small adapter.
 [cyan]keepsight generate my-memory --image cat.png --prompt "What is it?"[/cyan]
 [cyan]keepsight generate my-memory --image cat.png --prompt "What is it?" --no-memory[/cyan]
 [dim]# no model at hand? a tiny one, which reads handwritten digits, is built in[/dim]
-[cyan]keepsight generate --image digits.png --prompt read[/cyan]
+[cyan]keepsight generate --image keepsight/digits.png --prompt read[/cyan]
 
 Every command explains itself: [cyan]keepsight train pvm --help[/cyan]
 """

@@ -19,7 +19,7 @@ from keepsight.errors import KeepsightError, KeepsightWarning
 @with_examples(
     (
         "the tiny model that is built in; it reads grids of handwritten digits",
-        "keepsight generate -i digits.png -p read",
+        "keepsight generate -i keepsight/digits.png -p read",
     ),
     (
         "a memory (its base is found by itself) and two images",

@@ -11,6 +11,7 @@ from typing import Any
 
 from keepsight.data.pixels import ImageError, as_seen
 from keepsight.installed import MissingExtraError
+from keepsight.shipped import resolve_image
 
 __all__ = ["ImageError", "find_image", "is_base64", "open_image"]
 
@@ -40,7 +41,7 @@ def open_image(source: Any, folder: Path | None = None) -> Any:
     if isinstance(source, bytes):
         name, content = f"these {len(source)} bytes", io.BytesIO(source)
     elif isinstance(source, (str, Path)):
-        path = find_image(source, folder)
+        path = find_image(resolve_image(source), folder)
         name, content = str(path), path  # type: ignore[assignment]
     else:
         raise ImageError(
