@@ -18,9 +18,9 @@ from keepsight.errors import (
 if TYPE_CHECKING:
     from keepsight import diagnose as diagnose
     from keepsight.checkpoints.load import load
+    from keepsight.lab.samples import example_image
     from keepsight.peft_method import memory_off
     from keepsight.pvm import PvmConfig
-    from keepsight.shipped import example_image
     from keepsight.vismem import MemoryPolicy, VisMemConfig, add_memory_tokens
 
 __all__ = [
@@ -46,7 +46,7 @@ _DEFINED_IN = {
     "PvmConfig": "keepsight.pvm",
     "VisMemConfig": "keepsight.vismem",
     "add_memory_tokens": "keepsight.vismem",
-    "example_image": "keepsight.shipped",
+    "example_image": "keepsight.lab.samples",
     "load": "keepsight.checkpoints.load",
     "memory_off": "keepsight.peft_method",
 }

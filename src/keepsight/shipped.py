@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 REFERENCE_NAME = "keepsight/reference"
 VISMEM_NAME = "keepsight/reference-vismem"
@@ -47,10 +46,3 @@ def portable_name(base: str | None) -> str | None:
 def resolve_image(name: str | Path) -> str | Path:
     """Where an image is: the shipped one by its name, else `name`."""
     return Path(__file__).parent / "lab" / "digits.png" if str(name) == IMAGE_NAME else name
-
-
-def example_image() -> Any:
-    """The shipped image, a grid of handwritten digits that `keepsight/reference` reads, as a PIL image."""
-    from PIL import Image
-
-    return Image.open(resolve_image(IMAGE_NAME)).convert("RGB")

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from keepsight.data.images import open_image
 from keepsight.lab.digits import CELLS, draw_grids
 from keepsight.lab.narration import FILLER, STOP, VOCABULARY, filler_ids
+from keepsight.shipped import IMAGE_NAME
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,11 @@ class Word:
 
     text: str
     kind: str
+
+
+def example_image() -> Image.Image:
+    """The grid of digits that ships, for a first try that needs no file; on the command line `keepsight/digits.png`."""
+    return open_image(IMAGE_NAME)
 
 
 def example_images(count: int, seed: int) -> list[tuple[Image.Image, list[int]]]:
