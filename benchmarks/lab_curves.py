@@ -20,9 +20,9 @@ from typing import Any
 import transformers
 
 from keepsight.lab import evaluation
-from keepsight.lab.demo import conditions
+from keepsight.lab.demo.methods import DemoSettings
+from keepsight.lab.demo.run import conditions
 from keepsight.lab.experiments import Step, train
-from keepsight.lab.jobs import Settings
 from keepsight.lab.pretraining import one_thread
 from keepsight.lab.reference import load_reference
 from keepsight.pvm import replace_memory
@@ -46,7 +46,7 @@ def look_up(model: Any, processor: Any, seed: int) -> dict[str, float]:
 def curve(seed: int, share: float, base: Path | None) -> dict[str, Any]:
     """One run with all its steps and looks."""
     model, processor = load_reference(base)
-    plan = replace(Settings().plan, blindfold_share=share)
+    plan = replace(DemoSettings().plan, blindfold_share=share)
     steps: list[list[float]] = []
     looks: dict[int, dict[str, float]] = {}
 

@@ -3,7 +3,7 @@
     python benchmarks/lab_figures.py
 
 Reads benchmarks/results/lab-seeds (made by benchmarks/lab_seeds.py), writes its summary.json, docs/images/demo.png and
-src/keepsight/lab/seeds.json, and prints the table.
+src/keepsight/lab/demo/seeds.json, and prints the table.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 from lab_seeds import summarise
 
-from keepsight.lab.plots import LABELS, frame, name_ends, render
-from keepsight.lab.seeds import STUDY
+from keepsight.lab.demo.methods import LABELS
+from keepsight.lab.demo.plots import frame, name_ends, render
+from keepsight.lab.demo.seeds import STUDY
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "lab-seeds"

@@ -24,9 +24,9 @@ import transformers
 
 import keepsight
 from keepsight.lab import evaluation
-from keepsight.lab.demo import assemble, conditions
+from keepsight.lab.demo.methods import DemoSettings, measure, read_method, training_facts
+from keepsight.lab.demo.run import assemble, conditions
 from keepsight.lab.experiments import train
-from keepsight.lab.jobs import Settings, read_method, run_job, training_facts
 from keepsight.lab.pretraining import PRETRAINING_RECORD, PretrainConfig, one_thread, pretrain
 from keepsight.lab.reference import load_reference, reference_path
 
@@ -44,7 +44,7 @@ def base_of(seed: int, keep: Path) -> Path | None:
     return folder
 
 
-def trained_pvm(settings: Settings, keep: Path) -> tuple[Path, dict[str, Any]]:
+def trained_pvm(settings: DemoSettings, keep: Path) -> tuple[Path, dict[str, Any]]:
     """The adapter of the settings' seed and what training says of itself, trained if it is not there yet."""
     folder = keep / f"pvm-{settings.seed}"
     record = folder / "training.json"
@@ -63,14 +63,15 @@ def trained_pvm(settings: Settings, keep: Path) -> tuple[Path, dict[str, Any]]:
     return folder, facts
 
 
-def measured(name: str, settings: Settings, keep: Path) -> dict[str, Any]:
+def measured(name: str, settings: DemoSettings, keep: Path) -> dict[str, Any]:
     """One job's results on test glyphs."""
     if name == "pvm":
         folder, facts = trained_pvm(settings, keep)
         with one_thread():
             result = facts | read_method(name, *keepsight.load(folder), settings, lambda *_: None)
     else:
-        result = run_job(name, settings, keep, lambda *_: None)
+        with one_thread():
+            result = measure(name, settings, keep, lambda *_: None)
     return result | {"conditions": conditions(0)}
 
 
@@ -123,7 +124,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for name in ("pvm",) if args.validation else args.methods:
         for seed in args.seeds:
-            settings = replace(Settings(), seed=seed, base=base_of(seed, args.keep))
+            settings = replace(DemoSettings(), seed=seed, base=base_of(seed, args.keep))
             if args.validation:
                 _, facts = trained_pvm(settings, args.keep)
                 print(f"seed {seed} on validation glyphs: {facts}", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,9 +74,9 @@ def run(
     """
     quiet()
     from keepsight.lab.digits import load_glyphs
+    from keepsight.lab.study.runs import cells_to_run, run_cells
     from studies.evidence import render as write_page
     from studies.study import all_studies, choose
-    from studies.study_runs import run_tasks, tasks
 
     load_glyphs()  # a missing extra is found before the work
     folder, page = _defaults(results, page)
@@ -84,29 +85,29 @@ def run(
         _check_folder(place)
     failed: list[str] = []
     if not render:
-        todo = tasks(chosen, folder, work, seeds=seeds, again=again)
+        todo = cells_to_run(chosen, folder, work, seeds=seeds, again=again)
         say(f"{len(todo)} cells to run in {len(chosen)} studies; results go to {folder}")
         begin = time.perf_counter()
         try:
             with Progress("studies") as show:
                 finished = 0
 
-                def on_done(task: Any, result: Any) -> None:
+                def on_done(cell: Any, result: Any) -> None:
                     nonlocal finished
                     finished += 1
-                    if isinstance(result, str):
-                        failed.append(task.name)
-                        fail(f"{task.name} failed: {result.strip().splitlines()[-1]}")
+                    if isinstance(result, Exception):
+                        failed.append(cell.name)
+                        fail(f"{cell.name} failed: {traceback.format_exception_only(result)[-1].strip()}")
                         if debugging():
-                            say(result)
+                            say("".join(traceback.format_exception(result)))
                     else:
-                        say(f"{task.name}: {result['wall_seconds']:.0f} s")
+                        say(f"{cell.name}: {result['wall_seconds']:.0f} s")
                     show("cells", finished, len(todo))
 
-                def on_progress(task: Any, what: str, share: float) -> None:
-                    show("cells", finished, len(todo), f"{task.name}: {what} {share:.0%}")
+                def on_progress(cell: Any, what: str, share: float) -> None:
+                    show("cells", finished, len(todo), f"{cell.name}: {what} {share:.0%}")
 
-                run_tasks(todo, workers, on_done, on_progress)
+                run_cells(todo, workers, on_done, on_progress)
         except KeyboardInterrupt as stop:
             raise Interrupted("stopped by Ctrl-C; finished cells are kept, the same command goes on.") from stop
         say(f"{len(todo) - len(failed)} cells run in {time.perf_counter() - begin:.0f} s")
@@ -143,8 +144,8 @@ def list_studies(
     quiet()
     from rich.table import Table
 
+    from keepsight.lab.study.runs import cell_file, read_cell
     from studies.study import all_studies
-    from studies.study_runs import cell_file, read_cell
 
     folder, _ = _defaults(results, None)
     table = Table(box=None, pad_edge=False)

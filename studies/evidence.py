@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from studies.study import Claim, Column, Row, Study
-from studies.study_results import Interval, Results, Verdict
-from studies.study_runs import read_results
+from keepsight.lab.study.results import Interval, Judgement, Results
+from keepsight.lab.study.runs import read_results
+from keepsight.lab.study.study import Claim, Column, Study, TableRow
 
 WRITTEN = "<!-- written by `python -m studies run` from the raw results; do not edit -->"
 
@@ -39,7 +39,7 @@ class Judged:
 
     study: Study
     claim: Claim
-    verdict: Verdict
+    verdict: Judgement
 
 
 def judge(study: Study, results: Results) -> list[Judged]:
@@ -51,11 +51,11 @@ def judge(study: Study, results: Results) -> list[Judged]:
             seeds = len(results.seeds(*claim.rows))
             wanted = min(len(results.expected[row]) for row in claim.rows)
             if seeds < wanted:
-                verdict = Verdict(verdict.word, f"{verdict.because} ({seeds} of {wanted} seeds.)")
+                verdict = Judgement(verdict.word, f"{verdict.because} ({seeds} of {wanted} seeds.)")
         else:
             seeds = len(results.seeds(*claim.rows))
             so_far = f"{seeds} seeds are too few to judge" if seeds else "not run yet"
-            verdict = Verdict("not run", f"{so_far.capitalize()}: `python -m studies run {study.name}`.")
+            verdict = Judgement("not run", f"{so_far.capitalize()}: `python -m studies run {study.name}`.")
         found.append(Judged(study, claim, verdict))
     return found
 
@@ -160,12 +160,12 @@ def _table(study: Study, results: Results) -> str:
     return "\n".join(lines)
 
 
-def _label(row: Row, results: Results) -> str:
+def _label(row: TableRow, results: Results) -> str:
     found, wanted = len(results.cells.get(row.name, ())), len(results.expected[row.name])
     return row.label if found == wanted or not found else f"{row.label} ({found} of {wanted} seeds)"
 
 
-def _number(results: Results, row: Row, column: Column) -> str:
+def _number(results: Results, row: TableRow, column: Column) -> str:
     values = list(results.values(row.name, column.key).values())
     if not values:
         return "not run" if not results.cells.get(row.name) else ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from studies.study import Plot, Study
-from studies.study_results import Results
+from keepsight.lab.study.results import Results
+from keepsight.lab.study.study import Plot, Study
 
 INK = "#1f2933"
 CYCLE = ("#0e7490", "#c2410c", "#7e22ce", "#15803d", "#b91c1c", "#1d4ed8", "#a16207", "#6b7280", "#be185d", "#0f766e")

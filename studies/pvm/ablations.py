@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from keepsight.lab.study.results import Judgement, Results, judged
+from keepsight.lab.study.study import Claim, Plot, Study, TableRow
 from studies.pvm.cells import train_cell
 from studies.pvm.studies import (
     FAR,
@@ -10,13 +12,11 @@ from studies.pvm.studies import (
     length_columns,
     training_of,
 )
-from studies.study import Claim, Plot, Row, Study
-from studies.study_results import Results, Verdict, judged
 
 # --- where, how wide, and what to retrieve from -----------------------------------------------------------------------
 
 
-def _strided(results: Results) -> Verdict:
+def _strided(results: Results) -> Judgement:
     chosen = {row: results.fact(row, "layers") for row in ("peak", "decay")}
     words = "; ".join(
         f"{row} chose " + ", ".join("+".join(map(str, layers)) for layers in found.values())
@@ -25,13 +25,13 @@ def _strided(results: Results) -> Verdict:
     gaps = {row: results.difference("strided", row, FAR) for row in chosen}
     numbers = f"Strided minus peak attention {gaps['peak'].points()}, minus max decay {gaps['decay'].points()}"
     if sum(layers == [1, 3] for found in chosen.values() for layers in found.values()) > len(chosen["peak"]):
-        return Verdict(
+        return Judgement(
             "cannot be tested at this scale", f"With four layers the strategies mostly agree ({words}). {numbers}."
         )
     return judged(all(gap.low > 0 for gap in gaps.values()), f"{numbers} at 2,048 tokens ({words}).")
 
 
-def _some_layer_alone(results: Results) -> Verdict:
+def _some_layer_alone(results: Results) -> Judgement:
     best = results.best(("only0", "only1", "only2", "only3"), FAR)
     gap = results.difference("strided", best, FAR)
     return judged(
@@ -52,10 +52,10 @@ LAYERS = Study(
     ),
     cell=train_cell,
     rows=(
-        Row("strided", "strided: 1 and 3", same_as=("pvm-length", "pvm")),
-        Row("peak", "peak attention", {"strategy": "peak"}),
-        Row("decay", "max decay", {"strategy": "decay"}),
-        *(Row(f"only{i}", f"layer {i} alone", training_of("pvm", layers=[i])) for i in range(4)),
+        TableRow("strided", "strided: 1 and 3", same_as=("pvm-length", "pvm")),
+        TableRow("peak", "peak attention", {"strategy": "peak"}),
+        TableRow("decay", "max decay", {"strategy": "decay"}),
+        *(TableRow(f"only{i}", f"layer {i} alone", training_of("pvm", layers=[i])) for i in range(4)),
     ),
     columns=length_columns(),
     claims=(
@@ -72,7 +72,7 @@ LAYERS = Study(
 )
 
 
-def _narrow(results: Results) -> Verdict:
+def _narrow(results: Results) -> Judgement:
     wider = ("w32", "w64", "w128")
     gaps = {row: results.difference(row, "w16", FAR) for row in wider}
     words = ", ".join(f"{row[1:]}: {gap.points()}" for row, gap in gaps.items())
@@ -89,10 +89,10 @@ WIDTH = Study(
     ),
     cell=train_cell,
     rows=(
-        Row("w16", "16", training_of("pvm", width=16)),
-        Row("w32", "32", training_of("pvm", width=32)),
-        Row("w64", "64 (the lab's default)", same_as=("pvm-length", "pvm")),
-        Row("w128", "128", training_of("pvm", width=128)),
+        TableRow("w16", "16", training_of("pvm", width=16)),
+        TableRow("w32", "32", training_of("pvm", width=32)),
+        TableRow("w64", "64 (the lab's default)", same_as=("pvm-length", "pvm")),
+        TableRow("w128", "128", training_of("pvm", width=128)),
     ),
     columns=length_columns(),
     claims=(
@@ -108,7 +108,7 @@ WIDTH = Study(
 )
 
 
-def _collapse(results: Results) -> Verdict:
+def _collapse(results: Results) -> Judgement:
     gap, base = results.difference("embeddings", "hidden", FAR), results.difference("hidden", "base", FAR)
     return judged(
         gap.low > 0 and base.high < 0,
@@ -117,7 +117,7 @@ def _collapse(results: Results) -> Verdict:
     )
 
 
-def _plain_collapse(results: Results) -> Verdict:
+def _plain_collapse(results: Results) -> Judgement:
     gap, base = (
         results.difference("embeddings_plain", "hidden_plain", "mean"),
         results.difference("hidden_plain", "base", "mean"),
@@ -129,7 +129,7 @@ def _plain_collapse(results: Results) -> Verdict:
     )
 
 
-def _rule(results: Results) -> Verdict:
+def _rule(results: Results) -> Judgement:
     gap = results.difference("embeddings", "published", "mean")
     return judged(gap.high >= 0, f"Causal minus published, averaged over lengths: {gap.points()}.")
 
@@ -146,12 +146,12 @@ SOURCE = Study(
     ),
     cell=train_cell,
     rows=(
-        Row("base", "base", same_as=("pvm-length", "base")),
-        Row("embeddings", "embeddings, with warm-up", same_as=("pvm-length", "pvm")),
-        Row("hidden", "processed hidden states, with warm-up", training_of("pvm", source="hidden")),
-        Row("embeddings_plain", "embeddings, plain SFT", same_as=("pvm-length", "pvm_plain")),
-        Row("hidden_plain", "processed hidden states, plain SFT", training_of("pvm_plain", source="hidden")),
-        Row("published", "embeddings, with warm-up, published rule", training_of("pvm", causal=False)),
+        TableRow("base", "base", same_as=("pvm-length", "base")),
+        TableRow("embeddings", "embeddings, with warm-up", same_as=("pvm-length", "pvm")),
+        TableRow("hidden", "processed hidden states, with warm-up", training_of("pvm", source="hidden")),
+        TableRow("embeddings_plain", "embeddings, plain SFT", same_as=("pvm-length", "pvm_plain")),
+        TableRow("hidden_plain", "processed hidden states, plain SFT", training_of("pvm_plain", source="hidden")),
+        TableRow("published", "embeddings, with warm-up, published rule", training_of("pvm", causal=False)),
     ),
     columns=length_columns(),
     claims=(

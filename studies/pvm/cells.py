@@ -11,8 +11,8 @@ from keepsight.lab import evaluation
 from keepsight.lab.experiments import TrainPlan, at_length, train
 from keepsight.lab.pretraining import PretrainConfig, pretrain
 from keepsight.lab.reference import load_reference
+from keepsight.lab.study.study import Bench, Measured
 from studies.pvm.refinement import RefinePlan, refine
-from studies.study import Bench, Outcome
 
 
 def narration_base(bench: Bench, seed: int) -> tuple[Any, Any]:
@@ -40,7 +40,7 @@ def by_length(model: Any, processor: Any, settings: dict[str, Any], seed: int, f
     return {**found, "mean": sum(found.values()) / len(found)}
 
 
-def train_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
+def train_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measured:
     """Train one method on the seed's base, and read at all lengths. `method: base` reads without training.
 
     Settings: `method`, `plan`, `lengths`, `rows`, `split`; and `target` (train at this length), `control`
@@ -52,7 +52,7 @@ def train_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
     if settings["method"] == "base":
         control = settings.get("control")
         forward = (lambda batch: getattr(evaluation, control)(model, batch)) if control else None
-        return Outcome(by_length(model, processor, settings, seed, forward), answers)
+        return Measured(by_length(model, processor, settings, seed, forward), answers)
     plan = plan_of(settings)
     if "target" in settings:
         plan = at_length(plan, settings["target"], settings["target_steps"], settings["target_batch"])
@@ -81,7 +81,7 @@ def train_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
         )
         battery = evaluation.causal_battery(trained.model, batches, seed)
         values |= {name: found.accuracy for name, found in battery.items()}
-    return Outcome(values, answers, facts)
+    return Measured(values, answers, facts)
 
 
 def layers_by(strategy: str, model: Any, processor: Any, seed: int, count: int = 2) -> tuple[int, ...]:

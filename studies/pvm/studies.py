@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from keepsight.lab.study.results import Judgement, Results, judged
+from keepsight.lab.study.study import Claim, Column, Plot, Study, TableRow
 from studies.pvm.cells import train_cell
-from studies.study import Claim, Column, Plot, Row, Study
-from studies.study_results import Results, Verdict, judged
 
 LENGTHS = (32, 128, 512, 1024, 2048)
 NEAR, FAR = "32", "2048"
@@ -74,7 +74,7 @@ TUNING = Study(
     ),
     cell=train_cell,
     rows=tuple(
-        Row(f"{method}-{lr:g}", f"{METHOD_LABELS[method]}, {lr:g}", training_of(method, lr))
+        TableRow(f"{method}-{lr:g}", f"{METHOD_LABELS[method]}, {lr:g}", training_of(method, lr))
         for method, (_, rates) in TRIES.items()
         for lr in rates
     ),
@@ -86,7 +86,7 @@ TUNING = Study(
 # --- the main table ---------------------------------------------------------------------------------------------------
 
 
-def _dilution(results: Results) -> Verdict:
+def _dilution(results: Results) -> Judgement:
     fall = results.difference("base", "base", NEAR, FAR)
     back = results.difference("base_masked", "base", FAR)
     squeezed = results.difference("base_squeezed", "base", FAR)
@@ -100,7 +100,7 @@ def _dilution(results: Results) -> Verdict:
 
 
 def _ahead(row: str, rivals: tuple[str, ...], column: str = "mean") -> Any:
-    def judge(results: Results) -> Verdict:
+    def judge(results: Results) -> Judgement:
         gaps = {rival: results.difference(row, rival, column) for rival in rivals}
         where = "averaged over lengths" if column == "mean" else f"at {int(column):,} tokens"
         words = ", ".join(f"{gap.points()} against {METHOD_LABELS.get(rival, rival)}" for rival, gap in gaps.items())
@@ -109,7 +109,7 @@ def _ahead(row: str, rivals: tuple[str, ...], column: str = "mean") -> Any:
     return judge
 
 
-def _grows(results: Results) -> Verdict:
+def _grows(results: Results) -> Judgement:
     words, gains = [], {}
     for row in ("pvm_plain", "pvm"):
         gains[row] = [results.at(row, str(n)).mean / results.at("base", str(n)).mean - 1 for n in LENGTHS]
@@ -124,7 +124,7 @@ def _grows(results: Results) -> Verdict:
     )
 
 
-def _used(results: Results) -> Verdict:
+def _used(results: Results) -> Judgement:
     on, off, noise = (results.at("pvm", key).mean for key in ("on", "gate_off", "noise"))
     own, follows = results.at("pvm", "swapped"), results.at("pvm", "swapped_follows")
     return judged(
@@ -135,7 +135,7 @@ def _used(results: Results) -> Verdict:
     )
 
 
-def _long_lora(results: Results) -> Verdict:
+def _long_lora(results: Results) -> Judgement:
     far, mid = results.difference("pvm", "lora_long", FAR), results.difference("pvm", "lora_long", "1024")
     return judged(
         mid.low > 0 and far.low > 0,
@@ -144,7 +144,7 @@ def _long_lora(results: Results) -> Verdict:
     )
 
 
-def _reliable(results: Results) -> Verdict:
+def _reliable(results: Results) -> Judgement:
     plain, warm = results.values("pvm_plain", FAR), results.values("pvm", FAR)
     each = ", ".join(f"{value:.0%}" for value in plain.values())
     with_warmup = ", ".join(f"{value:.0%}" for value in warm.values())
@@ -168,15 +168,15 @@ LENGTH = Study(
     ),
     cell=train_cell,
     rows=(
-        Row("base", "base", {"method": "base"}),
-        Row("base_masked", "base, filler hidden (control)", {"method": "base", "control": "without_filler"}),
-        Row("base_squeezed", "base, positions squeezed (control)", {"method": "base", "control": "squeezed"}),
-        Row("sft", METHOD_LABELS["sft"], training_of("sft")),
-        Row("lora", METHOD_LABELS["lora"], training_of("lora")),
-        Row("mlp", METHOD_LABELS["mlp"], training_of("mlp")),
-        Row("pvm_plain", METHOD_LABELS["pvm_plain"], training_of("pvm_plain")),
-        Row("pvm", METHOD_LABELS["pvm"], {**training_of("pvm"), "causal_at": 1024}),
-        Row("lora_long", METHOD_LABELS["lora_long"], training_of("lora_long")),
+        TableRow("base", "base", {"method": "base"}),
+        TableRow("base_masked", "base, filler hidden (control)", {"method": "base", "control": "without_filler"}),
+        TableRow("base_squeezed", "base, positions squeezed (control)", {"method": "base", "control": "squeezed"}),
+        TableRow("sft", METHOD_LABELS["sft"], training_of("sft")),
+        TableRow("lora", METHOD_LABELS["lora"], training_of("lora")),
+        TableRow("mlp", METHOD_LABELS["mlp"], training_of("mlp")),
+        TableRow("pvm_plain", METHOD_LABELS["pvm_plain"], training_of("pvm_plain")),
+        TableRow("pvm", METHOD_LABELS["pvm"], {**training_of("pvm"), "causal_at": 1024}),
+        TableRow("lora_long", METHOD_LABELS["lora_long"], training_of("lora_long")),
     ),
     columns=length_columns(),
     claims=(
@@ -238,14 +238,14 @@ LENGTH = Study(
 # --- stage 2 ----------------------------------------------------------------------------------------------------------
 
 
-def _refined(results: Results) -> Verdict:
+def _refined(results: Results) -> Judgement:
     gaps = {row: results.difference(f"{row}_grpo", row, "mean") for row in ("pvm_plain", "pvm")}
     sft = results.difference("sft_grpo", "sft", "mean")
     words = ", ".join(f"{METHOD_LABELS[row]}: {gap.points()}" for row, gap in gaps.items())
     return judged(gaps["pvm_plain"].low > 0, f"GRPO adds, averaged over lengths: {words}; to SFT {sft.points()}.")
 
 
-def _still_ahead(results: Results) -> Verdict:
+def _still_ahead(results: Results) -> Judgement:
     gap = results.difference("pvm_plain_grpo", "sft_grpo", "mean")
     warm = results.difference("pvm_grpo", "sft_grpo", "mean")
     return judged(
@@ -267,13 +267,13 @@ GRPO = Study(
     ),
     cell=train_cell,
     rows=(
-        Row("base", "base", same_as=("pvm-length", "base")),
+        TableRow("base", "base", same_as=("pvm-length", "base")),
         *(
             row
             for method in ("sft", "pvm_plain", "pvm")
             for row in (
-                Row(method, METHOD_LABELS[method], same_as=("pvm-length", method)),
-                Row(
+                TableRow(method, METHOD_LABELS[method], same_as=("pvm-length", method)),
+                TableRow(
                     f"{method}_grpo",
                     f"{METHOD_LABELS[method]} + GRPO",
                     {**training_of(method), "refine": {"steps": 80}},

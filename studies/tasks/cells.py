@@ -10,8 +10,8 @@ import torch
 
 from keepsight.lab.experiments import attach, fit
 from keepsight.lab.reference import load_reference
+from keepsight.lab.study.study import Bench, Measured
 from studies.pvm.cells import plan_of
-from studies.study import Bench, Outcome
 from studies.tasks.pretraining import TaskPretrainConfig, pretrain_tasks, questions, short_facts
 from studies.tasks.tasks import make_batch
 from studies.vismem.cells import plan_of as memory_plan_of
@@ -79,7 +79,7 @@ def at(model: Any, processor: Any, settings: dict[str, Any], task: str, length: 
     return torch.cat(right).float().mean().item()
 
 
-def cross_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
+def cross_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measured:
     """Train on some tasks, ask all, near and far. Settings: as `fitted` and `at`, `train_on`, `ask`, `near`, `far`."""
     model, processor = task_base(bench, settings["base"], seed)
     model, facts = fitted(bench, settings, seed, model, processor, settings.get("train_on", ()))
@@ -91,10 +91,10 @@ def cross_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
     for name, group in settings.get("groups", {}).items():
         values[name] = float(np.mean([values[task] for task in group]))
     values["near"] = float(np.mean([values[f"{task}_near"] for task in settings["ask"]]))
-    return Outcome(values, settings["rows"] * 4, facts)
+    return Measured(values, settings["rows"] * 4, facts)
 
 
-def continual_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
+def continual_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measured:
     """Train on stages, one after the other, and after each ask the first stage's task and its own.
 
     Settings: as `fitted` and `at`, `stages`, `far`.
@@ -109,4 +109,4 @@ def continual_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome
         else:
             values["first_1"] = values["own_1"]
     values["forgotten"] = values["first_1"] - values[f"first_{len(settings['stages'])}"]
-    return Outcome(values, settings["rows"] * 4)
+    return Measured(values, settings["rows"] * 4)

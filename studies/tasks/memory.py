@@ -10,8 +10,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from studies.study import Claim, Column, Plot, Row, Study
-from studies.study_results import Interval, Results, Verdict, judged
+from keepsight.lab.study.results import Interval, Judgement, Results, judged
+from keepsight.lab.study.study import Claim, Column, Plot, Study, TableRow
 from studies.tasks.cells import cross_cell
 from studies.tasks.transfer import FAR, MEMORY, READING, training_of, unknown
 
@@ -28,7 +28,7 @@ def _words(gaps: dict[str, Interval]) -> str:
     return ", ".join(f"{name} {gap.points()}" for name, gap in gaps.items())
 
 
-def _compresses(results: Results) -> Verdict:
+def _compresses(results: Results) -> Judgement:
     part = {str(n): results.difference(f"long_{n}", f"part_{n}", "pair") for n in FEW}
     pooled = {str(n): results.difference(f"long_{n}", f"pooled_{n}", "pair") for n in FEW}
     return unknown(results, ("pair",)) or judged(
@@ -39,7 +39,7 @@ def _compresses(results: Results) -> Verdict:
     )
 
 
-def _longer(results: Results) -> Verdict:
+def _longer(results: Results) -> Judgement:
     steps = {f"{a} -> {b}": results.difference(f"long_{b}", f"long_{a}", "pair") for a, b in pairwise(SIZES)}
     whole = results.difference("long_32", "insert", "pair")
     return unknown(results, ("pair",)) or judged(
@@ -62,12 +62,12 @@ COMPRESS = Study(
     ),
     cell=cross_cell,
     rows=(
-        Row("base", "base", {"method": "base"}),
-        Row("insert", "all 32 visual embeddings again (training-free)", _insert("embeddings")),
-        *(Row(f"part_{n}", f"{n} of the 32 visual embeddings", _insert("part", n)) for n in FEW),
-        *(Row(f"pooled_{n}", f"{n} averages of visual embeddings", _insert("pooled", n)) for n in FEW),
+        TableRow("base", "base", {"method": "base"}),
+        TableRow("insert", "all 32 visual embeddings again (training-free)", _insert("embeddings")),
+        *(TableRow(f"part_{n}", f"{n} of the 32 visual embeddings", _insert("part", n)) for n in FEW),
+        *(TableRow(f"pooled_{n}", f"{n} averages of visual embeddings", _insert("pooled", n)) for n in FEW),
         *(
-            Row(f"long_{n}", f"long memory, N = {n}", {**training_of("vismem"), "config": {"num_long": n}})
+            TableRow(f"long_{n}", f"long memory, N = {n}", {**training_of("vismem"), "config": {"num_long": n}})
             for n in SIZES
         ),
     ),
@@ -95,7 +95,7 @@ COMPRESS = Study(
 LONG_ROWS = ("long", "long_all")
 
 
-def _types(results: Results) -> Verdict:
+def _types(results: Results) -> Judgement:
     rows = ("short", *LONG_ROWS)
     gains = {task: {row: results.difference(row, "base", task) for row in rows} for task in ("read", "recall")}
     seeing, recalling = (results.best(LONG_ROWS, task) for task in ("read", "recall"))
@@ -113,7 +113,7 @@ def _types(results: Results) -> Verdict:
     return unknown(results, ("read", "recall")) or judged(helps and sees.low > 0 and recalls.low > 0, word)
 
 
-def _each_its_own(results: Results) -> Verdict:
+def _each_its_own(results: Results) -> Judgement:
     read = results.difference("pvm", "base", "read")
     recall = results.difference("pvm", "base", "recall")
     words = results.difference("notes", "base", "recall")
@@ -145,21 +145,21 @@ TOLD = Study(
     ),
     cell=cross_cell,
     rows=(
-        Row("base", "none", {"method": "base"}),
-        Row(
+        TableRow("base", "none", {"method": "base"}),
+        TableRow(
             "short",
             "only short",
             {**training_of("vismem"), "plan": {**MEMORY, "kinds": ["short"]}, "kinds": ["short"]},
         ),
-        Row("long", "only long, formed from 8 text states", training_of("vismem")),
-        Row(
+        TableRow("long", "only long, formed from 8 text states", training_of("vismem")),
+        TableRow(
             "long_all",
             "only long, formed from all text states",
             {**training_of("vismem"), "config": {"num_long": 16, "max_text_states": None}},
         ),
-        Row("pvm", "PVM with blindfold warm-up (ours)", training_of("pvm")),
-        Row("insert", "the visual embeddings again", _insert("embeddings", 16)),
-        Row("notes", "the words of the notes again", _insert("notes", 16)),
+        TableRow("pvm", "PVM with blindfold warm-up (ours)", training_of("pvm")),
+        TableRow("insert", "the visual embeddings again", _insert("embeddings", 16)),
+        TableRow("notes", "the words of the notes again", _insert("notes", 16)),
     ),
     columns=(
         Column("read", f"read at {FAR:,}"),

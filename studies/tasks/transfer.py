@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from keepsight.lab.study.results import Judgement, Results, judged
+from keepsight.lab.study.study import Claim, Column, Plot, Study, TableRow
 from studies.pvm.studies import METHOD_LABELS, TRIES
-from studies.study import Claim, Column, Plot, Row, Study
-from studies.study_results import Results, Verdict, judged
 from studies.tasks.cells import continual_cell, cross_cell
 from studies.tasks.pretraining import LEARNT
 
@@ -48,17 +48,17 @@ def training_of(method: str, warmup: int = 240, steps: int = 80) -> dict[str, An
     return {"method": method, "plan": plan}
 
 
-def unknown(results: Results, tasks: tuple[str, ...], near: str = "{}_near") -> Verdict | None:
+def unknown(results: Results, tasks: tuple[str, ...], near: str = "{}_near") -> Judgement | None:
     """The verdict where the bases do not know these tasks in short narrations; None where they do."""
     known = {task: results.at("base", near.format(task)).mean for task in tasks}
     if min(known.values(), default=1.0) >= KNOWN:
         return None
     told = ", ".join(f"{task} {value:.0%}" for task, value in known.items())
-    return Verdict("cannot be tested at this scale", f"The bases do not know the tasks in short outputs ({told}).")
+    return Judgement("cannot be tested at this scale", f"The bases do not know the tasks in short outputs ({told}).")
 
 
 def _carries_over(method: str) -> Any:
-    def judge(results: Results) -> Verdict:
+    def judge(results: Results) -> Judgement:
         gains = {task: results.difference(f"{method}_perception", "base", task) for task in OTHERS}
         mean = results.difference(f"{method}_perception", "base", "others")
         loss = results.difference(f"{method}_perception", f"{method}_all", "others")
@@ -93,9 +93,9 @@ CROSS = Study(
     ),
     cell=cross_cell,
     rows=(
-        Row("base", "base", {"method": "base"}),
+        TableRow("base", "base", {"method": "base"}),
         *(
-            Row(
+            TableRow(
                 f"{method}_{name}",
                 f"{LABELS[method]}, trained on {name}",
                 {**training_of(method), "train_on": list(tasks)},
@@ -131,7 +131,7 @@ CROSS = Study(
 
 
 def _forgets_less(method: str) -> Any:
-    def judge(results: Results) -> Verdict:
+    def judge(results: Results) -> Judgement:
         last, rivals = f"first_{len(STAGES)}", [m for m in METHODS if m != method]
         ahead = {m: results.difference(method, m, last) for m in rivals}
         kept = {m: results.difference(m, method, "forgotten") for m in ("lora", "sft")}
@@ -159,9 +159,9 @@ CONTINUAL = Study(
     ),
     cell=continual_cell,
     rows=(
-        Row("base", "base", {"method": "base"}),
-        *(Row(method, LABELS[method], training_of(method, 80, 40)) for method in METHODS if method != "vismem"),
-        Row(
+        TableRow("base", "base", {"method": "base"}),
+        *(TableRow(method, LABELS[method], training_of(method, 80, 40)) for method in METHODS if method != "vismem"),
+        TableRow(
             "vismem",
             LABELS["vismem"],
             {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from keepsight.lab.study.results import Judgement, Results, judged
+from keepsight.lab.study.study import Claim, Column, Plot, Study, TableRow
 from studies.pvm.studies import READING, length_columns, training_of
-from studies.study import Claim, Column, Plot, Row, Study
-from studies.study_results import Results, Verdict, judged
 from studies.vismem.cells import read_cell
 from studies.vismem.studies import FAR, PAPER
 from studies.vismem.when import labels, when_cell
@@ -16,13 +16,13 @@ from studies.vismem.when import labels, when_cell
 RANDOM_ROWS = ("random_25", "random_50", "random_75", "random_100")
 
 
-def _beats_random(results: Results) -> Verdict:
+def _beats_random(results: Results) -> Judgement:
     gaps = {row: results.difference("learned", row, "score") for row in (*RANDOM_ROWS, "long_50", "long_75")}
     words = ", ".join(f"{row} {gap.points()}" for row, gap in gaps.items())
     return judged(all(gap.low > 0 for gap in gaps.values()), f"Learned minus random, by rate and type: {words}.")
 
 
-def _beats_clock(results: Results) -> Verdict:
+def _beats_clock(results: Results) -> Judgement:
     clock, schedule = (results.difference("learned", row, "score") for row in ("clock", "schedule"))
     room = results.difference("hindsight", "learned", "score")
     return judged(
@@ -32,7 +32,7 @@ def _beats_clock(results: Results) -> Verdict:
     )
 
 
-def _both_stages(results: Results) -> Verdict:
+def _both_stages(results: Results) -> Judgement:
     gap = results.difference("learned", "random_50", "score")
     always = results.difference("learned", "always", "score")
     return judged(
@@ -42,7 +42,7 @@ def _both_stages(results: Results) -> Verdict:
     )
 
 
-def _penalties(results: Results) -> Verdict:
+def _penalties(results: Results) -> Judgement:
     score = results.difference("learned", "no_penalties", "score")
     count = results.difference("learned", "no_penalties", "invocations")
     return judged(
@@ -51,7 +51,7 @@ def _penalties(results: Results) -> Verdict:
     )
 
 
-def _cost(results: Results) -> Verdict:
+def _cost(results: Results) -> Judgement:
     saved = results.difference("learned", "costly", "invocations")
     lost = results.difference("costly", "learned", "score")
     used = results.at("learned", "invocations")
@@ -79,24 +79,26 @@ WHEN = Study(
     ),
     cell=when_cell,
     rows=(
-        Row("never", "never", {"policy": "never"}),
-        Row("always", "always (until the budget is spent), either type", {"policy": "always"}),
+        TableRow("never", "never", {"policy": "never"}),
+        TableRow("always", "always (until the budget is spent), either type", {"policy": "always"}),
         *(
-            Row(f"random_{p}", f"random, {p} %, either type", {"policy": "random", "probability": p / 100})
+            TableRow(f"random_{p}", f"random, {p} %, either type", {"policy": "random", "probability": p / 100})
             for p in (25, 50, 75, 100)
         ),
         *(
-            Row(f"long_{p}", f"random, {p} %, only long", {"policy": "random", "probability": p / 100, "types": [2]})
+            TableRow(
+                f"long_{p}", f"random, {p} %, only long", {"policy": "random", "probability": p / 100, "types": [2]}
+            )
             for p in (25, 50, 75)
         ),
-        Row("only_short", "always, only short", {"policy": "always", "types": [1]}),
-        Row("only_long", "always, only long", {"policy": "always", "types": [2]}),
-        Row("learned", "learned (stage II, the paper's reward)", LEARNED),
-        Row("no_penalties", "learned without p_type, p_neg", LEARNED | {"invocation": {"alpha": 0.0}}),
-        Row("costly", "learned with a cost of .05 (ours)", LEARNED | {"invocation": {"cost": 0.05}}),
-        Row("clock", "a hand clock", {"policy": "clock"}),
-        Row("schedule", "a fixed schedule", {"policy": "schedule"}),
-        Row("hindsight", "hindsight (bound)", {"policy": "hindsight"}),
+        TableRow("only_short", "always, only short", {"policy": "always", "types": [1]}),
+        TableRow("only_long", "always, only long", {"policy": "always", "types": [2]}),
+        TableRow("learned", "learned (stage II, the paper's reward)", LEARNED),
+        TableRow("no_penalties", "learned without p_type, p_neg", LEARNED | {"invocation": {"alpha": 0.0}}),
+        TableRow("costly", "learned with a cost of .05 (ours)", LEARNED | {"invocation": {"cost": 0.05}}),
+        TableRow("clock", "a hand clock", {"policy": "clock"}),
+        TableRow("schedule", "a fixed schedule", {"policy": "schedule"}),
+        TableRow("hindsight", "hindsight (bound)", {"policy": "hindsight"}),
     ),
     columns=(
         Column("score", "score"),
@@ -142,7 +144,7 @@ WHEN = Study(
 # --- sizes, forms -----------------------------------------------------------------------------------------------------
 
 
-def _longer(results: Results) -> Verdict:
+def _longer(results: Results) -> Judgement:
     steps = (("long_4", "long_8"), ("long_8", "long_16"))
     gaps = {f"{a} -> {b}": results.difference(b, a, FAR) for a, b in steps}
     words = ", ".join(f"{name.replace('long_', '')} {gap.points()}" for name, gap in gaps.items())
@@ -163,10 +165,10 @@ SIZE = Study(
     ),
     cell=read_cell,
     rows=(
-        Row("base", "base", same_as=("pvm-length", "base")),
-        *(Row(f"long_{n}", f"long, N = {n}, K = 8", _only("long", num_long=n)) for n in (4, 8, 16, 32)),
-        *(Row(f"queries_{k}", f"long, N = 16, K = {k}", _only("long", num_queries=k)) for k in (2, 32)),
-        *(Row(f"short_{n}", f"short, N = {n}, K = 8", _only("short", num_short=n)) for n in (4, 16)),
+        TableRow("base", "base", same_as=("pvm-length", "base")),
+        *(TableRow(f"long_{n}", f"long, N = {n}, K = 8", _only("long", num_long=n)) for n in (4, 8, 16, 32)),
+        *(TableRow(f"queries_{k}", f"long, N = 16, K = {k}", _only("long", num_queries=k)) for k in (2, 32)),
+        *(TableRow(f"short_{n}", f"short, N = {n}, K = 8", _only("short", num_short=n)) for n in (4, 16)),
     ),
     columns=length_columns(),
     claims=(
@@ -191,10 +193,10 @@ FORM = Study(
     ),
     cell=read_cell,
     rows=(
-        Row("short_literal", "short, literal", same_as=("vismem-memory", "short")),
-        Row("short_incremental", "short, incremental", {"kind": "short"}),
-        Row("long_literal", "long, literal", same_as=("vismem-memory", "long")),
-        Row("long_incremental", "long, incremental", {"kind": "long"}),
+        TableRow("short_literal", "short, literal", same_as=("vismem-memory", "short")),
+        TableRow("short_incremental", "short, incremental", {"kind": "short"}),
+        TableRow("long_literal", "long, literal", same_as=("vismem-memory", "long")),
+        TableRow("long_incremental", "long, incremental", {"kind": "long"}),
     ),
     columns=length_columns(),
     claims=(
@@ -210,13 +212,13 @@ FORM = Study(
 )
 
 
-def _no_worse(results: Results) -> Verdict:
+def _no_worse(results: Results) -> Judgement:
     gaps = {kind: results.difference(f"{kind}_incremental", f"{kind}_literal", "mean") for kind in ("short", "long")}
     words = ", ".join(f"{kind} {gap.points()}" for kind, gap in gaps.items())
     return judged(all(gap.high >= 0 for gap in gaps.values()), f"Incremental minus literal, over lengths: {words}.")
 
 
-def _together(results: Results) -> Verdict:
+def _together(results: Results) -> Judgement:
     more = results.difference("both", "pvm", "mean")
     return judged(
         more.low > 0,
@@ -236,10 +238,10 @@ BOTH = Study(
     ),
     cell=read_cell,
     rows=(
-        Row("base", "base", same_as=("pvm-length", "base")),
-        Row("pvm", "PVM", same_as=("pvm-length", "pvm")),
-        Row("vismem", "VisMem, long", same_as=("vismem-memory", "long")),
-        Row("both", "PVM and VisMem, long"),
+        TableRow("base", "base", same_as=("pvm-length", "base")),
+        TableRow("pvm", "PVM", same_as=("pvm-length", "pvm")),
+        TableRow("vismem", "VisMem, long", same_as=("vismem-memory", "long")),
+        TableRow("both", "PVM and VisMem, long"),
     ),
     columns=length_columns(),
     claims=(Claim("The two add up.", "ours", ("both", "pvm", "vismem"), _together),),

@@ -15,10 +15,10 @@ from peft import PeftModel
 from keepsight.lab.evaluation import SCORED, question_batches, score
 from keepsight.lab.experiments import train
 from keepsight.lab.narration import Narrations
+from keepsight.lab.study.study import Bench, Measured
 from keepsight.vismem import VisMemBranch
 from studies.pvm.cells import narration_base
 from studies.pvm.cells import plan_of as pvm_plan
-from studies.study import Bench, Outcome
 from studies.vismem.reading import Reading, answers_with_plan, attach_vismem, decision_column, lab_config, noise_like
 from studies.vismem.training import MemoryPlan, stage_one, warm_start
 
@@ -84,7 +84,7 @@ def _put_pvm_beside(bench: Bench, plan: dict[str, Any], model: Any, seed: int) -
     PeftModel.from_pretrained(model, str(folder), adapter_name="pvm").eval()
 
 
-def read_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
+def read_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measured:
     """Accuracy at several lengths with one memory before the scored facts.
 
     Settings: `lengths`, `rows`, `split`; `plan`, `config` of the memory; `kind`; `content`: "own" (as formed), "other"
@@ -112,7 +112,7 @@ def read_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
         if other:
             follows[f"follows_{length}"] = score(found, batches, roll=1).accuracy
     values["mean"] = float(np.mean(list(values.values())))
-    return Outcome(values | follows, settings["rows"] * SCORED, facts | {"parameters": _size(model)})
+    return Measured(values | follows, settings["rows"] * SCORED, facts | {"parameters": _size(model)})
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def _read(model: Any, batch: Narrations, kind: str, content: str, generator: tor
     return reading.predict(batch.answers[-SCORED:]).argmax(-1)
 
 
-def policy_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
+def policy_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measured:
     """Accuracy at several lengths with memories at the full stops behind all facts, at random.
 
     Settings: as above, and `probability` per full stop, `types` that are invoked, each equally likely. Rows that are
@@ -154,7 +154,7 @@ def policy_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
                 found.append(answers_with_plan(Reading(model, batch), plan))
         values[str(length)] = score(found, batches).accuracy
     values["mean"] = float(np.mean(list(values.values())))
-    return Outcome(values | {"invocations": float(np.mean(counts))}, settings["rows"] * SCORED, facts)
+    return Measured(values | {"invocations": float(np.mean(counts))}, settings["rows"] * SCORED, facts)
 
 
 def share_of(bench: Bench, what: str, begin: float, share: float) -> Callable[[int, int], None]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from keepsight.lab.study.results import Judgement, Results, judged
+from keepsight.lab.study.study import Claim, Column, Plot, Study, TableRow
 from studies.pvm.studies import LENGTHS, READING, length_columns
-from studies.study import Claim, Column, Plot, Row, Study
-from studies.study_results import Results, Verdict, judged
 from studies.vismem.cells import policy_cell, read_cell
 
 PAPER = "VisMem paper"
@@ -21,7 +21,7 @@ WARM: dict[str, Any] = {"steps": 0}
 def _compare(column: str, *pairs: tuple[str, str]) -> Any:
     """Holds if each first row is surely ahead of its second."""
 
-    def judge(results: Results) -> Verdict:
+    def judge(results: Results) -> Judgement:
         gaps = [(a, b, results.difference(a, b, column)) for a, b in pairs]
         where = "averaged over lengths" if column == "mean" else f"at {int(column):,} tokens"
         words = "; ".join(f"{a} minus {b}: {gap.points()}" for a, b, gap in gaps)
@@ -30,7 +30,7 @@ def _compare(column: str, *pairs: tuple[str, str]) -> Any:
     return judge
 
 
-def _scratch(results: Results) -> Verdict:
+def _scratch(results: Results) -> Judgement:
     gain = results.difference("scratch_long", "base", FAR)
     short = results.difference("scratch_short", "base", FAR)
     own = results.difference("scratch_long", "scratch_other", FAR)
@@ -42,7 +42,7 @@ def _scratch(results: Results) -> Verdict:
     )
 
 
-def _copy(results: Results) -> Verdict:
+def _copy(results: Results) -> Judgement:
     gap = results.difference("long", "embeddings", FAR)
     mean = results.difference("long", "embeddings", "mean")
     return judged(
@@ -52,7 +52,7 @@ def _copy(results: Results) -> Verdict:
     )
 
 
-def _uncapped(results: Results) -> Verdict:
+def _uncapped(results: Results) -> Judgement:
     trained = results.difference("long_all_text", "long", FAR)
     near = results.difference("long_all_text", "long", "32")
     same = results.difference("long_uncapped", "long", FAR)
@@ -64,13 +64,13 @@ def _uncapped(results: Results) -> Verdict:
     )
 
 
-def _noise(results: Results) -> Verdict:
+def _noise(results: Results) -> Judgement:
     gaps = {row: results.difference(row, "base", "mean") for row in ("short_noise", "long_noise", "embeddings_noise")}
     words = ", ".join(f"{row} {gap.points()}" for row, gap in gaps.items())
     return judged(all(gap.high < 0.02 for gap in gaps.values()), f"Against the base, averaged over lengths: {words}.")
 
 
-def _follows(results: Results) -> Verdict:
+def _follows(results: Results) -> Judgement:
     parts, ok = [], True
     for row in ("short", "long"):
         lost = results.difference(row, f"{row}_other", FAR)
@@ -96,29 +96,33 @@ MEMORY = Study(
     ),
     cell=read_cell,
     rows=(
-        Row("base", "base = never", same_as=("pvm-length", "base")),
-        Row("sft", "SFT (full fine-tuning, texts of at most 252 tokens)", same_as=("pvm-length", "sft")),
-        Row("lora_long", "LoRA trained at the target length (up to 2,048)", same_as=("pvm-length", "lora_long")),
-        Row(
+        TableRow("base", "base = never", same_as=("pvm-length", "base")),
+        TableRow("sft", "SFT (full fine-tuning, texts of at most 252 tokens)", same_as=("pvm-length", "sft")),
+        TableRow("lora_long", "LoRA trained at the target length (up to 2,048)", same_as=("pvm-length", "lora_long")),
+        TableRow(
             "embeddings",
             "plain re-insertion of the visual embeddings (training-free)",
             {"content": "embeddings", "untrained": True},
         ),
-        Row("embeddings_other", "the same, of another image", {"content": "embeddings_other", "untrained": True}),
-        Row("embeddings_noise", "random vectors of equal norm", {"content": "embeddings_noise", "untrained": True}),
-        Row("warm_short", "short, warm start only", {"kind": "short", "plan": WARM}),
-        Row("warm_long", "long, warm start only", {"kind": "long", "plan": WARM}),
-        Row("short", "short, warm start + stage I", {"kind": "short"}),
-        Row("long", "long, warm start + stage I", {"kind": "long"}),
-        Row("long_uncapped", "long, the same weights, all text states in H", {"text_states": None}),
-        Row("long_all_text", "long, trained and read with all text states in H", {"config": {"max_text_states": None}}),
-        Row("short_other", "short, latents of another image", {"kind": "short", "content": "other"}),
-        Row("long_other", "long, latents of another image", {"kind": "long", "content": "other"}),
-        Row("short_noise", "short, random latents of equal norm", {"kind": "short", "content": "noise"}),
-        Row("long_noise", "long, random latents of equal norm", {"kind": "long", "content": "noise"}),
-        Row("scratch_short", "short, stage I from scratch (the paper)", {"kind": "short", "plan": SCRATCH}),
-        Row("scratch_long", "long, stage I from scratch (the paper)", {"kind": "long", "plan": SCRATCH}),
-        Row(
+        TableRow("embeddings_other", "the same, of another image", {"content": "embeddings_other", "untrained": True}),
+        TableRow(
+            "embeddings_noise", "random vectors of equal norm", {"content": "embeddings_noise", "untrained": True}
+        ),
+        TableRow("warm_short", "short, warm start only", {"kind": "short", "plan": WARM}),
+        TableRow("warm_long", "long, warm start only", {"kind": "long", "plan": WARM}),
+        TableRow("short", "short, warm start + stage I", {"kind": "short"}),
+        TableRow("long", "long, warm start + stage I", {"kind": "long"}),
+        TableRow("long_uncapped", "long, the same weights, all text states in H", {"text_states": None}),
+        TableRow(
+            "long_all_text", "long, trained and read with all text states in H", {"config": {"max_text_states": None}}
+        ),
+        TableRow("short_other", "short, latents of another image", {"kind": "short", "content": "other"}),
+        TableRow("long_other", "long, latents of another image", {"kind": "long", "content": "other"}),
+        TableRow("short_noise", "short, random latents of equal norm", {"kind": "short", "content": "noise"}),
+        TableRow("long_noise", "long, random latents of equal norm", {"kind": "long", "content": "noise"}),
+        TableRow("scratch_short", "short, stage I from scratch (the paper)", {"kind": "short", "plan": SCRATCH}),
+        TableRow("scratch_long", "long, stage I from scratch (the paper)", {"kind": "long", "plan": SCRATCH}),
+        TableRow(
             "scratch_other",
             "the same, latents of another image",
             {"kind": "long", "plan": SCRATCH, "content": "other"},
@@ -177,7 +181,7 @@ MEMORY = Study(
 # --- memories at random -----------------------------------------------------------------------------------------------
 
 
-def _too_much(results: Results) -> Verdict:
+def _too_much(results: Results) -> Judgement:
     rows = ("random_25", "random_50", "random_75", "random_100")
     best = results.best(rows, "mean")
     gap = results.difference("random_100", best, "mean") if best != "random_100" else None
@@ -188,7 +192,7 @@ def _too_much(results: Results) -> Verdict:
     )
 
 
-def _types(results: Results) -> Verdict:
+def _types(results: Results) -> Judgement:
     gap = results.difference("only_short_100", "only_long_100", "mean")
     helps = results.difference("only_short_100", "base", FAR)
     return judged(
@@ -212,13 +216,13 @@ RANDOM = Study(
     ),
     cell=policy_cell,
     rows=(
-        Row("base", "never", same_as=("pvm-length", "base")),
+        TableRow("base", "never", same_as=("pvm-length", "base")),
         *(
-            Row(f"random_{int(100 * p)}", "always" if p == 1 else f"{p:.0%}", {"probability": p})
+            TableRow(f"random_{int(100 * p)}", "always" if p == 1 else f"{p:.0%}", {"probability": p})
             for p in (0.25, 0.5, 0.75, 1.0)
         ),
-        Row("only_short_100", "always, only short", {"types": ["short"]}),
-        Row("only_long_100", "always, only long", {"types": ["long"]}),
+        TableRow("only_short_100", "always, only short", {"types": ["short"]}),
+        TableRow("only_long_100", "always, only long", {"types": ["long"]}),
     ),
     columns=(
         Column("512", "512"),

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from keepsight.lab.reference import REFERENCE_NAME
+from keepsight.lab.study.study import Bench, Measured
 from keepsight.vismem import VisMemBranch, add_memory_tokens
 from studies.pvm.cells import narration_base
-from studies.study import Bench, Outcome
 from studies.vismem.cells import name_of, share_of, with_memory
 from studies.vismem.invocation import (
     ACTIONS,
@@ -64,7 +64,7 @@ def banks_of(bench: Bench, settings: dict[str, Any], seed: int) -> tuple[Any, Ba
     return model, learn, make(settings["split"], scripts["test"], 0.6)
 
 
-def when_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
+def when_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measured:
     """One policy on the test scripts.
 
     Settings: `policy`: "never", "always", "random" (`probability`), "learned" (`invocation`: an `InvocationPlan`),
@@ -84,7 +84,7 @@ def when_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
     if policy == "hindsight":
         best = test.scores.argmax(-1)
         actions, scripts = torch.tensor(ACTIONS)[best], torch.arange(len(best))
-        return Outcome(_summary(test, scripts, actions), _answers(test))
+        return Measured(_summary(test, scripts, actions), _answers(test))
     if policy == "learned":
         plan = InvocationPlan(**settings.get("invocation", {}))
         facts = {"stage_two": stage_two(model, learn, plan, seed), "invocation": asdict(plan)}
@@ -103,7 +103,7 @@ def when_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Outcome:
         choose = at_random(probability, types, draw)
     chance = policy == "random" or (policy == "always" and len(types) > 1)
     values |= _summary(test, *_played(test, choose, SAMPLES if chance else 1))
-    return Outcome(values, _answers(test), facts)
+    return Measured(values, _answers(test), facts)
 
 
 def _played(bank: Bank, choose: Choose, times: int) -> tuple[torch.Tensor, torch.Tensor]:

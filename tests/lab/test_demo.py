@@ -12,14 +12,13 @@ from typer.testing import CliRunner
 
 import keepsight
 from keepsight.lab import evaluation
-from keepsight.lab.demo import DemoOutputError, check_output, describe_regime, run_demo
+from keepsight.lab.demo.methods import DemoSettings
+from keepsight.lab.demo.run import DemoOutputError, check_output, describe_regime, measure_all, run_demo
+from keepsight.lab.demo.seeds import in_words
 from keepsight.lab.experiments import TrainPlan
-from keepsight.lab.jobs import Settings
 from keepsight.lab.reference import REFERENCE_NAME
-from keepsight.lab.seeds import in_words
-from keepsight.lab.workers import WorkerError, run_jobs
 
-TINY = Settings(
+TINY = DemoSettings(
     plan=TrainPlan(warmup_steps=2, steps=2, batch=2),
     lengths=(32, 64, 128),
     rows=4,
@@ -61,7 +60,7 @@ def test_results_hold_what_was_promised(demo):
 
 
 def test_quick_and_full_reach_four_times_the_training_length():
-    for settings in (Settings(), Settings.quick()):
+    for settings in (DemoSettings(), DemoSettings.quick()):
         assert settings.lengths[-1] >= 4 * settings.plan.train_length
         assert settings.causal_lengths[-1] in settings.lengths
         assert settings.causal_lengths[-1] >= 4 * settings.plan.train_length
@@ -150,7 +149,7 @@ def test_the_saved_memory_is_the_one_that_was_measured(demo):
 
 def test_progress_only_rises(demo):
     _, _, events = demo
-    for job in TINY.jobs:
+    for job in TINY.rows_of_study:
         shares = [share for name, _, share in events if name == job]
         assert all(later > earlier - 1e-9 for earlier, later in itertools.pairwise(shares))
         assert shares[-1] == 1.0
@@ -199,16 +198,17 @@ def test_a_bad_place_is_found_before_the_work(tmp_path):
 def test_processes_give_the_numbers_of_one(tmp_path, demo):
     settings = replace(TINY, methods=("mlp",))
     done = []
-    results = run_jobs(settings, tmp_path, 2, lambda *_: None, lambda name, _: done.append(name))
+    results = measure_all(settings, tmp_path, 2, on_done=lambda name, _: done.append(name))
     assert sorted(done) == ["base", "mlp"]
     for name in done:
         assert results[name]["accuracy_by_length"] == demo[1][name]["accuracy_by_length"]
 
 
-def test_a_failing_worker_is_reported(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_stops_a_method_stops_the_demo(tmp_path, workers):
     settings = replace(TINY, methods=(), base=tmp_path / "nowhere")
-    with pytest.raises(WorkerError, match="no checkpoint folder"):
-        run_jobs(settings, tmp_path, 1, lambda *_: None, lambda *_: None)
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
+        measure_all(settings, tmp_path, workers)
 
 
 def test_the_regime_is_what_pretraining_recorded(tmp_path):
@@ -225,7 +225,7 @@ def test_the_command_prints_its_numbers(tmp_path, monkeypatch, capsys):
 
     from keepsight.cli.demo import demo as command
 
-    monkeypatch.setattr(Settings, "quick", classmethod(lambda cls, seed, base: replace(TINY, seed=seed, base=base)))
+    monkeypatch.setattr(DemoSettings, "quick", classmethod(lambda cls, seed, base: replace(TINY, seed=seed, base=base)))
     app = typer.Typer()
     app.command()(command)
     out = tmp_path / "demo"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from keepsight.lab import seeds
-from keepsight.lab.jobs import Settings
+from keepsight.lab.demo import seeds
+from keepsight.lab.demo.methods import DemoSettings
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))  # as Python does for `python benchmarks/lab_figures.py`
@@ -29,7 +29,7 @@ def test_what_ships_follows_from_the_raw_results():
 
 
 def test_the_study_is_of_the_recipe_that_the_demo_trains():
-    plan = json.loads(json.dumps(Settings().plan.as_dict()))
+    plan = json.loads(json.dumps(DemoSettings().plan.as_dict()))
     assert seeds.study()["plan"] == plan
     assert all(run["plan"] == plan and run["split"] == "test" for run in RAW)
     assert len(seeds.study()["seeds"]["pvm"]) >= 10
@@ -41,7 +41,7 @@ def test_a_run_is_placed_among_the_seeds(shift):
     here = {"below": spread["min"] - 0.01, "within": spread["mean"], "above": spread["max"] + 0.001}[shift]
     results = {
         "lengths": [32, 2048, 5000],  # the study has not read at 5,000
-        "plan": Settings().plan.as_dict(),
+        "plan": DemoSettings().plan.as_dict(),
         "pvm": {"accuracy_by_length": {"2048": {"accuracy": here}}},
     }
     compared = seeds.compare(results)
@@ -53,6 +53,6 @@ def test_a_run_is_placed_among_the_seeds(shift):
     for value in (here, spread["mean"], spread["min"], spread["max"]):
         assert f"{value:.1%}" in words
     assert "otherwise" not in words
-    quick = seeds.compare({**results, "plan": Settings.quick().plan.as_dict()})
+    quick = seeds.compare({**results, "plan": DemoSettings.quick().plan.as_dict()})
     assert "otherwise" in seeds.in_words(quick)
     assert seeds.compare({**results, "lengths": [33]}) is None

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from toy_studies import FAILING, TOY
 
+from keepsight.lab.study.results import interval
+from keepsight.lab.study.runs import as_json, cell_file, cells_to_run, read_results, run_cells
+from keepsight.lab.study.study import StudyError
 from studies.evidence import render
 from studies.pvm.studies import CHOSEN, TRIES, TUNING
-from studies.study import StudyError, all_studies, choose
-from studies.study_results import interval
-from studies.study_runs import as_json, cell_file, read_results, run_tasks, tasks
+from studies.study import all_studies, choose
 
 ROOT = Path(__file__).parent.parent.parent
 RAW = ROOT / "studies" / "results"
@@ -74,7 +75,7 @@ def test_intervals_are_students_t(n):
 
 
 def test_differences_are_paired_by_seed(tmp_path):
-    run_tasks(tasks([_harmless()], tmp_path / "results", tmp_path))
+    run_cells(cells_to_run([_harmless()], tmp_path / "results", tmp_path))
     results = read_results(TOY, tmp_path / "results", {"toy": TOY})
     gap = results.difference("high", "low", "1")
     assert (gap.mean, gap.low, gap.high) == pytest.approx((0.25, 0.25, 0.25))  # the seeds' own spread cancels
@@ -97,26 +98,26 @@ def _without_killing(bench, settings, seed):
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from toy_studies import TOY\n"
-        "from studies.study_runs import run_tasks, tasks\n"
-        "run_tasks(tasks([TOY], Path(sys.argv[2]) / 'results', Path(sys.argv[2])))"
+        "from keepsight.lab.study.runs import cells_to_run, run_cells\n"
+        "run_cells(cells_to_run([TOY], Path(sys.argv[2]) / 'results', Path(sys.argv[2])))"
     )
     call = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
     assert subprocess.run(call).returncode == -9
     kept = cell_file(tmp_path / "results", "toy", "low", 0)
     before = kept.read_text()
-    assert len(tasks([TOY], tmp_path / "results", tmp_path)) == 7
-    run_tasks(tasks([TOY], tmp_path / "results", tmp_path))
+    assert len(cells_to_run([TOY], tmp_path / "results", tmp_path)) == 7
+    run_cells(cells_to_run([TOY], tmp_path / "results", tmp_path))
     assert read_results(TOY, tmp_path / "results", {"toy": TOY}).complete
     assert kept.read_text() == before
     assert not list((tmp_path / "results").rglob("*.part"))
-    assert tasks([TOY], tmp_path / "results", tmp_path) == []
-    assert len(tasks([TOY], tmp_path / "results", tmp_path, again=True, seeds=2)) == 4
+    assert cells_to_run([TOY], tmp_path / "results", tmp_path) == []
+    assert len(cells_to_run([TOY], tmp_path / "results", tmp_path, again=True, seeds=2)) == 4
 
 
 def test_a_worker_that_dies_ends_the_run_and_nothing_finished_is_lost(tmp_path):
     with pytest.raises(StudyError, match="toy / high"):
-        run_tasks(tasks([TOY], tmp_path / "results", tmp_path, seeds=1), workers=2)
-    run_tasks(tasks([TOY], tmp_path / "results", tmp_path))
+        run_cells(cells_to_run([TOY], tmp_path / "results", tmp_path, seeds=1), workers=2)
+    run_cells(cells_to_run([TOY], tmp_path / "results", tmp_path))
     results = read_results(TOY, tmp_path / "results", {"toy": TOY})
     assert results.complete
     made_by = {cell["facts"]["made_by"] for cells in results.cells.values() for cell in cells.values()}
@@ -125,21 +126,21 @@ def test_a_worker_that_dies_ends_the_run_and_nothing_finished_is_lost(tmp_path):
 
 def test_cells_of_other_settings_count_as_missing(tmp_path):
     study = _harmless()
-    run_tasks(tasks([study], tmp_path, tmp_path, seeds=1))
+    run_cells(cells_to_run([study], tmp_path, tmp_path, seeds=1))
     changed = dataclasses.replace(study, settings={"new": 1})
-    assert len(tasks([changed], tmp_path, tmp_path, seeds=1)) == 2
+    assert len(cells_to_run([changed], tmp_path, tmp_path, seeds=1)) == 2
     assert not read_results(changed, tmp_path, {"toy": changed}).cells
     cell_file(tmp_path, "toy", "low", 0).write_text("{")
     with pytest.raises(StudyError, match="Delete it"):
-        tasks([study], tmp_path, tmp_path)
+        cells_to_run([study], tmp_path, tmp_path)
 
 
 def test_one_failing_cell_does_not_stop_the_others(tmp_path):
     said = {}
-    run_tasks(tasks([FAILING], tmp_path, tmp_path), on_done=lambda task, result: said.update({task.row: result}))
-    assert "this cell always fails" in said["bad"]
+    run_cells(cells_to_run([FAILING], tmp_path, tmp_path), on_done=lambda cell, result: said.update({cell.row: result}))
+    assert "this cell always fails" in str(said["bad"])
     assert said["good"]["values"]["1"] == 0.1
-    assert [task.row for task in tasks([FAILING], tmp_path, tmp_path)] == ["bad"]
+    assert [cell.row for cell in cells_to_run([FAILING], tmp_path, tmp_path)] == ["bad"]
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -151,12 +152,12 @@ def test_the_report_says_what_was_run_and_what_not(tmp_path):
     assert words == ["not run", "not run"]
     assert "not run" in page.read_text()
     assert not list(page.parent.rglob("*.png"))
-    run_tasks(tasks([_harmless()], tmp_path / "results", tmp_path, seeds=2))
+    run_cells(cells_to_run([_harmless()], tmp_path / "results", tmp_path, seeds=2))
     words = [entry.verdict.word for entry in render(studies, tmp_path / "results", page, "raw")]
     assert words == ["not run", "not run"]
     tables = page.parent / "evidence" / "toy.md"
     assert "2 seeds are too few to judge" in tables.read_text()
-    run_tasks(tasks([_harmless()], tmp_path / "results", tmp_path, seeds=3))
+    run_cells(cells_to_run([_harmless()], tmp_path / "results", tmp_path, seeds=3))
     words = [entry.verdict.word for entry in render(studies, tmp_path / "results", page, "raw")]
     text = tables.read_text()
     assert words == ["holds", "does not hold"]
@@ -167,7 +168,7 @@ def test_the_report_says_what_was_run_and_what_not(tmp_path):
     assert "6 of 8 cells" in page.read_text()
     assert "[**holds**](evidence/toy.md)" in page.read_text()
     assert (page.parent / "images" / "evidence-toy.png").stat().st_size > 1000
-    run_tasks(tasks([_harmless()], tmp_path / "results", tmp_path))
+    run_cells(cells_to_run([_harmless()], tmp_path / "results", tmp_path))
     render(studies, tmp_path / "results", page, "raw")
     assert "of 4 seeds" not in tables.read_text()
 

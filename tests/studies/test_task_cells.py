@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from studies.study import Bench
-from studies.study_results import Results
+from keepsight.lab.study.results import Results
+from keepsight.lab.study.study import Bench
 from studies.tasks.cells import at, continual_cell, cross_cell, task_base
 from studies.tasks.memory import COMPRESS, TOLD
 from studies.tasks.pretraining import Diet, TaskPretrainConfig, questions

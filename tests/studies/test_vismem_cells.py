@@ -5,8 +5,9 @@ import torch
 
 from keepsight.lab.evaluation import accuracy, question_batches
 from keepsight.lab.reference import load_reference
-from studies.study import Bench, choose
-from studies.study_results import Results
+from keepsight.lab.study.results import Results
+from keepsight.lab.study.study import Bench
+from studies.study import choose
 from studies.vismem.cells import policy_cell, read_cell
 from studies.vismem.when import when_cell
 

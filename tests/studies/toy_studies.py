@@ -3,18 +3,18 @@
 import os
 import signal
 
-from studies.study import Bench, Claim, Column, Outcome, Plot, Row, Study
-from studies.study_results import judged
+from keepsight.lab.study.results import judged
+from keepsight.lab.study.study import Bench, Claim, Column, Measured, Plot, Study, TableRow
 
 
-def toy_cell(bench: Bench, settings: dict, seed: int) -> Outcome:
+def toy_cell(bench: Bench, settings: dict, seed: int) -> Measured:
     if settings.get("fails"):
         raise RuntimeError("this cell always fails")
     if settings.get("deadly") and not (bench.work / "killed").exists():
         (bench.work / "killed").write_text("")
         os.kill(os.getpid(), signal.SIGKILL)
     made = bench.keep("shared", lambda folder: (folder / "made-by").write_text(str(os.getpid())))
-    return Outcome(
+    return Measured(
         {"1": settings["level"] + 0.01 * seed, "count": 3.0 * settings["level"]},
         n=100,
         facts={"pid": os.getpid(), "made_by": (made / "made-by").read_text()},
@@ -37,9 +37,9 @@ TOY = Study(
     setting="Numbers out of thin air.",
     cell=toy_cell,
     rows=(
-        Row("low", "low", {"level": 0.25}),
-        Row("high", "high | with a bar", {"level": 0.5, "deadly": True}),
-        Row("again", "high again", same_as=("toy", "high")),
+        TableRow("low", "low", {"level": 0.25}),
+        TableRow("high", "high | with a bar", {"level": 0.5, "deadly": True}),
+        TableRow("again", "high again", same_as=("toy", "high")),
     ),
     columns=(Column("1", "1"), Column("count", "count", percent=False)),
     claims=(
@@ -55,7 +55,7 @@ FAILING = Study(
     title="One of two fails",
     setting="",
     cell=toy_cell,
-    rows=(Row("bad", "bad", {"fails": True}), Row("good", "good", {"level": 0.1})),
+    rows=(TableRow("bad", "bad", {"fails": True}), TableRow("good", "good", {"level": 0.1})),
     columns=(Column("1", "1"),),
     seeds=(0,),
 )

@@ -47,16 +47,16 @@ def demo(
     beyond their training. Then the memory is tampered with, to see whether it is really used.
     """
     quiet()
-    from keepsight.lab.demo import check_output, run_demo
+    from keepsight.lab.demo.methods import DemoSettings
+    from keepsight.lab.demo.run import check_output, run_demo
     from keepsight.lab.digits import load_glyphs
-    from keepsight.lab.jobs import Settings
 
     check_output(folder)
     load_glyphs()  # a missing extra is found before the work
     _need_matplotlib()
     if base is not None and not (base / "config.json").is_file():
         raise KeepsightError(f"{base} is no base: it has no config.json. Make one: keepsight lab pretrain -o {base}")
-    settings = Settings.quick(seed, base) if quick else Settings(seed=seed, base=base)
+    settings = DemoSettings.quick(seed, base) if quick else DemoSettings(seed=seed, base=base)
     names = dict(_ROWS)
     say(
         "A tiny VLM reads digits; a memory and two controls of the same size learn to help it. "
@@ -64,22 +64,22 @@ def demo(
     )
     try:
         with Progress("the demo") as show:
-            for job in settings.jobs:
-                show(names[job], 0, 1, "waiting")
+            for row in settings.rows_of_study:
+                show(names[row], 0, 1, "waiting")
 
-            def finish(job: str, result: dict[str, Any]) -> None:
-                show(names[job], 1, 1, "done")
+            def finish(row: str, result: dict[str, Any]) -> None:
+                show(names[row], 1, 1, "done")
                 if not err.is_terminal:
                     far = settings.lengths[-1]
                     accuracy = result["accuracy_by_length"][str(far)]["accuracy"]
-                    say(f"{names[job]}: reads {accuracy:.1%} after {far:,} tokens")
+                    say(f"{names[row]}: reads {accuracy:.1%} after {far:,} tokens")
 
             results = run_demo(
                 folder,
                 settings,
                 quick=quick,
                 workers=workers,
-                on_progress=lambda job, what, share: show(names[job], min(share, 0.99), 1, what),
+                on_progress=lambda row, what, share: show(names[row], min(share, 0.99), 1, what),
                 on_done=finish,
             )
     except KeyboardInterrupt as stop:
@@ -98,7 +98,7 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
     """The tables and the verdict, on stdout."""
     from rich.table import Table
 
-    from keepsight.lab.seeds import in_words
+    from keepsight.lab.demo.seeds import in_words
 
     lengths, limit = results["lengths"], results["train_length"]
     table = Table(

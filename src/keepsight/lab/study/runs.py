@@ -6,14 +6,15 @@ again; nothing is mixed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import multiprocessing
 import os
+import queue
 import signal
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -22,12 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.checkpoints.atomic import write_text
-from studies.study import Bench, Cell, Study, StudyError
-from studies.study_results import Results
+from keepsight.lab.study.results import Results
+from keepsight.lab.study.study import Bench, Cell, Study, StudyError
+
+_TURN = 0.2  # seconds between two looks at what workers say
+_THREADS = "OMP_NUM_THREADS"
+_SAID: Any = None  # in a worker process: where it says how far it is
 
 
 @dataclass(frozen=True)
-class Task:
+class PlannedCell:
     """One cell to run; plain data and one importable function, so that it can be sent to a process."""
 
     study: str
@@ -44,9 +49,10 @@ class Task:
         return f"{self.study} / {self.row} / seed {self.seed}"
 
 
-OnProgress = Callable[[Task, str, float], None]
-OnDone = Callable[[Task, "dict[str, Any] | str"], None]
-"""Called with a task and its record, or the traceback of its failure."""
+OnProgress = Callable[[PlannedCell, str, float], None]
+"""Called as `on_progress(cell, what is being done, share done)`."""
+OnDone = Callable[[PlannedCell, "dict[str, Any] | Exception"], None]
+"""Called with a cell and its record, or with what it failed of."""
 
 
 def cell_file(folder: Path, study: str, row: str, seed: int) -> Path:
@@ -93,9 +99,9 @@ def read_results(study: Study, folder: Path, studies: Mapping[str, Study]) -> Re
     return Results(cells, expected)
 
 
-def tasks(
+def cells_to_run(
     studies: Sequence[Study], folder: Path, work: Path, *, seeds: int | None = None, again: bool = False
-) -> list[Task]:
+) -> list[PlannedCell]:
     """Cells that are still to be run, study by study.
 
     Args:
@@ -113,30 +119,30 @@ def tasks(
             settings = as_json(study.settings_of(row))
             file = cell_file(folder, study.name, row.name, seed)
             if again or read_cell(file, settings) is None:
-                found.append(Task(study.name, row.name, seed, study.cell, settings, file, work))
+                found.append(PlannedCell(study.name, row.name, seed, study.cell, settings, file, work))
     return found
 
 
-def run_task(task: Task, report: Callable[[str, float], None] = lambda what, share: None) -> dict[str, Any]:
+def run_cell(planned: PlannedCell, report: Callable[[str, float], None] = lambda what, share: None) -> dict[str, Any]:
     """Run one cell on one thread and write its file, whole or not at all."""
     from keepsight.lab.pretraining import one_thread
 
     wall, cpu = time.perf_counter(), time.process_time()
     with one_thread():
-        outcome = task.cell(Bench(task.work, report), task.settings, task.seed)
+        measured = planned.cell(Bench(planned.work, report), planned.settings, planned.seed)
     record = {
-        "study": task.study,
-        "row": task.row,
-        "seed": task.seed,
-        "values": {key: round(float(value), 5) for key, value in outcome.values.items()},
-        "n": outcome.n,
-        "facts": as_json(dict(outcome.facts)),
-        "settings": task.settings,
+        "study": planned.study,
+        "row": planned.row,
+        "seed": planned.seed,
+        "values": {key: round(float(value), 5) for key, value in measured.values.items()},
+        "n": measured.n,
+        "facts": as_json(dict(measured.facts)),
+        "settings": planned.settings,
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "wall_seconds": round(time.perf_counter() - wall, 1),
         "versions": versions(),
     }
-    write_json(task.file, record)
+    write_json(planned.file, record)
     return record
 
 
@@ -158,59 +164,101 @@ def versions() -> dict[str, str]:
     return {name: module.__version__ for name, module in found.items()}
 
 
-def run_tasks(
-    todo: Sequence[Task],
+def run_cells(
+    todo: Sequence[PlannedCell],
     workers: int = 1,
-    on_done: OnDone = lambda task, result: None,
-    on_progress: OnProgress = lambda task, what, share: None,
+    on_done: OnDone = lambda cell, result: None,
+    on_progress: OnProgress = lambda cell, what, share: None,
 ) -> None:
-    """Run cells, in this process or in several. A cell that fails is reported and the others go on.
+    """Run cells, in this process or in several. A cell that fails is told to `on_done` and the others go on.
 
     Args:
         todo: cells, in order.
-        workers: processes of one thread each; 1 is this process.
-        on_done: called after every cell.
-        on_progress: called within cells; only in this process.
+        workers: processes of one thread each; 0 or 1 is this process.
+        on_done: called after every cell; what it raises stops the run, and no process is left.
+        on_progress: called within cells.
+
+    Raises:
+        StudyError: a worker process was killed.
     """
-    if workers <= 1:
-        for task in todo:
-            try:
-                on_done(task, run_task(task, functools.partial(on_progress, task)))
-            except Exception:
-                on_done(task, traceback.format_exc())
+    if workers > 1:
+        with _OneThreadEach():
+            _in_processes(todo, workers, on_done, on_progress)
         return
-    former = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # inherited: the workers' torch starts with one thread
+    for cell in todo:
+        result: dict[str, Any] | Exception
+        try:
+            result = run_cell(cell, functools.partial(on_progress, cell))
+        except Exception as error:
+            result = error
+        on_done(cell, result)
+
+
+def _in_processes(todo: Sequence[PlannedCell], workers: int, on_done: OnDone, on_progress: OnProgress) -> None:
     context = multiprocessing.get_context("spawn")  # a forked torch can hang on its thread pools
-    pool = ProcessPoolExecutor(min(workers, max(1, len(todo))), mp_context=context, initializer=_start_worker)
+    said = context.Queue()
+    pool = ProcessPoolExecutor(min(workers, max(1, len(todo))), context, _start_worker, (said,))
+    waiting = iter(enumerate(todo))
     try:
-        waiting = iter(todo)
-        running = {pool.submit(run_task, task): task for task in itertools.islice(waiting, workers)}
+        running = {pool.submit(_run_in_worker, *entry): entry[1] for entry in itertools.islice(waiting, workers)}
         while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task = running.pop(future)
-                error = future.exception()
-                if isinstance(error, BrokenProcessPool):
-                    raise StudyError(f"A worker process ended in {task.name} (killed for memory, perhaps).") from error
-                on_done(task, future.result() if error is None else "".join(traceback.format_exception(error)))
-                running |= {pool.submit(run_task, task): task for task in itertools.islice(waiting, 1)}
+            done = wait(running, timeout=_TURN, return_when=FIRST_COMPLETED).done
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    number, what, share = said.get_nowait()
+                    if todo[number] in running.values():  # what comes late is not told
+                        on_progress(todo[number], what, share)
+            for future in done:
+                cell, error = running.pop(future), future.exception()
+                if isinstance(error, BrokenProcessPool):  # of all that were running; which one it was, is not known
+                    names = " or ".join(sorted(c.name for c in (cell, *running.values())))
+                    raise StudyError(
+                        f"A worker process ended in {names} (killed for memory, perhaps). Try fewer: --workers 1"
+                    ) from error
+                if error is not None and not isinstance(error, Exception):
+                    raise error
+                on_done(cell, future.result() if error is None else error)
+                running |= {pool.submit(_run_in_worker, *entry): entry[1] for entry in itertools.islice(waiting, 1)}
     finally:
         for process in list((pool._processes or {}).values()):
             process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
-        if former is None:
-            os.environ.pop("OMP_NUM_THREADS", None)
+
+
+class _OneThreadEach:
+    """Inside, a new process inherits that its torch starts with one thread."""
+
+    def __enter__(self) -> None:
+        self.former = os.environ.get(_THREADS)
+        os.environ[_THREADS] = "1"
+
+    def __exit__(self, *_: object) -> None:
+        if self.former is None:
+            del os.environ[_THREADS]
         else:
-            os.environ["OMP_NUM_THREADS"] = former
+            os.environ[_THREADS] = self.former
 
 
-def _start_worker() -> None:
+def _start_worker(said: Any) -> None:
     """Ctrl-C reaches the whole group; the parent decides. Libraries stay quiet."""
     import warnings
 
     import transformers
 
+    global _SAID
+    _SAID = said
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)
+
+
+def _run_in_worker(number: int, cell: PlannedCell) -> dict[str, Any]:
+    return run_cell(cell, lambda what, share: _SAID.put((number, what, share)))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -8,16 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keepsight.lab.verdict import CHANCE
+from keepsight.lab.demo.claims import CHANCE
+from keepsight.lab.demo.methods import LABELS
 
-LABELS = {
-    "base": "base",
-    "pvm": "PVM",
-    "lora": "LoRA",
-    "mlp": "parallel MLP",
-    "pvm_plain": "PVM without warm-up",
-    "lora_long": "LoRA, trained at full length",
-}
 COLORS = {
     "light": {
         "base": "#6b7280",

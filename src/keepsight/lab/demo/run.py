@@ -20,6 +20,8 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,15 +29,22 @@ from typing import Any
 import numpy as np
 
 from keepsight.errors import KeepsightError
-from keepsight.lab.jobs import Settings
+from keepsight.lab.demo.claims import verdict
+from keepsight.lab.demo.methods import DemoSettings, as_measured, demo_study
+from keepsight.lab.demo.seeds import compare
 from keepsight.lab.pretraining import PRETRAINING_RECORD
 from keepsight.lab.reference import REFERENCE_NAME, reference_path
-from keepsight.lab.seeds import compare
-from keepsight.lab.verdict import NEEDED, verdict
-from keepsight.lab.workers import OnDone, OnProgress, run_jobs, usable_cores
+from keepsight.lab.study.results import Results
+from keepsight.lab.study.runs import PlannedCell, cells_to_run, run_cells, usable_cores, versions
 
 FILES = ("results.json", "report.html", "accuracy_by_length.png", "attention_mass.png", "causal.png", "adapter")
 EXAMPLES = 3
+
+
+OnProgress = Callable[[str, str, float], None]
+"""Called as `on_progress(method, what is being done, share done)`."""
+OnDone = Callable[[str, dict[str, Any]], None]
+"""Called with a method and what was measured of it."""
 
 
 class DemoOutputError(KeepsightError):
@@ -80,7 +89,7 @@ def _nothing(*_: Any) -> None:
 
 def run_demo(
     out: Path,
-    settings: Settings | None = None,
+    settings: DemoSettings | None = None,
     *,
     quick: bool = False,
     workers: int | None = None,
@@ -94,18 +103,18 @@ def run_demo(
         settings: default: the shipped base, seed 0.
         quick: recorded in the results.
         workers: processes; default: one per core, at most four.
-        on_progress, on_done: told about jobs.
+        on_progress, on_done: told about methods.
 
     Returns:
         The content of `results.json`.
     """
-    settings = settings or (Settings.quick() if quick else Settings())
+    settings = settings or (DemoSettings.quick() if quick else DemoSettings())
     check_output(out)
     begin = time.perf_counter()
     workers = min(usable_cores(), 4) if workers is None else workers
     with tempfile.TemporaryDirectory(prefix="keepsight-demo-") as scratch:
-        jobs = run_jobs(settings, Path(scratch), workers, on_progress, on_done)
-        results = assemble(jobs, settings, quick)
+        found = measure_all(settings, Path(scratch), workers, on_progress, on_done)
+        results = assemble(found, settings, quick)
         results["study"] = compare(results)
         results["seconds"] = round(time.perf_counter() - begin, 1)
         results["conditions"] = conditions(workers)
@@ -114,8 +123,36 @@ def run_demo(
     return results
 
 
-def assemble(jobs: dict[str, dict[str, Any]], settings: Settings, quick: bool) -> dict[str, Any]:
-    """Put the jobs' results together: one entry per method, and what they share."""
+def measure_all(
+    settings: DemoSettings,
+    folder: Path,
+    workers: int,
+    on_progress: OnProgress = _nothing,
+    on_done: OnDone = _nothing,
+) -> dict[str, dict[str, Any]]:
+    """Run the demo's cells and return what was measured, by method. The first that fails stops the others.
+
+    Args:
+        settings: what to do.
+        folder: for the cells' files and for adapters.
+        workers: processes of one thread each; 0 or 1 does everything in this process.
+        on_progress, on_done: called in this process.
+    """
+    found: dict[str, dict[str, Any]] = {}
+
+    def finish(cell: PlannedCell, result: dict[str, Any] | Exception) -> None:
+        if isinstance(result, Exception):
+            raise result
+        found[cell.row] = result["facts"]
+        on_done(cell.row, result["facts"])
+
+    todo = cells_to_run([demo_study(settings)], folder / "cells", folder)
+    run_cells(todo, workers, finish, lambda cell, what, share: on_progress(cell.row, what, share))
+    return found
+
+
+def assemble(found: dict[str, dict[str, Any]], settings: DemoSettings, quick: bool) -> dict[str, Any]:
+    """Put together what was measured: one entry per method, and what they share."""
     regime, note = describe_regime(settings.base)
     results: dict[str, Any] = {
         "regime": regime,
@@ -134,11 +171,11 @@ def assemble(jobs: dict[str, dict[str, Any]], settings: Settings, quick: bool) -
         ),
     }
     for name in ("base", "pvm", "lora", "mlp", "pvm_plain", "lora_long"):
-        if name in jobs:
-            results[name] = jobs[name]
-    if jobs.keys() >= NEEDED:
-        results["verdict"] = verdict(results)
-    return results
+        if name in found:
+            results[name] = found[name]
+    cells = {name: {settings.seed: asdict(as_measured(facts))} for name, facts in found.items()}
+    judged = verdict(Results(cells, dict.fromkeys(settings.rows_of_study, (settings.seed,))))
+    return results | {"verdict": judged} if judged else results
 
 
 def describe_regime(base: Path | None) -> tuple[str, str]:
@@ -165,12 +202,6 @@ def describe_regime(base: Path | None) -> tuple[str, str]:
 
 def conditions(workers: int) -> dict[str, Any]:
     """The machine and the versions, without names of machine or user."""
-    import peft
-    import torch
-    import transformers
-
-    import keepsight
-
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "device": "cpu",
@@ -181,17 +212,14 @@ def conditions(workers: int) -> dict[str, Any]:
         "machine": platform.machine(),
         "system": platform.system(),
         "python": platform.python_version(),
-        "keepsight": keepsight.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
+        **versions(),
     }
 
 
-def write_folder(out: Path, results: dict[str, Any], settings: Settings, workdir: Path) -> None:
+def write_folder(out: Path, results: dict[str, Any], settings: DemoSettings, folder: Path) -> None:
     """Make everything beside `out`, then move it in, `results.json` last."""
-    from keepsight.lab.plots import plot_all
-    from keepsight.lab.report import render_report
+    from keepsight.lab.demo.plots import plot_all
+    from keepsight.lab.demo.report import render_report
     from keepsight.lab.samples import example_images, sample_narration
 
     out.mkdir(parents=True, exist_ok=True)
@@ -203,8 +231,8 @@ def write_folder(out: Path, results: dict[str, Any], settings: Settings, workdir
         figures = plot_all(results, part)
         narration = sample_narration(np.random.default_rng(settings.seed), settings.seed)
         (part / "report.html").write_text(render_report(results, figures, images, narration), encoding="utf-8")
-        if (workdir / "pvm").is_dir():
-            shutil.copytree(workdir / "pvm", part / "adapter")
+        if (folder / "pvm").is_dir():
+            shutil.copytree(folder / "pvm", part / "adapter")
         (part / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         for path in sorted(part.iterdir(), key=lambda p: p.name == "results.json"):
             target = out / path.name

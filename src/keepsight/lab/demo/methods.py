@@ -1,32 +1,40 @@
-"""The demo's work in pieces: one job per method, each a function of plain settings, so that any process can do it.
+"""The demo as a study: one row per method, one cell each, which any process can run.
 
-A job loads the base from its checkpoint folder, works on one thread, reports its progress and returns plain data. Jobs
-share nothing, so their numbers do not depend on how many run at once; only the seconds do.
+A cell loads the base from its checkpoint folder, works on one thread, reports its progress and returns plain data.
+Cells share nothing, so their numbers do not depend on how many run at once; only the seconds do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from keepsight.lab import evaluation
+from keepsight.lab.demo.claims import CLAIMS
 from keepsight.lab.digits import Split
 from keepsight.lab.experiments import Trained, TrainPlan, at_length, train
-from keepsight.lab.pretraining import one_thread
 from keepsight.lab.reference import build_model, load_reference
+from keepsight.lab.study.study import Bench, Column, Measured, Study, TableRow
 
 Report = Callable[[str, float], None]
-"""Called as `report(what is being done, share done of the whole job)`."""
+"""Called as `report(what is being done, share done of the whole cell)`."""
 
-
+LABELS = {
+    "base": "base",
+    "pvm": "PVM",
+    "lora": "LoRA",
+    "mlp": "parallel MLP",
+    "pvm_plain": "PVM without warm-up",
+    "lora_long": "LoRA, trained at full length",
+}
 BLINDFOLD_SHARE = 0.5
 """Of the demo's steps behind the warm-up; chosen on validation glyphs (LOG.md)."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """All that the numbers depend on, besides the base.
 
     Attributes:
@@ -56,7 +64,7 @@ class Settings:
     base: Path | None = None
 
     @classmethod
-    def quick(cls, seed: int = 0, base: Path | None = None) -> Settings:
+    def quick(cls, seed: int = 0, base: Path | None = None) -> DemoSettings:
         """Fewer steps, fewer images, four times the training length at most, and no extra methods."""
         return cls(
             seed=seed,
@@ -70,30 +78,72 @@ class Settings:
         )
 
     @property
-    def jobs(self) -> tuple[str, ...]:
-        """Names of all jobs, the longest first."""
+    def rows_of_study(self) -> tuple[str, ...]:
+        """The methods and the base, what takes longest first."""
         order = ("lora_long", "pvm", "pvm_plain", "lora", "mlp", "base")
         return tuple(name for name in order if name in (*self.methods, "base"))
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; the seed stands apart."""
+        found = {name: value for name, value in asdict(self).items() if name != "seed"}
+        return found | {"base": None if self.base is None else str(self.base)}
 
-def run_job(name: str, settings: Settings, workdir: Path, report: Report) -> dict[str, Any]:
-    """Do one job.
+    @classmethod
+    def from_dict(cls, found: dict[str, Any], seed: int) -> DemoSettings:
+        """What `as_dict` gave, also after JSON."""
+        lists = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+        plan: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found["plan"].items()}
+        base = None if found["base"] is None else Path(found["base"])
+        return cls(**{**found, **lists, "seed": seed, "plan": TrainPlan(**plan), "base": base})
+
+
+def demo_study(settings: DemoSettings) -> Study:
+    """The demo of these settings: its rows, and the claims that its one seed is to bear out."""
+    return Study(
+        name="demo",
+        method="PVM",
+        title="A small VLM loses its image in long outputs; a memory keeps it in view",
+        setting="Digits read correctly, by generated tokens before the answer.",
+        cell=demo_cell,
+        rows=tuple(TableRow(name, LABELS[name], {"method": name}) for name in settings.rows_of_study),
+        columns=tuple(Column(str(n), f"{n:,}") for n in settings.lengths),
+        claims=CLAIMS,
+        settings=settings.as_dict(),
+        seeds=(settings.seed,),
+    )
+
+
+def demo_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measured:
+    """One row of the demo."""
+    name = settings["method"]
+    known = DemoSettings.from_dict({key: value for key, value in settings.items() if key != "method"}, seed)
+    return as_measured(measure(name, known, bench.work, bench.report))
+
+
+def as_measured(found: dict[str, Any]) -> Measured:
+    """What `measure` found, as the outcome of a cell: the accuracies are its columns."""
+    by_length = found["accuracy_by_length"]
+    n = next(iter(by_length.values()))["n"]
+    return Measured({length: entry["accuracy"] for length, entry in by_length.items()}, n, found)
+
+
+def measure(name: str, settings: DemoSettings, folder: Path, report: Report) -> dict[str, Any]:
+    """Measure the base, or train one method and measure it.
 
     Args:
         name: "base" or one of the methods.
         settings: what to do.
-        workdir: an adapter that is kept (PVM's) is saved to `workdir / name`.
+        folder: an adapter that is kept (PVM's) is saved to `folder / name`.
         report: receives progress.
 
     Returns:
         What was measured, ready for JSON.
     """
-    with one_thread():
-        return _base_job(settings, report) if name == "base" else _method_job(name, settings, workdir, report)
+    return _base(settings, report) if name == "base" else _trained(name, settings, folder, report)
 
 
 def _by_length(
-    model: Any, processor: Any, settings: Settings, report: Report, begin: float, share: float, forward: Any = None
+    model: Any, processor: Any, settings: DemoSettings, report: Report, begin: float, share: float, forward: Any = None
 ) -> dict[str, dict[str, float | int]]:
     total, done, result = sum(settings.lengths), 0, {}
     for length in settings.lengths:
@@ -104,7 +154,7 @@ def _by_length(
     return result
 
 
-def _base_job(settings: Settings, report: Report) -> dict[str, Any]:
+def _base(settings: DemoSettings, report: Report) -> dict[str, Any]:
     model, processor = load_reference(settings.base)
     result: dict[str, Any] = {"trainable_parameters": 0, "training_seconds": 0.0}
     result["parameters"] = model.num_parameters()
@@ -127,7 +177,7 @@ def _base_job(settings: Settings, report: Report) -> dict[str, Any]:
     return result
 
 
-def _method_job(name: str, settings: Settings, workdir: Path, report: Report) -> dict[str, Any]:
+def _trained(name: str, settings: DemoSettings, folder: Path, report: Report) -> dict[str, Any]:
     model, processor = load_reference(settings.base)
     plan = settings.plan
     if name == "lora_long":
@@ -143,7 +193,7 @@ def _method_job(name: str, settings: Settings, workdir: Path, report: Report) ->
     result = training_facts(trained, plan)
     result |= read_method(name, trained.model, processor, settings, report)
     if name == "pvm":
-        trained.model.save_pretrained(str(workdir / name), save_embedding_layers=False)
+        trained.model.save_pretrained(str(folder / name), save_embedding_layers=False)
     report("done", 1.0)
     return result
 
@@ -159,7 +209,7 @@ def training_facts(trained: Trained, plan: TrainPlan) -> dict[str, Any]:
     }
 
 
-def read_method(name: str, model: Any, processor: Any, settings: Settings, report: Report) -> dict[str, Any]:
+def read_method(name: str, model: Any, processor: Any, settings: DemoSettings, report: Report) -> dict[str, Any]:
     """What is measured of a trained method: accuracy by length, and for PVM what hangs on its memory."""
     result: dict[str, Any] = {}
     share = 0.3 if name == "pvm" else 0.45

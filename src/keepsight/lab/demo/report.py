@@ -10,12 +10,12 @@ from typing import Any
 
 from PIL import Image
 
+from keepsight.lab.demo.claims import standard_error
+from keepsight.lab.demo.plots import Figure, data_uri
+from keepsight.lab.demo.report_page import PAGE
+from keepsight.lab.demo.seeds import in_words
 from keepsight.lab.digits import CELLS, GLYPH, GRID
-from keepsight.lab.plots import Figure, data_uri
-from keepsight.lab.report_page import PAGE
 from keepsight.lab.samples import Word
-from keepsight.lab.seeds import in_words
-from keepsight.lab.verdict import standard_error
 
 NAMES = {
     "base": "Base",
