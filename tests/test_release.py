@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,3 +79,17 @@ def test_workflows_call_make_targets_that_exist(file):
                 called |= set(matrix) if name == "MATRIX" else {name}
     assert called - targets == set()
     assert workflow["permissions"]["contents"] == "read"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda file: file.stem)
+def test_notebooks_run(file, tmp_path):
+    """From top to bottom, in another folder; none is kept with outputs, which would grow old."""
+    book = nbformat.read(file, as_version=4)
+    assert not [cell for cell in book.cells if cell.get("outputs")]
+    NotebookClient(book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    said = [
+        cell["outputs"][-1]["data"]["text/plain"]
+        for cell in book.cells
+        if cell.get("outputs") and "data" in cell["outputs"][-1]
+    ]
+    assert said

@@ -83,7 +83,7 @@ def reference(title: str, face: str) -> str:
         value = getattr(module, name)
         home = getattr(value, "__module__", "")
         if home.startswith("keepsight"):
-            lines += [f"## {name}", "", f"::: {home}.{value.__name__}", ""]
+            lines += [f"::: {home}.{value.__name__}", ""]
     return "\n".join(lines) + "\n"
 
 
