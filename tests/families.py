@@ -233,7 +233,9 @@ class TinyFamily:
         config = self.config()
         for key, value in overrides.items():
             setattr(config, key, value)
-        model = getattr(transformers, self.model_class)(config).eval().to(device)
+        model = getattr(transformers, self.model_class)(config).eval()
+        if model.device.type != "meta":  # built on shapes alone, for a trace
+            model = model.to(device)
         model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, None
         return model
 

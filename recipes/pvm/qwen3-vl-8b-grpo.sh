@@ -7,8 +7,10 @@
 # - data: 3.6k hard questions with answers in the paper (MMK12, ThinkLite-VL-hard, ViRL39K, We-Math2.0-Pro)
 # - AdamW, lr 1e-6, constant; 64 completions per step, 8 per question, temperature 1, up to 16,384 tokens, no KL,
 #   completions that were cut off masked; rewards 0.1 for the format and 0.9 for the answer
-# - bf16, gradient checkpointing, DeepSpeed ZeRO-3. NOT TESTED on GPUs. Every sample needs an image (ZeRO-3 spreads the
-#   vision encoder, so a process without one would keep the others waiting).
+# - bf16, gradient checkpointing, DeepSpeed ZeRO-3. Every sample needs an image (ZeRO-3 spreads the vision encoder, so a
+#   process without one would keep the others waiting)
+# - sdpa; the paper has FlashAttention 2: add --attention flash_attention_2, with pip install flash-attn
+# NOT TESTED: no GPU, and no step under DeepSpeed (docs/scale.md).
 # Rollouts are transformers' own: most of a step's time. --max-new-tokens 4096 and --rollout-batch are the levers.
 #
 #   recipes/pvm/qwen3-vl-8b-grpo.sh my-memory questions.jsonl refined

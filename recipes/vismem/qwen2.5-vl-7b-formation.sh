@@ -7,6 +7,7 @@
 # - K = 8 queries, N_s = 8 and N_l = 16 latents, as in the paper's main text (a table of its appendix: 4 and 8)
 # - 8 questions per step, groups of 16, 2 epochs, AdamW, lr 5e-5, cosine, warm-up 0.2, clip 0.2, KL 0.015
 # - data parallel over 8 GPUs; FSDP and ZeRO-3 cannot be used (docs/scale.md)
+# - sdpa; another kernel: --attention flash_attention_2, with pip install flash-attn
 # NOT TESTED on GPUs.
 # In our lab stage I needed --warm-start-steps 300 and --max-text-states 8 to learn anything of the image.
 #

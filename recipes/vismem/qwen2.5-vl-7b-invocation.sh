@@ -7,6 +7,7 @@
 # - alpha, the strength of the penalties, is not in the paper; --invocation-cost is ours (0 = the paper)
 # - 8 questions per step, groups of 16, 2 epochs, AdamW, lr 5e-5, cosine, warm-up 0.2, clip 0.2, KL 0.015
 # - data parallel over 8 GPUs; FSDP and ZeRO-3 cannot be used (docs/scale.md)
+# - sdpa; another kernel: --attention flash_attention_2, with pip install flash-attn
 # NOT TESTED on GPUs.
 #
 #   recipes/vismem/qwen2.5-vl-7b-invocation.sh stage1 questions.jsonl stage2

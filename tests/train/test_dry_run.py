@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import keepsight
 from keepsight.backbone import Backbone
 from keepsight.pvm.branch import MEMORY
 from keepsight.train.estimate.dry_run import dry_run
+from keepsight.train.estimate.needs import GIB
 from keepsight.train.estimate.tracing import SeenImage, trace
 from keepsight.train.run.engines import Engine
 from keepsight.train.run.learner import Learner, ranked_lora
@@ -72,6 +74,45 @@ def test_as_much_is_kept_as_in_a_real_step(name: str) -> None:
     family, learner = BY_NAME[name], Learner(memory=PVM)
     real = really_kept(learner.put_on(family.build(), 0), 2, 60, 16)
     assert trace(on_meta(family, learner), 2, 60, 16).kept == pytest.approx(real, rel=0.15)
+
+
+def test_a_dry_run_is_of_a_gpu_unless_a_cpu_is_asked_for(tiny_vlm: Path) -> None:
+    def found(**settings: Any) -> Any:
+        return dry_run(tiny_vlm, Learner(memory=PVM), SftSettings(**settings), length=100, engine=Engine())
+
+    assumed, said = found(), found(bf16=True, gradient_checkpointing=True)
+    assert assumed.need == said.need
+    assert assumed.need.activations == assumed.need.activations_checkpointed
+    assert found(gradient_checkpointing=False).need.activations == assumed.need.activations_plain
+    cpu = found(device="cpu")
+    assert cpu.need.activations == cpu.need.activations_plain > assumed.need.activations_plain  # float32
+    assert dict(assumed.rows_of_table())["fits"].startswith("24 GB: yes, 0.0 GiB; 40 GB: yes; 48 GB: yes; 80 GB: yes")
+    assert "fits" not in dict(cpu.rows_of_table())
+
+
+@pytest.mark.parametrize(
+    ("gib", "answers"),
+    [
+        (17.7, "24 GB: yes, 17.7 GiB; 40 GB: yes; 48 GB: yes; 80 GB: yes"),
+        (21, "24 GB: barely, 21.0 GiB; 40 GB: yes; 48 GB: yes; 80 GB: yes"),
+        (60, "24 GB: no, 60.0 GiB; 40 GB: no; 48 GB: no; 80 GB: yes"),
+        (90, "24 GB: no, 90.0 GiB; 40 GB: no; 48 GB: no; 80 GB: no"),
+    ],
+)
+def test_it_says_which_gpus_hold_the_run(tiny_vlm: Path, gib: float, answers: str) -> None:
+    found = dry_run(tiny_vlm, Learner(memory=PVM), SftSettings(), length=100, engine=Engine())
+    need = replace(found.need, weights=round(gib * GIB) - found.need.total + found.need.weights)
+    assert replace(found, need=need).fits() == answers
+
+
+def test_eager_attention_keeps_its_squares(tiny_vlm: Path) -> None:
+    kept = {
+        name: dry_run(
+            tiny_vlm, Learner(memory=PVM), SftSettings(attention=name), length=400, engine=Engine()
+        ).need.activations_plain
+        for name in ("sdpa", "eager")
+    }
+    assert kept["eager"] > kept["sdpa"] + 4 * 400 * 400 * 2  # a head's square in bfloat16, in four layers
 
 
 def test_estimates_follow_settings_and_engines(tiny_vlm: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from keepsight.backbone import Backbone
 from keepsight.checkpoints.bases import base_config
 from keepsight.errors import KeepsightError
-from keepsight.train.estimate.needs import DryRun, estimate
+from keepsight.train.estimate.needs import DryRun, as_on_gpu, estimate
 from keepsight.train.estimate.tracing import meta_model
 from keepsight.train.run.engines import Engine, current_engine
 from keepsight.train.run.four_bit import packed_weights
@@ -43,7 +43,8 @@ def dry_run(
     Args:
         source: the base: a hub id, or a folder that holds at least its config.json.
         learner: what is trained. Adapters are not read: a memory that exists needs what a new one needs.
-        settings: of the run (`GrpoSettings` for a run with rollouts).
+        settings: of the run (`GrpoSettings` for a run with rollouts). The run is one on a GPU with bfloat16, wherever
+            this is called, unless they ask for a CPU.
         length: positions of a sample, images included; of a prompt, where completions are generated.
         visual: how many of them are visual; default: half, at most 1,024.
         what: is trained, in words.
@@ -53,9 +54,10 @@ def dry_run(
         UnsupportedModelError, FileNotFoundError: if `source` is no base.
     """
     engine = current_engine() if engine is None else engine
+    settings = as_on_gpu(settings)
     generated = settings.max_new_tokens if isinstance(settings, GrpoSettings) else 0
     half = settings.uses_bf16 or settings.dtype == "bfloat16"
-    model = meta_model(source, torch.bfloat16 if half else torch.float32)
+    model = meta_model(source, torch.bfloat16 if half else torch.float32, settings.attention == "eager")
     packed = packed_weights(Backbone.of(model)) if settings.load_in_4bit else 0
     with torch.device("meta"):
         put = learner.put_on(model, settings.seed)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from keepsight.backbone import Backbone
 from keepsight.train.estimate.tracing import Trace, trace
@@ -13,6 +13,25 @@ from keepsight.train.run.flops import ModelShape
 from keepsight.train.run.four_bit import BYTES_PER_WEIGHT
 
 GIB = 2**30
+CARDS = {"24 GB": 22.5, "40 GB": 39.4, "48 GB": 44.4, "80 GB": 79.2}
+"""GPUs by name, with what the smallest of that name offers, in GiB."""
+SPARE = 3.0
+"""GiB left for CUDA, the vision encoder while it runs, and fragments."""
+
+S = TypeVar("S")
+
+
+def runs_on_gpu(settings: Any) -> bool:
+    """Whether a dry run is of a run on a GPU: it is, wherever it is made, unless the settings ask for a CPU."""
+    return settings.device != "cpu"
+
+
+def as_on_gpu(settings: S) -> S:
+    """Settings of a PVM's run as they are on a GPU with bfloat16, unless they ask for a CPU."""
+    if not runs_on_gpu(settings):
+        return settings
+    left = {name: True for name in ("bf16", "gradient_checkpointing") if getattr(settings, name) is None}
+    return replace(settings, **left)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -57,6 +76,7 @@ class DryRun:
         flops_per_step: by all devices, by shapes; rollouts included.
         traced: the traced step.
         engine: that the run was launched with.
+        on_gpu: whether the run is one on GPUs.
     """
 
     source: str
@@ -72,6 +92,16 @@ class DryRun:
     flops_per_step: float
     traced: Trace
     engine: Engine
+    on_gpu: bool = True
+
+    def fits(self) -> str:
+        """Which GPUs hold it, for people."""
+        needed, words = self.need.total / GIB, []
+        for name, size in CARDS.items():
+            answer = "yes" if needed + SPARE <= size else "barely" if needed <= size else "no"
+            words.append(f"{name}: {answer}")
+        words[0] += f", {needed:.1f} GiB"
+        return f"{'; '.join(words)}"
 
     def seconds_per_step(self, flops_per_second: float) -> float:
         """Time of a step on devices that reach so many operations per second, each (H100 in bf16: about 4e14)."""
@@ -87,6 +117,7 @@ class DryRun:
         plain, checkpointed = need.activations_plain / GIB, need.activations_checkpointed / GIB
         rows = [
             ("trained", f"{self.trained:,} of {self.total:,} parameters: {self.learner}"),
+            ("runs on", "a GPU with bfloat16 (assumed; --device cpu for a CPU)" if self.on_gpu else "a CPU"),
             ("sample", sample),
             ("tokens per step", f"{self.tokens_per_step:,}"),
             ("operations per step", f"{self.flops_per_step / 1e15:.4g} PFLOP by shapes"),
@@ -101,6 +132,7 @@ class DryRun:
         return [
             *rows,
             ("together", f"{need.total / GIB:.2f} GiB per device, as set; CUDA and fragments come on top"),
+            *([("fits", f"{self.fits()} (yes: with {SPARE:g} GiB to spare)")] if self.on_gpu else []),
             (
                 "traced step",
                 f"decoder forward and backward on shapes ({self.rows} x {self.length:,}): "
@@ -175,6 +207,7 @@ def estimate(
         flops_per_step=flops * forwards,
         traced=traced,
         engine=engine,
+        on_gpu=runs_on_gpu(settings),
     )
 
 

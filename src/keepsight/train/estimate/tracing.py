@@ -22,10 +22,11 @@ from keepsight.pvm.branch import MEMORY, PvmBranch
 from keepsight.train.run.flops import ModelShape
 
 
-def meta_model(source: str | Path, dtype: torch.dtype) -> Any:
-    """A base on the meta device, from its config.json alone."""
+def meta_model(source: str | Path, dtype: torch.dtype, eager: bool = False) -> Any:
+    """A base on the meta device, from its config.json alone; with eager attention, or a kernel's."""
+    kernel = {"attn_implementation": "eager"} if eager else {}
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(base_config(source), dtype=dtype)
+        return AutoModelForImageTextToText.from_config(base_config(source), dtype=dtype, **kernel)
 
 
 class SeenImage:
@@ -87,12 +88,13 @@ def trace(model: Any, rows: int, length: int, visual: int) -> Trace:
     dtype: torch.dtype = first.post_attention_layernorm.weight.dtype
     width = backbone.text_config.hidden_size
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    eager = backbone.decoder.config._attn_implementation == "eager"
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         # Kernels never keep the square of attention; torch takes the plain formula on the meta device, which does.
-        square = tensor.dim() >= 3 and tensor.shape[-2] == length and tensor.shape[-1] in (length, visual)
+        square = not eager and tensor.dim() >= 3 and tensor.shape[-2] == length and tensor.shape[-1] in (length, visual)
         if storage._cdata not in weights and not square:
             kept[storage._cdata] = storage
         return tensor

@@ -20,7 +20,7 @@ from keepsight.checkpoints.bases import base_config
 from keepsight.checkpoints.sources import check_sources
 from keepsight.errors import KeepsightError
 from keepsight.train.estimate.dry_run import DEFAULT_TOKENS
-from keepsight.train.estimate.needs import DryRun, Need, cache_bytes, weight_bytes
+from keepsight.train.estimate.needs import DryRun, Need, cache_bytes, runs_on_gpu, weight_bytes
 from keepsight.train.estimate.tracing import meta_model, trace
 from keepsight.train.run.engines import Engine, current_engine
 from keepsight.train.run.flops import ModelShape
@@ -55,7 +55,7 @@ def dry_run_vismem(
 
     Args:
         source: a base (its config.json will do), or a VisMem adapter on it.
-        settings: of the stage.
+        settings: of the stage. The run is one on a GPU, wherever this is called, unless they ask for a CPU.
         vismem: the memory; default: the adapter's, or `VisMemConfig()`.
         length: positions of a prompt.
         visual: how many of them are visual; default: half, at most 1,024.
@@ -73,7 +73,7 @@ def dry_run_vismem(
     recorded = str(getattr(base_config(name), "dtype", None)).removeprefix("torch.")
     half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and recorded in ("bfloat16", "float16"))
     dtype, stored = (torch.bfloat16, 2) if half else (torch.float32, 4)
-    base = meta_model(name, dtype)
+    base = meta_model(name, dtype, settings.attention == "eager")
     packed = packed_weights(Backbone.of(base)) if settings.load_in_4bit else 0
     with torch.device("meta"):
         model = get_peft_model(base, config)
@@ -96,7 +96,7 @@ def dry_run_vismem(
     traced = trace(model, rows, whole, visual)
     seen = visual + min(config.max_text_states or settings.max_new_tokens // max(1, memories), settings.max_new_tokens)
     forming = 0.0 if is_second else rows * memories * (seen + config.num_queries + config.num_long) / (rows * whole)
-    checkpoints = uses_checkpointing(settings, config.form, torch.cuda.is_available())
+    checkpoints = uses_checkpointing(settings, config.form, runs_on_gpu(settings))
     logits = rows * (settings.max_new_tokens + latents) * backbone.text_config.vocab_size * (stored + 3 * 4)
     plain, checkpointed = (round(kept * (1 + forming)) + logits for kept in (traced.kept, traced.checkpointed))
     shape = ModelShape.of(model)
@@ -134,6 +134,7 @@ def dry_run_vismem(
         flops_per_step=flops * trajectories,
         traced=traced,
         engine=engine,
+        on_gpu=runs_on_gpu(settings),
     )
 
 
