@@ -7,7 +7,7 @@ RUN     = tools/compatibility.py run
 export HF_HUB_OFFLINE ?= 1
 export TORCH_INDEX INSTALLER
 
-.PHONY: demo test test-oldest test-newest test-vllm test-gpu bench-gpu gpu-wheels docs release lint lock compatibility clean
+.PHONY: demo test test-oldest test-newest test-vllm test-gpu bench-gpu gpu-wheels docs release lint lock compatibility docs-figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/keepsight demo
@@ -73,6 +73,10 @@ lock:
 # Writes the results of the runs above into docs/compatibility.md.
 compatibility:
 	$(PYTHON) tools/compatibility.py write
+
+# Writes the figures of README and docs anew, from the committed raw results.
+docs-figures:
+	$(PYTHON) tools/figures.py
 
 clean:
 	rm -rf site dist $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-lock .venv-vllm .results keepsight-demo

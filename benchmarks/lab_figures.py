@@ -1,9 +1,9 @@
-"""From the raw results of many seeds: the README's picture and table, and what the demo's report compares itself with.
+"""From the raw results of many seeds: the README's picture, and what the demo's report compares itself with.
 
     python benchmarks/lab_figures.py
 
 Reads benchmarks/results/lab-seeds (made by benchmarks/lab_seeds.py), writes its summary.json, docs/images/demo.png and
-src/keepsight/lab/demo/seeds.json, and prints the table.
+src/keepsight/lab/demo/seeds.json. The pages' tables are written by tools/figures.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "lab-seeds"
 PICTURE = ROOT / "docs" / "images" / "demo.png"
 SHOWN = ("pvm", "lora", "mlp", "base")
-IN_TABLE = ("32", "256", "512", "1024", "2048")
 
 
 def shipped(summary: dict[str, Any]) -> dict[str, Any]:
@@ -47,24 +46,12 @@ def draw(figure: Any, summary: dict[str, Any], color: dict[str, str]) -> None:
     name_ends(axes, lengths[-1], ends)
 
 
-def table(summary: dict[str, Any]) -> str:
-    """Mean (lowest-highest) in percent."""
-    rows = {method: summary["accuracy_by_length"][method] for method in summary["accuracy_by_length"]}
-    rows["base, filler masked"] = summary["masked_filler_accuracy_by_length"]
-    lines = [f"| | seeds | {' | '.join(f'{int(n):,}' for n in IN_TABLE)} |"]
-    for name, row in rows.items():
-        cells = [f"{100 * row[n]['mean']:.0f} ({100 * row[n]['min']:.0f}-{100 * row[n]['max']:.0f})" for n in IN_TABLE]
-        lines.append(f"| {name} | {row['2048']['seeds']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     summary = summarise(RESULTS)
     (RESULTS / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     STUDY.write_text(json.dumps(shipped(summary), indent=1) + "\n", encoding="utf-8")
     PICTURE.write_bytes(render(draw, summary, "light"))
-    print(table(summary))
-    print({name: (f"{v['mean']:.1%}", v["min"], v["max"]) for name, v in summary["causal"].items() if name != "length"})
+    print("the pages' tables: make docs-figures")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,10 @@ from keepsight.lab.experiments import train
 from keepsight.lab.pretraining import PRETRAINING_RECORD, PretrainConfig, one_thread, pretrain
 from keepsight.lab.reference import load_reference, reference_path
 
-METHODS = ("base", "pvm", "lora", "mlp", "pvm_plain", "lora_long")
+METHODS = ("base", "pvm", "lora", "mlp", "pvm_plain", "pvm_paper", "lora_long")
+PAPER = {"pvm_lr": 1e-4, "gate_factor": 1.0, "causal": False, "blindfold_share": 0.0}
+"""What the paper trains a memory with, as far as it can be taken over: one learning rate for everything, gates
+included, and the published rule. Data, steps and batches are the lab's, as for all methods."""
 CAUSAL = ("on", "gate_off", "noise", "swapped", "swapped_follows")
 
 
@@ -69,6 +72,10 @@ def measured(name: str, settings: DemoSettings, keep: Path) -> dict[str, Any]:
         folder, facts = trained_pvm(settings, keep)
         with one_thread():
             result = facts | read_method(name, *keepsight.load(folder), settings, lambda *_: None)
+    elif name == "pvm_paper":
+        paper = replace(settings, plan=replace(settings.plan, **PAPER))
+        with one_thread():
+            result = measure("pvm_plain", paper, keep, lambda *_: None) | {"plan": PAPER}
     else:
         with one_thread():
             result = measure(name, settings, keep, lambda *_: None)
@@ -140,6 +147,7 @@ def main() -> None:
             )
             pretraining = (settings.base or reference_path()) / PRETRAINING_RECORD
             results = assemble(jobs, settings, quick=False)
+            results |= {method: jobs[method] for method in METHODS if method in jobs}  # the demo has no `pvm_paper`
             results["conditions"] = former.get("conditions", jobs[name]["conditions"])  # of jobs that name none
             results["pretraining"] = json.loads(pretraining.read_text(encoding="utf-8"))
             file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

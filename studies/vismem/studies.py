@@ -34,11 +34,14 @@ def _scratch(results: Results) -> Judgement:
     gain = results.difference("scratch_long", "base", FAR)
     short = results.difference("scratch_short", "base", FAR)
     own = results.difference("scratch_long", "scratch_other", FAR)
+    own_short = results.difference("scratch_short", "scratch_short_other", FAR)
+    learnt = {"long": own.low > 0.05, "short": own_short.low > 0.05}
+    image = " and ".join(kind for kind, did in learnt.items() if did) or "neither"
     return judged(
-        gain.low > 0 and own.low > 0.05,
-        f"At 1,024 tokens, after as many steps: long {gain.points()} over the base, short {short.points()}; with "
-        f"another image's latents in its place long loses {own.points()}, so what it learnt is "
-        f"{'partly the image' if own.low > 0.05 else 'not the image'}.",
+        all(learnt.values()) and gain.low > 0 and short.low > 0,
+        f"At 1,024 tokens, after as many steps: long {gain.points()} over the base, short {short.points()}. Own "
+        f"image's latents minus another image's: long {own.points()}, short {own_short.points()}. So of the two, "
+        f"{image} learnt the image; what else is gained comes from the latents being there, whatever they hold.",
     )
 
 
@@ -121,6 +124,11 @@ MEMORY = Study(
         TableRow("short_noise", "short, random latents of equal norm", {"kind": "short", "content": "noise"}),
         TableRow("long_noise", "long, random latents of equal norm", {"kind": "long", "content": "noise"}),
         TableRow("scratch_short", "short, stage I from scratch (the paper)", {"kind": "short", "plan": SCRATCH}),
+        TableRow(
+            "scratch_short_other",
+            "the same, latents of another image",
+            {"kind": "short", "content": "other", "plan": SCRATCH},
+        ),
         TableRow("scratch_long", "long, stage I from scratch (the paper)", {"kind": "long", "plan": SCRATCH}),
         TableRow(
             "scratch_other",
@@ -145,7 +153,7 @@ MEMORY = Study(
         Claim(
             "Stage I learns to form memories from rewards alone.",
             f"{PAPER}, two-stage training",
-            ("scratch_long", "scratch_short", "scratch_other", "base"),
+            ("scratch_long", "scratch_short", "scratch_other", "scratch_short_other", "base"),
             _scratch,
         ),
         Claim(
