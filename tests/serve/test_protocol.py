@@ -46,7 +46,7 @@ def test_null_is_not_given():
         ),
         (body([{"type": "image_url", "image_url": "u"}]), "image_url", "expected an object"),
         (body([{"type": "image_url", "image_url": {}}]), "image_url.url", "missing"),
-        (body([{"type": "image", "image": "u"}]), "", "'text', 'image_url' or 'file'"),
+        (body([{"type": "image", "image": "u"}]), "", "'text', 'image_url', 'file'"),
         (body([{"text": "read"}]), "", "with a type"),
         (body([{"type": "text", "text": "read", "cache_control": {}}]), "cache_control", "Unknown parameter"),
         (body(["read"]), "", "expected an object"),
@@ -64,8 +64,12 @@ def test_a_refusal_names_the_part_at_fault(request_, param, words):
     [
         (body(None), "messages.0.content", "missing"),
         (body(3), "messages.0.content", "expected text"),
-        (body(role="tool"), "messages.0.role", "'user'"),
-        (body(messages=[{"role": "assistant", "content": "a", "tool_calls": [{}]}]), "messages.0", "tool_calls"),
+        (body(role="critic"), "messages.0.role", "'user'"),
+        (
+            body(messages=[{"role": "assistant", "content": "a", "tool_calls": [{}]}]),
+            "messages.0.tool_calls.0.id",
+            "missing",
+        ),
         (body(stream=True, stream_options={"include_obfuscation": True}), "stream_options.include_", "False"),
         (body(logit_bias={"x": 1}), "logit_bias", "integer"),
         ({"model": "m"}, "messages", "missing"),

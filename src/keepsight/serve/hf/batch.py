@@ -90,6 +90,7 @@ class Batch:
                 self.base,
                 **inputs,
                 **options,
+                logits_processor=LogitsProcessorList(job.sampling.processors(inputs["input_ids"].shape[1])),
                 num_beams=1,
                 num_return_sequences=1,
                 use_cache=True,
@@ -119,7 +120,6 @@ class Batch:
             positions = positions[..., 0, -1].to("cpu", copy=True)
         latent = None if self.latent is None else self.latent.start(inputs, input_ids)
         ends = generation_config._eos_token_tensor
-        processors = LogitsProcessorList([*logits_processor, *job.sampling.processors(input_ids.shape[1])])
         for index in range(job.choices):
             seed = secrets.randbits(63) if job.sampling.seed is None else (job.sampling.seed + index) % 2**63
             self.rows.append(
@@ -129,7 +129,7 @@ class Batch:
                     ids=input_ids[0].tolist(),
                     position=positions,
                     text=TextStream(self.tokenizer, job.sampling.stop),
-                    processors=processors,
+                    processors=logits_processor,
                     do_sample=bool(generation_config.do_sample),
                     generator=torch.Generator().manual_seed(seed),
                     ends=frozenset() if ends is None else frozenset(ends.flatten().tolist()),

@@ -19,6 +19,9 @@ class Sampling:
         max_tokens: positions to write at most; memories count.
         temperature: 0 takes the likeliest token.
         top_p: nucleus.
+        top_k: the likeliest so many; 0: all.
+        min_p: those at least so likely, measured by the likeliest.
+        repetition_penalty: divides the logits of what was said (transformers'; the prompt counts, memories do not).
         frequency_penalty: subtracted per earlier occurrence in the answer.
         presence_penalty: subtracted if the token occurs in the answer.
         logit_bias: token id -> what is added to its logit.
@@ -30,6 +33,9 @@ class Sampling:
     max_tokens: int
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
@@ -49,12 +55,14 @@ class Sampling:
         options: dict[str, Any] = {"max_new_tokens": self.max_tokens, "do_sample": temperature > 0}
         if temperature > 0:
             options["temperature"] = temperature
-            if self.top_p is not None:
-                options["top_p"] = self.top_p
+            filters = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+            options |= {name: value for name, value in filters.items() if value is not None}
+        if self.repetition_penalty is not None:
+            options["repetition_penalty"] = self.repetition_penalty
         return options
 
     def processors(self, prompt: int) -> list[LogitsProcessor]:
-        """What OpenAI's API has and transformers has not.
+        """What OpenAI's API has and transformers has not. They come before temperature and filters.
 
         Args:
             prompt: length of the prompt, which no penalty counts.

@@ -12,6 +12,7 @@ from keepsight.serve.hf.rows import Finished, Invocation, Job, Piece
 from keepsight.serve.openai.handover import Events
 from keepsight.serve.openai.names import TokenNames
 from keepsight.serve.openai.protocol import ChatRequest
+from keepsight.serve.openai.tools import CallReader
 
 
 class Answer:
@@ -22,10 +23,13 @@ class Answer:
         job: the same, as the engine has it.
         model: what the model is called.
         names: of tokens.
+        reads_calls: whether calls of tools are found in the text.
     """
 
-    def __init__(self, asked: ChatRequest, job: Job, model: str, names: TokenNames):
+    def __init__(self, asked: ChatRequest, job: Job, model: str, names: TokenNames, reads_calls: bool = False):
         self._asked, self._job, self._names = asked, job, names
+        tools = {tool.function.name for tool in asked.offered} if reads_calls else set()
+        self._readers = [CallReader(tools) if tools else None for _ in range(asked.n)]
         name = f"chatcmpl-{secrets.token_hex(12)}"
         self._head = {"id": name, "created": int(time.time()), "model": model, "system_fingerprint": None}
 
@@ -43,20 +47,25 @@ class Answer:
         while len(finished) < count:
             event = await events.next()
             if isinstance(event, Piece):
-                texts[event.index] += event.text
+                texts[event.index] += self._said(event)
                 entries[event.index] += event.logprobs
             else:
                 finished[event.index] = event
-        choices = [
-            {
-                "index": i,
-                "message": {"role": "assistant", "content": texts[i], "refusal": None},
-                "logprobs": self._logprobs(entries[i]),
-                "finish_reason": finished[i].reason,
-                "keepsight": self._memory(finished[i]),
-            }
-            for i in range(count)
-        ]
+        choices = []
+        for i in range(count):
+            rest, calls, reason = self._end(finished[i])
+            message: dict[str, Any] = {"role": "assistant", "content": texts[i] + rest, "refusal": None}
+            if calls:
+                message |= {"content": message["content"] or None, "tool_calls": calls}
+            choices.append(
+                {
+                    "index": i,
+                    "message": message,
+                    "logprobs": self._logprobs(entries[i]),
+                    "finish_reason": reason,
+                    "keepsight": self._memory(finished[i]),
+                }
+            )
         used = self._usage(list(finished.values()))
         return self._head | {"object": "chat.completion", "choices": choices, "usage": used}
 
@@ -76,10 +85,18 @@ class Answer:
         try:
             while True:
                 if isinstance(event, Piece):
-                    yield self._chunk(event.index, {"content": event.text}, logprobs=self._logprobs(event.logprobs))
+                    said = {"content": self._said(event)}
+                    if said["content"] or event.logprobs:
+                        yield self._chunk(event.index, said, logprobs=self._logprobs(event.logprobs))
                 else:
                     finished.append(event)
-                    yield self._chunk(event.index, {}, finish_reason=event.reason, keepsight=self._memory(event))
+                    rest, calls, reason = self._end(event)
+                    if rest:
+                        yield self._chunk(event.index, {"content": rest})
+                    if calls:
+                        told = [{"index": c} | call for c, call in enumerate(calls)]
+                        yield self._chunk(event.index, {"tool_calls": told})
+                    yield self._chunk(event.index, {}, finish_reason=reason, keepsight=self._memory(event))
                 if len(finished) == self._asked.n:
                     break
                 event = await events.next()
@@ -88,6 +105,17 @@ class Answer:
             return
         if self._asked.include_usage:
             yield self._head | {"object": "chat.completion.chunk", "choices": [], "usage": self._usage(finished)}
+
+    def _said(self, piece: Piece) -> str:
+        """What of a piece of text goes out now."""
+        reader = self._readers[piece.index]
+        return piece.text if reader is None else reader.push(piece.text)
+
+    def _end(self, finished: Finished) -> tuple[str, list[dict[str, Any]], str]:
+        """(the rest of the text, calls of tools, why the answer ended)."""
+        reader = self._readers[finished.index]
+        rest, calls = ("", []) if reader is None else reader.finish()
+        return rest, calls, "tool_calls" if calls and finished.reason == "stop" else finished.reason
 
     def _chunk(self, index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | more

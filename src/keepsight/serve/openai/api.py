@@ -28,6 +28,7 @@ from keepsight.serve.openai.prompts import Prompts
 from keepsight.serve.openai.protocol import ChatRequest, parse
 from keepsight.serve.openai.settings import ServeSettings
 from keepsight.serve.openai.sources import ImageSources
+from keepsight.serve.openai.tools import asks_in_known_form
 from keepsight.serve.openai.uploads import Uploads
 
 _UNHEALTHY_AFTER = 600.0  # seconds without a sign of the engine
@@ -52,6 +53,7 @@ class Api:
         fetcher = Fetcher(settings.remote_hosts, limits) if settings.remote_hosts else None
         sources = ImageSources(limits, self.uploads, fetcher, settings.local_folders)
         self.prompts = Prompts(served.processor, limits, sources, served.context, served.reserved)
+        self._reads_calls = asks_in_known_form(served.processor)
         self._open = 0
         self._prepared = asyncio.Semaphore(limits.max_prepared)
         self._workers = ThreadPoolExecutor(limits.max_batch + limits.max_queue, thread_name_prefix="keepsight-worker")
@@ -140,7 +142,7 @@ class Api:
             del files
             self.engine.submit(job)
             stack.callback(self.engine.cancel, job)
-            answer = Answer(asked, job, self.settings.name, self.names)
+            answer = Answer(asked, job, self.settings.name, self.names, self._reads_calls)
             if not asked.stream:
                 return JSONResponse(await answer.whole(events))
             first = await events.next()  # an error before it still gets a status of its own
@@ -166,13 +168,17 @@ class Api:
     def _prepare(self, asked: ChatRequest, files: list[tuple[str, bytes]], events: Events, turn: Turn) -> Job:
         """Images, text and settings as the engine takes them. In a worker thread."""
         images = self.prompts.decode_images(files)
-        text, inputs = self.prompts.encode(asked, images)
+        text, inputs = self.prompts.encode(asked, images, [place for place, _ in files])
         length = inputs["input_ids"].shape[1]
+        name, most = asked.length
         self.metrics.images.inc(len(images))
         sampling = Sampling(
-            max_tokens=self.prompts.room(length, asked.max_completion_tokens or asked.max_tokens),
+            max_tokens=self.prompts.room(length, most, name),
             temperature=asked.temperature,
             top_p=asked.top_p,
+            top_k=None if asked.top_k is None else max(asked.top_k, 0),
+            min_p=asked.min_p,
+            repetition_penalty=asked.repetition_penalty,
             frequency_penalty=asked.frequency_penalty,
             presence_penalty=asked.presence_penalty,
             logit_bias=asked.logit_bias,

@@ -176,7 +176,7 @@ class VllmBatch:
             "while": [] if row.latent is None else self._while(row),
             "prompt": row.job.prompt_tokens,
             "words": self.vocabulary,
-            "repetition": config.repetition_penalty or 1.0,
+            "repetition": options.get("repetition_penalty", config.repetition_penalty or 1.0),
             "frequency": sampling.frequency_penalty,
             "presence": sampling.presence_penalty,
         }
@@ -188,7 +188,8 @@ class VllmBatch:
             max_tokens=row.room,
             temperature=options.get("temperature", 0.0),
             top_p=options.get("top_p", config.top_p or 1.0) if row.do_sample else 1.0,
-            top_k=(config.top_k or 0) if row.do_sample else 0,
+            top_k=options.get("top_k", config.top_k or 0) if row.do_sample else 0,
+            min_p=options.get("min_p", config.min_p or 0.0) if row.do_sample else 0.0,
             seed=seed if row.do_sample else None,
             logit_bias=sampling.logit_bias or None,
             logprobs=None if sampling.logprobs is None else _MOST_LOGPROBS,

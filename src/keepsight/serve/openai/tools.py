@@ -1,0 +1,112 @@
+"""Tools: what the chat template is told of them, and the calls that an answer's text holds.
+
+A template that has tools also writes earlier calls, and so shows how its model asks for one. One form is read:
+
+    <tool_call>{"name": ..., "arguments": {...}}</tool_call>        (Hermes; Qwen2.5, Qwen3, InternVL3 and others)
+
+The calls of models that ask in another form stay text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from keepsight.serve.openai.messages import Strict
+
+_BEGIN, _END = "<tool_call>", "</tool_call>"
+_CALL = re.compile(rf"{_BEGIN}\s*(.*?)\s*{_END}", re.DOTALL)
+
+
+class Function(Strict):
+    """What a tool does; `parameters` is a JSON schema."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool = False
+
+    @field_validator("strict")
+    @classmethod
+    def _not_held(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("expected False; calls are not held to their schema here. Check their arguments")
+        return value
+
+
+class Tool(Strict):
+    """A tool that the model may ask for."""
+
+    type: Literal["function"]
+    function: Function
+
+    def described(self) -> dict[str, Any]:
+        """As chat templates take it: as it was sent."""
+        return self.model_dump(exclude_unset=True)
+
+
+def asks_in_known_form(processor: Any) -> bool:
+    """Whether the chat template writes calls of tools in the form that is read here."""
+    call = {"name": "look_up", "arguments": {"word": "memory"}}
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": [], "tool_calls": [{"type": "function", "function": call}]},
+    ]
+    try:
+        text = processor.apply_chat_template(turns, tokenize=False)
+    except Exception:  # templates raise what they like for what they do not know
+        return False
+    return [_read(found) for found in _CALL.findall(text)] == [call]
+
+
+def _read(text: str) -> dict[str, Any] | None:
+    try:
+        call = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_call = isinstance(call, dict) and isinstance(call.get("name"), str)
+    if not is_call or not isinstance(call.setdefault("arguments", {}), dict):
+        return None
+    return call
+
+
+class CallReader:
+    """The text of one answer, parted into what is said and what is called.
+
+    Args:
+        names: of the tools. What asks for any other, or is no call after all, stays text.
+    """
+
+    def __init__(self, names: set[str]):
+        self._names, self._held = names, ""
+
+    def push(self, text: str) -> str:
+        """Add text; returns what is certain to be said."""
+        self._held += text
+        begin = self._held.find(_BEGIN)
+        if begin < 0:  # the end may turn out to begin a call
+            sizes = range(len(_BEGIN) - 1, 0, -1)
+            begin = len(self._held) - next((n for n in sizes if self._held.endswith(_BEGIN[:n])), 0)
+        said = self._held[:begin].rstrip()  # space before a call belongs to neither
+        self._held = self._held[len(said) :]
+        return said
+
+    def finish(self) -> tuple[str, list[dict[str, Any]]]:
+        """The rest, when the answer is complete: (what is said, calls as OpenAI writes them)."""
+        calls: list[dict[str, Any]] = []
+
+        def take(found: re.Match[str]) -> str:
+            call = _read(found[1])
+            if call is None or call["name"] not in self._names:
+                return found[0]
+            arguments = json.dumps(call["arguments"], ensure_ascii=False)
+            function = {"name": call["name"], "arguments": arguments}
+            calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function})
+            return ""
+
+        rest = _CALL.sub(take, self._held)
+        return (rest if rest.strip() or not calls else ""), calls

@@ -1,0 +1,29 @@
+"""Parameters that other servers know and this one does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LEAVE_OUT = "leave it out"
+
+#: Parameter -> (values that switch it off, which are accepted; what to do instead).
+UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "audio": ((), "it answers in text"),
+    "function_call": (("none",), "send tools and tool_choice, which replaced it"),
+    "functions": (([],), "send tools, which replaced it"),
+    "guided_json": ((), "send response_format, with type json_schema"),
+    "modalities": ((["text"],), "it answers in text"),
+    "moderation": ((), _LEAVE_OUT),
+    "prediction": ((), _LEAVE_OUT),
+    "prompt_cache_options": ((), "it has no prompt cache"),
+    "prompt_cache_retention": ((), "it has no prompt cache"),
+    "reasoning_effort": (("none",), _LEAVE_OUT),
+    "response_format": (({"type": "text"},), _LEAVE_OUT),
+    "service_tier": (("auto", "default"), _LEAVE_OUT),
+    "store": ((False,), "it stores nothing"),
+    "structured_outputs": ((), "send response_format, with type json_schema"),
+    "verbosity": (("medium",), _LEAVE_OUT),
+    "web_search_options": ((), "it searches nothing"),
+}
+#: Parameters that label a request and change no answer.
+LABELS = ("metadata", "prompt_cache_key", "safety_identifier", "user")
