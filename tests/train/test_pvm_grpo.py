@@ -300,6 +300,27 @@ def test_a_missing_answer_is_found_before_the_weights_are_read(tiny_vlm: Path, p
         train_pvm_grpo(tiny_vlm, prompts, tmp_path / "out", settings=settings(rewards=("answer",), lr=1e-3))
 
 
+def test_nothing_of_the_objective_is_left_to_the_release_of_trl(
+    trained: tuple[Path, TrainReport], prompts: Path, tmp_path: Path
+) -> None:
+    from transformers import TrainerCallback
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.args = args
+
+    look, said = Look(), list[str]()
+    chosen = settings(max_steps=1, loss_type="grpo", clip=0.1, scale_rewards="none")
+    out = tmp_path / "out"
+    train_pvm_grpo(trained[0], prompts, out, policy="none", settings=chosen, callbacks=[look], say=said.append)
+    assert (look.args.loss_type, look.args.epsilon, look.args.epsilon_high) == ("grpo", 0.1, None)
+    assert look.args.scale_rewards == "none"
+    assert "GRPO: loss grpo, clip 0.1, KL 0, advantages scaled not at all" in said
+    assert any("vLLM can serve" in line for line in said)
+    default = GrpoSettings()
+    assert (default.loss_type, default.clip, default.scale_rewards) == ("dapo", 0.2, "group")
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -309,6 +330,8 @@ def test_a_missing_answer_is_found_before_the_weights_are_read(tiny_vlm: Path, p
         {"kl": -1.0},
         {"max_new_tokens": 0},
         {"rollout_batch": 3},
+        {"clip": 0.0},
+        {"clip": 1.0},
     ],
 )
 def test_impossible_settings(wrong: dict[str, Any]) -> None:

@@ -103,6 +103,9 @@ GOOD = "<think>it is red</think><answer>B</answer>"
         ("<think>a</think><think>b</think><answer>B</answer>", 0, 1),
         ("<think>so</think><answer>A</answer><answer>B</answer>", 0, 0),  # guessing them all does not pay
         ("<think>so</think><answer>B", 0, 0),
+        ("<think></think><answer></answer>", 0, 0),  # the form without a word in it is none
+        ("<think> \n</think><answer>B</answer>", 0, 1),
+        ("<think>so</think><answer> </answer>", 0, 0),
     ],
 )
 def test_the_papers_rewards(completion: Any, form: int, answer: int) -> None:

@@ -42,7 +42,8 @@ class VisMemConfig(MemoryConfig):
         query_heads: attention heads of the query builder.
         short_rank: rank of the short-term former's low-rank adapter, on the vision encoder.
         short_alpha: its scale is `short_alpha / short_rank`.
-        short_dropout: its dropout, in training mode only.
+        short_dropout: its dropout, in training mode only: that is the warm start. Both stages train in eval mode, since
+            the ratio of policies would measure the dropout.
         short_targets: attention projections that it changes, out of q_proj, k_proj, v_proj, o_proj. Vision encoders
             with a fused qkv layer are changed in the part that is named.
         long_rank: as above, for the long-term former, on the language model.

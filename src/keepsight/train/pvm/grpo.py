@@ -2,7 +2,8 @@
 
 The defaults are the paper's second stage (arXiv 2605.00814, section 5): the language model and the memory learn,
 vision encoder and projector stay frozen, AdamW at a constant 1e-6, 64 completions per step, 8 of a prompt, temperature
-1, no KL term, completions that were cut off teach nothing, 0.1 for the form and 0.9 for the right answer. Where a whole
+1, no KL term, completions that were cut off teach nothing, 0.1 for the form and 0.9 for the right answer. What the
+paper leaves open stands in `GrpoSettings` and in docs/train.md: loss, clipping, scaling of advantages. Where a whole
 language model is too much, a LoRA on it (`policy="lora"`) or the memory alone (`policy="none"`) can learn instead:
 these two are keepsight's own.
 """
@@ -23,7 +24,7 @@ from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.peft_method import config_from_adapter
 from keepsight.pvm import PvmConfig
 from keepsight.train.pvm.grpo_trainer import make_grpo_trainer
-from keepsight.train.pvm.sft import learner_record, record_of, sizes
+from keepsight.train.pvm.sft import about_rule, learner_record, record_of, sizes
 from keepsight.train.rewards.rewards import BUILT_IN, Reward, load_rewards
 from keepsight.train.run import output, preflight
 from keepsight.train.run.controls import WHAT, Comparison, Control, Outcome, control_folder, control_learner, hold_out
@@ -147,6 +148,9 @@ def train_pvm_grpo(
         checkpointing=settings.checkpoints_gradients,
     )
     preflight.say_data(data, "prompts", base, settings.max_length, say)
+    scaled = {"group": "within their group", "batch": "over the batch", "none": "not at all"}[settings.scale_rewards]
+    say(f"GRPO: loss {settings.loss_type}, clip {settings.clip:g}, KL {settings.kl:g}, advantages scaled {scaled}")
+    say(about_rule(plan.pvm))
     job = _Job(str(source), base, plan, data, held_out, processor, rewards, engine, on_log, callbacks or [], say)
     report = job.train("pvm-grpo", learner, folder, settings, checkpoint, resume, overwrite)
     if not controls:

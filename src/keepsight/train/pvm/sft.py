@@ -283,12 +283,14 @@ def _choices(settings: SftSettings, pvm: PvmConfig, steps: int) -> list[str]:
     """What is told before the first step: what is ours, and what a choice means later."""
     rate = f"the gates learn {settings.gate_lr_multiplier:g} times as fast as the rest"
     ours = f"{rate}{' (not in the paper)' * (settings.gate_lr_multiplier != 1)}"
-    rule = (
-        "causal rule: text reads the images before it. vLLM can serve this memory (keepsight export vllm)"
-        if pvm.causal
-        else "published rule: text before an image reads it, too. vLLM cannot serve this memory; keepsight serve can"
-    )
-    return [f"{steps:,} steps; blindfolded: {BlindfoldSchedule.of(settings, steps)}; {ours}", rule]
+    return [f"{steps:,} steps; blindfolded: {BlindfoldSchedule.of(settings, steps)}; {ours}", about_rule(pvm)]
+
+
+def about_rule(pvm: PvmConfig) -> str:
+    """What a memory's rule means for serving it."""
+    if pvm.causal:
+        return "causal rule: text reads the images before it. vLLM can serve this memory (keepsight export vllm)"
+    return "published rule: text before an image reads it, too. vLLM cannot serve this memory; keepsight serve can"
 
 
 def _steps_per_epoch(data: CheckedData, settings: SftSettings, engine: Engine) -> int:

@@ -164,7 +164,10 @@ def score_completions(
 
 
 def format_reward(completions: Sequence[Any], **columns: Any) -> list[float]:
-    """1 for exactly `<think>...</think><answer>...</answer>`, each tag once, with space around and between at most."""
+    """1 for exactly `<think>...</think><answer>...</answer>`, each tag once and around words, with nothing else beside.
+
+    The paper's form, but for one thing: empty tags, which would earn it without a thought, earn nothing.
+    """
     return [float(_has_form(text_of(completion))) for completion in completions]
 
 
@@ -204,11 +207,8 @@ def text_of(completion: Any) -> str:
 
 
 def _has_form(text: str) -> bool:
-    text = text.strip()
-    if _TAG.findall(text) != _FORM:
-        return False
-    between = text[text.index("</think>") + len("</think>") : text.index("<answer>")]
-    return text.startswith("<think>") and text.endswith("</answer>") and not between.strip()
+    before, thought, between, said, after = _TAG.split(text) if _TAG.findall(text) == _FORM else [""] * 5
+    return bool(thought.strip() and said.strip()) and not (before + between + after).strip()
 
 
 def _answers(answer: Sequence[Any] | None, count: int) -> Sequence[Any]:

@@ -177,6 +177,16 @@ class GrpoSettings(RunSettings):
     temperature: float = setting(1.0, "Of sampling.", REWARD)
     top_p: float = setting(1.0, "Of sampling.", REWARD)
     kl: float = setting(0.0, "Coefficient of the divergence from the start.", REWARD)
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = setting(
+        "dapo",
+        "How tokens' losses are averaged, as TRL names it: dapo over all tokens of a step, grpo within each completion "
+        "first. The paper says GRPO and no more.",
+        REWARD,
+    )
+    clip: float = setting(0.2, "How far the ratio may move. Not given in the paper.", REWARD)
+    scale_rewards: Literal["group", "batch", "none"] = setting(
+        "group", "Advantages are divided by the rewards' deviation: of a question's group, of the batch, not.", REWARD
+    )
     mask_truncated: bool = setting(True, "Completions that were cut off teach nothing.", REWARD)
     rollout_batch: int | None = setting(None, "Completions a device writes at a time. Default: all of a step.", REWARD)
     rewards: tuple[str, ...] = setting(DEFAULT_REWARDS, REWARDS_HELP, REWARD, "--reward")
@@ -192,6 +202,8 @@ class GrpoSettings(RunSettings):
             raise ValueError(f"temperature={self.temperature}: expected a number above 0; GRPO needs differences.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: expected a share of the probability, above 0 and up to 1.")
+        if not 0 < self.clip < 1:
+            raise ValueError(f"clip={self.clip}: expected how far the ratio may move from 1, above 0 and below 1.")
         if not (self.kl >= 0 and math.isfinite(self.kl)):
             raise ValueError(f"kl={self.kl}: expected a coefficient of at least 0.")
         if self.rollout_batch is not None and (
