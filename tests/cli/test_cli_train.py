@@ -71,7 +71,7 @@ def miscounted(data: Path) -> None:
     [
         (broken_image, "line 4, images[0]:"),
         (missing_image, "line 4, images[0]:"),
-        (missing_column, 'lacks the column "images"'),
+        (missing_column, "The data have no column of images"),
         (empty_dataset, "is empty"),
         (without_images, "no image; a sample without one teaches the memory nothing"),
         (missing_dataset, "no such file or folder"),

@@ -14,10 +14,17 @@ import pytest
 from PIL import Image
 from tiny_training import draw_digit, read_rows, write_rows
 
-from keepsight.data.check import DataError, check_dataset, load_dataset_any, normalise_messages, read_sample
+from keepsight.data.check import DataError, load_dataset_any, read_sample
+from keepsight.data.check import check_dataset as look
+from keepsight.data.conversations import read_chat
 from keepsight.data.images import ImageError, open_image
+from keepsight.data.rehearsal import Rehearsed
 
 ANSWER = {"role": "assistant", "content": "a1 3 ."}
+
+
+def check_dataset(source: Any, **options: Any) -> Any:
+    return look(source, **options).good()
 
 
 def checked(source: Any, **options: Any) -> list[dict[str, Any]]:
@@ -103,7 +110,7 @@ def test_canonical_form(data: Path) -> None:
 
 def test_marks_in_plain_text_place_the_images() -> None:
     messages = [{"role": "user", "content": "from <image> to <image> what changed"}, ANSWER]
-    parts = normalise_messages(messages, 2)[0]["content"]
+    parts = read_chat(messages, [1, 2]).messages[0]["content"]
     assert [part["type"] for part in parts] == ["text", "image", "text", "image", "text"]
 
 
@@ -130,11 +137,11 @@ def test_marks_in_plain_text_place_the_images() -> None:
         (
             [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, ANSWER],
             1,
-            "an image inside the message",
+            "1 image inside the messages and 1 beside them",
         ),
         ([{"role": "user", "content": [{"type": "sound"}]}, ANSWER], 1, "expected parts"),
         (
-            [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<image>"}],
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "image"}]}],
             1,
             "an image in the assistant",
         ),
@@ -142,7 +149,7 @@ def test_marks_in_plain_text_place_the_images() -> None:
 )
 def test_bad_conversations(messages: Any, images: int, lesson: str) -> None:
     with pytest.raises(DataError) as error:
-        normalise_messages(messages, images)
+        read_chat(messages, list(range(images)))
     assert lesson in str(error.value)
 
 
@@ -235,21 +242,25 @@ def test_a_hint_is_given_once(data: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "lesson"),
     [
-        (["messages"], 'lacks the column "images". It has: messages.'),
-        (["images"], 'lacks the column "messages". It has: images.'),
-        (["foo", "bar"], 'lacks the columns "messages" and "images". It has: foo, bar.'),
-        (["image", "prompt"], 'lacks the column "answer"'),
-        (["prompt", "answer"], 'lacks the column "image"'),
+        (["messages"], "They have: messages."),
+        (["images"], "--columns question=COLUMN --columns answer=COLUMN. docs"),
+        (["foo", "bar"], "--columns question=foo --columns answer=bar --columns image=COLUMN"),
+        (["image", "prompt"], "questions and answers without answer"),
+        (["image", "prompt", "solution"], "--columns answer=solution"),
+        (["image", "label"], "pictures with classes"),
+        (["prompt", "chosen", "rejected", "image"], "questions and answers without answer"),
+        (["prompt", "answer"], "--columns image=COLUMN"),
     ],
 )
-def test_a_missing_column_names_what_is_there_and_what_is_needed(
+def test_what_is_missing_is_named_with_what_is_there_and_what_to_write(
     columns: list[str], lesson: str, tmp_path: Path
 ) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", [dict.fromkeys(columns, "x")])
+    chat = [{"role": "user", "content": "x"}, ANSWER]
+    row: dict[str, Any] = {name: chat if name == "messages" else "x" for name in columns}
+    path = write_rows(tmp_path / "rows.jsonl", [row])
     with pytest.raises(DataError) as error:
         checked(path)
     assert lesson in str(error.value)
-    assert "Expected columns" in str(error.value)
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "[]"])
@@ -325,11 +336,11 @@ def test_nothing_left_after_skipping(data: Path) -> None:
 def test_over_long_samples(data: Path) -> None:
     spoil(data, 4, messages=[{"role": "user", "content": "describe"}, {"role": "assistant", "content": "a1 3 . " * 20}])
 
-    def measure(sample: dict[str, Any]) -> tuple[int, int]:
-        return 20 + len(sample["messages"][-1]["content"][0]["text"].split()), 20
+    def rehearse(sample: dict[str, Any], images: Any) -> Rehearsed:
+        return Rehearsed(20 + len(sample["messages"][-1]["content"][0]["text"].split()), 20)
 
     source = load_dataset_any(data)
-    options: dict[str, Any] = {"measure": measure, "max_length": 40}
+    options: dict[str, Any] = {"rehearse": rehearse, "max_length": 40}
     with pytest.raises(
         DataError, match=r"line 5, messages: 80 tokens after processing, over the 40 of --max-length\. Raise"
     ):
@@ -397,6 +408,6 @@ def test_a_missing_answer_and_a_missing_question_are_named(data: Path) -> None:
     with pytest.raises(DataError, match="2 samples that cannot be used") as error:
         prompts(data, need_answer=True)
     assert "line 1, answer: empty; the reward compares with it" in str(error.value)
-    assert "line 2, messages: empty" in str(error.value)
+    assert "line 2, prompt: empty" in str(error.value)
     write_rows(data, [{"image": "0.png", "prompt": "read"}])
     assert prompts(data)[0]["answer"] is None

@@ -14,7 +14,7 @@ from keepsight.diagnose import LengthScore, Reader, Sample, Settings, examine, r
 from keepsight.diagnose.battery.lengths import contains
 from keepsight.diagnose.report import render_report
 from keepsight.diagnose.report.plots import save_plots
-from keepsight.errors import KeepsightError
+from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.lab.cases import DigitGrids, lab_cases
 from keepsight.lab.narration import DIGITS, TOKEN
 
@@ -151,6 +151,9 @@ def test_free_answers_are_scored_by_containment(reference: tuple[Any, Any]) -> N
     assert not contains("It is a category", "a cat")
 
 
+TWO = [{"role": role, "content": "read"} for role in ("user", "assistant", "user", "assistant")]
+
+
 def test_dataset(tmp_path: Path) -> None:
     picture(8, 8).save(tmp_path / "a.png")
     lines = [{"image": "a.png", "prompt": "read", "answer": 7}, {"images": ["a.png", "a.png"], "prompt": "read"}]
@@ -158,10 +161,19 @@ def test_dataset(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     first, second = read_dataset(path)
     assert (first.answer, len(second.images), second.answer) == ("7", 2, None)
+    words = {"messages": [{"role": "user", "content": "is <image> like <image>?"}, {"role": "assistant", "content": "no"}]}
+    path.write_text(json.dumps({"images": ["a.png", "a.png"], "reply": "it is", "level": 3, **words}))
+    with pytest.warns(KeepsightWarning, match="not used by the diagnosis: level"):
+        (sample,) = read_dataset(path)
+    assert (sample.prompt, sample.before, sample.answer, sample.reply) == ("?", ("is", "like"), "no", "it is")
+    kinds = [part.get("text", part["type"]) for part in sample.content]
+    assert kinds == ["is", "image", "like", "image", "?"]
     for line, lesson in (
-        ("{", "line 1: not JSON"),
-        ('{"image": "a.png"}', "expected an object"),
-        ('{"prompt": "x", "picture": 1}', "unknown fields"),
+        ("{", "line 1: not valid JSON"),
+        ('{"image": "a.png"}', r"no format that keepsight knows. It has: image\."),
+        ('{"image": "a.png", "prompt": "<|image_pad|>"}', r"line 1, messages\[0\]: the token <|image_pad|> in the words"),
+        ('{"image": "a.png", "prompt": "x", "videos": ["a.mp4"]}', "line 1, videos: videos"),
+        (json.dumps({"images": ["a.png"], "messages": TWO}), "user, assistant, user; the diagnosis asks one question"),
         ("", "no samples"),
     ):
         path.write_text(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import string
 import signal
 import subprocess
 import sys
@@ -63,6 +64,10 @@ def test_the_loss_falls_and_only_the_memory_learns(
             assert torch.equal(tensor, on_disk[name].to(tensor.dtype)), name
 
 
+#: The tokenizer class of some families, which transformers chooses by the model's type, spells words by their letters.
+WORDS_AND_LETTERS = [*VOCABULARY, *(letter for letter in ("Ġ", *string.ascii_lowercase) if letter not in VOCABULARY)]
+
+
 def family_folder(family: TinyFamily, folder: Path) -> Path:
     """A tiny model of a family with a processor of that family, saved as any VLM is."""
     from family_processors import internvl, llava_onevision
@@ -70,7 +75,7 @@ def family_folder(family: TinyFamily, folder: Path) -> Path:
     from keepsight.lab.reference import build_processor
 
     makers = {"internvl_qwen2": internvl, "internvl_qwen3": internvl, "llava_onevision": llava_onevision}
-    processor = makers.get(family.name, build_processor)()
+    processor = makers[family.name]() if family.name in makers else build_processor(WORDS_AND_LETTERS)
     tokens = {name: getattr(processor, name, None) for name in ("image_token_id", "image_ids", "video_token_id")}
     if family.marks:
         for name in ("vision_start", "vision_end"):

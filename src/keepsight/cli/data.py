@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -12,6 +13,7 @@ import typer
 from keepsight.cli.console import out, quiet, say, with_examples
 from keepsight.cli.options import Command
 from keepsight.cli.progress import Progress
+from keepsight.data.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP, reading_of
 from keepsight.errors import KeepsightError
 
 data_app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, no_args_is_help=True)
@@ -25,61 +27,72 @@ def _data() -> None:
 @with_examples(
     ("columns, conversations and every image", "keepsight data check train.jsonl"),
     (
-        "and lengths in tokens, as a model's processor and chat template make them",
+        "and what a model's processor and chat template make of them, in tokens",
         "keepsight data check train.jsonl --model Qwen/Qwen3-VL-4B-Instruct --max-length 4096",
+    ),
+    (
+        "other names of columns, pictures in another folder",
+        "keepsight data check rows.csv --columns question=query --columns answer=reply --image-folder photos",
     ),
     ("questions for reinforcement learning: prompt, answer, image", "keepsight data check questions.jsonl --for grpo"),
 )
 def check(
     dataset: Annotated[
-        str, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, a dataset folder, or a hub id.")
+        str, typer.Argument(help="A .jsonl, .json, .csv, .tsv or .parquet file, a dataset folder, or a hub id.")
     ],
-    model: Annotated[str | None, typer.Option(help="Measure lengths with the processor of this VLM.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Rehearse the first batch with the processor of this VLM, and count tokens.")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="The longest sample in tokens; needs --model.")] = None,
     purpose: Annotated[
         Literal["sft", "grpo"],
         typer.Option("--for", help="What for: sft learns the answers, grpo answers questions and is rewarded."),
     ] = "sft",
+    columns: Annotated[list[str] | None, typer.Option(help=COLUMNS_HELP)] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help=IGNORE_HELP)] = None,
+    image_folder: Annotated[Path | None, typer.Option(help=IMAGE_FOLDER_HELP)] = None,
     split: Annotated[str, typer.Option(help="Which split of the dataset, if it has several.")] = "train",
     images: Annotated[
         Literal["full", "quick"], typer.Option(help="full opens every image; quick looks whether it is there.")
     ] = "full",
     show: Annotated[int, typer.Option(help="How many problems to name.")] = 10,
 ) -> None:
-    """Check a dataset: columns, conversations, images, lengths, samples without an image, and repetitions.
+    """Check a dataset: its format, conversations, images, what is not used, lengths, and repetitions.
 
     Ends with exit status 1 if any sample could not be trained on as it is; the same checks run before every training.
     """
     quiet()
-    from keepsight.data.check import load_dataset_any, survey_dataset
+    from keepsight.data.check import check_dataset, load_dataset_any
 
     if max_length is not None and model is None:
         raise KeepsightError("--max-length counts tokens, and every model makes other ones: name it with --model.")
-    source = load_dataset_any(dataset, split)
-    measure = None if model is None else _measure(model, purpose, source.folder)
+    reading = reading_of(dataset, columns or (), ignore or (), image_folder)
+    rehearsal = _rehearsal(model, purpose == "sft", reading.ignore)
+    source = load_dataset_any(reading, split)
+    decoded = images == "full" or model is not None
     with Progress("the check", transient=True) as bars:
-        found = survey_dataset(
+        found = check_dataset(
             source,
             kind="chat" if purpose == "sft" else "prompt",
             text_only="keep",
-            decode=images == "full" and measure is None,
-            measure=measure,
+            decode=decoded,
+            rehearse=rehearsal,
             max_length=max_length,
             need_answer=purpose == "grpo",
             progress=partial(bars, "checking samples"),
         )
-    out.print(_table(found, len(source.rows), images == "full" or measure is not None, max_length), markup=False)
+    out.print(_table(found, len(source.rows), decoded, max_length), markup=False)
     for where, what in found.problems[:show]:
         say(f"{where}, {what}")
     if len(found.problems) > show:
         say(f"... and {len(found.problems) - show:,} more (--show names them)")
     for hint in found.hints:
         say(hint)
-    if found.text_only == len(found.rows) > 0:
+    if found.text_only == found.rows > 0:
         say("No sample has an image, so there is nothing that a visual memory could learn.")
     elif found.text_only:
         say("Training stops at samples without an image unless told: --text-only skip or --text-only keep.")
-    if found.problems or found.text_only == len(found.rows):
+    if found.problems or found.text_only == found.rows:
         raise typer.Exit(1)
     say("Good for training with one of these." if found.text_only else "Good for training.")
 
@@ -87,22 +100,16 @@ def check(
 data_app.command("check", cls=Command)(check)
 
 
-def _measure(model: str, purpose: str, folder: Any) -> Any:
-    """Sample -> (tokens, tokens that must not be cut), by the model's processor and chat template."""
+def _rehearsal(model: str | None, answered: bool, ignore: tuple[str, ...]) -> Any:
+    """What the first batch does, by the model's processor and chat template."""
+    from keepsight.data.rehearsal import Rehearsal
+
+    if model is None:
+        return Rehearsal(None, answered, ignore=ignore)
     from keepsight.data.collate import ConversationCollator
-    from keepsight.data.images import open_image
     from keepsight.train.run import preflight
 
-    collator = ConversationCollator(preflight.load_processor(model))
-
-    def measure(sample: dict[str, Any]) -> tuple[int, int]:
-        opened = [open_image(image, folder) for image in sample["images"]]
-        if purpose == "sft":
-            return collator.measure({"messages": sample["messages"], "images": opened})
-        length, _ = collator.prompt_tokens(sample["messages"], opened)
-        return length, length
-
-    return measure
+    return Rehearsal(ConversationCollator(preflight.load_processor(model)), answered, count=True, ignore=ignore)
 
 
 def _table(found: Any, total: int, decoded: bool, max_length: int | None) -> Any:
@@ -111,9 +118,11 @@ def _table(found: Any, total: int, decoded: bool, max_length: int | None) -> Any
     table = Table(title=found.source.name, title_justify="left", title_style="bold", show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
-    good = len(found.rows)
+    good = found.rows
     table.add_row("samples", f"{good:,} of {total:,} are good{'' if good < total else ', all of them'}")
     table.add_row("columns", ", ".join(found.source.columns))
+    for subject, words in found.told_lines():
+        table.add_row(subject, words)
     for kind, count in Counter(_kind(what) for _, what in found.problems).most_common():
         table.add_row(f"bad: {kind}", f"{count:,} samples")
     counts = Counter(found.image_counts)

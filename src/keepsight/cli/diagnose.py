@@ -11,6 +11,7 @@ import typer
 from keepsight.cli.console import Interrupted, check_device, out, quiet, refuse_twins, say, with_examples
 from keepsight.cli.model import BUILT_IN, Adapters, Attention, Base, Device, Dtype, Images, Source
 from keepsight.cli.progress import Progress, Waiting
+from keepsight.data.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP, reading_of
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.installed import install_line
 
@@ -50,9 +51,13 @@ def diagnose(
             "--data",
             "--dataset",
             "-d",
-            help='JSONL: "image" or "images", "prompt" and, if known, "answer", "reply"; repeat for several.',
+            help="Questions with images and, if known, answers, of any format that training reads; repeat for several.",
         ),
     ] = None,
+    columns: Annotated[list[str] | None, typer.Option(help=COLUMNS_HELP)] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help=IGNORE_HELP)] = None,
+    image_folder: Annotated[Path | None, typer.Option(help=IMAGE_FOLDER_HELP)] = None,
+    split: Annotated[str, typer.Option(help="Which split of the datasets, if they have several.")] = "train",
     steps: Annotated[int, typer.Option(help="Tokens to write for the curves.", min=1)] = 256,
     every: Annotated[int, typer.Option(help="Measure every n-th of them; 16 costs next to nothing.", min=1)] = 1,
     layers: Annotated[
@@ -99,7 +104,10 @@ def diagnose(
     if dataset and (image or video or prompt):
         raise KeepsightError("--dataset brings its own images and prompts; leave --image, --video and --prompt out.")
     quiet()
-    given = _samples(image or [], video, prompt, dataset or [])
+    if not dataset and (columns or ignore or image_folder or split != "train"):
+        raise KeepsightError("--columns, --ignore, --image-folder and --split say how --data is read; name some.")
+    readings = [reading_of(name, columns or (), ignore or (), image_folder) for name in dataset or []]
+    given = _samples(image or [], video, prompt, readings, split)
     base_name, infos = check_sources(source, adapter or [], base)
     refuse_twins(infos, "Leave one of them out.")
     with Waiting(f"loading {base_name}"):
@@ -151,12 +159,12 @@ def _writable(name: str) -> Path:
     return folder
 
 
-def _samples(images: list[str], video: str | None, prompt: str | None, datasets: list[str]) -> list[Any]:
+def _samples(images: list[str], video: str | None, prompt: str | None, datasets: list[Any], split: str) -> list[Any]:
     from keepsight.data.images import open_image
     from keepsight.diagnose.cases import LONG_PROMPT, Sample, read_dataset
 
     if datasets:
-        parts = [read_dataset(dataset) for dataset in datasets]
+        parts = [read_dataset(dataset, split) for dataset in datasets]
         # in turn, so that --samples takes as many of each
         return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
     if not images and video is None and prompt is None:

@@ -156,7 +156,9 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
         several = options[name].multiple if hasattr(options[name], "multiple") else False
         if value is None and options[name].default is not None:
             raise KeepsightError(f"--config {path}: {key} has no value. Leave the line out for the default.")
-        if several and not isinstance(value, list):
+        if several and isinstance(value, dict):
+            value = [f"{ours}={theirs}" for ours, theirs in value.items()]  # columns: {question: query}
+        elif several and not isinstance(value, list):
             value = [value]
         elif isinstance(value, list) and not several:
             value = ",".join(str(part) for part in value)  # layers: [8, 16]

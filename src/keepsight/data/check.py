@@ -11,13 +11,16 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from keepsight.data.conversations import DataError, normalise_messages
-from keepsight.data.reading import Source, load_dataset_any
-from keepsight.data.samples import Kind, as_dataset, as_row, check_images, read_sample, sample_reader, undecoded
+from keepsight.data.conversations import DataError
+from keepsight.data.files import short
+from keepsight.data.formats import IMAGES, UnknownFormatError
+from keepsight.data.reading import Reading, Source, load_dataset_any
+from keepsight.data.samples import Kind, as_dataset, as_row, check_images, read_sample, sample_reader
 from keepsight.errors import KeepsightError
 
 __all__ = [
@@ -25,46 +28,112 @@ __all__ = [
     "DataError",
     "Kind",
     "Policy",
+    "Reading",
     "Source",
-    "Survey",
     "check_dataset",
     "load_dataset_any",
-    "normalise_messages",
     "read_sample",
-    "survey_dataset",
 ]
 
 Policy = Literal["error", "skip", "keep"]
 OverLong = Literal["error", "skip", "truncate"]
 Progress = Callable[[int, int], None]
 """Called as `progress(done, total)`."""
-Measure = Callable[[dict[str, Any]], tuple[int, int]]
-"""Sample -> (tokens after processing, tokens up to the last image or the start of the first answer)."""
 
 _SHOWN = 5
 
 
+class Rehearse(Protocol):
+    """What `rehearsal.Rehearsal` does: run a sample through a processor as training will."""
+
+    def __call__(self, sample: dict[str, Any], images: list[Any] | None, /) -> Any: ...
+
+
 @dataclass(frozen=True)
 class CheckedData:
-    """Data that passed every check.
+    """All that was found in a dataset, good and bad; `good` before anything is trained on it.
 
     Attributes:
-        dataset: a `datasets.Dataset` with the columns `messages`, `images` and `columns`, for `read_sample`.
-        source: where images that are no files of their own are read from.
-        rows: how many samples.
-        skipped: (where, why) of every sample that was left out.
-        text_only: samples without an image that were kept.
-        longest: tokens of the longest sample after processing, before cutting; None if lengths were not measured.
+        source: what was read, and where images that are no files of their own are read from.
+        kept: good samples, as rows of the trainer's dataset.
+        formats: name of a format -> how many rows are of it.
+        problems: (where, what is wrong) of every sample that cannot be used.
+        hints: what to do about them, each once.
+        skipped: (where, why) of every sample that was left out on purpose.
+        told: subject -> (samples, words -> how often) of what is no fault: what is ignored, what was decided.
+        image_counts: images per good sample.
+        lengths: tokens of good samples after processing, before cutting, where they were measured.
         cut: samples whose answers training will cut.
+        duplicates: samples that equal an earlier one, word for word and image for image.
     """
 
-    dataset: Any
     source: Source
-    rows: int
+    kept: Any
+    formats: dict[str, int]
+    problems: tuple[tuple[str, str], ...] = ()
+    hints: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
-    text_only: int = 0
-    longest: int | None = None
+    told: dict[str, tuple[int, Counter[str]]] = field(default_factory=dict)
+    image_counts: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
     cut: int = 0
+    duplicates: int = 0
+
+    @property
+    def rows(self) -> int:
+        """How many good samples there are."""
+        return len(self.kept)
+
+    @property
+    def text_only(self) -> int:
+        """How many of them have no image."""
+        return sum(count == 0 for count in self.image_counts)
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest; None if lengths were not measured."""
+        return max(self.lengths, default=None)
+
+    @cached_property
+    def dataset(self) -> Any:
+        """A `datasets.Dataset` with the columns `messages`, `images` and `columns`, for `read_sample`."""
+        return as_dataset(self.kept)
+
+    def select(self, indices: list[int]) -> CheckedData:
+        """Some of the samples."""
+        counts = tuple(self.image_counts[index] for index in indices)
+        kept = [self.kept[index] for index in indices]
+        return CheckedData(self.source, kept, self.formats, told=self.told, image_counts=counts)
+
+    def good(self) -> CheckedData:
+        """Itself, if every sample can be used.
+
+        Raises:
+            DataError: one message for all problems found, naming row and column.
+        """
+        name, bad = self.source.name, [f"{where}, {what}" for where, what in self.problems]
+        if bad:
+            more = [f"... and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
+            said = [f"{name} has {len(bad)} samples that cannot be used:", *bad[:_SHOWN], *more]
+            text = f"{name}, {bad[0]}. " if len(bad) == 1 else "\n  ".join(said) + "\n"
+            raise DataError(f"{text}{' '.join(self.hints)}".rstrip())
+        if self.text_only == self.rows > 0:
+            raise DataError(f"{name}: no sample has an image, so there is nothing that a visual memory could learn.")
+        if not self.rows:
+            raise DataError(f"{name}: no sample is left; all {len(self.skipped)} were skipped ({self.skipped[0][1]}).")
+        return self
+
+    def told_lines(self) -> list[tuple[str, str]]:
+        """(subject, in words) of what was decided and what is ignored: the user must know, and nothing is wrong."""
+        formats = ", ".join(
+            f"{name}: {count:,}" if len(self.formats) > 1 else name for name, count in self.formats.items()
+        )
+        lines = [("format", formats or "none")] + [("read as", note) for note in self.source.notes]
+        for subject, (samples, words) in self.told.items():
+            few = ", ".join(word if count == samples else f"{word} ({count:,})" for word, count in words.most_common(8))
+            more = f" and {len(words) - 8} more" if len(words) > 8 else ""
+            lines.append((subject, f"{few}{more}; in {samples:,} samples"))
+        return lines
 
     @property
     def digest(self) -> str:
@@ -73,109 +142,12 @@ class CheckedData:
         Not of folders, so that data may move; and of images stored in the data only the place, as reading them is slow.
         """
         found = hashlib.blake2b(digest_size=8)
-        for row in self.dataset:
+        for row in self.kept:
             images = [
                 Path(cell["path"]).name if cell["path"] else [cell["row"], cell["index"]] for cell in row["images"]
             ]
             found.update(json.dumps([row["messages"], row["columns"], images]).encode())
         return found.hexdigest()
-
-
-@dataclass(frozen=True)
-class Survey:
-    """All that was found in a dataset, good and bad.
-
-    Attributes:
-        source: what was read.
-        rows: good samples, as the trainer's dataset keeps them.
-        problems: (where, what is wrong) of every sample that cannot be used.
-        hints: what to do about them, each once.
-        skipped: (where, why) of every sample that was left out on purpose.
-        image_counts: images per good sample.
-        text_only: good samples without an image.
-        lengths: tokens of good samples after processing, before cutting, where they were measured.
-        cut: samples whose answers training will cut.
-        duplicates: samples that equal an earlier one, word for word and image for image.
-    """
-
-    source: Source
-    rows: list[dict[str, Any]]
-    problems: tuple[tuple[str, str], ...]
-    hints: tuple[str, ...]
-    skipped: tuple[tuple[str, str], ...]
-    image_counts: tuple[int, ...]
-    text_only: int
-    lengths: tuple[int, ...]
-    cut: int
-    duplicates: int
-
-
-def survey_dataset(
-    source: Source,
-    *,
-    kind: Kind = "chat",
-    text_only: Policy = "error",
-    decode: bool = True,
-    measure: Measure | None = None,
-    max_length: int | None = None,
-    over_long: OverLong = "error",
-    need_answer: bool = False,
-    progress: Progress | None = None,
-) -> Survey:
-    """Look at every sample and collect what is wrong. Arguments as `check_dataset`.
-
-    Raises:
-        DataError: if there are no samples, or the columns have no reading.
-    """
-    if len(source.rows) == 0:
-        raise DataError(f"{source.name} is empty: it holds no samples.")
-    to_sample = sample_reader(source, kind)
-    rows: list[dict[str, Any]] = []
-    problems: list[tuple[str, str]] = []
-    hints: dict[str, None] = {}  # an ordered set
-    skipped: list[tuple[str, str]] = []
-    images: list[int] = []
-    lengths: list[int] = []
-    seen: Counter[bytes] = Counter()
-    cut = 0
-    for row, raw in enumerate(undecoded(source.rows, kind)):
-        where = source.where(row)
-        try:
-            sample = to_sample(raw)
-            check_images(sample, source.folder, decode)
-            if need_answer and sample.get("answer") in (None, "", []):
-                raise DataError("answer: empty; the reward compares with it")
-            skip = _without_image(text_only) if not sample["images"] else None
-            if skip is None and measure is not None:
-                length, needed = measure(sample)
-                if max_length is not None and length > max_length:
-                    skip = _over_long(length, needed, max_length, over_long)
-                    cut += skip is None
-                if skip is None:
-                    lengths.append(length)
-            if skip is None:
-                rows.append(as_row(sample, row))
-                images.append(len(sample["images"]))
-                seen[_fingerprint(sample)] += 1
-            else:
-                skipped.append((where, skip))
-        except KeepsightError as error:
-            problems.append((where, str(error).rstrip(".")))
-            hints[getattr(error, "hint", "")] = None
-        if progress is not None:
-            progress(row + 1, len(source.rows))
-    return Survey(
-        source=source,
-        rows=rows,
-        problems=tuple(problems),
-        hints=tuple(hint for hint in hints if hint),
-        skipped=tuple(skipped),
-        image_counts=tuple(images),
-        text_only=sum(count == 0 for count in images),
-        lengths=tuple(lengths),
-        cut=cut,
-        duplicates=sum(seen.values()) - len(seen),
-    )
 
 
 def check_dataset(
@@ -184,11 +156,12 @@ def check_dataset(
     kind: Kind = "chat",
     text_only: Policy = "error",
     decode: bool = True,
-    measure: Measure | None = None,
+    rehearse: Rehearse | None = None,
     max_length: int | None = None,
     over_long: OverLong = "error",
     need_answer: bool = False,
     progress: Progress | None = None,
+    extra: tuple[str, ...] = (),
 ) -> CheckedData:
     """Find every problem that training would meet hours later.
 
@@ -198,51 +171,118 @@ def check_dataset(
             the model answers: messages end with the user's, and other columns are kept for the rewards.
         text_only: what to do with a sample without images: it teaches a visual memory nothing.
         decode: read every image completely; otherwise only check that its file is there.
-        measure: sample -> (tokens after processing, tokens up to the last image or the start of the first answer,
-            whichever is later); needed for `max_length`. Its own errors are reported like the others.
+        rehearse: runs a sample through the model's processor (`rehearsal.Rehearsal`); needed for `max_length`. Its
+            errors, of any class, are reported like the others.
         max_length: the longest sample, in tokens, that training will see.
         over_long: what to do with a longer one. "truncate" cuts the end of the answer, and is an error where that
             would cut image tokens or the whole answer.
         need_answer: with "prompt", a sample without an answer cannot be used.
         progress: called after every sample.
+        extra: further columns that are used.
 
     Raises:
-        DataError: one message for all problems found, naming row and column.
+        DataError: if there are no samples, or no row is of a format that is known.
     """
-    found = survey_dataset(
-        source,
-        kind=kind,
-        text_only=text_only,
-        decode=decode,
-        measure=measure,
-        max_length=max_length,
-        over_long=over_long,
-        need_answer=need_answer,
-        progress=progress,
-    )
-    _report(source, [f"{where}, {what}" for where, what in found.problems], " ".join(found.hints))
-    if found.text_only == len(found.rows) > 0:
-        raise DataError(f"{source.name}: no sample has an image, so there is nothing that a visual memory could learn.")
-    if not found.rows:
-        why = found.skipped[0][1]
-        raise DataError(f"{source.name}: no sample is left; all {len(found.skipped)} were skipped ({why}).")
+    total = len(source.rows)
+    if total == 0:
+        raise DataError(f"{source.name} is empty: it holds no samples.")
+    read, found = sample_reader(source, kind, extra), _Findings()
+    for row, raw in enumerate(source.rows):
+        where = source.where(row)
+        try:
+            one = read(raw)
+            sample = one.sample
+            found.formats[one.format] += 1
+            images = check_images(sample, source.folders(row), decode)
+            if need_answer and sample.get("answer") in (None, "", []):
+                raise DataError("answer: empty; the reward compares with it")
+            skip = _without_image(text_only, source) if not sample["images"] else None
+            told: dict[str, tuple[str, ...]] = {}
+            ignored, length = one.ignored, None
+            if skip is None and rehearse is not None:
+                heard = rehearse(sample, images)
+                told, length, ignored = heard.told, heard.length, (*ignored, *heard.ignored)
+                if length is not None and max_length is not None and length > max_length:
+                    skip = _over_long(length, heard.needed, max_length, over_long)
+                    found.cut += skip is None
+            if skip is not None:
+                found.skipped.append((where, skip))
+            else:
+                found.tell({**told, "decided": one.notes, "ignored": ignored})
+                found.add(sample, row, length)
+        except UnknownFormatError as error:
+            if found.formats.total() == 0 and row == min(total, _SHOWN) - 1:
+                raise  # it is the columns, not the row
+            found.fail(where, error.in_row, error.hint)
+        except KeepsightError as error:
+            found.fail(where, str(error), getattr(error, "hint", ""))
+        except Exception as error:  # of a processor, a template, a decoder: whose fault it is, the row is known
+            found.fail(where, f"training would stop here ({short(error)})", "")
+        if progress is not None:
+            progress(row + 1, total)
     return CheckedData(
-        as_dataset(found.rows),
         source,
-        len(found.rows),
-        found.skipped,
-        found.text_only,
-        max(found.lengths, default=0) if max_length is not None else None,
+        found.kept,
+        dict(found.formats.most_common()),
+        tuple(found.problems),
+        tuple(hint for hint in found.hints if hint),
+        tuple(found.skipped),
+        found.told,
+        tuple(found.images),
+        tuple(found.lengths),
         found.cut,
+        sum(found.seen.values()) - len(found.seen),
     )
 
 
-def _without_image(policy: Policy) -> str | None:
+class _Findings:
+    """What is collected from sample to sample."""
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, Any]] = []
+        self.formats: Counter[str] = Counter()
+        self.problems: list[tuple[str, str]] = []
+        self.hints: dict[str, None] = {}  # an ordered set
+        self.skipped: list[tuple[str, str]] = []
+        self.told: dict[str, tuple[int, Counter[str]]] = {}
+        self.images: list[int] = []
+        self.lengths: list[int] = []
+        self.seen: Counter[bytes] = Counter()
+        self.cut = 0
+
+    def fail(self, where: str, what: str, hint: str) -> None:
+        self.problems.append((where, what.rstrip(".")))
+        self.hints[hint] = None
+
+    def tell(self, told: dict[str, tuple[str, ...]]) -> None:
+        for subject, words in told.items():
+            if words:
+                samples, counted = self.told.get(subject, (0, Counter[str]()))
+                counted.update(dict.fromkeys(words, 1))
+                self.told[subject] = (samples + 1, counted)
+
+    def add(self, sample: dict[str, Any], row: int, length: int | None) -> None:
+        self.kept.append(as_row(sample, row))
+        self.images.append(len(sample["images"]))
+        self.lengths += [] if length is None else [length]
+        self.seen[_fingerprint(sample)] += 1
+
+
+def _without_image(policy: Policy, source: Source) -> str | None:
     """Why to skip a sample without an image; None to keep it."""
     if policy == "error":
+        names = (*IMAGES, *(ours for ours in source.reading.columns if ours.startswith("image")))
+        no_column = not set(names) & set(source.columns)
         raise DataError(
             "images: no image; a sample without one teaches the memory nothing",
-            "To leave samples without an image out: --text-only skip. To train on them all the same: --text-only keep.",
+            (
+                f"The data have no column of images ({', '.join(IMAGES[:4])}); if one is called otherwise: --columns "
+                f"image=COLUMN. They have: {', '.join(source.columns)}. "
+                if no_column
+                else ""
+            )
+            + "To leave samples without an image out: --text-only skip. To train on them all the same: "
+            "--text-only keep.",
         )
     return "no image" if policy == "skip" else None
 
@@ -264,16 +304,6 @@ def _over_long(length: int, needed: int, limit: int, policy: OverLong) -> str | 
         "Raise --max-length, cut the ends of answers (--over-long truncate), or leave such samples out (--over-long "
         "skip).",
     )
-
-
-def _report(source: Source, problems: list[str], hint: str) -> None:
-    if not problems:
-        return
-    if len(problems) == 1:
-        raise DataError(f"{source.name}, {problems[0]}. {hint}".rstrip())
-    more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-    lines = "\n  ".join([f"{source.name} has {len(problems)} samples that cannot be used:", *problems[:_SHOWN], *more])
-    raise DataError(f"{lines}\n{hint}".rstrip())
 
 
 def _fingerprint(sample: dict[str, Any]) -> bytes:

@@ -7,6 +7,7 @@ to answer. Works with every processor that has a chat template; the template nee
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ import torch
 from keepsight.errors import KeepsightError
 
 IGNORED = -100
+_VISUAL_IDS = ("image_token_id", "image_ids", "video_token_id")
+"""Where processors keep the ids of their placeholder tokens."""
 
 
 class TemplateError(KeepsightError):
@@ -40,7 +43,7 @@ class ConversationCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows to `input_ids`, `attention_mask`, `labels` [B, T] (padded on the right) and the processor's pixels."""
         samples = [self.read(row) for row in rows]
-        segments = [self.segments(sample["messages"]) for sample in samples]
+        segments = [self.segments(sample["messages"], sample.get("tools")) for sample in samples]
         mark = self._mark(segments)
         texts = ["".join(mark if trained else text for text, trained in row) for row in segments]
         images: Any = [sample["images"] for sample in samples]
@@ -54,23 +57,27 @@ class ConversationCollator:
         )
         return self._with_answers(dict(encoded), segments, mark)
 
-    def segments(self, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
-        """A conversation as the chat template writes it, cut into (text, whether the model should learn to say it)."""
-        full = self._render(messages)
+    def segments(self, messages: list[dict[str, Any]], tools: Any = None) -> list[tuple[str, bool]]:
+        """A conversation as the chat template writes it, cut into (text, whether the model should learn to say it).
+
+        A message with "weight": 0 is read and not learned. `tools` are for the templates that write them.
+        """
+        full = self.render(messages, tools)
         result, position = [], 0
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            head = self._render(messages[:index], add_generation_prompt=True)
-            upto = self._render(messages[: index + 1])
+            head = self.render(messages[:index], tools, add_generation_prompt=True)
+            upto = self.render(messages[: index + 1], tools)
             if not (full.startswith(head) and full.startswith(upto) and len(head) < len(upto)):
                 raise TemplateError(
                     "The processor's chat template writes earlier turns differently once later ones follow (reasoning "
                     "models drop their thoughts, for example), so the words to train on cannot be found. Make each "
                     "answer a sample of its own: one assistant message, the last."
                 )
-            result += [(full[position : len(head)], False), (full[len(head) : len(upto)], True)]
-            position = len(upto)
+            if message.get("weight", 1):
+                result += [(full[position : len(head)], False), (full[len(head) : len(upto)], True)]
+                position = len(upto)
         return result + ([(full[position:], False)] if full[position:] else [])
 
     def measure(self, sample: dict[str, Any]) -> tuple[int, int]:
@@ -88,7 +95,7 @@ class ConversationCollator:
 
     def prompt_tokens(self, messages: list[dict[str, Any]], images: list[Any]) -> tuple[int, int]:
         """(tokens, visual tokens) of a prompt, as the model reads it before it answers."""
-        text = self._render(messages, add_generation_prompt=True)
+        text = self.render(messages, add_generation_prompt=True)
         encoded = self.processor(
             text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt"
         )
@@ -97,13 +104,30 @@ class ConversationCollator:
 
     def visual_positions(self, ids: torch.Tensor) -> torch.Tensor:
         """Where images and videos stand in a row's ids [T]: indices [M, 1]."""
-        names = ("image_token_id", "image_ids", "video_token_id")
-        tokens = [getattr(self.processor, name, None) for name in names]
+        tokens = [getattr(self.processor, name, None) for name in _VISUAL_IDS]
         return torch.isin(ids, torch.tensor([t for t in tokens if isinstance(t, int)], dtype=ids.dtype)).nonzero()
 
-    def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+    @cached_property
+    def placeholders(self) -> tuple[str, ...]:
+        """The special tokens that stand for pictures and videos in a text."""
+        tokenizer, names = self.tokenizer, ("image_token", "video_token", "boi_token", "eoi_token")
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        named = [getattr(owner, name, None) for owner in (self.processor, tokenizer) for name in names]
+        ids = [i for name in _VISUAL_IDS if isinstance(i := getattr(self.processor, name, None), int)]
+        named += [tokenizer.convert_ids_to_tokens(i) for i in ids]
+        around = [token for token in special if "vision" in token or "image" in token or "video" in token]
+        return tuple(dict.fromkeys(token for token in (*named, *around) if isinstance(token, str) and token))
+
+    def render(self, messages: list[dict[str, Any]], tools: Any = None, **options: Any) -> str:
+        """A conversation as the chat template writes it.
+
+        Raises:
+            TemplateError: if the template refuses it.
+        """
+        plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+        options |= {"tools": tools} if tools else {}
         try:
-            return self.processor.apply_chat_template(messages, tokenize=False, **options)
+            return self.processor.apply_chat_template(plain, tokenize=False, **options)
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "jinja2":
                 raise

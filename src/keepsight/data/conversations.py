@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from keepsight.errors import KeepsightError
 
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "user", "assistant", "tool")
+_ROLE_OF = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "observation": "tool",
+    "developer": "system",
+}
+"""Other formats' names of the roles."""
 _PLACEHOLDER = "<image>"
+_OTHER_MARKS = ("<video>", "<audio>")
+TEMPLATE_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
+"""Keys of a message that some chat templates write."""
+_WEIGHTS = ("weight", "train")
+_MEANT = ("function_call", "audio", "images", "videos", "image", "video", "refusal")
+"""Keys of a message whose loss would change what it says."""
 
 
 class DataError(KeepsightError):
@@ -24,84 +42,241 @@ class DataError(KeepsightError):
         self.hint = hint
 
 
-def normalise_messages(messages: Any, num_images: int, answered: bool = True) -> list[dict[str, Any]]:
+@dataclass
+class Chat:
+    """A conversation and its images.
+
+    Attributes:
+        messages: {"role", "content": list of {"type": "image"} and {"type": "text", "text"}}; also keys of
+            `TEMPLATE_KEYS`, and "weight": 0 where a message is not to be learned.
+        images: as found, in the order of their parts.
+        ignored: keys that were found and are not used.
+    """
+
+    messages: list[dict[str, Any]]
+    images: list[Any]
+    ignored: set[str] = field(default_factory=set)
+
+
+def read_chat(messages: Any, images: Sequence[Any], answered: bool = True, ignore: Sequence[str] = ()) -> Chat:
     """A chat in which every content is a list of parts, with one image part per image.
 
-    Contents that are plain text may mark images by `<image>`; without any mark, the images stand before the text of the
-    first user message.
+    User messages that are plain text mark images by `<image>`; without any mark, the images stand before the text of
+    the first user message. Parts may hold their images themselves. What the assistant says is text, `<image>` too.
 
     Args:
-        messages: list of {"role", "content"}; content is text or a list of parts.
-        num_images: how many images the sample has.
+        messages: list of {"role", "content"} or {"from", "value"}; content is text or a list of parts.
+        images: those that are not inside the messages.
         answered: whether the last message must be the assistant's (to learn from), or the user's (to answer).
+        ignore: keys of messages and types of parts that are to be left out.
 
     Raises:
         DataError: naming the message, if the chat has no such form.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise DataError(f"messages: {'empty' if not messages else f'expected a list, found {messages!r:.60}'}")
-    result = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+    reader = _Reader(ignore)
+    result = [reader.message(index, message) for index, message in enumerate(messages)]
+    _check_turns(result, answered)
+    return Chat(result, reader.placed(result, list(images), messages), reader.ignored)
+
+
+class _Reader:
+    """Reads the messages of one conversation, and remembers what it found on the way."""
+
+    def __init__(self, ignore: Sequence[str]):
+        self.ignore, self.ignored = ignore, set[str]()
+        self.held: list[Any] = []  # an image inside the messages, or None for a part that only marks one
+
+    def message(self, index: int, message: Any) -> dict[str, Any]:
+        role_key, content_key = ("from", "value") if isinstance(message, dict) and "from" in message else _NATIVE
+        found = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+        if role_key not in found or (content_key not in found and not found.get("tool_calls")):
             raise DataError(f'messages[{index}]: expected {{"role": ..., "content": ...}}, found {message!r:.60}')
-        role, content = message["role"], message["content"]
+        said = str(found[role_key])
+        role = _ROLE_OF.get(said, said)
         if role not in _ROLES:
-            raise DataError(f"messages[{index}]: role {role!r}; expected one of {', '.join(_ROLES)}")
-        result.append({"role": role, "content": list(_parts(content, index))})
-    if not answered and result[-1]["role"] != "user":
-        raise DataError(
-            f"messages: the last message is the {result[-1]['role']}'s; it must be the user's, whose question the "
-            "model will answer"
-        )
-    if answered and result[-1]["role"] != "assistant":
-        raise DataError(
-            f"messages: the last message is the {result[-1]['role']}'s; it must be the assistant's, whose words are "
-            "what training teaches"
-        )
-    for index, message in enumerate(result):
-        if message["role"] == "assistant":
-            if any(part["type"] == "image" for part in message["content"]):
-                raise DataError(f"messages[{index}]: an image in the assistant's message; models answer in text")
-            if not any(part["text"].strip() for part in message["content"]):
-                raise DataError(f"messages[{index}]: the assistant's message is empty")
-    marks = sum(part["type"] == "image" for message in result for part in message["content"])
-    first_user = next((message for message in result if message["role"] == "user"), None)
-    if marks == 0 and num_images and first_user is not None and all(isinstance(m["content"], str) for m in messages):
-        first_user["content"][:0] = [{"type": "image"}] * num_images
-        marks = num_images
-    if marks != num_images:
-        raise DataError(
-            f"messages: {marks} image placeholder{'s' * (marks != 1)} for {num_images} "
-            f'image{"s" * (num_images != 1)}; each image needs one part {{"type": "image"}} in a user message'
-        )
-    return result
+            raise DataError(f"messages[{index}]: role {said!r}; expected one of {', '.join(_ROLES)}")
+        content = list(self._parts(found.get(content_key, ""), index, role))
+        return {"role": role, "content": content, **self._more(found, index, role, (role_key, content_key))}
 
+    def _more(self, found: dict[str, Any], index: int, role: str, known: Sequence[str]) -> dict[str, Any]:
+        more: dict[str, Any] = {}
+        for key, value in found.items():
+            if key in known or value in ([], {}, ""):
+                continue
+            if key in self.ignore:
+                self.ignored.add(f"{key} of messages")
+            elif key in _WEIGHTS and role == "assistant":
+                if value not in (0, 1):
+                    raise DataError(
+                        f"messages[{index}]: {key} {value!r}; a message is learned (1) or not (0)",
+                        f"To learn all the same, whatever their {key}: --ignore {key}.",
+                    )
+                more |= {} if value else {"weight": 0}
+            elif key in TEMPLATE_KEYS:
+                more[key] = _without_none(value)
+            elif key in _MEANT:
+                raise DataError(
+                    f"messages[{index}]: {key}, which training cannot use",
+                    f"To train without it: --ignore {key}.",
+                )
+            else:
+                self.ignored.add(f"{key} of messages")
+        return more
 
-def _parts(content: Any, index: int) -> Iterator[dict[str, Any]]:
-    if isinstance(content, str):
+    def _parts(self, content: Any, index: int, role: str) -> Iterator[dict[str, Any]]:
+        if isinstance(content, str):
+            yield from self._marked(content, index, role)
+            return
+        if isinstance(content, dict):
+            content = [content]
+        if not isinstance(content, (list, tuple)):
+            raise DataError(f"messages[{index}]: content must be text or a list of parts, found {content!r:.60}")
+        for part in content:
+            if isinstance(part, str):
+                part = {"type": "text", "text": part}
+            part = {key: v for key, v in part.items() if v is not None} if isinstance(part, dict) else {}
+            kind = part.get("type") or next((key for key in ("text", "image") if key in part), None)
+            if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+                self.ignored |= {f"{key} of text parts" for key in part if key not in ("type", "text")}
+                yield {"type": "text", "text": part["text"]}
+            elif kind in ("image", "image_url", "input_image"):
+                self.held.append(self._image(part))
+                yield {"type": "image"}
+            elif kind in self.ignore:
+                self.ignored.add(f"parts of type {kind}")
+            else:
+                raise DataError(
+                    f'messages[{index}]: expected parts {{"type": "text", "text": ...}} or {{"type": "image"}}, '
+                    f"found {part or content!r:.60}",
+                    f"To leave such parts out: --ignore {kind}." if kind else "",
+                )
+
+    def _marked(self, content: str, index: int, role: str) -> Iterator[dict[str, Any]]:
+        """Text as parts; only a user's text has marks in it."""
+        if role != "user":
+            yield from [{"type": "text", "text": content}] if content else []
+            return
+        for mark in _OTHER_MARKS:
+            if mark in content and mark[1:-1] not in self.ignore:
+                raise DataError(
+                    f"messages[{index}]: {mark} in the text; training reads pictures only",
+                    f'Give frames as "images". If {mark} is a word of the question, write contents as parts '
+                    f'({{"type": "text", "text": ...}}), or: --ignore {mark[1:-1]}.',
+                )
         pieces = content.split(_PLACEHOLDER)
         for number, piece in enumerate(pieces):
             if number:
+                self.held.append(None)
                 yield {"type": "image"}
             text = piece.strip() if len(pieces) > 1 else piece
             if text:
                 yield {"type": "text", "text": text}
-        return
-    if not isinstance(content, (list, tuple)):
-        raise DataError(f"messages[{index}]: content must be text or a list of parts, found {content!r:.60}")
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            yield {"type": "text", "text": part["text"]}
-        elif kind == "image":
-            if any(part.get(key) is not None for key in ("image", "url", "path", "base64")):
-                raise DataError(
-                    f'messages[{index}]: an image inside the message; put it in the column "images" and leave '
-                    '{"type": "image"} here'
-                )
-            yield {"type": "image"}
-        else:
+
+    def _image(self, part: dict[str, Any]) -> Any:
+        """The image that a part holds; None if it only marks the place of one."""
+        keys = ("image", "image_url", "url", "path", "base64", "data", "source")
+        key = next((key for key in keys if part.get(key) is not None), None)
+        others = {other for other in part if other not in ("type", key)}
+        found = part.get(key or "")
+        if isinstance(found, dict):
+            if found.get("type") == "base64" and isinstance(found.get("data"), str):  # Anthropic's form
+                return found["data"]
+            if isinstance(found.get("url"), str):
+                others |= set(found) - {"url"}
+                found = found["url"]
+        self.ignored |= {f"{other} of image parts" for other in others if part.get(other, True) is not None}
+        return found
+
+    def placed(self, result: list[dict[str, Any]], images: list[Any], messages: Any) -> list[Any]:
+        """All images in the order of their parts; puts parts where nothing marks any."""
+        users = [message for message in result if message["role"] == "user"]
+        if not self.held and images and users:
+            if all(isinstance(_content(message), str) for message in messages):
+                users[0]["content"][:0] = [{"type": "image"}] * len(images)
+                return images
+            marked = sum(part["text"].count(_PLACEHOLDER) for m in users for part in m["content"])
+            if marked == len(images):
+                for message in users:
+                    texts, message["content"] = message["content"], []
+                    for part in texts:
+                        message["content"] += self._marked(part["text"], 0, "user")
+        marks = len(self.held)
+        inside = [image for image in self.held if image is not None]
+        if inside and len(inside) == marks and images:
+            if images == inside:
+                return images
             raise DataError(
-                f'messages[{index}]: expected parts {{"type": "text", "text": ...}} or {{"type": "image"}}, '
-                f"found {part!r:.60}"
+                f"images: {_count(len(inside), 'image')} inside the messages and {len(images)} beside them; which are "
+                "meant?",
+                'Leave out those beside the messages: --ignore images. Or write parts as {"type": "image"}.',
             )
+        if marks - len(inside) != len(images):
+            raise DataError(
+                f"messages: {_count(marks - len(inside), 'image placeholder')} for {_count(len(images), 'image')}; "
+                'each image needs one part {"type": "image"} (or <image> in plain text) in a user message'
+            )
+        rest = iter(images)
+        return [next(rest) if image is None else image for image in self.held]
+
+
+_NATIVE = ("role", "content")
+
+
+def _content(message: dict[str, Any]) -> Any:
+    return message.get("value") if "from" in message else message.get("content", "")
+
+
+def _check_turns(result: list[dict[str, Any]], answered: bool) -> None:
+    last = result[-1]["role"]
+    if not answered and last not in ("user", "tool"):
+        raise DataError(
+            f"messages: the last message is the {last}'s; it must be the user's, whose question the model will answer"
+        )
+    if answered and last != "assistant":
+        raise DataError(
+            f"messages: the last message is the {last}'s; it must be the assistant's, whose words are what training "
+            "teaches"
+        )
+    for index, message in enumerate(result):
+        if any(part["type"] == "image" for part in message["content"]) and message["role"] != "user":
+            raise DataError(f"messages[{index}]: an image in the {message['role']}'s message; models answer in text")
+        says = message.get("tool_calls") or any(part["text"].strip() for part in message["content"] if "text" in part)
+        if message["role"] == "assistant" and not says:
+            raise DataError(f"messages[{index}]: the assistant's message is empty")
+    if answered and all(message.get("weight", 1) == 0 for message in result if message["role"] == "assistant"):
+        raise DataError(
+            "messages: the weight of every answer is 0, so there is nothing to learn",
+            "To learn them all the same: --ignore weight.",
+        )
+
+
+def _without_none(value: Any) -> Any:
+    """Without the keys that Arrow adds where another row has them."""
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def as_json(cell: Any, column: str) -> Any:
+    """A cell that holds a list or an object as text (in CSV, and where datasets store a chat as JSON).
+
+    Raises:
+        DataError: if it is no JSON, and not as Python writes lists either.
+    """
+    if not isinstance(cell, str):
+        return cell
+    import ast
+
+    try:
+        return json.loads(cell)
+    except json.JSONDecodeError as error:
+        try:
+            return ast.literal_eval(cell.strip())  # what pandas and `str` write: single quotes
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise DataError(f"{column}: expected a list, found text that is not JSON ({error.msg})") from error
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

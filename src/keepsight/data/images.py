@@ -8,6 +8,7 @@ import io
 import warnings
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from keepsight.data.pixels import ImageError, as_seen
 from keepsight.installed import MissingExtraError
@@ -87,23 +88,22 @@ def _decoded(text: str) -> bytes:
         raise ImageError(f"the text {text[:32]}... is not an image in base64 ({error}).") from error
 
 
-def find_image(source: str | Path, folder: Path | None = None) -> Path:
-    """The existing, readable file that `source` names.
+def find_image(source: str | Path, *folders: Path | None) -> Path:
+    """The existing, readable file that `source` names; relative to the first of the folders that has it.
 
     Raises:
         ImageError: if there is none.
     """
     if str(source).startswith(("http://", "https://")):
         raise ImageError(f"{source} is a web address. Download the image first and give the file.")
-    path = Path(source).expanduser()
-    if folder is not None and not path.is_absolute():
-        path = folder / path
-    try:
-        there = path.exists()
-    except OSError as error:  # a name that no file can have
-        raise ImageError(f"{str(path)[:64]}...: no such image file ({error.strerror}).") from error
-    if not there:
-        raise ImageError(f"{path}: no such image file.")
+    text = str(source)
+    path = Path(unquote(text[7:]) if text.startswith("file://") else text).expanduser()
+    if not path.is_absolute():
+        places = [folder / path for folder in folders if folder is not None] or [path]
+        path = next((place for place in places if _is_there(place)), places[0])
+    if not _is_there(path):
+        shown = str(path) if len(str(path)) < 300 else f"{str(path)[:64]}..."
+        raise ImageError(f"{shown}: no such image file.{_near(path, folders)}")
     if path.is_dir():
         raise ImageError(f"{path} is a folder; give the image file itself.")
     if path.stat().st_size == 0:
@@ -114,6 +114,24 @@ def find_image(source: str | Path, folder: Path | None = None) -> Path:
     except PermissionError as error:
         raise ImageError(f"{path}: no permission to read this file.") from error
     return path
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False
+
+
+def _near(path: Path, folders: tuple[Path | None, ...]) -> str:
+    """Where the picture seems to be, if a folder was left out or named twice."""
+    for folder in folders:
+        if folder is not None:
+            beside = [folder / path.name, *(folder / name / path.name for name in ("images", "image", "data", "imgs"))]
+            found = next((place for place in beside if _is_there(place)), None)
+            if found is not None:
+                return f" There is {found}: say where pictures are by --image-folder, or write that path."
+    return ""
 
 
 def _what_it_is(content: Any) -> str:

@@ -1,20 +1,52 @@
-"""Reading training data from wherever they are: files, folders, saved datasets, the hub."""
+"""Reading data from wherever they are: files, folders of shards, folders of images, saved datasets, the hub."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import bisect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from keepsight.data.conversations import DataError
+from keepsight.data.files import SUFFIXES, Table, import_datasets, kind_of, of_dataset, read_table, short, some
+from keepsight.data.layout import data_files
 from keepsight.errors import KeepsightError
-from keepsight.installed import MissingExtraError
 
-_TEXT_FILES = (".jsonl", ".json", ".csv")
-_FILES = (*_TEXT_FILES, ".parquet")
+
+@dataclass(frozen=True)
+class Reading:
+    """A dataset, and how it is to be read where it does not say so itself.
+
+    Attributes:
+        source: see `load_dataset_any`.
+        columns: our name of a column -> the dataset's.
+        ignore: columns, and keys of messages, that are not to be used.
+        image_folder: what relative image paths are relative to; default: the data file's folder.
+    """
+
+    source: Any
+    columns: Mapping[str, str] = field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
+    image_folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a source that come from one file.
+
+    Attributes:
+        name: the file's; empty where there is one only.
+        start: the first of the rows.
+        lines: see `files.Table`.
+        folders: what relative image paths may be relative to, in this order.
+    """
+
+    name: str = ""
+    start: int = 0
+    lines: Sequence[int] | None = None
+    folders: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -23,168 +55,171 @@ class Source:
 
     Attributes:
         name: what the user called it.
-        rows: a sequence of dicts: a list, or a `datasets.Dataset`.
+        rows: a sequence of dicts: a list, or a `datasets.Dataset` with its images undecoded.
         columns: their names.
-        folder: what relative image paths are relative to.
-        first_line: for text files, the line number of row 0, so that messages can name lines.
+        parts: the files they come from, in order.
+        reading: how they are to be read.
+        notes: what reading had to decide.
     """
 
     name: str
     rows: Any
     columns: tuple[str, ...]
-    folder: Path | None = None
-    first_line: int | None = None
+    parts: tuple[Part, ...] = (Part(),)
+    reading: Reading = field(default_factory=lambda: Reading(None))
+    notes: tuple[str, ...] = ()
 
     def where(self, row: int) -> str:
-        """How to find a row: "line 3" of a text file, else "row 2" (counted from 0)."""
-        return f"row {row}" if self.first_line is None else f"line {row + self.first_line}"
+        """How to find a row: "line 3" of a text file, else "row 2" (from 0). Of several files, with the file."""
+        part = self._part(row)
+        inside = row - part.start
+        place = f"row {inside}" if part.lines is None else f"line {part.lines[inside]}"
+        return f"{part.name}, {place}" if part.name else place
+
+    def folders(self, row: int) -> tuple[Path, ...]:
+        """What the row's relative image paths may be relative to."""
+        given = self.reading.image_folder
+        return self._part(row).folders if given is None else (given,)
+
+    def _part(self, row: int) -> Part:
+        return self.parts[bisect.bisect_right(self.parts, row, key=lambda part: part.start) - 1]
 
 
 def load_dataset_any(source: Any, split: str = "train") -> Source:
     """Read a dataset from wherever it is.
 
     Args:
-        source: a .jsonl, .json, .csv or .parquet file; a folder written by `Dataset.save_to_disk`; a folder of images
-            with metadata.jsonl (or .csv, .parquet); a folder with one data file; a dataset id on the Hugging Face hub;
-            or a `datasets.Dataset`.
+        source: a data file (`files.SUFFIXES`; text files also packed by gzip, bzip2 or xz); a folder written by
+            `Dataset.save_to_disk`; a folder of images with a metadata file; a folder as the hub lays it out, with
+            shards and splits; a dataset id on the hub; a `datasets.Dataset`; or a `Reading` of any of these.
         split: which split, where there are several.
 
     Raises:
         FileNotFoundError: if there is nothing under that name.
         DataError: if it cannot be read.
     """
+    reading = source if isinstance(source, Reading) else Reading(source)
+    source = reading.source
     if hasattr(source, "column_names"):
-        return _from_datasets("the dataset", source, split)
+        return _of_dataset("the dataset", source, split, reading)
     path = Path(source).expanduser()
     if path.is_file():
-        return _read_file(path, path.parent, str(source))
+        return _of_files(str(source), [path], (path.parent,), reading)
     if path.is_dir():
-        return _read_folder(path, split, str(source))
-    if path.suffix in _FILES or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        return _of_folder(str(source), path, split, reading)
+    if kind_of(path) or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise FileNotFoundError(f"{source}: no such file or folder.")
-    return _read_hub(str(source), split)
+    return _of_hub(str(source), split, reading)
 
 
-def _read_folder(folder: Path, split: str, name: str) -> Source:
+def _of_folder(name: str, folder: Path, split: str, reading: Reading) -> Source:
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         datasets = import_datasets()
         try:
-            return _from_datasets(name, datasets.load_from_disk(str(folder)), split, folder)
+            return _of_dataset(name, datasets.load_from_disk(str(folder)), split, reading, folder)
         except KeepsightError:
             raise
         except IndexError as error:  # `datasets` writes no file where there are no rows, and then misses it
             raise DataError(f"{name} is empty: it holds no samples.") from error
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{name}: a dataset folder that cannot be read ({_short(error)}).") from error
-    found = [path for suffix in _FILES for path in [folder / f"metadata{suffix}"] if path.is_file()]
-    found = found or sorted(path for path in folder.iterdir() if path.suffix in _FILES and path.is_file())
-    if not found and (folder / split).is_dir():
-        return _read_folder(folder / split, split, f"{name}/{split}")
-    named = [path for path in found if path.stem == split]
-    if len(named or found) == 1:
-        return _read_file((named or found)[0], folder, str((named or found)[0]))
-    if found:
-        raise DataError(
-            f"{name} holds {len(found)} data files ({_some(path.name for path in found)}); name one of them."
-        )
-    raise DataError(
-        f"{name} holds no dataset: neither what Dataset.save_to_disk writes, nor metadata.jsonl beside images, nor a "
-        f"{', '.join(_FILES)} file."
-    )
+            raise DataError(f"{name}: a dataset folder that cannot be read ({short(error)}).") from error
+    files = data_files(folder, split, name)
+    return _of_files(name if len(files) > 1 else str(files[0]), files, (folder,), reading)
 
 
-def _read_file(path: Path, folder: Path, name: str) -> Source:
-    if path.suffix not in _FILES:
-        raise DataError(f"{name}: a data file is one of {', '.join(_FILES)}.")
-    if path.stat().st_size == 0:
-        raise DataError(f"{name} is empty: it holds no samples.")
-    try:
-        if path.suffix == ".parquet":
-            dataset = import_datasets().Dataset.from_parquet(str(path))
-            return Source(name, dataset, tuple(dataset.column_names), folder)
-        if path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
-                rows = list(reader)
-            return Source(name, rows, tuple(reader.fieldnames or ()), folder, 2)
-        return _read_json(path, folder, name)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    except KeepsightError:
-        raise
-    except (OSError, ValueError) as error:
-        raise DataError(f"{name} cannot be read ({_short(error)}).") from error
-    except Exception as error:  # pyarrow and datasets raise classes of their own for broken files
-        if type(error).__module__.partition(".")[0] not in ("pyarrow", "datasets"):
-            raise
-        raise DataError(f"{name} cannot be read ({_short(error)}). Is the file whole?") from error
+def _of_files(name: str, files: list[Path], folders: tuple[Path, ...], reading: Reading) -> Source:
+    """Shards, one after the other. Images are looked for beside each, then in the folder that was named."""
+    tables: list[Table] = []
+    parts: list[Part] = []
+    start = 0
+    for path in files:
+        table = read_table(path, str(path) if len(files) > 1 else name)
+        tables.append(table)
+        shard = path.relative_to(folders[0]).as_posix() if len(files) > 1 else ""
+        parts.append(Part(shard, start, table.lines, tuple(dict.fromkeys((path.parent, *folders)))))
+        start += len(table.rows)
+    columns = tuple(dict.fromkeys(column for table in tables for column in table.columns))
+    notes = tuple(dict.fromkeys(note for table in tables for note in table.notes))
+    if len(files) > 1:
+        notes = (f"{len(files)} files: {some(part.name for part in parts)}", *notes)
+    return Source(name, _together([table.rows for table in tables]), columns, tuple(parts), reading, notes)
 
 
-def _read_json(path: Path, folder: Path, name: str) -> Source:
-    text = path.read_text(encoding="utf-8-sig")
-    first_line: int | None = 1
-    if path.suffix == ".json" or text.lstrip().startswith("["):
-        try:
-            rows, first_line = json.loads(text), None
-        except json.JSONDecodeError as error:
-            raise DataError(f"{name}, line {error.lineno}: not valid JSON ({error.msg}).") from error
-        if not isinstance(rows, list):
-            raise DataError(f"{name} holds one JSON {type(rows).__name__}; expected a list of samples.")
-    else:
-        rows = []
-        lines = text.rstrip().split("\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                what = "an empty line" if not line.strip() else f"not valid JSON ({error.msg} at column {error.colno})"
-                cut = " The file seems to be cut off here." if number == len(lines) and number > 1 else ""
-                raise DataError(f"{name}, line {number}: {what}; expected one JSON object per line.{cut}") from error
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            where = f"row {number}" if first_line is None else f"line {number + 1}"
-            raise DataError(f"{name}, {where}: expected an object with columns, found {type(row).__name__}.")
-    columns = tuple(dict.fromkeys(key for row in rows for key in row))
-    return Source(name, rows, columns, folder, first_line)
+def _together(rows: list[Any]) -> Any:
+    if len(rows) == 1:
+        return rows[0]
+    if all(isinstance(one, list) for one in rows):
+        return [row for one in rows for row in one]
+    if not any(isinstance(one, list) for one in rows):
+        datasets = import_datasets()
+        if all(one.features == rows[0].features for one in rows):
+            return datasets.concatenate_datasets(rows)
+    return _Chain(rows)
 
 
-def _read_hub(name: str, split: str) -> Source:
+class _Chain(Sequence):
+    """Rows of several tables, one table after the other."""
+
+    def __init__(self, tables: list[Any]):
+        self.tables, self.ends, end = tables, [], 0
+        for table in tables:
+            end += len(table)
+            self.ends.append(end)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, row: Any) -> Any:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        table = bisect.bisect_right(self.ends, row)
+        return self.tables[table][row - (self.ends[table - 1] if table else 0)]
+
+
+def _of_hub(name: str, split: str, reading: Reading) -> Source:
     datasets = import_datasets()
     try:
-        return _from_datasets(name, datasets.load_dataset(name, split=split), split)
+        return _of_dataset(name, datasets.load_dataset(name, split=split), split, reading)
     except KeepsightError:
         raise
     except Exception as error:
         raise DataError(
             f"{name}: no such file or folder here, and it cannot be loaded from the Hugging Face hub "
-            f"(split {split!r}; {_short(error)})."
+            f"(split {split!r}; {short(error)}). Files end in {', '.join(SUFFIXES)}."
         ) from error
 
 
-def _from_datasets(name: str, dataset: Any, split: str, folder: Path | None = None) -> Source:
+def _of_dataset(name: str, dataset: Any, split: str, reading: Reading, folder: Path | None = None) -> Source:
     if isinstance(dataset, dict):
         if split not in dataset:
             raise DataError(f"{name} has no split {split!r}. It has: {', '.join(dataset)}.")
         dataset = dataset[split]
     if not hasattr(dataset, "__len__"):
         raise DataError(f"{name} is a streamed dataset; checks and resuming need one of known length.")
-    return Source(name, dataset, tuple(dataset.column_names), folder)
+    table = of_dataset(dataset)
+    return Source(name, table.rows, table.columns, (Part(folders=() if folder is None else (folder,)),), reading)
 
 
-def import_datasets() -> Any:
-    """The `datasets` library, or one line about the extra that brings it."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingExtraError("Training needs the `datasets` library.", "train") from error
-    return datasets
+COLUMNS_HELP = "Your name of a column: question=query, image=photo, ...; repeat for several (see docs/data.md)."
+IGNORE_HELP = "A column, or a key of messages, that is not to be used; repeat for several."
+IMAGE_FOLDER_HELP = "What relative image paths are relative to. Default: the data file's folder."
 
 
-def _some(names: Any, limit: int = 4) -> str:
-    found: Sequence[str] = list(names)
-    return ", ".join(found[:limit]) + (", ..." if len(found) > limit else "")
+def reading_of(
+    source: str, columns: Sequence[str] = (), ignore: Sequence[str] = (), image_folder: Path | None = None
+) -> Reading:
+    """What the command line says of a dataset: `question=query` for a column (several with commas), names to ignore.
 
-
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}{'...' * (len(text) > 160)}"
+    Raises:
+        DataError: for what says nothing.
+    """
+    found = {}
+    for pair in (pair for one in columns for pair in re.split(r",\s*", one) if pair.strip()):
+        ours, equals, theirs = (word.strip() for word in pair.partition("="))
+        if not (ours and equals and theirs):
+            raise DataError(f"--columns {pair}: expected OURS=THEIRS, such as question=query.")
+        found[ours] = theirs
+    if image_folder is not None and not image_folder.expanduser().is_dir():
+        raise DataError(f"--image-folder {image_folder}: no such folder.")
+    names = tuple(name for one in ignore for name in re.split(r",\s*", one) if name)
+    return Reading(source, found, names, None if image_folder is None else image_folder.expanduser())

@@ -1,99 +1,222 @@
-"""From rows, whatever their columns, to samples of one form, and back from the trainer's dataset to images.
+"""From rows of any format to samples of one form, and back from the trainer's dataset to images.
 
-A sample of supervised training is {"messages", "images"}, its last message the assistant's. A sample of reinforcement
-learning has the messages up to the question only, and every other column beside them, "answer" among them.
+A sample of supervised training is {"messages", "images"} and, where the row has them, "tools"; its last message is the
+assistant's. A sample of reinforcement learning has the messages up to the question only, and every other column beside
+them, "answer" among them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from keepsight.data.conversations import DataError, normalise_messages
+from keepsight.data.conversations import DataError, as_json, read_chat
+from keepsight.data.files import import_datasets
+from keepsight.data.formats import (
+    ANSWER,
+    CAPTION,
+    CHAT,
+    IMAGES,
+    QUESTION,
+    SOLUTION,
+    Turns,
+    as_list,
+    filled,
+    first,
+    recognise,
+    said,
+    unknown,
+)
 from keepsight.data.images import ImageError, find_image, is_base64, open_image
-from keepsight.data.reading import Source, import_datasets
+from keepsight.data.reading import Source
 
 Kind = Literal["chat", "prompt"]
 """What a sample is for: "chat" to learn its answers by heart, "prompt" to be answered and rewarded."""
 
-_IMAGES = ("images", "image", "file_names", "file_name")
-_ANSWERS = ("answer", "solution", "completion")
-_CHAT_COLUMNS = ("messages", "prompt", "answer", "completion", *_IMAGES)
-_EXPECTED = (
-    """Expected columns: "messages" (a chat) and "images" (a list of files), or "prompt", "answer" and "image"."""
-)
+_ROLES = {  # what `--columns` maps -> the columns that it takes the place of
+    "messages": CHAT,
+    "question": QUESTION,
+    "prompt": QUESTION,
+    "answer": (*ANSWER, SOLUTION),
+    "text": CAPTION,
+    "images": IMAGES,
+    "image": IMAGES,
+    "system": ("system",),
+    "tools": ("tools",),
+    "reply": ("reply",),
+    "dataset": ("dataset",),
+}
+_MEANT = {  # columns whose loss would change what a sample says
+    "videos": "videos; training reads pictures only: give frames as images",
+    "video": "a video; training reads pictures only: give frames as images",
+    "audios": "sound; training reads pictures only",
+    "audio": "sound; training reads pictures only",
+    "functions": 'functions; the form that chat templates know is "tools"',
+    "weight": "a weight; samples count alike: repeat rows, or leave some out",
+    "choices": "the choices of the question, which nobody would see: write them into the question",
+    "options": "the options of the question, which nobody would see: write them into the question",
+}
 
 
-def sample_reader(source: Source, kind: Kind = "chat") -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """How to turn a raw row into a sample, judged by the columns.
+@dataclass(frozen=True)
+class Read:
+    """A row as a sample.
+
+    Attributes:
+        sample: see above; images as found.
+        format: the name of the row's format.
+        notes: what was decided, each in a few words.
+        ignored: columns and keys that hold something and are not used.
+    """
+
+    sample: dict[str, Any]
+    format: str
+    notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = field(default=())
+
+
+def sample_reader(source: Source, kind: Kind = "chat", extra: tuple[str, ...] = ()) -> Callable[[dict[str, Any]], Read]:
+    """How to turn a raw row into a sample.
+
+    Args:
+        source: what `load_dataset_any` returned.
+        kind: what samples are for.
+        extra: further columns that are used: they stand in "chat" samples, too.
 
     Raises:
-        DataError: if the columns have no reading; the returned function raises it for single rows.
+        DataError: if `--columns` names what is not there; the returned function raises it for single rows.
     """
-    columns = set(source.columns)
-    images = next((name for name in _IMAGES if name in columns), None)
-    answer = next((name for name in _ANSWERS if name in columns), None)
-    if kind == "chat" and answer == "solution":
-        answer = None
-    if "messages" in columns:
-        missing = [] if images else ["images"]
-    elif kind == "prompt" and "prompt" in columns:
-        missing = [] if images else ["image"]
-    elif columns & {"prompt", "answer", "completion"}:
-        missing = [name for name, there in (("prompt", "prompt" in columns), ("answer", answer)) if not there]
-        missing += [] if images else ["image"]
-    else:
-        missing = ["messages"] + ([] if images else ["images"])
-    if missing:
-        quoted = " and ".join(f'"{name}"' for name in missing)
-        raise DataError(
-            f"{source.name} lacks the column{'s' * (len(missing) > 1)} {quoted}. "
-            f"It has: {', '.join(source.columns) or 'none'}. {_EXPECTED}"
-        )
-    assert images is not None
+    _check_names(source)
+    answered = kind == "chat"
 
-    def chat(raw: dict[str, Any]) -> dict[str, Any]:
-        files = as_list(raw.get(images))
-        if "messages" in columns:
-            messages = _parsed(raw.get("messages"))
-        else:
-            prompt, reply = raw.get("prompt"), raw.get(answer or "")
-            if isinstance(prompt, list) and isinstance(reply, list):
-                messages = prompt + reply  # TRL's conversational prompt-completion form
-            else:
-                for name, text in (("prompt", prompt), (answer, reply)):
-                    if not isinstance(text, str) or not text.strip():
-                        raise DataError(f"{name}: {'empty' if not text else f'expected text, found {text!r:.60}'}")
-                messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-        return {"messages": normalise_messages(messages, len(files)), "images": files}
+    def read(raw: dict[str, Any]) -> Read:
+        row, left = _under_our_names(raw, source)
+        found = recognise(row, answered)
+        if found is None:
+            raise unknown(source.name, source.columns, raw, answered)
+        form, turns = found
+        pictures, used = _pictures(row)
+        used |= set(turns.used)
+        messages, right, notes = _with_answer(turns, used, answered)
+        messages, tools = _with_system(messages, row, used), None
+        chat = read_chat(messages, pictures, answered, source.reading.ignore)
+        if filled(row.get("tools")) and answered:
+            tools = as_json(row["tools"], "tools")
+            used.add("tools")
+        rest = {name: value for name, value in row.items() if name not in used and filled(value)}
+        _refuse_what_is_meant(rest, answered)
+        kept = {name: value for name, value in rest.items() if not answered or name in extra}
+        kept = {name: value for name, value in kept.items() if is_plain(value)}
+        left |= {name for name in rest if name not in kept} | chat.ignored
+        sample: dict[str, Any] = {**kept, "messages": chat.messages, "images": chat.images}
+        sample |= {"tools": tools} if tools else {}
+        sample |= {} if answered else {"answer": right}
+        notes = (*notes, *((form.note,) if form.note else ()))
+        return Read(sample, form.name, notes, tuple(sorted(left)))
 
-    def prompt(raw: dict[str, Any]) -> dict[str, Any]:
-        files = as_list(raw.get(images))
-        asked = _parsed(raw.get("messages")) if "messages" in columns else raw.get("prompt")
-        if isinstance(asked, str) and asked.strip():
-            asked = [{"role": "user", "content": asked}]
-        right = raw.get(answer) if answer else None
-        if isinstance(asked, list) and asked and isinstance(asked[-1], dict) and asked[-1].get("role") == "assistant":
-            said, asked = asked[-1].get("content"), asked[:-1]
-            right = _text(said) if right is None else right
-        kept = {name: value for name, value in raw.items() if name not in ("messages", "prompt", answer, images)}
-        kept = {name: value for name, value in kept.items() if _is_plain(value)}
-        right = _text(right[-1].get("content")) if isinstance(right, list) and _is_chat(right) else right
-        messages = normalise_messages(asked, len(files), answered=False)
-        return {**kept, "messages": messages, "images": files, "answer": right}
-
-    return chat if kind == "chat" else prompt
+    return read
 
 
-def _parsed(messages: Any) -> Any:
-    if not isinstance(messages, str):
+def _check_names(source: Source) -> None:
+    for ours, theirs in source.reading.columns.items():
+        if ours not in _ROLES:
+            raise DataError(f"--columns {ours}={theirs}: {ours} is no column of ours. Known are {', '.join(_ROLES)}.")
+        for name in theirs.split("+"):
+            if name not in source.columns:
+                raise DataError(
+                    f"--columns {ours}={theirs}: {source.name} has no column {name!r}. It has: "
+                    f"{', '.join(source.columns) or 'none'}."
+                )
+
+
+def _under_our_names(raw: dict[str, Any], source: Source) -> tuple[dict[str, Any], set[str]]:
+    """(the row with what `--columns` says, without what `--ignore` says; names that are ignored and hold something)."""
+    reading = source.reading
+    mapped, taken, replaced = {}, set[str](), set[str]()
+    for ours, theirs in reading.columns.items():
+        names = theirs.split("+")
+        cells = [raw.get(name) for name in names]
+        mapped[ours] = cells[0] if len(cells) == 1 else [one for cell in cells for one in as_list(cell)]
+        taken |= set(names)
+        replaced |= set(_ROLES[ours])
+    rest = {name: value for name, value in raw.items() if name not in taken}
+    out = {name for name in rest if name in replaced or name in reading.ignore}
+    return {**{k: v for k, v in rest.items() if k not in out}, **mapped}, {name for name in out if filled(rest[name])}
+
+
+def _pictures(row: dict[str, Any]) -> tuple[list[Any], set[str]]:
+    """(the row's images beside its messages, the columns they stand in)."""
+    name = first(row, IMAGES)
+    if name is None:
+        return [], set()
+    others = [other for other in IMAGES if other != name and filled(row.get(other))]
+    found = as_list(row[name])
+    for other in others:
+        if as_list(row[other]) != found:
+            raise DataError(
+                f"images: two columns hold some, {name} and {other}; which are meant?",
+                f"Say so: --columns image={name}, --columns images={name}+{other} for all of them, or --ignore "
+                f"{other}.",
+            )
+    return found, {name, *others}
+
+
+def _with_answer(turns: Turns, used: set[str], answered: bool) -> tuple[Any, Any, tuple[str, ...]]:
+    """(messages, the reference answer, notes): with the answer at their end, or up to the question."""
+    messages, right, notes = turns.messages, turns.answer, ()
+    asked = isinstance(messages, (list, tuple)) and messages and isinstance(messages[-1], dict)
+    last = (messages[-1].get("role") or messages[-1].get("from")) if asked else None
+    replies = last in ("assistant", "gpt", "chatgpt", "model", "bot")
+    if answered:
+        if asked and not replies and turns.answer_column is not None:
+            used.add(turns.answer_column)
+            text, note = said(right)
+            if not text.strip():
+                raise DataError(f"{turns.answer_column}: empty")
+            messages, notes = [*messages, {"role": "assistant", "content": text}], (note,) if note else ()
+        return messages, None, notes
+    if turns.answer_column is not None:
+        used.add(turns.answer_column)
+    if replies:
+        words, messages = messages[-1].get("content", messages[-1].get("value")), messages[:-1]
+        right = _text(words) if right is None or _is_chat(right) else right
+    return messages, right, notes
+
+
+def _with_system(messages: Any, row: dict[str, Any], used: set[str]) -> Any:
+    system = row.get("system")
+    if not filled(system) or not isinstance(messages, (list, tuple)):
         return messages
-    try:  # some datasets store the chat as JSON
-        return json.loads(messages)
-    except json.JSONDecodeError as error:
-        raise DataError(f"messages: expected a list, found text that is not JSON ({error.msg})") from error
+    if not isinstance(system, str):
+        raise DataError(f"system: expected text, found {system!r:.60}")
+    begins = messages[0] if messages and isinstance(messages[0], dict) else {}
+    if "system" in (begins.get("role"), begins.get("from")):
+        raise DataError("system: a column and a message; which is meant?", "To leave the column out: --ignore system.")
+    used.add("system")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _refuse_what_is_meant(rest: dict[str, Any], answered: bool) -> None:
+    """Raise for columns that hold a part of the sample that would be lost."""
+    for name, value in rest.items():
+        what = _MEANT.get(name)
+        if name == "tools" and not answered:
+            what = "tools; prompts of reinforcement learning are written without"
+        if what is None and _is_picture(value):
+            what = "a second picture, which nobody would see; --columns images=FIRST+SECOND gives several"
+        if what is not None:
+            raise DataError(f"{name}: {what}", f"To do without {name}: --ignore {name}.")
+
+
+def _is_picture(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(_is_picture(one) for one in value)
+    if isinstance(value, dict):
+        return isinstance(value.get("bytes"), bytes)
+    return isinstance(value, bytes) or hasattr(value, "getexif") or is_base64(value)
 
 
 def _text(content: Any) -> Any:
@@ -102,11 +225,11 @@ def _text(content: Any) -> Any:
     return "".join(part.get("text", "") for part in content if isinstance(part, dict))
 
 
-def _is_chat(value: list[Any]) -> bool:
-    return bool(value) and all(isinstance(one, dict) and "content" in one for one in value)
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "content" in one for one in value)
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether a column's value goes through JSON: images and bytes do not."""
     try:
         json.dumps(value)
@@ -115,44 +238,21 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
-def undecoded(rows: Any, kind: Kind = "chat") -> Any:
-    """Rows with images as files or bytes, never decoded by `datasets`, which would hide which one is broken."""
-    if isinstance(rows, list):
-        return rows
-    datasets = import_datasets()
-    if kind == "chat":
-        rows = rows.select_columns([name for name in rows.column_names if name in _CHAT_COLUMNS])
-    for name, feature in rows.features.items():
-        plain = datasets.Image(decode=False)
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, plain)
-        elif isinstance(feature, list) and isinstance(feature[0], datasets.Image):
-            rows = rows.cast_column(name, [plain])
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            rows = rows.cast_column(name, type(feature)(plain))
-    return rows
-
-
-def check_images(sample: dict[str, Any], folder: Path | None, decode: bool) -> None:
-    """Resolve relative paths in place, and open what is to be opened."""
+def check_images(sample: dict[str, Any], folders: tuple[Path, ...], decode: bool) -> list[Any] | None:
+    """Resolve relative paths in place; the images opened, where they are to be."""
+    opened = []
     for index, item in enumerate(sample["images"]):
         try:
             if isinstance(item, dict) and not item.get("bytes") and item.get("path"):
                 item = item["path"]
             if isinstance(item, (str, Path)) and not is_base64(item):
-                item = str(find_image(item, folder).resolve())
+                item = str(find_image(item, *folders).resolve())
             if decode:
-                open_image(item)
+                opened.append(open_image(item))
             sample["images"][index] = item
         except ImageError as error:
             raise DataError(f"images[{index}]: {error}") from error
-
-
-def as_list(cell: Any) -> list[Any]:
-    """A cell's images: none, one, or several."""
-    if cell is None or cell == "":
-        return []
-    return list(cell) if isinstance(cell, (list, tuple)) else [cell]
+    return opened if decode else None
 
 
 def as_row(sample: dict[str, Any], row: int) -> dict[str, Any]:
@@ -188,12 +288,25 @@ def read_sample(row: dict[str, Any], source: Source) -> dict[str, Any]:
     Raises:
         ImageError: if a file has vanished or changed since it was checked.
     """
+    stored: dict[int, list[Any]] = {}
     images = []
     for cell in row["images"]:
         item = cell["path"]
         if item is None:
-            raw = undecoded(source.rows)[cell["row"]]
-            name = next(name for name in _IMAGES if name in raw)
-            item = as_list(raw[name])[cell["index"]]
+            place = cell["row"]
+            if place not in stored:
+                stored[place] = images_in(source.rows[place], source)
+            item = stored[place][cell["index"]]
         images.append(open_image(item))
     return {**json.loads(row.get("columns") or "{}"), "messages": json.loads(row["messages"]), "images": images}
+
+
+def images_in(raw: dict[str, Any], source: Source) -> list[Any]:
+    """The images of a raw row that is known to be good, in the order of their parts."""
+    row, _ = _under_our_names(raw, source)
+    found = recognise(row, answered=False)
+    assert found is not None, "the row was read before"
+    messages = found[1].messages
+    pictures, _ = _pictures(row)
+    first_answer = {"role": "assistant", "content": "-"}
+    return read_chat([*messages, first_answer], pictures, True, source.reading.ignore).images

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from keepsight.errors import KeepsightError
+from keepsight.errors import KeepsightWarning
 
 #: Asks for a look at the image at every step of a long answer (the paper's "blind painter").
 LONG_PROMPT = (
@@ -33,6 +33,7 @@ class Sample:
         answer: the reference, if there is one.
         reply: how the reply begins; the answer follows it. It makes an answer stand at any length of output.
         dataset: the name of the data it comes from; invocations are told apart by it.
+        before: the words that stand before each image, where not all images come first.
     """
 
     prompt: str
@@ -41,11 +42,23 @@ class Sample:
     answer: str | None = None
     reply: str = ""
     dataset: str = ""
+    before: tuple[str, ...] = ()
 
     @property
     def sees(self) -> bool:
         """Whether there is anything to look at."""
         return bool(self.images or self.videos)
+
+    @property
+    def content(self) -> list[dict[str, str]]:
+        """The user's message in parts, as chat templates take it."""
+        parts = []
+        for index in range(max(len(self.images), len(self.before))):
+            if index < len(self.before) and self.before[index]:
+                parts.append({"type": "text", "text": self.before[index]})
+            if index < len(self.images):
+                parts.append({"type": "image"})
+        return [*parts, *({"type": "video"} for _ in self.videos), {"type": "text", "text": self.prompt}]
 
 
 @dataclass
@@ -75,7 +88,8 @@ class Case:
         """First token of each answer if the image were `other`'s; None if that is not known."""
         if self.asked is not None and other.facts is not None:
             return other.facts[self.asked].tolist()
-        same = (self.sample.prompt, self.sample.reply) == (other.sample.prompt, other.sample.reply)
+        mine, theirs = self.sample, other.sample
+        same = (mine.before, mine.prompt, mine.reply) == (theirs.before, theirs.prompt, theirs.reply)
         if same and len(self.scored) == len(other.scored) == 1:
             return [int(other.text[other.scored[0][0]])]
         return None
@@ -86,51 +100,83 @@ def without_images(sample: Sample) -> Sample:
     return replace(sample, images=(), videos=())
 
 
-def read_dataset(path: str | Path) -> list[Sample]:
-    """Samples of a JSONL file: per line "prompt", "image" or "images", and, if known, "answer" and "reply".
+def read_dataset(source: Any, split: str = "train") -> list[Sample]:
+    """Samples of whatever `keepsight.data.check.load_dataset_any` reads: one question each, with pictures.
 
-    Image paths are relative to the file. A "dataset" in a line names the data it comes from; default: the file's name.
+    An "answer" (or the assistant's message) is the reference, "reply" how the reply begins, and "dataset" names the
+    data that a sample comes from; default: the file's name.
 
     Raises:
-        KeepsightError: naming the line that cannot be used.
+        KeepsightError: naming file and line of what cannot be used.
     """
-    from keepsight.data.images import open_image
+    from keepsight.data.check import check_dataset, load_dataset_any, read_sample
+    from keepsight.data.formats import said
 
-    path = Path(path)
-    samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise KeepsightError(f"{path}, line {number}: not JSON ({error.msg}).") from error
-        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-            raise KeepsightError(
-                f"{path}, line {number}: expected an object such as "
-                '{"image": "a.png", "prompt": "What is it?", "answer": "a cat"}.'
-            )
-        unknown = set(entry) - {"prompt", "image", "images", "answer", "reply", "dataset", "id"}
-        if unknown:
-            raise KeepsightError(
-                f"{path}, line {number}: unknown fields {sorted(unknown)}; known are prompt, image, images, answer, "
-                "reply, dataset and id."
-            )
-        images = entry.get("images", entry.get("image", []))
-        images = images if isinstance(images, list) else [images]
-        answer = entry.get("answer")
+    data = load_dataset_any(source, split)
+    # pictures are opened below, one by one
+    checked = check_dataset(data, kind="prompt", text_only="keep", decode=False, rehearse=_one_question).good()
+    own = Path(data.name).stem
+    samples, unused = [], dict[str, None]()
+    for kept in checked.kept:
+        sample = read_sample(kept, data)
+        unused |= dict.fromkeys(name for name in sample if name not in _USED)
+        before, words = _laid_out(sample["messages"][-1]["content"])
+        answer = sample["answer"]
         samples.append(
             Sample(
-                prompt=entry["prompt"],
-                images=tuple(open_image(image, path.parent) for image in images),
-                answer=None if answer is None else str(answer),
-                reply=str(entry.get("reply", "")),
-                dataset=str(entry.get("dataset", path.stem)),
+                prompt=words,
+                images=tuple(sample["images"]),
+                answer=None if answer is None else said(answer)[0],
+                reply=str(sample.get("reply") or ""),
+                dataset=str(sample.get("dataset") or own),
+                before=before,
             )
         )
-    if not samples:
-        raise KeepsightError(f"{path}: no samples in it.")
+    _, ignored = checked.told.get("ignored", (0, {}))
+    if unused or ignored:
+        names = ", ".join((*unused, *ignored))
+        warnings.warn(f"{data.name}: not used by the diagnosis: {names}.", KeepsightWarning, stacklevel=2)
     return samples
+
+
+_USED = ("messages", "images", "answer", "reply", "dataset", "id")
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """What `check_dataset` asks of a rehearsal, with nothing to tell."""
+
+    length: None = None
+    told: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+
+def _one_question(sample: dict[str, Any], images: list[Any] | None) -> _Nothing:
+    from keepsight.data.conversations import DataError
+    from keepsight.data.rehearsal import Rehearsal
+
+    roles = [message["role"] for message in sample["messages"]]
+    if roles != ["user"]:
+        raise DataError(
+            f"messages: {', '.join(roles)}; the diagnosis asks one question and reads one answer",
+            "Give it conversations of one question; a system message can be left out: --ignore system.",
+        )
+    if not _laid_out(sample["messages"][0]["content"])[1].strip():
+        raise DataError("messages[0]: no words behind the pictures; the diagnosis asks a question about them")
+    Rehearsal(None, answered=False)(sample, images)
+    return _Nothing()
+
+
+def _laid_out(content: list[dict[str, Any]]) -> tuple[tuple[str, ...], str]:
+    """(the words before each image, empty where none has any; the words behind the last)."""
+    pieces = [""]
+    for part in content:
+        if part["type"] == "image":
+            pieces.append("")
+        else:
+            pieces[-1] += part["text"]
+    *before, words = pieces
+    return (tuple(before) if any(before) else ()), words
 
 
 def stand_in_images(like: Sequence[Any], count: int = 4, seed: int = 0) -> list[list[Any]]:

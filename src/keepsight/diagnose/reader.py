@@ -57,11 +57,8 @@ class Reader:
         Raises:
             KeepsightError: if the processor cannot read the images (it says why).
         """
-        content: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
-        content += [{"type": "video"} for _ in sample.videos]
-        content.append({"type": "text", "text": sample.prompt})
         prompt = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": sample.content}], tokenize=False, add_generation_prompt=True
         )
         given: dict[str, Any] = {"text": [prompt], "add_special_tokens": False, "return_tensors": "pt"}
         if sample.images:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from keepsight.cli.console import UsageError, first_of_all, warn
 from keepsight.cli.options import is_default
+from keepsight.data.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP, Reading, reading_of
 from keepsight.errors import KeepsightError
 from keepsight.train.rewards import DEFAULT_REWARDS
 from keepsight.train.run.fields import DATA, MEMORY, REWARD, RUN, setting
@@ -20,12 +21,15 @@ class Job:
 
     dataset: str | None = setting(
         None,
-        "A .jsonl, .json, .csv or .parquet file, a dataset folder, or a hub id.",
+        "A .jsonl, .json, .csv, .tsv or .parquet file, a dataset folder, or a hub id.",
         DATA,
         "--data",
         "--dataset",
         "-d",
     )
+    columns: tuple[str, ...] = setting((), COLUMNS_HELP, DATA)
+    ignore: tuple[str, ...] = setting((), IGNORE_HELP, DATA)
+    image_folder: Path | None = setting(None, IMAGE_FOLDER_HELP, DATA)
     eval_dataset: str | None = setting(None, "Data for evaluation.", DATA)
     eval_split: str | None = setting(None, "Which split of --eval-dataset. Default: as --split.", DATA)
     split: str = setting("train", "Which split of the dataset, if it has several.", DATA)
@@ -62,7 +66,7 @@ class Job:
         if not self.dry_run:
             self.checked()  # before anything slow is imported
 
-    def checked(self) -> tuple[str, Path]:
+    def checked(self) -> tuple[Reading, Path]:
         """Data and folder; refuses what contradicts itself or is missing."""
         if self.resume and self.overwrite:
             raise KeepsightError("--resume goes on with a run and --overwrite starts anew; give one of them.")
@@ -70,12 +74,17 @@ class Job:
             asked = (("--data", self.dataset), ("--output-dir", self.output_dir))
             missing = " and ".join(name for name, value in asked if value is None)
             raise UsageError(f"Missing option {missing}; only --dry-run does without")
-        return self.dataset, self.output_dir
+        return self.reading(self.dataset), self.output_dir
+
+    def reading(self, dataset: str) -> Reading:
+        """A dataset with what was said of its columns."""
+        return reading_of(dataset, self.columns, self.ignore, self.image_folder)
 
     def named(self) -> dict[str, Any]:
         """What training functions take under the same name."""
-        names = ("split", "eval_dataset", "eval_split", "check", "resume", "overwrite")
-        return {name: getattr(self, name) for name in names}
+        names = ("split", "eval_split", "check", "resume", "overwrite")
+        held_out = None if self.eval_dataset is None else self.reading(self.eval_dataset)
+        return {"eval_dataset": held_out, **{name: getattr(self, name) for name in names}}
 
     def warn_of_idle(self, settings: Any) -> None:
         """Warn of options that have no effect as the others are."""

@@ -33,7 +33,7 @@ def show_dry_run(source: str, settings: Any, memory: Any, job: Job, policy: str 
     length, visual = job.tokens, None
     if length is None and job.dataset is not None:
         answers = not isinstance(settings, GrpoSettings)
-        length, visual = dry_run.measured(base, job.dataset, job.split, answers=answers)
+        length, visual = dry_run.measured(base, job.reading(job.dataset), job.split, answers=answers)
         say(f"the longest of the samples looked at: {length:,} tokens, {visual:,} of them visual")
     if length is None:
         length = settings.max_length or dry_run.DEFAULT_TOKENS
@@ -52,7 +52,7 @@ def show_vismem_dry_run(source: str, settings: Any, config: Any, job: Job) -> No
 
     length, visual = job.tokens or DEFAULT_TOKENS, None
     if job.tokens is None and job.dataset is not None:
-        length, visual = measured(source, job.dataset, job.split, answers=False)
+        length, visual = measured(source, job.reading(job.dataset), job.split, answers=False)
     found = dry_run_vismem(source, settings, config, length=length, visual=visual)
     out.print(print_dry_run(found), markup=False)
 

@@ -80,21 +80,18 @@ def measured(source: str | Path, dataset: Any, split: str = "train", answers: bo
     """
     from keepsight.data.check import load_dataset_any
     from keepsight.data.collate import ConversationCollator
-    from keepsight.data.images import open_image
-    from keepsight.data.samples import check_images, sample_reader, undecoded
+    from keepsight.data.samples import check_images, sample_reader
     from keepsight.train.run import preflight
 
     collator = ConversationCollator(preflight.load_processor(source))
     data = load_dataset_any(dataset, split)
-    kind: Any = "chat" if answers else "prompt"
-    read, rows = sample_reader(data, kind), undecoded(data.rows, kind)
+    read = sample_reader(data, "chat" if answers else "prompt")
     longest = (0, 0)
-    for index in range(0, len(rows), max(1, len(rows) // most)):
-        sample = read(rows[index])
-        check_images(sample, data.folder, False)
-        images = [open_image(image) for image in sample["images"]]
+    for index in range(0, len(data.rows), max(1, len(data.rows) // most)):
+        sample = read(data.rows[index]).sample
+        images = check_images(sample, data.folders(index), True) or []
         if answers:
-            batch = collator([{"messages": sample["messages"], "images": images}])
+            batch = collator([{**sample, "images": images}])
             visual = len(collator.visual_positions(batch["input_ids"][0]))
             longest = max(longest, (batch["input_ids"].shape[1], visual))
         else:

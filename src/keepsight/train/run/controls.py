@@ -129,8 +129,8 @@ def hold_out(data: CheckedData) -> tuple[CheckedData, CheckedData | None]:
     chosen = {int(index * every + every / 2) for index in range(size)}
     rest = [index for index in range(data.rows) if index not in chosen]
     return (
-        replace(data, dataset=data.dataset.select(rest), rows=len(rest)),
-        replace(data, dataset=data.dataset.select(sorted(chosen)), rows=len(chosen), skipped=(), text_only=0, cut=0),
+        replace(data.select(rest), skipped=data.skipped, lengths=data.lengths, cut=data.cut),
+        data.select(sorted(chosen)),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from keepsight.checkpoints.attention import check_attention
 from keepsight.data.check import CheckedData, check_dataset, load_dataset_any
 from keepsight.data.collate import ConversationCollator
+from keepsight.data.rehearsal import Rehearsal
 from keepsight.errors import KeepsightError
 from keepsight.installed import MissingExtraError
 from keepsight.shipped import resolve_base
@@ -123,23 +124,15 @@ def check_chats(
 ) -> CheckedData:
     """Read and check data for supervised training: columns, images, chat template, lengths."""
     source = load_dataset_any(dataset, split)
-
-    def measure(sample: dict[str, Any]) -> tuple[int, int]:
-        return collator.measure({"messages": sample["messages"], "images": _opened(sample, source.folder)})
-
-    def render(sample: dict[str, Any]) -> tuple[int, int]:
-        collator.segments(sample["messages"])  # raises where the chat template cannot write this conversation
-        return 0, 0
-
     return check_dataset(
         source,
         text_only=text_only,
-        decode=decode and max_length is None,  # measuring decodes
-        measure=render if max_length is None else measure,
+        decode=decode or max_length is not None,
+        rehearse=Rehearsal(collator, count=max_length is not None, ignore=source.reading.ignore),
         max_length=max_length,
         over_long=over_long,
         progress=on_check,
-    )
+    ).good()
 
 
 def check_prompts(
@@ -156,32 +149,23 @@ def check_prompts(
 ) -> CheckedData:
     """Read and check data for reinforcement learning: columns, images, answers, lengths of prompts."""
     source = load_dataset_any(dataset, split)
-
-    def measure(sample: dict[str, Any]) -> tuple[int, int]:
-        length, _ = collator.prompt_tokens(sample["messages"], _opened(sample, source.folder))
-        return length, length  # of a prompt nothing can be cut
-
     return check_dataset(
         source,
         kind="prompt",
         text_only=text_only,
-        decode=decode and max_length is None,
-        measure=None if max_length is None else measure,
+        decode=decode or max_length is not None,
+        rehearse=Rehearsal(collator, False, count=max_length is not None, ignore=source.reading.ignore),
         max_length=max_length,
         over_long=over_long,
         need_answer=need_answer,
         progress=on_check,
-    )
-
-
-def _opened(sample: dict[str, Any], folder: Path | None) -> list[Any]:
-    from keepsight.data.images import open_image
-
-    return [open_image(image, folder) for image in sample["images"]]
+    ).good()
 
 
 def say_data(data: CheckedData, what: str, loading: str, limit: int | None, say: Say) -> None:
-    """Tell what the check found."""
+    """Tell what the check found, what was decided, and what is not used."""
+    for subject, words in data.told_lines():
+        say(f"{subject}: {words}")
     for where, why in data.skipped[:5]:
         say(f"skipped {where}: {why}")
     if len(data.skipped) > 5:

@@ -10,13 +10,16 @@ from typing import Any, Literal, cast
 
 from peft import PeftConfig
 
+from keepsight.checkpoints.sources import check_sources
 from keepsight.data.check import CheckedData, check_dataset, load_dataset_any
+from keepsight.data.collate import ConversationCollator
+from keepsight.data.rehearsal import Rehearsal
 from keepsight.errors import KeepsightError
 from keepsight.train.rewards.rewards import Reward, load_rewards
 from keepsight.train.run import output
 from keepsight.train.run.controls import Control, hold_out
 from keepsight.train.run.engines import check_engine, current_engine
-from keepsight.train.run.preflight import Say, check_settings
+from keepsight.train.run.preflight import Say, check_settings, load_processor
 from keepsight.train.vismem.progress import OnLog
 from keepsight.train.vismem.settings import RlSettings
 from keepsight.vismem import VisMemConfig
@@ -72,26 +75,31 @@ class Questions:
     def checked(self, run: Run, controls: Sequence[Control]) -> tuple[CheckedData, CheckedData | None]:
         """(for training, held out); with controls and no evaluation data, a tenth of the questions is held out."""
         held_out = None
-        data = self._checked(self.dataset, self.split, run.rewards, self.on_check)
+        data = self._checked(run, self.dataset, self.split, self.on_check)
         if self.eval_dataset is not None:
-            held_out = self._checked(self.eval_dataset, self.eval_split or self.split, run.rewards, None)
+            held_out = self._checked(run, self.eval_dataset, self.eval_split or self.split, None)
         elif controls:
             data, held_out = hold_out(data)
+        for subject, words in data.told_lines():
+            run.say(f"{subject}: {words}")
         for where, why in data.skipped[:5]:
             run.say(f"skipped {where}: {why}")
         more = f", {held_out.rows:,} are held out" if held_out is not None else ""
         run.say(f"{data.rows:,} questions are good{more}; loading {run.source}")
         return data, held_out
 
-    def _checked(self, dataset: Any, split: str, rewards: list[Reward], progress: Any) -> CheckedData:
+    def _checked(self, run: Run, dataset: Any, split: str, progress: Any) -> CheckedData:
+        source = load_dataset_any(dataset, split)
+        collator = ConversationCollator(load_processor(check_sources(str(run.source))[0]))
         return check_dataset(
-            load_dataset_any(dataset, split),
+            source,
             kind="prompt",
             text_only=self.text_only,
             decode=self.check == "full",
-            need_answer=any(reward.name in ("answer", "match") for reward in rewards),
+            rehearse=Rehearsal(collator, False, ignore=source.reading.ignore),
+            need_answer=any(reward.name in ("answer", "match") for reward in run.rewards),
             progress=progress,
-        )
+        ).good()
 
 
 def rewards_of(given: Sequence[str | Reward | Callable[..., Any]]) -> list[Reward]:

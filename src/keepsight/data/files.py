@@ -1,0 +1,267 @@
+"""From one data file to its rows: text in any encoding that says which it is, JSON, lines of JSON, CSV, Parquet."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keepsight.data.conversations import DataError
+from keepsight.errors import KeepsightError
+from keepsight.installed import MissingExtraError
+
+_LINES, _TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")
+SUFFIXES = (*_LINES, ".json", *_TABLES, ".parquet")
+"""Of the data files that are read; the text files may be packed."""
+_PACKED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+_ELSEWHERE = {
+    ".zip": "an archive; unpack it and name the folder",
+    ".tar": "an archive; unpack it and name the folder",
+    ".tgz": "an archive; unpack it and name the folder",
+    ".zst": "packed by Zstandard; unpack it: zstd -d FILE",
+    ".xlsx": "a spreadsheet; save it as CSV",
+    ".xls": "a spreadsheet; save it as CSV",
+    ".arrow": "one shard of a saved dataset; name the folder that holds it",
+    ".pkl": "a pickle, which runs code when it is read; save it as Parquet or JSON lines",
+    ".txt": "plain text; if it holds JSON lines, call it .jsonl",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a file.
+
+    Attributes:
+        rows: a list of dicts, or a `datasets.Dataset`.
+        columns: their names, in order.
+        lines: the line on which each row begins; None where a file has no lines.
+        notes: what had to be decided to read it.
+    """
+
+    rows: Any
+    columns: tuple[str, ...]
+    lines: Sequence[int] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def kind_of(path: Path) -> str | None:
+    """The suffix that says how a file is read, without that of its packing; None for what is no data file."""
+    suffix = Path(path.stem).suffix if path.suffix.lower() in _PACKED else path.suffix
+    return suffix.lower() if suffix.lower() in SUFFIXES else None
+
+
+def read_table(path: Path, name: str) -> Table:
+    """The rows of one data file.
+
+    Raises:
+        DataError: naming the file and, where it has lines, the line that cannot be read.
+    """
+    kind = kind_of(path)
+    if kind is None:
+        what = _ELSEWHERE.get(path.suffix.lower())
+        raise DataError(f"{name}{f' is {what}' if what else ''}: a data file is one of {', '.join(SUFFIXES)}.")
+    if path.stat().st_size == 0:
+        raise DataError(f"{name} is empty: it holds no samples.")
+    try:
+        if kind == ".parquet":
+            return of_dataset(import_datasets().Dataset.from_parquet(str(path)))
+        text = _text(path, name)
+        if kind in _TABLES:
+            return _csv(text, name, "\t" if kind == ".tsv" else None)
+        return _json(text, name, kind == ".json")
+    except KeepsightError:
+        raise
+    except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
+        raise DataError(f"{name} cannot be read ({short(error)}).") from error
+    except Exception as error:  # pyarrow and datasets raise classes of their own for broken files
+        if type(error).__module__.partition(".")[0] not in ("pyarrow", "datasets"):
+            raise
+        raise DataError(f"{name} cannot be read ({short(error)}). Is the file whole?") from error
+
+
+def of_dataset(dataset: Any) -> Table:
+    """A `datasets.Dataset`, images undecoded: `datasets` would not tell which one is broken."""
+    for column, feature in dataset.features.items():
+        plain = _undecoded(feature)
+        if plain != feature:
+            dataset = dataset.cast_column(column, plain)
+    return Table(dataset, tuple(dataset.column_names))
+
+
+def _undecoded(feature: Any) -> Any:
+    datasets = import_datasets()
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return type(feature)({key: _undecoded(inner) for key, inner in feature.items()})
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    inner = getattr(feature, "feature", None)
+    if inner is None or _undecoded(inner) == inner:
+        return feature
+    return type(feature)(_undecoded(inner), length=feature.length)
+
+
+def import_datasets() -> Any:
+    """The `datasets` library, or one line about the extra that brings it."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("Training needs the `datasets` library.", "train") from error
+    return datasets
+
+
+def short(error: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}{'...' * (len(text) > 160)}"
+
+
+def _text(path: Path, name: str) -> str:
+    """A file's text: UTF-8, or UTF-16 with the mark that says so (Excel and PowerShell write it)."""
+    content = path.read_bytes()
+    unpack = _PACKED.get(path.suffix.lower())
+    content = content if unpack is None else unpack(content)
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{name}, line {line}: not UTF-8 text (byte 0x{content[error.start]:02x}). Save the file as UTF-8; if it "
+            f"is Latin-1: iconv -f latin1 -t utf-8 {path.name} > utf8-{path.name}"
+        ) from error
+
+
+def _json(text: str, name: str, whole: bool) -> Table:
+    """One JSON value, or one a line; what a file is called does not decide which."""
+    begins = text.lstrip()[:1]
+    if begins == "[" or (whole and not _is_lines(text)):
+        return _one_value(text, name)
+    rows, numbers = [], []
+    lines = text.split("\n")
+    last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            more = ""
+            if _is_object(line.rstrip().removesuffix(",")):
+                more = " A comma ends the line: JSON lines have none between objects."
+            elif number == 1 and line.strip() in ("{", "["):
+                more = " One object over several lines is .json; here each object is one line."
+            elif number == last and number > 1:
+                more = " The file seems to be cut off here."
+            raise DataError(
+                f"{name}, line {number}: not valid JSON ({error.msg} at column {error.colno}); expected one JSON "
+                f"object per line.{more}"
+            ) from error
+        numbers.append(number)
+    return _objects(rows, name, numbers)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def _is_lines(text: str) -> bool:
+    """Whether a .json file is in truth JSON lines: its first line is an object, and more follow."""
+    first, _, rest = text.strip().partition("\n")
+    return bool(rest.strip()) and _is_object(first)
+
+
+def _one_value(text: str, name: str) -> Table:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{name}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    notes: tuple[str, ...] = ()
+    if isinstance(found, dict):
+        lists = [
+            key for key, value in found.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
+        if {"images", "annotations"} <= set(lists):
+            raise DataError(
+                f"{name} looks like COCO annotations (images and annotations apart). Write one object per picture, "
+                'such as {"image": FILE, "question": ..., "answer": ...}.'
+            )
+        if len(lists) != 1:
+            raise DataError(
+                f"{name} holds one JSON object with the keys {some(found)}; expected a list of samples, or one object "
+                'per line. From pandas: df.to_json(FILE, orient="records", lines=True).'
+            )
+        others = [key for key in found if key != lists[0]]
+        notes = (f"read from {lists[0]!r}" + (f"; beside it and not used: {some(others)}" if others else ""),)
+        found = found[lists[0]]
+    if not isinstance(found, list):
+        raise DataError(f"{name} holds one JSON {type(found).__name__}; expected a list of samples.")
+    return _objects(found, name, None, notes)
+
+
+def _objects(rows: list[Any], name: str, lines: list[int] | None, notes: tuple[str, ...] = ()) -> Table:
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            where = f"row {number}" if lines is None else f"line {lines[number]}"
+            raise DataError(f"{name}, {where}: expected an object with columns, found {type(row).__name__}.")
+    return Table(rows, tuple(dict.fromkeys(key for row in rows for key in row)), lines, notes)
+
+
+def _csv(text: str, name: str, delimiter: str | None) -> Table:
+    """Rows under a header; separated by commas, or by what the header shows (semicolons, tabs)."""
+    header, notes = text.split("\n", 1)[0], []
+    if delimiter is None:
+        delimiter = max(",;\t", key=header.count) if header.count(",") == 0 else ","
+        if delimiter != ",":
+            notes.append("separated by " + {";": "semicolons", "\t": "tabs"}[delimiter])
+    rows, lines = [], []
+    with _any_cell_size():
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        columns = tuple(reader.fieldnames or ())
+        twice = [column for column in columns if columns.count(column) > 1]
+        if twice:
+            raise DataError(f"{name}: the column {twice[0]!r} is there twice. Rename one.")
+        begins = reader.line_num + 1
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    found = len(row.get(None, ())) + sum(value is not None for key, value in row.items() if key)
+                    raise DataError(
+                        f"{name}, line {begins}: {found} cells under {len(columns)} columns. A cell with a comma or a "
+                        'line break in it stands in quotes ("...").'
+                    )
+                rows.append(row)
+                lines.append(begins)
+                begins = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"{name}, line {begins}: no valid CSV ({error}).") from error
+    return Table(rows, columns, lines, tuple(notes))
+
+
+@contextmanager
+def _any_cell_size() -> Any:
+    """The csv module refuses cells over 128 KiB, which is less than a picture; its limit is the whole process's."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def some(names: Any, limit: int = 4) -> str:
+    """A few of the names."""
+    found = [str(name) for name in names]
+    return ", ".join(found[:limit]) + (", ..." if len(found) > limit else "")

@@ -1,0 +1,317 @@
+"""The formats people have: one recogniser and one converter each, in a table, tried from the top."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from keepsight.data.conversations import DataError, as_json
+
+Row = Mapping[str, Any]
+
+CHAT = ("messages", "conversations", "conversation")
+QUESTION = ("question", "prompt", "query", "problem")
+ANSWER = ("answer", "completion", "response", "answers", "multiple_choice_answer")
+SOLUTION = "solution"
+"""An answer to be rewarded; as words to learn it is asked for by name (`--columns answer=solution`)."""
+CAPTION = ("text", "caption")
+IMAGES = ("images", "image", "file_names", "file_name", "image_path", "image_paths")
+CAPTION_PROMPT = "Describe this image."
+"""What is asked of a picture that has a caption only."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A row's conversation, before its messages are read.
+
+    Attributes:
+        messages: of any form that `conversations.read_chat` takes.
+        used: the columns they are made of.
+        answer: the reference, where the row has one apart from the messages.
+        answer_column: where it stands.
+    """
+
+    messages: Any
+    used: tuple[str, ...]
+    answer: Any = None
+    answer_column: str | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way of writing a sample.
+
+    Attributes:
+        name: as the check calls it.
+        fits: whether a row is of this format, by the columns that hold something.
+        turns: the row's conversation.
+        note: what is decided for the user, if anything.
+    """
+
+    name: str
+    fits: Callable[[Row], bool]
+    turns: Callable[[Row], Turns]
+    note: str = ""
+
+
+def first(row: Row, names: tuple[str, ...]) -> str | None:
+    """The first of the columns that holds something; else the first that is there."""
+    return next((name for name in names if filled(row.get(name))), next((name for name in names if name in row), None))
+
+
+def filled(value: Any) -> bool:
+    """Whether a cell holds anything."""
+    return value is not None and not (isinstance(value, (str, list, tuple, dict)) and len(value) == 0)
+
+
+def _messages(row: Row) -> Any:
+    name = first(row, CHAT)
+    found = as_json(row.get(name or ""), name or "") if isinstance(row.get(name or ""), str) else row.get(name or "")
+    return found if isinstance(found, (list, tuple)) else []
+
+
+def _holds(row: Row, *keys: str) -> bool:
+    """Whether a message, or a part of one, has one of these keys with something in it."""
+    for message in _safely(row):
+        if not isinstance(message, dict):
+            continue
+        content = message.get("content")
+        parts = content if isinstance(content, (list, tuple)) else []
+        if any(isinstance(one, dict) and filled(one.get(key)) for one in (message, *parts) for key in keys):
+            return True
+    return False
+
+
+def _safely(row: Row) -> Any:
+    try:
+        return _messages(row)
+    except DataError:
+        return []
+
+
+def _chat(row: Row) -> Turns:
+    name = first(row, CHAT)
+    assert name is not None
+    messages, reply = as_json(row[name], name) if row[name] else row[name], first(row, (*ANSWER, SOLUTION))
+    return Turns(messages, (name,), row.get(reply or ""), reply)
+
+
+def _is_chat(row: Row) -> bool:
+    return first(row, CHAT) is not None
+
+
+def _listed(cell: Any) -> Any:
+    """The messages in a cell, also as JSON; None if it is text."""
+    if isinstance(cell, str) and cell.lstrip()[:2] in ("[{", "[ "):
+        try:
+            cell = as_json(cell, "prompt")
+        except DataError:
+            return None
+    return cell if isinstance(cell, list) and cell and all(isinstance(one, dict) for one in cell) else None
+
+
+def _trl(row: Row) -> Turns:
+    """TRL's conversational form: the prompt is messages, and so may be the completion."""
+    name = first(row, (*ANSWER, SOLUTION))
+    reply = row.get(name or "")
+    more = _listed(reply) or []
+    return Turns([*_listed(row["prompt"]), *more], ("prompt", *((name,) if more and name else ())), reply, name)
+
+
+def _asked(question: str, answers: tuple[str, ...] = ANSWER) -> Callable[[Row], Turns]:
+    def turns(row: Row) -> Turns:
+        name, used, asked, messages = first(row, answers), [question], row.get(question), []
+        if not isinstance(asked, str) or not asked.strip():
+            raise DataError(f"{question}: {'empty' if not filled(asked) else f'expected text, found {asked!r:.60}'}")
+        if question == "instruction" and filled(row.get("input")):
+            asked, used = f"{asked}\n{row['input']}", [*used, "input"]
+        if filled(row.get("history")):
+            used.append("history")
+            for pair in as_json(row["history"], "history"):
+                messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        return Turns([*messages, {"role": "user", "content": asked}], tuple(used), row.get(name or ""), name)
+
+    return turns
+
+
+def _question(row: Row) -> Turns:
+    return _asked(first(row, QUESTION) or "question", (*ANSWER, SOLUTION))(row)
+
+
+def _cauldron(row: Row) -> Turns:
+    messages = []
+    for turn in as_json(row["texts"], "texts"):
+        if not isinstance(turn, dict) or "user" not in turn or "assistant" not in turn:
+            raise DataError(f'texts: expected {{"user": ..., "assistant": ...}}, found {turn!r:.60}')
+        messages += [{"role": role, "content": turn[role]} for role in ("user", "assistant")]
+    images = [{"type": "image"}] * len(images_of(row))
+    if messages and images and "<image>" not in messages[0]["content"]:
+        messages[0]["content"] = [*images, {"type": "text", "text": messages[0]["content"]}]
+    return Turns(messages, ("texts",))
+
+
+def _caption(row: Row) -> Turns:
+    name = first(row, CAPTION)
+    assert name is not None
+    return Turns([{"role": "user", "content": CAPTION_PROMPT}], (), row[name], name)
+
+
+def _has(row: Row, *groups: tuple[str, ...]) -> bool:
+    return all(first(row, group) is not None for group in groups)
+
+
+FORMATS = (
+    Format("OpenAI chat (image_url inside messages)", lambda row: _is_chat(row) and _holds(row, "image_url"), _chat),
+    Format(
+        "Qwen chat (images inside messages)",
+        lambda row: _is_chat(row) and _holds(row, "image", "url", "path", "base64", "source"),
+        _chat,
+    ),
+    Format(
+        "LLaVA (conversations of from and value, image)",
+        lambda row: _is_chat(row) and _holds(row, "from") and "images" not in row,
+        _chat,
+    ),
+    Format(
+        "ShareGPT (conversations of from and value, images)", lambda row: _is_chat(row) and _holds(row, "from"), _chat
+    ),
+    Format("chat (messages and images)", _is_chat, _chat),
+    Format("chat (prompt and completion, as TRL has it)", lambda row: _listed(row.get("prompt")) is not None, _trl),
+    Format(
+        "Alpaca (instruction, input, output)",
+        lambda row: _has(row, ("instruction",), ("output", *ANSWER)),
+        lambda row: _asked("instruction", ("output", *ANSWER))(row),
+    ),
+    Format(
+        "VQA (question and answer)",
+        lambda row: first(row, QUESTION) == "question" and _has(row, (*ANSWER, SOLUTION)),
+        _question,
+    ),
+    Format("prompt and answer", lambda row: _has(row, QUESTION, (*ANSWER, SOLUTION)), _question),
+    Format("The Cauldron (texts of user and assistant)", lambda row: "texts" in row, _cauldron),
+    Format(
+        "captions (a picture and its text)",
+        lambda row: _has(row, CAPTION, IMAGES) and not _has(row, QUESTION) and not _has(row, ("label",)),
+        _caption,
+        f'asked of every picture: "{CAPTION_PROMPT}"; for questions of your own, add a column "question"',
+    ),
+    Format("questions without answers", lambda row: _has(row, QUESTION), _question),
+)
+
+
+def recognise(row: Row, answered: bool) -> tuple[Format, Turns] | None:
+    """A row's format and its conversation, judged by the columns that hold something, then by those that are there.
+
+    Args:
+        row: its columns, under our names.
+        answered: whether answers are to be learned, so that questions alone are no format.
+
+    Raises:
+        DataError: if a cell of the format cannot be read.
+    """
+    if answered:
+        row = {name: value for name, value in row.items() if name != SOLUTION}
+    for seen in ({name: value for name, value in row.items() if filled(value)}, row):
+        for one in FORMATS:
+            if one.fits(seen):
+                return None if answered and one is FORMATS[-1] else (one, one.turns(row))
+    return None
+
+
+def images_of(row: Row) -> list[Any]:
+    """Of the row's image column: none, one, or several."""
+    name = first(row, IMAGES)
+    return [] if name is None else as_list(row[name])
+
+
+def as_list(cell: Any) -> list[Any]:
+    """A cell's images: none, one, or several (as a list, or a list in text)."""
+    if not filled(cell):
+        return []
+    if isinstance(cell, str) and cell[0] in "[{":
+        try:
+            cell = as_json(cell, "images")
+        except DataError:
+            return [cell]  # a file's name
+    return list(cell) if isinstance(cell, (list, tuple)) else [cell]
+
+
+def said(answer: Any) -> tuple[str, str]:
+    """(an answer as text to learn, a note if that was chosen among several)."""
+    if isinstance(answer, str) and answer[:1] == "[":
+        try:
+            answer = as_json(answer, "answer")
+        except DataError:
+            return answer, ""
+    if isinstance(answer, (list, tuple)):
+        texts = [one.get("answer") if isinstance(one, dict) else one for one in answer]
+        texts = [text for text in texts if isinstance(text, str) and text.strip()]
+        if not texts:
+            return "", ""
+        return Counter(texts).most_common(1)[0][0], "of several answers, the most frequent" if len(texts) > 1 else ""
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        return str(answer), ""
+    if answer is not None and not isinstance(answer, str):
+        raise DataError(f"answer: expected text, found {answer!r:.60}")
+    return answer or "", ""
+
+
+_LOOKS_LIKE = (
+    ({"chosen", "rejected"}, "preferences (DPO)", "only the better answer can be learned: --columns answer=chosen"),
+    (
+        {"image", "label"},
+        "pictures with classes",
+        "name the classes in words in a column, and: --columns answer=COLUMN",
+    ),
+    ({"bbox"}, "boxes (detection)", 'write questions and answers about them: {"image", "question", "answer"}'),
+    ({"objects"}, "boxes (detection)", 'write questions and answers about them: {"image", "question", "answer"}'),
+    ({"captions"}, "several captions per picture", "--columns text=captions takes a column of text: keep one each"),
+    ({"video"}, "videos", 'training reads pictures: give frames as "images"'),
+    ({"text"}, "text without pictures", "add the pictures' files in a column, and: --columns image=COLUMN"),
+)
+
+
+class UnknownFormatError(DataError):
+    """A row is of no format here.
+
+    Attributes:
+        in_row: the same in short, where other rows are of a known format.
+    """
+
+    in_row = "of no format that keepsight knows"
+
+
+def unknown(name: str, columns: tuple[str, ...], sample: Row, answered: bool) -> UnknownFormatError:
+    """What to tell of data of no format here: what it looks like, what is missing, and what to write."""
+    row: dict[str, Any] = dict.fromkeys(columns)
+    has = f"It has: {', '.join(columns) or 'none'}."
+    looks = next((one for one in _LOOKS_LIKE if one[0] <= set(columns)), None)
+    if not columns:
+        return UnknownFormatError(f"{name}: no columns, so no format to recognise.")
+    wanted = [("question", QUESTION), ("answer", (*ANSWER, "output"))] if answered else [("question", QUESTION)]
+    missing = [ours for ours, names in wanted if first(row, names) is None]
+    like = ""
+    if looks is not None and len(missing) != 1:
+        like = f" It looks like {looks[1]}; {looks[2]}."
+    elif len(missing) < len(wanted):
+        like = f" It looks like questions and answers without {' and '.join(missing)}."
+    elif SOLUTION in columns:
+        like = " It looks like answers to be rewarded (--for grpo)."
+    used = {*IMAGES, *QUESTION, *ANSWER, "id"}
+    texts = [c for c in columns if isinstance(sample.get(c), str) and c not in used and " " not in c]
+    guess = [*texts, *("COLUMN",) * len(missing)]
+    if SOLUTION in columns and missing[-1:] == ["answer"]:
+        guess.insert(len(missing) - 1, SOLUTION)
+    mapped = " ".join(f"--columns {ours}={theirs}" for ours, theirs in zip(missing, guess, strict=False))
+    if first(row, IMAGES) is None:
+        mapped += " --columns image=COLUMN"
+    error = UnknownFormatError(
+        f"{name}: no format that keepsight knows. {has}{like} Known are chats (messages, conversations) and questions "
+        f"with answers, with their pictures. If yours has other names for them, say so: {mapped.strip()}. "
+        "docs/data.md lists the formats."
+    )
+    here = ", ".join(column for column in columns if filled(sample.get(column))) or "nothing"
+    error.in_row = f"no format that keepsight knows; it has: {here}"
+    return error

@@ -1,0 +1,152 @@
+"""Which files of a folder are a split: the hub's layout, folders of images with metadata, shards, or one file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from keepsight.data.conversations import DataError
+from keepsight.data.files import SUFFIXES, kind_of, some
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_NOT_DATA = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "package.json",
+    "config.json",
+)
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_DEEPEST = 3
+
+
+def data_files(folder: Path, split: str, name: str) -> list[Path]:
+    """The files of a split, in order.
+
+    Args:
+        folder: may hold a data file, shards of one (`train-00000-of-00002.parquet`), splits of both, all of it in
+            folders (`data/`, `train/`), or images with a `metadata` file.
+        split: the one wanted. A file belongs to the split that its name or its folder names.
+        name: of the folder, for messages.
+
+    Raises:
+        DataError: if there is no such split, if a shard is missing, or if there are files of several datasets.
+    """
+    found = _walk(folder, _DEEPEST)
+    files = [path for path in found if kind_of(path) and path.name not in _NOT_DATA]
+    beside_images = [path for path in files if path.name.partition(".")[0] == "metadata"]
+    files = beside_images or files
+    if not files:
+        raise DataError(_nothing(name, found))
+    declared = _declared(folder)
+    by_split: dict[str, list[Path]] = {}
+    for path in files:
+        by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
+    wanted = next((ours for ours, names in _SPLITS.items() if split in names), split)
+    if declared:
+        by_split, wanted = declared, split if split in declared else wanted
+    chosen = by_split.get(wanted) or [path for path in files if wanted in _words(path.relative_to(folder))]
+    if not chosen and (wanted == "train" or set(by_split) == {""}):
+        chosen = by_split.get("", [])
+    if not chosen:
+        there = ", ".join(sorted(key for key in by_split if key)) or "none with a name"
+        raise DataError(f"{name} has no split {split!r}. It has: {there}.")
+    shards = {(path.parent, re.sub(r"\d+", "#", path.name)) for path in chosen}
+    if len(shards) > 1:
+        within = {path.parent for path in chosen}
+        if len(within) > 1 and len(within) == len(shards):
+            folders = some(sorted(str(parent.relative_to(folder)) for parent in within))
+            raise DataError(f"{name} holds several datasets ({folders}); name one of these folders.")
+        names = some(str(path.relative_to(folder)) for path in chosen)
+        raise DataError(f"{name} holds {len(chosen)} data files ({names}); name one of them.")
+    _check_shards(chosen, name)
+    return sorted(chosen, key=_by_number)
+
+
+def _walk(folder: Path, deep: int) -> list[Path]:
+    found: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith((".", "_")):
+            continue
+        if path.is_dir():
+            found += _walk(path, deep - 1) if deep else []
+        else:
+            found.append(path)
+    return found
+
+
+def _words(path: Path) -> set[str]:
+    """Words of a relative path: split names stand between separators."""
+    return {
+        word for part in (*path.parts[:-1], path.name.partition(".")[0]) for word in re.split(r"[\W_]+", part.lower())
+    }
+
+
+def _split_of(path: Path) -> str:
+    words = _words(path)
+    return next((ours for ours, names in _SPLITS.items() if words & set(names)), "")
+
+
+def _check_shards(files: list[Path], name: str) -> None:
+    numbered = [re.search(r"(\d+)-of-(\d+)", path.name) for path in files]
+    if not all(numbered):
+        return
+    total = int(numbered[0][2])  # type: ignore[index]
+    missing = sorted(set(range(total)) - {int(match[1]) for match in numbered if match})
+    if missing:
+        raise DataError(
+            f"{name}: {len(missing)} of {total} shards are missing (number {some(missing)}). Download it again, or "
+            "name the files that are there one by one."
+        )
+
+
+def _by_number(path: Path) -> list[tuple[int, str]]:
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", path.as_posix())]
+
+
+def _declared(folder: Path) -> dict[str, list[Path]]:
+    """Split -> files, as a README.md of the hub's form declares them; empty where it does not."""
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    header = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    if header is None:
+        return {}
+    import yaml
+
+    try:
+        configs = (yaml.safe_load(header[1]) or {}).get("configs") or []
+        several = [config for config in configs if config.get("data_files")]
+        if len(several) > 1:
+            several = [config for config in several if config.get("default")] or several
+        if len(several) != 1:
+            return {}
+        files = several[0]["data_files"]
+        entries = files if isinstance(files, list) and isinstance(files[0], dict) else [{"path": files}]
+        found = {}
+        for entry in entries:
+            patterns = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
+            paths = {path for pattern in patterns for path in folder.glob(pattern) if kind_of(path)}
+            if paths:
+                found[str(entry.get("split", "train"))] = sorted(paths)
+        return found
+    except (yaml.YAMLError, AttributeError, KeyError, IndexError, TypeError, ValueError, NotImplementedError):
+        return {}  # a header of another kind
+
+
+def _nothing(name: str, found: list[Path]) -> str:
+    pictures = [path for path in found if path.suffix.lower() in _PICTURES]
+    if pictures:
+        return (
+            f"{name} holds no dataset: {len(pictures):,} pictures and no words to them. Write a metadata.csv beside "
+            "them, with the columns file_name,question,answer."
+        )
+    packed = [path.name for path in found if path.suffix.lower() in (".tar", ".zip", ".tgz", ".zst", ".arrow")]
+    return (
+        f"{name} holds no dataset: neither what Dataset.save_to_disk writes, nor metadata.jsonl beside images, nor a "
+        f"{', '.join(SUFFIXES)} file." + (f" It holds {some(packed)}: unpack that first." if packed else "")
+    )
