@@ -161,15 +161,9 @@ def image_folder_csv(rows: list[dict[str, Any]], folder: Path) -> Path:
     return folder
 
 
-CONTAINERS = (jsonl, windows, utf16, json_list, json_lines_called_json, json_list_called_jsonl, json_object, packed) + (
-    comma,
-    semicolon,
-    tabs,
-    pandas_csv,
-    parquet,
-    hub_layout,
-    image_folder,
-    image_folder_csv,
+CONTAINERS = (
+    *(jsonl, windows, utf16, json_list, json_lines_called_json, json_list_called_jsonl, json_object, packed),
+    *(comma, semicolon, tabs, pandas_csv, parquet, hub_layout, image_folder, image_folder_csv),
 )
 
 

@@ -161,7 +161,9 @@ def test_dataset(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     first, second = read_dataset(path)
     assert (first.answer, len(second.images), second.answer) == ("7", 2, None)
-    words = {"messages": [{"role": "user", "content": "is <image> like <image>?"}, {"role": "assistant", "content": "no"}]}
+    words = {
+        "messages": [{"role": "user", "content": "is <image> like <image>?"}, {"role": "assistant", "content": "no"}]
+    }
     path.write_text(json.dumps({"images": ["a.png", "a.png"], "reply": "it is", "level": 3, **words}))
     with pytest.warns(KeepsightWarning, match="not used by the diagnosis: level"):
         (sample,) = read_dataset(path)
@@ -171,7 +173,10 @@ def test_dataset(tmp_path: Path) -> None:
     for line, lesson in (
         ("{", "line 1: not valid JSON"),
         ('{"image": "a.png"}', r"no format that keepsight knows. It has: image\."),
-        ('{"image": "a.png", "prompt": "<|image_pad|>"}', r"line 1, messages\[0\]: the token <|image_pad|> in the words"),
+        (
+            '{"image": "a.png", "prompt": "<|image_pad|>"}',
+            r"line 1, messages\[0\]: the token <.image_pad.> in the words",
+        ),
         ('{"image": "a.png", "prompt": "x", "videos": ["a.mp4"]}', "line 1, videos: videos"),
         (json.dumps({"images": ["a.png"], "messages": TWO}), "user, assistant, user; the diagnosis asks one question"),
         ("", "no samples"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import string
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -21,6 +21,7 @@ from tiny_training import FLAGS, QUICK, draw_digit, make_data, read_rows, write_
 
 import keepsight
 from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.lab.narration import VOCABULARY
 from keepsight.train.pvm.blindfold import BlindfoldError, BlindfoldSchedule
 from keepsight.train.pvm.sft import SftSettings, TrainingDivergedError, TrainReport, train_pvm
 from keepsight.train.run import run

@@ -246,8 +246,8 @@ def said(answer: Any) -> tuple[str, str]:
         except DataError:
             return answer, ""
     if isinstance(answer, (list, tuple)):
-        texts = [one.get("answer") if isinstance(one, dict) else one for one in answer]
-        texts = [text for text in texts if isinstance(text, str) and text.strip()]
+        found = [one.get("answer") if isinstance(one, dict) else one for one in answer]
+        texts = [text for text in found if isinstance(text, str) and text.strip()]
         if not texts:
             return "", ""
         return Counter(texts).most_common(1)[0][0], "of several answers, the most frequent" if len(texts) > 1 else ""

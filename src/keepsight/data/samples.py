@@ -166,7 +166,8 @@ def _pictures(row: dict[str, Any]) -> tuple[list[Any], set[str]]:
 
 def _with_answer(turns: Turns, used: set[str], answered: bool) -> tuple[Any, Any, tuple[str, ...]]:
     """(messages, the reference answer, notes): with the answer at their end, or up to the question."""
-    messages, right, notes = turns.messages, turns.answer, ()
+    messages, right = turns.messages, turns.answer
+    notes: tuple[str, ...] = ()
     asked = isinstance(messages, (list, tuple)) and messages and isinstance(messages[-1], dict)
     last = (messages[-1].get("role") or messages[-1].get("from")) if asked else None
     replies = last in ("assistant", "gpt", "chatgpt", "model", "bot")
