@@ -17,6 +17,6 @@ keepsight train pvm-grpo "$MEMORY" \
   --policy lora --lora-rank 16 --lr 1e-5 --scheduler constant --epochs 1 \
   --group-size 8 --temperature 1.0 --top-p 1.0 --max-new-tokens 2048 --kl 0 --mask-truncated \
   --reward format=0.1 --reward answer=0.9 \
-  --batch-size 1 --grad-accum 32 --rollout-batch 8 --text-only skip \
+  --batch-size 1 --grad-accum 32 --rows-per-rollout 8 --text-only skip \
   --dtype bfloat16 --bf16 --gradient-checkpointing \
   --save-steps 20 --keep-checkpoints 2

@@ -17,6 +17,6 @@ keepsight train pvm-grpo "$MEMORY" \
   --policy lora --lora-rank 32 --lr 1e-5 --scheduler constant --epochs 1 \
   --group-size 8 --temperature 1.0 --top-p 1.0 --max-new-tokens 4096 --kl 0 --mask-truncated \
   --reward format=0.1 --reward answer=0.9 \
-  --batch-size 4 --grad-accum 16 --rollout-batch 32 --text-only skip \
+  --batch-size 4 --grad-accum 16 --rows-per-rollout 32 --text-only skip \
   --dtype bfloat16 --bf16 --gradient-checkpointing \
   --save-steps 20 --keep-checkpoints 2

@@ -11,7 +11,7 @@
 #   process without one would keep the others waiting)
 # - sdpa; the paper has FlashAttention 2: add --attention flash_attention_2, with pip install flash-attn
 # NOT TESTED: no GPU, and no step under DeepSpeed (docs/scale.md).
-# Rollouts are transformers' own: most of a step's time. --max-new-tokens 4096 and --rollout-batch are the levers.
+# Rollouts are transformers' own: most of a step's time. --max-new-tokens 4096 and --rows-per-rollout are the levers.
 #
 #   recipes/pvm/qwen3-vl-8b-grpo.sh my-memory questions.jsonl refined
 set -euo pipefail

@@ -136,7 +136,7 @@ def test_estimates_follow_settings_and_engines(tiny_vlm: Path) -> None:
     assert sharded.need.weights == pytest.approx(one.need.weights / 4, abs=4)
     assert sharded.need.optimiser == one.need.optimiser // 4
 
-    grpo = GrpoSettings(device="cpu", max_new_tokens=50, rollout_batch=8)
+    grpo = GrpoSettings(device="cpu", max_new_tokens=50, rows_per_rollout=8)
     rollouts = need(Engine(), grpo, Learner(memory=PVM, policy="full"))
     assert rollouts.length == 150
     assert rollouts.generated == 50

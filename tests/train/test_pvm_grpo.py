@@ -161,10 +161,10 @@ def test_a_killed_run_resumes_to_the_same_weights(
 ) -> None:
     # Four prompts' completions are written at a time and eight make an epoch: a kill falls into a later epoch, whose
     # order must be repeated.
-    options: dict[str, Any] = {"max_steps": 9, "save_steps": 3, "rollout_batch": 4, "lr": 1e-3}
+    options: dict[str, Any] = {"max_steps": 9, "save_steps": 3, "rows_per_rollout": 4, "lr": 1e-3}
     whole = train_pvm_grpo(trained[0], prompts, tmp_path / "whole", settings=settings(**options))
     out = tmp_path / "killed"
-    flags = {"max-steps": 9, "save-steps": 3, "rollout-batch": 4, "lr": 1e-3, "batch-size": 4, "grad-accum": 2}
+    flags = {"max-steps": 9, "save-steps": 3, "rows-per-rollout": 4, "lr": 1e-3, "batch-size": 4, "grad-accum": 2}
     flags |= {"group-size": 4, "max-new-tokens": 4, "reward": "rl_rewards:length", "logging-steps": 1}
     command = [sys.executable, "-m", "keepsight.cli", "train", "pvm-grpo", str(trained[0]), "-d", str(prompts)]
     command += ["-o", str(out), "--no-mask-truncated"]
@@ -329,7 +329,7 @@ def test_nothing_of_the_objective_is_left_to_the_release_of_trl(
         {"top_p": 1.5},
         {"kl": -1.0},
         {"max_new_tokens": 0},
-        {"rollout_batch": 3},
+        {"rows_per_rollout": 3},
         {"clip": 0.0},
         {"clip": 1.0},
     ],

@@ -26,6 +26,7 @@ FORMER = {
     "--completions": "--group-size",
     "--max-words": "--max-new-tokens",
     "--out": "--output-dir",
+    "--rollout-batch": "--rows-per-rollout",
 }
 #: What others call an option -> our name, to answer those who try it.
 ELSEWHERE = {
@@ -53,7 +54,6 @@ ELSEWHERE = {
     "--per-device-train-batch-size": "--batch-size",
     "--quantization-bit": "--load-in-4bit",
     "--resume-from-checkpoint": "--resume",
-    "--rollout-batch": "--rows-per-rollout",
     "--save-total-limit": "--keep-checkpoints",
     "--steps": "--max-steps",
     "--torch-dtype": "--dtype",

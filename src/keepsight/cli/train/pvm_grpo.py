@@ -36,7 +36,7 @@ class Learning(PvmOptions):
     ),
     (
         "one GPU: a LoRA on the language model instead of all of it",
-        "keepsight train pvm-grpo my-memory -d questions.jsonl -o refined --policy lora --rollout-batch 8",
+        "keepsight train pvm-grpo my-memory -d questions.jsonl -o refined --policy lora --rows-per-rollout 8",
     ),
     ("will it fit? (no weights are read)", "keepsight train pvm-grpo my-memory --dry-run --policy lora"),
     (

@@ -137,7 +137,7 @@ def train_pvm_grpo(
         raise KeepsightError(
             f"{data.rows} prompts are fewer than the {needed} that are answered at a time ({settings.rollouts} "
             f"completions on each of {engine.processes} devices, {settings.group_size} per prompt). Lower "
-            "--batch-size, --grad-accum or --rollout-batch."
+            "--batch-size, --grad-accum or --rows-per-rollout."
         )
     check_engine(
         engine,
@@ -237,7 +237,7 @@ def _check_groups(settings: GrpoSettings, engine: Engine) -> None:
     together = settings.rollouts * engine.processes
     if together % settings.group_size:
         raise KeepsightError(
-            f"{together} completions are written at a time (batch_size x grad_accum, or rollout_batch, on "
+            f"{together} completions are written at a time (batch_size x grad_accum, or rows_per_rollout, on "
             f"{engine.processes} devices), which are no whole groups of {settings.group_size}. Choose a multiple."
         )
 

@@ -188,7 +188,9 @@ class GrpoSettings(RunSettings):
         "group", "Advantages are divided by the rewards' deviation: of a question's group, of the batch, not.", REWARD
     )
     mask_truncated: bool = setting(True, "Completions that were cut off teach nothing.", REWARD)
-    rollout_batch: int | None = setting(None, "Completions a device writes at a time. Default: all of a step.", REWARD)
+    rows_per_rollout: int | None = setting(
+        None, "Completions a device writes at a time. Default: all of a step.", REWARD
+    )
     rewards: tuple[str, ...] = setting(DEFAULT_REWARDS, REWARDS_HELP, REWARD, "--reward")
     over_long: Literal["error", "skip"] = setting("error", "What to do with longer ones.", DATA)
 
@@ -206,14 +208,14 @@ class GrpoSettings(RunSettings):
             raise ValueError(f"clip={self.clip}: expected how far the ratio may move from 1, above 0 and below 1.")
         if not (self.kl >= 0 and math.isfinite(self.kl)):
             raise ValueError(f"kl={self.kl}: expected a coefficient of at least 0.")
-        if self.rollout_batch is not None and (
-            self.rollout_batch < 1
-            or self.rollout_batch % self.batch_size
-            or self.batch_size * self.grad_accum % self.rollout_batch
+        if self.rows_per_rollout is not None and (
+            self.rows_per_rollout < 1
+            or self.rows_per_rollout % self.batch_size
+            or self.batch_size * self.grad_accum % self.rows_per_rollout
         ):
             raise ValueError(
-                f"rollout_batch={self.rollout_batch}: expected a multiple of batch_size={self.batch_size} that divides "
-                f"batch_size * grad_accum={self.batch_size * self.grad_accum}, so that every step writes its own "
+                f"rows_per_rollout={self.rows_per_rollout}: expected a multiple of batch_size={self.batch_size} that "
+                f"divides batch_size * grad_accum={self.batch_size * self.grad_accum}, so that every step writes its own "
                 "completions."
             )
         _warn_without_length(self.over_long, self.max_length)
@@ -221,7 +223,7 @@ class GrpoSettings(RunSettings):
     @property
     def rollouts(self) -> int:
         """Completions that a device writes at a time."""
-        return self.rollout_batch or self.batch_size * self.grad_accum
+        return self.rows_per_rollout or self.batch_size * self.grad_accum
 
 
 def _warn_without_length(over_long: str, max_length: int | None) -> None:
