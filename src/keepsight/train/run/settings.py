@@ -215,8 +215,8 @@ class GrpoSettings(RunSettings):
         ):
             raise ValueError(
                 f"rows_per_rollout={self.rows_per_rollout}: expected a multiple of batch_size={self.batch_size} that "
-                f"divides batch_size * grad_accum={self.batch_size * self.grad_accum}, so that every step writes its own "
-                "completions."
+                f"divides batch_size * grad_accum={self.batch_size * self.grad_accum}, so that every step writes its "
+                "own completions."
             )
         _warn_without_length(self.over_long, self.max_length)
 
