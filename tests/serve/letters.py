@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-LETTERS = '{}[]":,.-_0123456789abcdefghijklmnopqrstuvwxyzT<>/ \n+='
+LETTERS = '{}[]":,.-_0123456789abcdefghijklmnopqrstuvwxyzT<>/ \n+=ABCDEFGHIJKLMNOP'  # as many as the model's own words
 TEMPLATE = """{{- bos_token -}}
 {%- if tools -%}{{ 'tools ' }}{%- for tool in tools -%}{{ tool | tojson }}{%- endfor -%}{%- endif -%}
 {%- for message in messages -%}

@@ -122,7 +122,7 @@ def noise(side):
         ({"seed": 2**70}, 400, "invalid_value"),
         ({"logit_bias": {"99999": 1}}, 400, "invalid_value"),
         ({"tools": [{"type": "function"}]}, 400, "invalid_value"),
-        ({"response_format": {"type": "json_object"}}, 400, "unsupported_parameter"),
+        ({"response_format": {"type": "json_object"}}, 400, "unwritable_schema"),
         ({"response_format": {"type": "text"}, "store": False, "user": "me", "stop": None}, 200, None),
         ({"best_of": 2}, 400, "unknown_parameter"),
         ({"keepsight": {"memory": "no way"}}, 400, "invalid_value"),

@@ -20,6 +20,11 @@ CALLING = [
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "c1", "content": "8"},
 ]
+SCHEMA = "response_format.json_schema.schema"
+
+
+def schema(value):
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}}
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +142,14 @@ REFUSED = [
     ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "invalid_value"),
     ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice", "invalid_value"),
     ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls", "invalid_value"),
+    ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "invalid_value"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, f"{SCHEMA}", "invalid_value"),
+    (schema({"type": "objekt"}), SCHEMA, "invalid_schema"),
+    (schema({"not": {"type": "integer"}}), SCHEMA, "invalid_schema"),
+    (schema({"type": "object"}), SCHEMA, "unwritable_schema"),  # the built-in model has no braces
+    ({"response_format": {"type": "json_object"}}, "response_format", "unwritable_schema"),
+    ({"response_format": {"type": "json_object"}, "tools": [TOOL]}, "response_format", "invalid_value"),
     ({"messages": CALLING}, "messages.1.tool_calls", "unsupported_parameter"),
     ({"messages": CALLING[:1] + CALLING[2:]}, "messages.1.tool_call_id", "invalid_value"),
     ({"messages": [{"role": "tool", "content": "8"}]}, "messages.0.tool_call_id", "invalid_value"),

@@ -133,6 +133,7 @@ class Batch:
                     do_sample=bool(generation_config.do_sample),
                     generator=torch.Generator().manual_seed(seed),
                     ends=frozenset() if ends is None else frozenset(ends.flatten().tolist()),
+                    grammar=None if job.grammar is None else job.grammar.copy(),
                     latent=None if latent is None else LatentMemories.copy(latent),
                 )
             )

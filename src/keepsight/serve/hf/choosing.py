@@ -36,6 +36,8 @@ def next_tokens(rows: list[Row], logits: torch.Tensor, latent: LatentMemories | 
             continue
         try:
             own = scores[i : i + 1]
+            if row.grammar is not None:
+                own = row.grammar.constrained(own, () if latent is None else latent.tokens.ids)
             if row.processors:
                 seen = row.seen(scores.device)
                 own = row.processors(seen if latent is None else latent.seen(row, seen), own.clone())

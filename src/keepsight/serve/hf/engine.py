@@ -31,6 +31,8 @@ class Engine:
 
     #: Whether jobs must bring text and images as they came.
     wants_source = False
+    #: Parameters of requests that it cannot carry out.
+    unserved: tuple[str, ...] = ()
 
     def __init__(self, model: Any, tokenizer: Any, max_batch: int, metrics: Metrics | None = None):
         self.model, self.max_batch, self.metrics = model, max_batch, metrics or Metrics()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from keepsight.serve.errors import ApiError
+from keepsight.serve.hf.grammar import Grammar
 from keepsight.serve.hf.sampling import Sampling
 from keepsight.serve.text import TextStream
 
@@ -81,6 +82,7 @@ class Job:
         sampling: how tokens are chosen.
         choices: how many answers.
         memory: whether memories are on.
+        grammar: what the answers are held to, at its beginning.
         source: the prompt's text and images as they came, for an engine that prepares its own inputs.
         send: takes events; called from the engine's thread, must not wait.
         when_read: called once the inputs are not needed any more; any thread, must not wait.
@@ -96,6 +98,7 @@ class Job:
     memory: bool
     send: Callable[[Event], None]
     when_read: Callable[[], None] = lambda: None
+    grammar: Grammar | None = None
     source: tuple[str, list[Any]] | None = None
     arrived: float = field(default_factory=time.monotonic)
     is_cancelled: bool = False
@@ -122,6 +125,7 @@ class Row:
         do_sample: draw, or take the likeliest.
         generator: draws.
         ends: ids that end the answer.
+        grammar: what its text is held to.
         latent: state of latent memory, if the model has one and it is on.
         written: positions after the prompt, memories included.
         memory_tokens: how many of them are memories.
@@ -136,6 +140,7 @@ class Row:
     do_sample: bool
     generator: torch.Generator
     ends: frozenset[int]
+    grammar: Grammar | None = None
     latent: Any = None
     written: int = 0
     memory_tokens: int = 0
@@ -180,7 +185,9 @@ class Row:
                 break
             told = entry(token) if self.job.sampling.logprobs is not None else None
             self._send(*self.text.push(token, told))
-            if self.text.is_stopped:
+            if self.grammar is not None:
+                self.grammar.write(token)
+            if self.text.is_stopped or (self.grammar is not None and self.grammar.is_complete):
                 self.reason = "stop"
                 break
         if self.reason is None and self.room <= 0:

@@ -61,6 +61,12 @@ class Served:
         return bool(self.memories)
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """Token ids that end an answer."""
+        found = Backbone.of(self.model).model.generation_config.eos_token_id
+        return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+
+    @property
     def vocabulary(self) -> int:
         """Token ids there are logits for."""
         return int(Backbone.of(self.model).text_config.vocab_size)

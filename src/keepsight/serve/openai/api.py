@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from keepsight.serve.errors import ApiError, bad, no_route
 from keepsight.serve.hf.engine import Engine
+from keepsight.serve.hf.grammar import Grammars
 from keepsight.serve.hf.rows import Job
 from keepsight.serve.hf.sampling import Sampling
 from keepsight.serve.hf.served import Served
@@ -53,6 +55,7 @@ class Api:
         fetcher = Fetcher(settings.remote_hosts, limits) if settings.remote_hosts else None
         sources = ImageSources(limits, self.uploads, fetcher, settings.local_folders)
         self.prompts = Prompts(served.processor, limits, sources, served.context, served.reserved)
+        self.grammars = Grammars(copy.deepcopy(served.tokenizer), served.vocabulary, served.ends)
         self._reads_calls = asks_in_known_form(served.processor)
         self._open = 0
         self._prepared = asyncio.Semaphore(limits.max_prepared)
@@ -152,6 +155,11 @@ class Api:
     def _check(self, asked: ChatRequest) -> None:
         """What can be known before any image is looked at."""
         limits, served = self.settings.limits, self.served
+        for name in self.engine.unserved:
+            if getattr(asked, name):
+                raise bad(
+                    f"{name} is not supported with this server's engine; leave it out.", name, "unsupported_parameter"
+                )
         if asked.model != self.settings.name:
             raise ApiError(
                 404, f"This server has one model, {self.settings.name!r}.", param="model", code="model_not_found"
@@ -188,7 +196,9 @@ class Api:
         )
         memory = self.served.has_memory and asked.keepsight.memory is not False
         source = (text, images) if self.engine.wants_source else None
-        return Job(inputs, length, sampling, asked.n, memory, events.send, turn.end, source)
+        held = asked.schema_asked
+        grammar = None if held is None else self.grammars.compile(held[1], held[0])
+        return Job(inputs, length, sampling, asked.n, memory, events.send, turn.end, grammar, source)
 
     async def _in_thread(self, call: Any, *args: Any) -> Any:
         """Run something in a worker thread. There is one for every request that can be open, so that a remote host that

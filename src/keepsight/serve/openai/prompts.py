@@ -21,6 +21,9 @@ from keepsight.serve.openai.template import call_for_template, write_prompt
 #: More characters than this per token of the limit cannot be a prompt worth tokenizing.
 _CHARACTERS_PER_TOKEN = 32
 
+#: What templates and processors raise for messages that they do not take.
+_REFUSALS = (TemplateError, ValueError, IndexError, KeyError, TypeError, StopIteration)
+
 
 class Prompts:
     """Makes inputs of requests.
@@ -117,9 +120,13 @@ class Prompts:
                 inputs = self.processor(
                     text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt"
                 )
-            except (TemplateError, ValueError, IndexError, KeyError, TypeError, StopIteration) as error:
-                what = str(error) if isinstance(error, (TemplateError, ValueError)) else type(error).__name__
+            except ApiError:
+                raise
+            except Exception as error:
                 refused = self._refused_image(images, places)
+                if refused is None and not isinstance(error, _REFUSALS):
+                    raise
+                what = str(error) if isinstance(error, (TemplateError, ValueError)) else type(error).__name__
                 found = "these messages" if refused is None else f"the image at {refused}"
                 raise bad(
                     f"The model's processor refuses {found}: {what[:300]}", refused or "messages", "invalid_value"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
@@ -43,6 +43,35 @@ class Extension(Strict):
     memory: bool | None = None
 
 
+class JsonSchema(Strict):
+    """A JSON schema. `name` and `description` label it; an answer is held to it, `strict` or not."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool = True
+
+
+class TextFormat(Strict):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class SchemaFormat(Strict):
+    """JSON of one schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -68,10 +97,16 @@ class ChatRequest(Strict):
     frequency_penalty: Penalty = 0.0
     presence_penalty: Penalty = 0.0
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=1024)
+    response_format: Format | None = None
     tools: list[Tool] = Field(default_factory=list, max_length=128)
     tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
     keepsight: Extension = Field(default_factory=Extension)
+
+    @field_validator("response_format")
+    @classmethod
+    def _text_is_free(cls, value: Any) -> Any:
+        return None if isinstance(value, TextFormat) else value
 
     @field_validator("tool_choice")
     @classmethod
@@ -98,6 +133,13 @@ class ChatRequest(Strict):
         if self.max_completion_tokens is not None:
             return "max_completion_tokens", self.max_completion_tokens
         return "max_tokens", self.max_tokens
+
+    @property
+    def schema_asked(self) -> tuple[str, dict[str, Any]] | None:
+        """(where the schema stands that the answer is held to, the schema)."""
+        if isinstance(self.response_format, SchemaFormat):
+            return "response_format.json_schema.schema", self.response_format.json_schema.schema_
+        return None if self.response_format is None else ("response_format", {"type": "object"})
 
     @property
     def offered(self) -> list[Tool]:
@@ -146,6 +188,12 @@ def _check_together(asked: ChatRequest) -> None:
         raise bad("top_logprobs has no effect without logprobs: true.", "top_logprobs", "invalid_value")
     if asked.stream_options is not None and not asked.stream:
         raise bad("stream_options has no effect without stream: true.", "stream_options", "invalid_value")
+    if asked.offered and asked.schema_asked is not None:
+        raise bad(
+            "response_format: an answer that is held to JSON can call no tool. Send one of them.",
+            "response_format",
+            "invalid_value",
+        )
     if asked.tools and not asked.parallel_tool_calls:
         raise bad(
             "parallel_tool_calls: expected True; the model decides how many calls it makes.",

@@ -18,7 +18,6 @@ UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "prompt_cache_options": ((), "it has no prompt cache"),
     "prompt_cache_retention": ((), "it has no prompt cache"),
     "reasoning_effort": (("none",), _LEAVE_OUT),
-    "response_format": (({"type": "text"},), _LEAVE_OUT),
     "service_tier": (("auto", "default"), _LEAVE_OUT),
     "store": ((False,), "it stores nothing"),
     "structured_outputs": ((), "send response_format, with type json_schema"),

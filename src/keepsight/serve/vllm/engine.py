@@ -50,6 +50,7 @@ class VllmEngine(Engine):
     """
 
     wants_source = True
+    unserved = ("response_format",)  # vLLM's own would begin anew behind every memory
 
     def __init__(
         self,
