@@ -11,7 +11,7 @@ from PIL import Image, ImageSequence
 from keepsight.data.images import ImageError, open_image
 from keepsight.data.pixels import as_seen
 from keepsight.serve.errors import ApiError
-from keepsight.serve.openai.images import FORMATS, decode_image
+from keepsight.serve.openai.images.decode import FORMATS, decode_image
 from keepsight.serve.openai.settings import Limits
 
 SIDE = 16

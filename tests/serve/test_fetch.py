@@ -10,10 +10,10 @@ import time
 import pytest
 
 from keepsight.serve.errors import ApiError
-from keepsight.serve.openai.fetch import Fetcher, is_public
+from keepsight.serve.openai.images.fetch import Fetcher, is_public
+from keepsight.serve.openai.images.sources import ImageSources
+from keepsight.serve.openai.images.uploads import Uploads
 from keepsight.serve.openai.settings import Limits
-from keepsight.serve.openai.sources import ImageSources
-from keepsight.serve.openai.uploads import Uploads
 
 LIMITS = Limits(max_image_bytes=1000, fetch_seconds=3)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from keepsight.serve.errors import ApiError
-from keepsight.serve.openai.protocol import parse
+from keepsight.serve.openai.asked.request import parse
 
 
 def body(content="read", role="user", **more):

@@ -9,8 +9,8 @@ from PIL import Image
 import keepsight
 from keepsight.serve.hf.rows import Finished, Job, Piece
 from keepsight.serve.openai.answers import Answer
-from keepsight.serve.openai.protocol import ChatRequest
-from keepsight.serve.openai.tools import CallReader, asks_in_known_form
+from keepsight.serve.openai.asked.request import ChatRequest
+from keepsight.serve.openai.asked.tools import CallReader, asks_in_known_form
 
 LENGTH = 16
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}

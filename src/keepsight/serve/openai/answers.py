@@ -9,10 +9,10 @@ from typing import Any
 
 from keepsight.serve.errors import ApiError
 from keepsight.serve.hf.rows import Finished, Invocation, Job, Piece
+from keepsight.serve.openai.asked.request import ChatRequest
+from keepsight.serve.openai.asked.tools import CallReader
 from keepsight.serve.openai.handover import Events
 from keepsight.serve.openai.names import TokenNames
-from keepsight.serve.openai.protocol import ChatRequest
-from keepsight.serve.openai.tools import CallReader
 
 
 class Answer:

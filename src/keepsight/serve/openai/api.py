@@ -21,17 +21,17 @@ from keepsight.serve.hf.rows import Job
 from keepsight.serve.hf.sampling import Sampling
 from keepsight.serve.hf.served import Served
 from keepsight.serve.openai.answers import Answer
-from keepsight.serve.openai.fetch import Fetcher
+from keepsight.serve.openai.asked.request import ChatRequest, parse
+from keepsight.serve.openai.asked.tools import asks_in_known_form
 from keepsight.serve.openai.handover import Events, Turn
 from keepsight.serve.openai.http import EventStream, Gone, Guard, discard_body, error_response, read_body, until_gone
-from keepsight.serve.openai.images import decode_image
+from keepsight.serve.openai.images.decode import decode_image
+from keepsight.serve.openai.images.fetch import Fetcher
+from keepsight.serve.openai.images.sources import ImageSources
+from keepsight.serve.openai.images.uploads import Uploads
 from keepsight.serve.openai.names import TokenNames
 from keepsight.serve.openai.prompts import Prompts
-from keepsight.serve.openai.protocol import ChatRequest, parse
 from keepsight.serve.openai.settings import ServeSettings
-from keepsight.serve.openai.sources import ImageSources
-from keepsight.serve.openai.tools import asks_in_known_form
-from keepsight.serve.openai.uploads import Uploads
 
 _UNHEALTHY_AFTER = 600.0  # seconds without a sign of the engine
 

@@ -11,11 +11,11 @@ import torch
 from jinja2 import TemplateError
 
 from keepsight.serve.errors import ApiError, bad
-from keepsight.serve.openai.images import decode_image
-from keepsight.serve.openai.messages import FilePart, ImagePart
-from keepsight.serve.openai.protocol import ChatRequest
+from keepsight.serve.openai.asked.messages import FilePart, ImagePart
+from keepsight.serve.openai.asked.request import ChatRequest
+from keepsight.serve.openai.images.decode import decode_image
+from keepsight.serve.openai.images.sources import ImageSources
 from keepsight.serve.openai.settings import Limits
-from keepsight.serve.openai.sources import ImageSources
 from keepsight.serve.openai.template import call_for_template, write_prompt
 
 #: More characters than this per token of the limit cannot be a prompt worth tokenizing.

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from keepsight.serve.errors import bad
-from keepsight.serve.openai.messages import ToolCall, read_arguments
+from keepsight.serve.openai.asked.messages import ToolCall, read_arguments
 
 Turns = list[dict[str, Any]]
 

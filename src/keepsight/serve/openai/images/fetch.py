@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from urllib.parse import urljoin, urlsplit
 
 from keepsight.serve.errors import ApiError, bad
-from keepsight.serve.openai.images import check_bytes
+from keepsight.serve.openai.images.decode import check_bytes
 from keepsight.serve.openai.settings import Limits
 
 _REDIRECTS = 3

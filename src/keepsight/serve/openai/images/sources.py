@@ -11,10 +11,10 @@ from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from keepsight.serve.errors import ApiError, bad
-from keepsight.serve.openai.fetch import Fetcher
-from keepsight.serve.openai.images import check_bytes
+from keepsight.serve.openai.images.decode import check_bytes
+from keepsight.serve.openai.images.fetch import Fetcher
+from keepsight.serve.openai.images.uploads import Uploads
 from keepsight.serve.openai.settings import Limits
-from keepsight.serve.openai.uploads import Uploads
 
 
 class ImageSources:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from keepsight.serve.openai.messages import Strict
+from keepsight.serve.openai.asked.messages import Strict
 
 _BEGIN, _END = "<tool_call>", "</tool_call>"
 _CALL = re.compile(rf"{_BEGIN}\s*(.*?)\s*{_END}", re.DOTALL)

@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from keepsight.serve.errors import ApiError, bad
-from keepsight.serve.openai import messages as spoken
-from keepsight.serve.openai import tools as called
-from keepsight.serve.openai.messages import Message, Strict, check_messages
-from keepsight.serve.openai.tools import Tool
-from keepsight.serve.openai.unserved import LABELS, UNSERVED
+from keepsight.serve.openai.asked import messages as spoken
+from keepsight.serve.openai.asked import tools as called
+from keepsight.serve.openai.asked.messages import Message, Strict, check_messages
+from keepsight.serve.openai.asked.tools import Tool
+from keepsight.serve.openai.asked.unserved import LABELS, UNSERVED
 
 _MAX_STOP_LENGTH = 256
 _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")

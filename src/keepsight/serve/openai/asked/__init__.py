@@ -1,0 +1,1 @@
+"""What clients ask, as they write it: checked before anything is computed."""

@@ -1,0 +1,1 @@
+"""Images that clients send: where they come from, and how they are decoded."""
