@@ -57,10 +57,12 @@ def wait_for(condition: Any, seconds: float = 20.0) -> None:
 
 @contextmanager
 def serving(
-    model: Any, processor: Any, limits: Limits | None = None, patience: int = 30, **settings: Any
+    model: Any, processor: Any, limits: Limits | None = None, patience: int = 30, others: Any = None, **settings: Any
 ) -> Iterator[Live]:
     """A server with these settings; stopped in good order at the end, with `patience` seconds for what runs."""
-    api = Api(Served.of(model, processor), ServeSettings(name=NAME, limits=limits or Limits(), **settings))
+    api = Api(
+        Served.of(model, processor), ServeSettings(name=NAME, limits=limits or Limits(), **settings), others=others
+    )
     taken = socket.socket()
     taken.bind(("127.0.0.1", 0))
     config = uvicorn.Config(api.app(), log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=patience)

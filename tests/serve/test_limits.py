@@ -252,7 +252,7 @@ def test_an_error_in_one_request_touches_no_other_and_logs_nothing_of_it(strict,
     """The model itself fails on one request, with a message that quotes it."""
     secret = "zebra"
     expected = strict.client().chat.completions.create(model=NAME, messages=ask(images(1)[0]), max_tokens=50)
-    encode = strict.api.prompts.processor.__class__.__call__
+    encode = strict.api.served.processor.__class__.__call__
     stream = long_stream(strict.client())
     first = next(iter(stream))
 
@@ -261,7 +261,7 @@ def test_an_error_in_one_request_touches_no_other_and_logs_nothing_of_it(strict,
             raise RuntimeError(f"cannot read {kwargs['text']}")
         return encode(self, *args, **kwargs)
 
-    monkeypatch.setattr(strict.api.prompts.processor.__class__, "__call__", fails)
+    monkeypatch.setattr(strict.api.served.processor.__class__, "__call__", fails)
     with caplog.at_level("DEBUG"):
         assert refusal(strict, messages=text(f"a {secret}")) == (500, "internal_error")
         assert refusal(strict, messages=ask(images(1)[0], f"a {secret}")) == (500, "internal_error")

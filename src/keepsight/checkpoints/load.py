@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from keepsight.checkpoints.adapters import AdapterInfo
 from keepsight.checkpoints.attention import check_attention
 from keepsight.checkpoints.bases import read_base
 from keepsight.checkpoints.sources import check_sources
-from keepsight.errors import AdapterMismatchError
+from keepsight.errors import AdapterMismatchError, KeepsightError
 from keepsight.shipped import resolve_base
 from keepsight.tested import warn_of_untested
 from keepsight.vismem import add_memory_tokens
@@ -71,25 +73,80 @@ def load_checked(
     **model_kwargs: Any,
 ) -> tuple[Any, Any]:
     """`load`, for what `keepsight.checkpoints.sources.check_sources` has checked and found."""
+    model = _read(base_name, dtype=dtype, device=device, **model_kwargs)
+    return _complete(model, base_name, adapters, trainable)
+
+
+def load_several(
+    base_name: str,
+    adapters: Mapping[str, list[AdapterInfo]],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    **model_kwargs: Any,
+) -> dict[str, tuple[Any, Any]]:
+    """Several models on one base, whose weights they share: each has modules of its own, so that nothing that is done
+    to one of them is done to another.
+
+    Args:
+        base_name: of the base.
+        adapters: for each model, what `keepsight.checkpoints.sources.check_sources` has checked and found; may be none.
+        dtype: as for `load`.
+        device: as for `load`.
+        model_kwargs: as for `load`.
+
+    Returns:
+        For each name, (model, processor) as `load` returns them.
+
+    Raises:
+        KeepsightError: if an adapter changes weights of the base, which the others would then get too.
+    """
+    base = _read(base_name, dtype=dtype, device=device, **model_kwargs)
+    if len(adapters) == 1:
+        return {name: _complete(base, base_name, own) for name, own in adapters.items()}
+    shared = [*base.parameters(), *base.buffers()]
+    found = {}
+    for name, own in adapters.items():
+        before = [tensor._version for tensor in shared]
+        found[name] = _complete(twin(base), base_name, own)
+        if [tensor._version for tensor in shared] != before:
+            raise KeepsightError(
+                f"{name} brings weights of the base itself (an embedding, biases), which every model on it would get. "
+                "Serve it by itself: keepsight serve ADAPTER, on a port of its own."
+            )
+    return found
+
+
+def twin(model: Any) -> Any:
+    """Another model of the same weights: modules of its own, parameters and buffers shared."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def _read(base_name: str, dtype: str | torch.dtype, device: str | torch.device | None, **model_kwargs: Any) -> Any:
+    """The base, where it is to be."""
     warn_of_untested()
     kernel = model_kwargs.get("attn_implementation")
     if kernel is not None:
         check_attention(base_name, kernel, device, dtype, revision=model_kwargs.get("revision"))
-    base_path = resolve_base(base_name)
-    processor_source = next((a.path for a in adapters if _has_processor(a.path)), base_path)
-    processor = AutoProcessor.from_pretrained(processor_source)
     if device is None and "device_map" not in model_kwargs:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = read_base(base_path, dtype=dtype, **model_kwargs)
+    model = read_base(resolve_base(base_name), dtype=dtype, **model_kwargs)
+    if device is not None:
+        model = model.to(device)
+        if dtype == "auto" and torch.device(device).type == "cpu" and model.dtype == torch.float16:
+            model = model.float()
+    return model
+
+
+def _complete(model: Any, base_name: str, adapters: list[AdapterInfo], trainable: bool = False) -> tuple[Any, Any]:
+    """A base with its adapters, and their processor."""
+    processor_source = next((a.path for a in adapters if _has_processor(a.path)), resolve_base(base_name))
+    processor = AutoProcessor.from_pretrained(processor_source)
     rows = {info.embedding_rows for info in adapters if info.embedding_rows is not None}
     if len(rows) > 1:
         raise AdapterMismatchError(f"The adapters bring embeddings of different sizes: {sorted(rows)} rows.")
     for count in rows - {model.get_input_embeddings().num_embeddings}:
         model.resize_token_embeddings(count, mean_resizing=False)  # the adapter fills it
-    if device is not None:
-        model = model.to(device)
-        if dtype == "auto" and torch.device(device).type == "cpu" and model.dtype == torch.float16:
-            model = model.float()
     try:
         model = attach(model, adapters, trainable=trainable)
     except RuntimeError as error:

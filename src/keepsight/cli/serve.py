@@ -34,6 +34,13 @@ _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 def serve(
     source: Source = BUILT_IN,
     adapter: Adapters = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=ADAPTER[+ADAPTER]",
+            help="One more model on the same base, for requests that name it; repeat for several.",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the model. Default: folder or hub id.")] = None,
@@ -114,12 +121,12 @@ def serve(
     trusted = tuple(h.lower() for h in trusted_host or ())
     trusted = (*trusted, *_LOOPBACK) if trusted or is_local else ()
 
-    from keepsight.checkpoints.load import load_checked
+    from keepsight.checkpoints.load import load_several
     from keepsight.checkpoints.sources import check_sources
     from keepsight.data.collate import require_chat_template
 
     base_name, infos = check_sources(source, adapter or [], base)
-    refuse_twins(infos, "Start a server for each, on ports of their own.")
+    refuse_twins(infos, "Offer each under a name of its own: --model NAME=ADAPTER.")
     options = _engine_args(engine, engine_args, infos)
     settings = ServeSettings(
         name=name or _name(source),
@@ -137,8 +144,10 @@ def serve(
         local_folders=tuple(folder.resolve() for folder in allow_local_dir or ()),
         remote_hosts=tuple(allow_remote_host or ()),
         trusted_hosts=trusted,
-        adapters=tuple((_adapter_name(info.path), info.method) for info in infos),
     )
+    sets = {settings.name: infos} | _further(model or [], base_name, settings.name)
+    if engine == "vllm" and len(sets) > 1:
+        raise KeepsightError("--engine vllm serves one model; leave --model out, or leave --engine out.")
     if not is_local and api_key is None:
         warnings.warn(
             f"Anybody who reaches {host} can use this server. Set KEEPSIGHT_API_KEY, or leave --host out.",
@@ -147,32 +156,57 @@ def serve(
         )
     taken = bind(host, port)
     with Waiting(f"loading {base_name}"):
-        model, processor = load_checked(base_name, infos, dtype=dtype, device=device, attn_implementation=attention)
-    require_chat_template(processor)
+        loaded = load_several(base_name, sets, dtype=dtype, device=device, attn_implementation=attention)
+    for _, processor in loaded.values():
+        require_chat_template(processor)
     log_to_stderr()
-    api = _api(model, processor, settings)
+    api = _api(loaded, sets, settings)
     if engine == "vllm":
         with Waiting("starting vLLM"):
             api = _with_vllm(api, base_name, infos[0], options)
     memories = ", ".join(api.served.memories) or "none"
+    others = "".join(f"; also {name}" for name in sets if name != settings.name)
 
     def ready() -> None:
-        say(f"[serving {settings.name} on http://{address_of(taken)}/v1; memory: {memories}; process {os.getpid()}]")
+        say(
+            f"[serving {settings.name} on http://{address_of(taken)}/v1; memory: {memories}{others}; process "
+            f"{os.getpid()}]"
+        )
 
     run(api.app(), taken, shutdown_timeout, ready)
     say("[finished]")
 
 
-def _api(model: Any, processor: Any, settings: Any) -> Any:
+def _further(models: list[str], base_name: str, first: str) -> dict[str, list[Any]]:
+    """Name -> the adapters of every further model, checked."""
+    from keepsight.checkpoints.sources import check_sources
+
+    found: dict[str, list[Any]] = {}
+    for given in models:
+        name, _, adapters = given.partition("=")
+        if not name or not all(adapters.split("+")):
+            raise KeepsightError(f"--model {given}: expected NAME=ADAPTER, as reader=my-memory, or NAME=MEMORY+LORA.")
+        if name == first or name in found:
+            raise KeepsightError(f"--model {given}: there is a model {name!r} already; choose another name.")
+        _, found[name] = check_sources(base_name, adapters.split("+"))
+        refuse_twins(found[name], "Offer each under a name of its own: --model NAME=ADAPTER.")
+    return found
+
+
+def _api(loaded: dict[str, tuple[Any, Any]], sets: dict[str, list[Any]], settings: Any) -> Any:
     from keepsight.serve.hf.latent import LatentMemories
     from keepsight.serve.hf.served import Served
     from keepsight.serve.openai.api import Api
     from keepsight.vismem.writing.checks import warn
 
-    latent = LatentMemories.of(model)
-    if latent is not None:
-        warn(latent.writer.branch, latent.policy)  # of memories that were never trained
-    return Api(Served.of(model, processor), settings)
+    served = {}
+    for name, (model, processor) in loaded.items():
+        latent = LatentMemories.of(model)
+        if latent is not None:
+            warn(latent.writer.branch, latent.policy)  # of memories that were never trained
+        adapters = tuple((_adapter_name(info.path), info.method) for info in sets[name])
+        served[name] = Served.of(model, processor, adapters)
+    return Api(served.pop(settings.name), settings, others=served)
 
 
 def _engine_args(engine: str, given: str | None, infos: list[Any]) -> dict[str, Any]:

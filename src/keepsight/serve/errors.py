@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-_ROUTES = ("/v1/chat/completions", "/v1/models", "/v1/files", "/health", "/metrics")
+_ROUTES = ("/", "/docs", "/v1/chat/completions", "/v1/models", "/v1/files", "/health", "/metrics")
 
 log = logging.getLogger("keepsight.serve")
 

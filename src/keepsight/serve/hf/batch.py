@@ -145,6 +145,11 @@ class Batch:
 
     # Joining and leaving
 
+    def can_take(self, other: Batch) -> bool:
+        """Whether the rows of another batch can be written together with these."""
+        same = self.model is other.model and self.memory == other.memory
+        return same and self.can_share and other.can_share
+
     def join(self, other: Batch) -> None:
         """Take in the rows of another batch."""
         if not other.rows:

@@ -1,8 +1,8 @@
 """The scheduler: one thread that owns the model. Requests come in, events go out; nothing else touches the model.
 
 Between two steps of the running answers at most one prompt is read, so that a crowd of newcomers does not silence those
-who are being answered. Requests with memory and without run in batches of their own; so do rows whose cache cannot be
-shared.
+who are being answered. Requests with memory and without, and of different adapters, run in batches of their own; so do
+rows whose cache cannot be shared.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 from keepsight.serve.errors import ApiError, cut_off, explain
@@ -20,13 +21,14 @@ from keepsight.serve.metrics import Metrics
 
 
 class Engine:
-    """Runs requests on one model.
+    """Runs requests on one model, or on several that share a base.
 
     Args:
-        model: as `keepsight.load` returns it.
+        model: as `keepsight.load` returns it; what jobs get that name no model.
         tokenizer: the processor's; a copy of it is used.
         max_batch: answers that are written at the same time.
         metrics: where to count.
+        others: name -> (model, tokenizer) of further ones.
     """
 
     #: Whether jobs must bring text and images as they came.
@@ -34,11 +36,19 @@ class Engine:
     #: Parameters of requests that it cannot carry out.
     unserved: tuple[str, ...] = ()
 
-    def __init__(self, model: Any, tokenizer: Any, max_batch: int, metrics: Metrics | None = None):
-        self.model, self.max_batch, self.metrics = model, max_batch, metrics or Metrics()
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_batch: int,
+        metrics: Metrics | None = None,
+        others: Mapping[str, tuple[Any, Any]] | None = None,
+    ):
+        self.max_batch, self.metrics = max_batch, metrics or Metrics()
         # Decoding while another thread encodes with the same tokenizer is not safe.
         self.tokenizer = copy.deepcopy(tokenizer)
-        self.names = copy.deepcopy(tokenizer)  # another, for whoever builds answers
+        self._models = {"": (model, self.tokenizer)}
+        self._models |= {name: (other, copy.deepcopy(words)) for name, (other, words) in (others or {}).items()}
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._batches: list[Batch] = []
@@ -142,7 +152,7 @@ class Engine:
         started = time.monotonic()
         self.metrics.queue_seconds.observe(started - job.arrived)
         try:
-            batch = Batch(self.model, self.tokenizer, job.memory).read(job)
+            batch = Batch(*self._models[job.model], job.memory).read(job)
         except Exception as error:
             self._fail(job, error)
             self.metrics.finished.labels("error").inc(job.choices)
@@ -151,7 +161,7 @@ class Engine:
             job.forget()
         self.metrics.prefill_seconds.observe(time.monotonic() - started)
         self.metrics.prompt_tokens.inc(job.prompt_tokens)
-        host = next((b for b in self._batches if b.memory == job.memory and b.can_share and batch.can_share), None)
+        host = next((b for b in self._batches if b.can_take(batch)), None)
         if host is None:
             self._batches.append(batch)
             return

@@ -82,6 +82,7 @@ class Job:
         sampling: how tokens are chosen.
         choices: how many answers.
         memory: whether memories are on.
+        model: which of the engine's models answers.
         grammar: what the answers are held to, at its beginning.
         source: the prompt's text and images as they came, for an engine that prepares its own inputs.
         send: takes events; called from the engine's thread, must not wait.
@@ -98,6 +99,7 @@ class Job:
     memory: bool
     send: Callable[[Event], None]
     when_read: Callable[[], None] = lambda: None
+    model: str = ""
     grammar: Grammar | None = None
     source: tuple[str, list[Any]] | None = None
     arrived: float = field(default_factory=time.monotonic)

@@ -21,6 +21,7 @@ class Served:
         memories: kinds of memory it carries: "pvm", "vismem".
         context: positions it can have, if it says so.
         reserved: texts that stand for images or memories.
+        adapters: (name, method) of what was loaded on the base.
         created: when it was loaded, in seconds since 1970.
     """
 
@@ -29,10 +30,11 @@ class Served:
     memories: tuple[str, ...]
     context: int | None
     reserved: tuple[str, ...]
+    adapters: tuple[tuple[str, str], ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
-    def of(cls, model: Any, processor: Any) -> Served:
+    def of(cls, model: Any, processor: Any, adapters: tuple[tuple[str, str], ...] = ()) -> Served:
         """Look at a model that `keepsight.load` has returned."""
         backbone = Backbone.of(model)
         memories = []
@@ -48,7 +50,7 @@ class Served:
             if isinstance(token, str) and token:
                 names.append(token)
         context = getattr(backbone.text_config, "max_position_embeddings", None)
-        return cls(model, processor, tuple(memories), context, tuple(names))
+        return cls(model, processor, tuple(memories), context, tuple(names), adapters)
 
     @property
     def tokenizer(self) -> Any:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,47 +15,52 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from keepsight.serve.errors import ApiError, bad, no_route
 from keepsight.serve.hf.engine import Engine
-from keepsight.serve.hf.grammar import Grammars
 from keepsight.serve.hf.rows import Job
 from keepsight.serve.hf.sampling import Sampling
 from keepsight.serve.hf.served import Served
+from keepsight.serve.openai import pages
 from keepsight.serve.openai.answers import Answer
 from keepsight.serve.openai.asked.request import ChatRequest, parse
-from keepsight.serve.openai.asked.tools import asks_in_known_form
 from keepsight.serve.openai.handover import Events, Turn
 from keepsight.serve.openai.http import EventStream, Gone, Guard, discard_body, error_response, read_body, until_gone
 from keepsight.serve.openai.images.decode import decode_image
 from keepsight.serve.openai.images.fetch import Fetcher
 from keepsight.serve.openai.images.sources import ImageSources
 from keepsight.serve.openai.images.uploads import Uploads
-from keepsight.serve.openai.names import TokenNames
-from keepsight.serve.openai.prompts import Prompts
+from keepsight.serve.openai.offers import Offer
 from keepsight.serve.openai.settings import ServeSettings
 
 _UNHEALTHY_AFTER = 600.0  # seconds without a sign of the engine
 
 
 class Api:
-    """One model behind OpenAI's routes.
+    """One model behind OpenAI's routes, or several on one base.
 
     Args:
         served: the model and what is known about it.
         settings: limits and permissions.
         engine: computes; made if not given.
+        others: name -> further models.
     """
 
-    def __init__(self, served: Served, settings: ServeSettings, engine: Engine | None = None):
+    def __init__(
+        self,
+        served: Served,
+        settings: ServeSettings,
+        engine: Engine | None = None,
+        others: Mapping[str, Served] | None = None,
+    ):
+        others = others or {}
         self.served, self.settings = served, settings
         limits = settings.limits
-        self.engine = engine or Engine(served.model, served.tokenizer, limits.max_batch)
+        models = {name: (other.model, other.tokenizer) for name, other in others.items()}
+        self.engine = engine or Engine(served.model, served.tokenizer, limits.max_batch, others=models)
         self.metrics = self.engine.metrics
-        self.names = TokenNames(self.engine.names)
         self.uploads = Uploads(limits)
         fetcher = Fetcher(settings.remote_hosts, limits) if settings.remote_hosts else None
         sources = ImageSources(limits, self.uploads, fetcher, settings.local_folders)
-        self.prompts = Prompts(served.processor, limits, sources, served.context, served.reserved)
-        self.grammars = Grammars(copy.deepcopy(served.tokenizer), served.vocabulary, served.ends)
-        self._reads_calls = asks_in_known_form(served.processor)
+        self.offers = {settings.name: Offer(settings.name, "", served, limits, sources)}
+        self.offers |= {name: Offer(name, name, other, limits, sources) for name, other in others.items()}
         self._open = 0
         self._prepared = asyncio.Semaphore(limits.max_prepared)
         self._workers = ThreadPoolExecutor(limits.max_batch + limits.max_queue, thread_name_prefix="keepsight-worker")
@@ -70,8 +74,12 @@ class Api:
         app.post("/v1/files")(self.upload)
         app.get("/v1/files/{name}")(self.file)
         app.delete("/v1/files/{name}")(self.delete)
-        app.api_route("/health", methods=["GET", "HEAD"])(self.health)
-        app.get("/metrics")(self.page)
+        app.get("/health")(self.health)
+        app.head("/health", include_in_schema=False)(self.health)
+        app.get("/metrics")(self.counts)
+        app.get("/", include_in_schema=False)(self.index)
+        app.get("/docs", include_in_schema=False)(self.reference)
+        app.get("/openapi.json", include_in_schema=False)(self.schema)
 
         @app.exception_handler(ApiError)
         async def api_error(request: Request, error: ApiError) -> Response:
@@ -120,7 +128,7 @@ class Api:
     # Chat
 
     async def chat(self, request: Request) -> Response:
-        """POST /v1/chat/completions."""
+        """Answer a conversation with text and images, whole or streamed."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # which no web page can send to another host without asking first
             raise ApiError(415, "Send JSON, with Content-Type: application/json.", code="unsupported_media_type")
@@ -135,35 +143,39 @@ class Api:
             stack.callback(gone.cancel)
             asked = await self._in_thread(parse, body)
             del body
-            self._check(asked)
-            files = await self._in_thread(self.prompts.collect_images, asked)
+            offer = self._offer(asked.model, "model")
+            self._check(asked, offer.served)
+            files = await self._in_thread(offer.prompts.collect_images, asked)
             turn = Turn(self._prepared, self.metrics)
             stack.callback(turn.end)
             await turn.wait(gone)
             events = Events(asked.stream, gone)
-            job = await self._in_thread(self._prepare, asked, files, events, turn)
+            job = await self._in_thread(self._prepare, asked, offer, files, events, turn)
             del files
             self.engine.submit(job)
             stack.callback(self.engine.cancel, job)
-            answer = Answer(asked, job, self.settings.name, self.names, self._reads_calls)
+            answer = Answer(asked, job, offer.name, offer.token_names, offer.reads_calls)
             if not asked.stream:
                 return JSONResponse(await answer.whole(events))
             first = await events.next()  # an error before it still gets a status of its own
             stream = answer.stream(events, first)
             return EventStream(stream, self.settings.limits.write_seconds, stack.pop_all().close)
 
-    def _check(self, asked: ChatRequest) -> None:
+    def _offer(self, name: str, param: str | None = None) -> Offer:
+        found = self.offers.get(name)
+        if found is None:
+            known = ", ".join(map(repr, self.offers))
+            raise ApiError(404, f"This server has {known}.", param=param, code="model_not_found")
+        return found
+
+    def _check(self, asked: ChatRequest, served: Served) -> None:
         """What can be known before any image is looked at."""
-        limits, served = self.settings.limits, self.served
+        limits = self.settings.limits
         for name in self.engine.unserved:
             if getattr(asked, name):
                 raise bad(
                     f"{name} is not supported with this server's engine; leave it out.", name, "unsupported_parameter"
                 )
-        if asked.model != self.settings.name:
-            raise ApiError(
-                404, f"This server has one model, {self.settings.name!r}.", param="model", code="model_not_found"
-            )
         most = min(limits.max_choices, limits.max_batch)
         if asked.n > most:
             raise bad(f"n={asked.n}; this server writes {most} answers to a request at most.", "n", "invalid_value")
@@ -173,15 +185,17 @@ class Api:
         if wrong:
             raise bad(f"logit_bias: {wrong[0]} is no token id of this model.", "logit_bias", "invalid_value")
 
-    def _prepare(self, asked: ChatRequest, files: list[tuple[str, bytes]], events: Events, turn: Turn) -> Job:
+    def _prepare(
+        self, asked: ChatRequest, offer: Offer, files: list[tuple[str, bytes]], events: Events, turn: Turn
+    ) -> Job:
         """Images, text and settings as the engine takes them. In a worker thread."""
-        images = self.prompts.decode_images(files)
-        text, inputs = self.prompts.encode(asked, images, [place for place, _ in files])
+        images = offer.prompts.decode_images(files)
+        text, inputs = offer.prompts.encode(asked, images, [place for place, _ in files])
         length = inputs["input_ids"].shape[1]
         name, most = asked.length
         self.metrics.images.inc(len(images))
         sampling = Sampling(
-            max_tokens=self.prompts.room(length, most, name),
+            max_tokens=offer.prompts.room(length, most, name),
             temperature=asked.temperature,
             top_p=asked.top_p,
             top_k=None if asked.top_k is None else max(asked.top_k, 0),
@@ -194,11 +208,11 @@ class Api:
             logprobs=asked.top_logprobs if asked.logprobs else None,
             stop=tuple(asked.stop),
         )
-        memory = self.served.has_memory and asked.keepsight.memory is not False
+        memory = offer.served.has_memory and asked.keepsight.memory is not False
         source = (text, images) if self.engine.wants_source else None
         held = asked.schema_asked
-        grammar = None if held is None else self.grammars.compile(held[1], held[0])
-        return Job(inputs, length, sampling, asked.n, memory, events.send, turn.end, grammar, source)
+        grammar = None if held is None else offer.grammars.compile(held[1], held[0])
+        return Job(inputs, length, sampling, asked.n, memory, events.send, turn.end, offer.key, grammar, source)
 
     async def _in_thread(self, call: Any, *args: Any) -> Any:
         """Run something in a worker thread. There is one for every request that can be open, so that a remote host that
@@ -208,29 +222,15 @@ class Api:
     # Models and files
 
     async def models(self) -> Any:
-        """GET /v1/models."""
-        return {"object": "list", "data": [self._describe()]}
+        """All models of this server."""
+        return {"object": "list", "data": [offer.describe() for offer in self.offers.values()]}
 
     async def model(self, name: str) -> Any:
-        """GET /v1/models/{name}."""
-        if name != self.settings.name:
-            raise ApiError(404, f"This server has one model, {self.settings.name!r}.", code="model_not_found")
-        return self._describe()
-
-    def _describe(self) -> dict[str, Any]:
-        return {
-            "id": self.settings.name,
-            "object": "model",
-            "created": self.served.created,
-            "owned_by": "keepsight",
-            "keepsight": {
-                "memories": list(self.served.memories),
-                "adapters": [{"name": name, "method": method} for name, method in self.settings.adapters],
-            },
-        }
+        """One model."""
+        return self._offer(name).describe()
 
     async def upload(self, request: Request) -> Any:
-        """POST /v1/files: an image, as multipart/form-data with purpose "vision"."""
+        """Upload an image, as multipart/form-data with purpose "vision"."""
         limits = self.settings.limits
         with self._slot():
             body = await read_body(request, limits)
@@ -258,23 +258,37 @@ class Api:
                 await form.close()
 
     async def file(self, name: str) -> Any:
-        """GET /v1/files/{id}."""
+        """One upload."""
         return self.uploads.get(name).describe(self.settings.limits.upload_seconds)
 
     async def delete(self, name: str) -> Any:
-        """DELETE /v1/files/{id}."""
+        """Forget an upload."""
         self.uploads.delete(name)
         return {"id": name, "object": "file", "deleted": True}
 
     # For those who watch
 
+    async def index(self, request: Request) -> Response:
+        """What is served, and how to call it."""
+        known = self.settings.api_key is None  # a browser sends no key
+        models = [offer.describe() for offer in self.offers.values()] if known else []
+        return pages.index(models, str(request.base_url))
+
+    async def schema(self, request: Request) -> Response:
+        """The OpenAPI schema."""
+        return JSONResponse(pages.openapi(request.app))
+
+    async def reference(self, request: Request) -> Response:
+        """The same, to be read."""
+        return pages.reference(pages.openapi(request.app))
+
     async def health(self) -> Response:
-        """GET /health: 200 while the engine moves, 503 otherwise."""
+        """200 while the engine moves, 503 otherwise."""
         silence = self.engine.silence()
         if silence is None or silence > _UNHEALTHY_AFTER:
             return JSONResponse({"status": "the engine does not move", "seconds": silence}, 503)
         return JSONResponse({"status": "ok"})
 
-    async def page(self) -> Response:
-        """GET /metrics."""
+    async def counts(self) -> Response:
+        """Counts and times, for Prometheus."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

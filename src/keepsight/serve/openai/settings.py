@@ -65,7 +65,6 @@ class ServeSettings:
         local_folders: folders that image paths may point into; by default none.
         remote_hosts: hosts that images may be fetched from; by default none.
         trusted_hosts: `Host` headers that are answered; empty: any.
-        adapters: (name, method) of what was loaded on the base, for /v1/models.
     """
 
     name: str
@@ -74,4 +73,3 @@ class ServeSettings:
     local_folders: tuple[Path, ...] = ()
     remote_hosts: tuple[str, ...] = ()
     trusted_hosts: tuple[str, ...] = ()
-    adapters: tuple[tuple[str, str], ...] = ()

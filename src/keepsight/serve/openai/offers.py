@@ -1,0 +1,47 @@
+"""What clients can name as `model`: with its processor, its limits, and what is known of its words."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from keepsight.serve.hf.grammar import Grammars
+from keepsight.serve.hf.served import Served
+from keepsight.serve.openai.asked.tools import asks_in_known_form
+from keepsight.serve.openai.images.sources import ImageSources
+from keepsight.serve.openai.names import TokenNames
+from keepsight.serve.openai.prompts import Prompts
+from keepsight.serve.openai.settings import Limits
+
+
+class Offer:
+    """One model of a server.
+
+    Args:
+        name: what clients call it.
+        key: what the engine calls it.
+        served: the model and what is known about it.
+        limits: sizes.
+        sources: where images come from.
+    """
+
+    def __init__(self, name: str, key: str, served: Served, limits: Limits, sources: ImageSources):
+        self.name, self.key, self.served = name, key, served
+        self.prompts = Prompts(served.processor, limits, sources, served.context, served.reserved)
+        # Copies: a tokenizer is used by one thread at a time.
+        self.token_names = TokenNames(copy.deepcopy(served.tokenizer))
+        self.grammars = Grammars(copy.deepcopy(served.tokenizer), served.vocabulary, served.ends)
+        self.reads_calls = asks_in_known_form(served.processor)
+
+    def describe(self) -> dict[str, Any]:
+        """OpenAI's model object."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.served.created,
+            "owned_by": "keepsight",
+            "keepsight": {
+                "memories": list(self.served.memories),
+                "adapters": [{"name": name, "method": method} for name, method in self.served.adapters],
+            },
+        }

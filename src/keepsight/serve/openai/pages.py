@@ -1,0 +1,89 @@
+"""What people see who open the server's address in a browser, and the schema of its routes.
+
+The pages load nothing from anywhere: the server may have no way to the internet, and its visitors' addresses are
+nobody's business.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jinja2
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.responses import HTMLResponse
+
+from keepsight import __version__
+from keepsight.serve.openai.asked.request import ChatRequest
+
+_SCHEMAS = "#/components/schemas/"
+_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'", "Cache-Control": "no-store"}
+
+
+def openapi(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI schema of the routes. Requests are read by hand (bounded, and cut off), so FastAPI knows none of
+    their bodies."""
+    schema = get_openapi(title="keepsight", version=__version__, routes=app.routes)
+    asked = ChatRequest.model_json_schema(ref_template=_SCHEMAS + "{model}")
+    parts = asked.pop("$defs")
+    schema.setdefault("components", {}).setdefault("schemas", {}).update({"ChatRequest": asked, **parts})
+    upload = {
+        "type": "object",
+        "required": ["file", "purpose"],
+        "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"const": "vision"}},
+    }
+    bodies = {
+        "/v1/chat/completions": ("application/json", {"$ref": f"{_SCHEMAS}ChatRequest"}),
+        "/v1/files": ("multipart/form-data", upload),
+    }
+    for path, (kind, body) in bodies.items():
+        schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": {kind: {"schema": body}}}
+    return schema
+
+
+def index(models: list[dict[str, Any]], address: str) -> HTMLResponse:
+    """The first page: what is served, and how to call it.
+
+    Args:
+        models: OpenAI's model objects; none where only those with a key may know.
+        address: the server's, as the visitor has it.
+    """
+    return _page("index.html", models=models, address=address.rstrip("/"))
+
+
+def reference(schema: dict[str, Any]) -> HTMLResponse:
+    """The schema, to be read by people."""
+    return _page("reference.html", schema=schema)
+
+
+def _page(template: str, **values: Any) -> HTMLResponse:
+    return HTMLResponse(_environment().get_template(template).render(**values), headers=_HEADERS)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    found = jinja2.Environment(loader=jinja2.PackageLoader("keepsight.serve.openai", ""), autoescape=True)
+    found.filters["kind"] = _kind
+    return found
+
+
+def _kind(about: dict[str, Any]) -> str:
+    """A JSON schema in few words: `integer, 0 to 20, default 0`."""
+    if "$ref" in about:
+        return about["$ref"].removeprefix(_SCHEMAS)
+    kinds = about.get("anyOf") or about.get("oneOf")
+    if kinds:
+        words = [" or ".join(_kind(kind) for kind in kinds if kind.get("type") != "null")]
+    elif "const" in about or "enum" in about:
+        words = [" or ".join(repr(value) for value in about.get("enum", [about.get("const")]))]
+    else:
+        words = [about.get("type", "anything")]
+        if "items" in about:
+            words = [f"list of {_kind(about['items'])}"]
+    names = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
+    words += [f"{word} {about[name]}" for name, word in names.items() if name in about]
+    words += [f"at most {about['maxItems']}"] if "maxItems" in about else []
+    if about.get("default") not in (None, [], {}):
+        words.append(f"default {about['default']}")
+    return ", ".join(words)
