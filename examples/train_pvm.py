@@ -44,7 +44,7 @@ def main(folder: Path, steps: int) -> None:
             grad_accum=1,
             lr=6e-3,
             gate_lr_multiplier=5,
-            blindfold_steps=steps // 2,  # keepsight's own warm-up; see docs/train.md
+            blindfold_steps=steps // 2,  # keepsight's own warm-up, the default for 3/8 of the steps; see docs/train.md
         ),
         overwrite=True,
         say=print,

@@ -7,7 +7,7 @@
 #   bfloat16, memory and LoRA in float32. The paper trains all of a whole base; this is ours
 # - 64 completions per step, 8 per question, of at most 1,024 tokens; 8 are written at a time
 # - lr 1e-5 instead of 1e-6, as is usual for a LoRA (ours)
-# Needs bitsandbytes: pip install "keepsight[4bit]". Packed bases are tested on a CPU with tiny models.
+# Needs bitsandbytes: pip install -e ".[4bit]". Packed bases are tested on a CPU with tiny models.
 # NOT TESTED on a GPU; what it needs is estimated in recipes/README.md.
 #
 #   recipes/pvm/qwen3-vl-8b-grpo-24gb.sh my-memory questions.jsonl refined

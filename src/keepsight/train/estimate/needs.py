@@ -117,7 +117,7 @@ class DryRun:
         plain, checkpointed = need.activations_plain / GIB, need.activations_checkpointed / GIB
         rows = [
             ("trained", f"{self.trained:,} of {self.total:,} parameters: {self.learner}"),
-            ("runs on", "a GPU with bfloat16 (assumed; --device cpu for a CPU)" if self.on_gpu else "a CPU"),
+            ("runs on", "a GPU that has bfloat16 (assumed; --device cpu for a CPU)" if self.on_gpu else "a CPU"),
             ("sample", sample),
             ("tokens per step", f"{self.tokens_per_step:,}"),
             ("operations per step", f"{self.flops_per_step / 1e15:.4g} PFLOP by shapes"),

@@ -98,7 +98,8 @@ class BlindfoldSchedule:
         """For people."""
         if not self:
             return "none"
-        return f"the first {self.steps:,} steps, then {self.share:.0%} of the steps (not in the paper)"
+        first = f"the first {self.steps:,} steps, then " if self.steps else ""
+        return f"{first}{self.share:.0%} of the steps (not in the paper)"
 
 
 class SightLosses:
