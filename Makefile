@@ -7,7 +7,7 @@ RUN     = tools/compatibility.py run
 export HF_HUB_OFFLINE ?= 1
 export TORCH_INDEX INSTALLER
 
-.PHONY: demo test test-oldest test-newest test-vllm test-gpu bench-gpu gpu-wheels docs release lint lock compatibility docs-figures clean
+.PHONY: demo test test-oldest test-newest test-vllm test-lmms test-gpu bench-gpu gpu-wheels docs release lint lock compatibility docs-figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/keepsight demo
@@ -32,6 +32,15 @@ test-newest:
 # The vLLM plugin, in an environment of its own: vLLM pins other versions than ours.
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python $(RUN) vllm -q tests_vllm
+
+# keepsight as a model of lmms-eval, in an environment of its own: lmms-eval needs many things that we do not.
+test-lmms: .venv-lmms/.installed
+	.venv-lmms/bin/python $(RUN) lmms -q tests_lmms
+
+.venv-lmms/.installed: pyproject.toml tests_lmms/requirements.txt
+	$(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/python -m pip install --quiet -e ".[lab]" -r tests_lmms/requirements.txt
+	touch $@
 
 # The documentation site, every link checked, in site/. SERVE=--serve shows it.
 docs: $(VENV)/.installed
@@ -79,4 +88,4 @@ docs-figures:
 	$(PYTHON) tools/figures.py
 
 clean:
-	rm -rf site dist $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-lock .venv-vllm .results keepsight-demo
+	rm -rf site dist $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-lock .venv-vllm .venv-lmms .results keepsight-demo

@@ -16,6 +16,7 @@ SAYS = {
     "cli": "one file a command",
     "lab": "the reference VLM, its tasks, the demo",
     "serve": "OpenAI's API, and vLLM's plugin",
+    "evaluate": "answers, memory on and off",
     "diagnose": "is the memory used?",
     "train": "SFT, GRPO, controls, costs",
     "data": "any picture, any conversation",

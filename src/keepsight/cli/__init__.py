@@ -31,6 +31,7 @@ COMMANDS = {
         "Does a model lose its image? Is its memory really used?",
         "Use",
     ),
+    "eval": ("keepsight.cli.eval", "evaluate", "Questions with known answers: memory on and off side by side.", "Use"),
     "info": ("keepsight.cli.info", "info", "What is in an adapter, or what memory a model would get.", "Use"),
     "data": ("keepsight.cli.data", "data_app", "Is a dataset good for training? What is wrong with it?", "Make"),
     "train": ("keepsight.cli.train", "train_app", "Teach a memory on your images and conversations.", "Make"),

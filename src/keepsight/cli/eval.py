@@ -1,0 +1,115 @@
+"""`keepsight eval`: questions with known answers, memory on and off side by side, by the length of the answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from keepsight.cli.console import check_device, out, quiet, refuse_twins, say, with_examples
+from keepsight.cli.model import BUILT_IN, Adapters, Base, Device, Dtype, Source
+from keepsight.cli.progress import Progress, Waiting
+from keepsight.errors import KeepsightError
+
+
+@with_examples(
+    ("a memory on a file of questions with answers", "keepsight eval my-memory --data questions.jsonl"),
+    ("a VisMem that may invoke short memories only", "keepsight eval my-vismem -d questions.jsonl --memory only_short"),
+    ("the same benchmark tasks as everybody", "lmms_eval --model keepsight --model_args pretrained=my-memory ..."),
+)
+def evaluate(
+    source: Source = BUILT_IN,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", "-d", help="Questions with answers, in any format that training reads; repeat."),
+    ] = None,
+    adapter: Adapters = None,
+    memory: Annotated[
+        Literal["on", "free", "only_short", "only_long", "random", "reversed"],
+        typer.Option(help="What is compared with off: the memory as it is, or a policy of a VisMem."),
+    ] = "on",
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of an answer.", min=1)] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time.", min=1)] = 8,
+    strata: Annotated[int, typer.Option(help="Groups by the length of the answers.", min=1)] = 4,
+    match: Annotated[
+        Literal["answer", "contains", "exact"],
+        typer.Option(help="Right is: the answer that the text gives; its words anywhere in it; the same characters."),
+    ] = "answer",
+    samples: Annotated[int | None, typer.Option(help="At most so many questions, the first.", min=1)] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A JSON file: the table, and every answer.")] = Path(
+        "keepsight-eval.json"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
+    base: Base = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Does a memory answer better, and where? Each question is answered with it and without, greedily.
+
+    The table cuts the questions into groups by the length of the answers without the memory: a memory should help the
+    long ones. Differences are paired, with 95 % bootstrap intervals over questions.
+    """
+    from keepsight.checkpoints.load import load_checked
+    from keepsight.checkpoints.sources import check_sources
+    from keepsight.diagnose.cases import read_dataset
+    from keepsight.evaluate.run import EvalSettings
+    from keepsight.evaluate.run import evaluate as ask
+
+    check_device(device)
+    settings = EvalSettings(memory, max_new_tokens, batch_size, strata, match, seed)
+    if not data:
+        raise KeepsightError("--data is missing: a file of questions with answers (keepsight data check --for grpo).")
+    if output.is_dir():
+        raise KeepsightError(f"--output {output} is a folder; name a JSON file.")
+    quiet()
+    asked = [sample for name in data for sample in read_dataset(name)][:samples]
+    unanswered = sum(sample.answer is None for sample in asked)
+    if unanswered or not asked:
+        raise KeepsightError(f"{unanswered} of {len(asked)} questions have no answer to compare with.")
+    base_name, infos = check_sources(source, adapter or [], base)
+    refuse_twins(infos, "Leave one of them out.")
+    methods = {info.method for info in infos}
+    if memory != "on" and "VISMEM" not in methods:
+        raise KeepsightError(f"--memory {memory} is a policy of a VisMem, and {source} carries none.")
+    with Waiting(f"loading {base_name}"):
+        model, processor = load_checked(base_name, infos, dtype=dtype, device=device)
+    with Progress("the evaluation", announce=True) as progress:
+        found = ask(model, processor, asked, settings, bool(methods & {"PVM", "VISMEM"}), progress)
+    found.model = {"source": source, "base": base_name, "adapters": sorted(methods)}
+    found.save(output)
+    _show(found)
+    say(f"every answer: {output}")
+
+
+def _show(found: Any) -> None:
+    from rich.table import Table
+
+    strata, whole = found.table()
+    compared = found.on is not None
+    table = Table(title="Questions answered rightly, by the length of the answer", title_justify="left", box=None)
+    for column in (
+        "tokens of the answer",
+        "questions",
+        *(("memory off", "memory on", "on - off") if compared else ("right",)),
+    ):
+        table.add_column(column, justify="right")
+    for one, name in (*((s, f"{s.shortest:,} to {s.longest:,}") for s in strata), (whole, "all")):
+        row = [name, f"{one.n}", f"{one.off.value:.1%}"]
+        if one.on is not None and one.difference is not None:
+            gain = one.difference
+            row += [f"{one.on.value:.1%}", f"{100 * gain.value:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"]
+        table.add_row(*row, style="bold" if name == "all" else None)
+    out.print(table)
+    if not compared:
+        say("This model carries no memory, so there is nothing to compare.")
+        return
+    gain = whole.difference
+    assert gain is not None
+    sure = "better" if gain.low > 0 else "worse" if gain.high < 0 else "neither better nor worse that could be shown"
+    out.print(
+        f"With the memory: {sure} ({100 * gain.value:+.1f} points, 95 % interval {100 * gain.low:+.1f} to "
+        f"{100 * gain.high:+.1f}, over {gain.n} questions).",
+        soft_wrap=True,
+        highlight=False,
+    )

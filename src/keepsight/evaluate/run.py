@@ -1,0 +1,169 @@
+"""Every question answered with the memory and without, scored, and compared by the length of the answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keepsight.checkpoints.atomic import write_text
+from keepsight.diagnose.cases import Sample
+from keepsight.diagnose.statistics import Estimate, estimate
+from keepsight.errors import KeepsightError
+from keepsight.evaluate.answering import Answer, Answerer, Question
+from keepsight.evaluate.scoring import RULES, Match, is_right
+
+SCHEMA = "keepsight.eval/1"
+ON, OFF = "on", "off"
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How a file of questions is asked.
+
+    Attributes:
+        memory: what "on" means: "on", or a policy of a VisMem.
+        max_new_tokens: the longest answer.
+        batch_size: questions at a time.
+        strata: into how many groups of equal size the questions are cut, by the length of their answers (paper PVM,
+            section 5: quartiles).
+        match: when an answer is right, see `scoring.RULES`.
+        seed: of the bootstrap.
+    """
+
+    memory: str = ON
+    max_new_tokens: int = 1024
+    batch_size: int = 8
+    strata: int = 4
+    match: Match = "answer"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size", "strata"):
+            if getattr(self, name) < 1:
+                raise KeepsightError(f"{name}={getattr(self, name)}: expected at least 1.")
+        if self.match not in RULES:
+            raise KeepsightError(f"match={self.match!r}: expected one of {', '.join(RULES)}.")
+        if self.memory == OFF:
+            raise KeepsightError("memory='off' is asked anyway; say how it is on: 'on', or a policy of a VisMem.")
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Questions whose answers are about equally long.
+
+    Attributes:
+        shortest, longest: tokens of the answers without the memory (of a model without one: of its answers).
+        on, off: share answered rightly; `on` is None for a model without a memory.
+        difference: on - off, over the same questions, with its 95 % interval.
+    """
+
+    n: int
+    shortest: int
+    longest: int
+    off: Estimate
+    on: Estimate | None = None
+    difference: Estimate | None = None
+
+
+@dataclass
+class Evaluation:
+    """All answers, and what follows from them."""
+
+    settings: EvalSettings
+    references: list[Any]
+    off: list[Answer]
+    on: list[Answer] | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def right(self, which: str) -> np.ndarray:
+        """Bool [n]: which answers are right."""
+        answers = self.on if which == ON else self.off
+        assert answers is not None
+        pairs = zip(answers, self.references, strict=True)
+        return np.array([is_right(answer.text, reference, self.settings.match) for answer, reference in pairs])
+
+    def table(self) -> tuple[list[Stratum], Stratum]:
+        """Strata from the shortest answers to the longest, and all together."""
+        lengths = np.array([answer.tokens for answer in self.off])
+        off = self.right(OFF).astype(float)
+        on = None if self.on is None else self.right(ON).astype(float)
+        order = np.argsort(lengths, kind="stable")
+        groups = [g for g in np.array_split(order, min(self.settings.strata, len(order))) if len(g)]
+
+        def stratum(rows: np.ndarray) -> Stratum:
+            seed, span = self.settings.seed, (int(lengths[rows].min()), int(lengths[rows].max()))
+            base = estimate(off[rows], seed)
+            if on is None:
+                return Stratum(len(rows), *span, base)
+            return Stratum(len(rows), *span, base, estimate(on[rows], seed), estimate((on - off)[rows], seed))
+
+        return [stratum(rows) for rows in groups], stratum(order)
+
+    def save(self, file: Path) -> None:
+        """Settings, table, and every answer, as JSON."""
+        strata, whole = self.table()
+        right = {OFF: self.right(OFF)} | ({} if self.on is None else {ON: self.right(ON)})
+        answers = {OFF: self.off} | ({} if self.on is None else {ON: self.on})
+        rows = [
+            {"reference": reference}
+            | {name: asdict(given[i]) | {"right": bool(right[name][i])} for name, given in answers.items()}
+            for i, reference in enumerate(self.references)
+        ]
+        report = {
+            "schema": SCHEMA,
+            "model": self.model,
+            "settings": asdict(self.settings),
+            "rule": RULES[self.settings.match],
+            "all": asdict(whole),
+            "strata": [asdict(one) for one in strata],
+            "answers": rows,
+        }
+        write_text(file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    settings: EvalSettings,
+    has_memory: bool,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Evaluation:
+    """Ask every question, without the memory and, if there is one, with it.
+
+    Args:
+        model: a supported VLM, with or without adapters.
+        processor: its processor.
+        samples: with references.
+        settings: how.
+        has_memory: whether the model carries a memory to compare.
+        progress: called as (stage, done, total).
+
+    Raises:
+        KeepsightError: if a sample has no reference.
+    """
+    if not samples:
+        raise KeepsightError("There is no question to ask.")
+    for number, sample in enumerate(samples, 1):
+        if sample.answer is None or sample.reply:
+            what = "has no answer to compare with" if sample.answer is None else "begins the reply, which this cannot"
+            raise KeepsightError(f"Question {number} ({sample.prompt[:40]!r}) {what}.")
+    questions = [Question.of(sample.prompt, sample.images, sample.videos) for sample in samples]
+
+    def ask(memory: str, stage: str) -> list[Answer]:
+        answerer, found = Answerer(model, processor, memory), []
+        for start in range(0, len(questions), settings.batch_size):
+            found += answerer.answers(questions[start : start + settings.batch_size], settings.max_new_tokens)
+            progress(stage, len(found), len(questions))
+        return found
+
+    result = Evaluation(settings, [sample.answer for sample in samples], [])
+    if has_memory:
+        result.on = ask(settings.memory, f"memory {settings.memory}")
+    result.off = ask(OFF if has_memory else ON, "memory off" if has_memory else "questions")
+    return result

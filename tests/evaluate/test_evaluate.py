@@ -1,0 +1,125 @@
+"""`keepsight eval`: off is the base, a batch is its rows, the table follows from the answers, bad input is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from peft import get_peft_model
+from typer.testing import CliRunner
+
+import keepsight
+from keepsight.cli import app
+from keepsight.diagnose.cases import Sample
+from keepsight.errors import KeepsightError
+from keepsight.evaluate.answering import Answer, Answerer, Question
+from keepsight.evaluate.run import EvalSettings, Evaluation, evaluate
+from keepsight.evaluate.scoring import final_answer, is_right
+from keepsight.lab.digits import CELLS, draw_grids
+
+
+@pytest.fixture(scope="module")
+def grids():
+    images, digits = draw_grids(6, "test", np.random.default_rng(3))
+    return images, digits
+
+
+@pytest.fixture(scope="module", params=["PVM", "VisMem"])
+def loaded(request):
+    """A model with a memory that changes what it says."""
+    if request.param == "VisMem":
+        return keepsight.load("keepsight/reference-vismem")
+    model, processor = keepsight.load("keepsight/reference")
+    return get_peft_model(model, keepsight.PvmConfig(init_gate=3.0)), processor
+
+
+def test_off_is_the_base_and_a_batch_is_its_rows(loaded, grids):
+    images, _ = grids
+    asked = [Question.of("read", [image]) for image in images]
+    asked += [Question.of("read", images[:2]), Question.of("read")]
+    base = Answerer(*keepsight.load("keepsight/reference")).answers(asked, 16)
+    model, processor = loaded
+    assert [a.text for a in Answerer(model, processor, "off").answers(asked, 16)] == [a.text for a in base]
+    on = Answerer(model, processor)
+    together = on.answers(asked, 16)
+    assert together == [on.answers([one], 16)[0] for one in asked]
+    assert [a.text for a in together] != [a.text for a in base]
+    assert all(a.tokens <= 16 for a in together)
+
+
+def test_table_follows_from_the_answers(grids):
+    found = Evaluation(EvalSettings(strata=3, match="exact"), ["x"] * 7, [], [])
+    found.off = [Answer("x" if i % 2 else "y", 10 * (7 - i), 5) for i in range(7)]
+    found.on = [Answer("x", 3, 5) for _ in range(7)]
+    strata, whole = found.table()
+    assert [s.n for s in strata] == [3, 2, 2]
+    assert [(s.shortest, s.longest) for s in strata] == [(10, 30), (40, 50), (60, 70)]
+    assert whole.off.value == pytest.approx(3 / 7)
+    assert whole.on.value == 1
+    assert whole.difference.value == pytest.approx(4 / 7)
+    assert whole.difference.low <= whole.difference.value <= whole.difference.high
+    assert sum(s.n * s.difference.value for s in strata) == pytest.approx(whole.n * whole.difference.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>2 or 3?</think><answer> 3 </answer>", "3"),
+        ("so \\boxed{\\frac{1}{2}} and then some", "\\frac{1}{2}"),
+        ("I think the answer is B.\nBecause of that.", "B."),
+        ("seven", "seven"),
+    ],
+)
+def test_the_answer_that_a_text_gives(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "match", "right"),
+    [
+        ("Answer: (B)", "B", "answer", True),
+        ("The answer is 1,000.0", "1000", "answer", True),
+        ("a black cat sat", "cat", "contains", True),
+        ("concatenate", "cat", "contains", False),
+        ("Cat", "cat", "exact", False),
+        ("dog", ["cat", "dog"], "exact", True),
+    ],
+)
+def test_right_or_wrong(text, reference, match, right):
+    assert is_right(text, reference, match) is right
+
+
+def test_what_cannot_be_asked_is_refused(grids):
+    model, processor = keepsight.load("keepsight/reference")
+    for memory, word in (("off", "carries no memory"), ("only_short", "policy of a VisMem"), ("never", "expected one")):
+        with pytest.raises(KeepsightError, match=word):
+            Answerer(model, processor, memory)
+    for settings, word in (({"strata": 0}, "strata"), ({"match": "near"}, "match"), ({"memory": "off"}, "anyway")):
+        with pytest.raises(KeepsightError, match=word):
+            EvalSettings(**settings)
+    with pytest.raises(KeepsightError, match="no answer to compare"):
+        evaluate(model, processor, [Sample("read", tuple(grids[0][:1]))], EvalSettings(), False)
+
+
+def test_the_command(tmp_path, grids, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, digits = grids
+    with open("q.jsonl", "w") as file:
+        for index, (image, grid) in enumerate(zip(images, digits, strict=True)):
+            image.save(f"{index}.png")
+            row = {"image": f"{index}.png", "prompt": "read", "answer": f"{CELLS[4]} {grid[4]}"}
+            file.write(json.dumps(row) + "\n")
+    command = ["eval", "keepsight/reference-vismem", "-d", "q.jsonl", "--match", "contains", "--max-new-tokens", "24"]
+    done = CliRunner().invoke(app, [*command, "--strata", "2"])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "keepsight-eval.json").read_text())
+    assert len(report["answers"]) == 6
+    assert report["all"]["off"]["value"] == np.mean([row["off"]["right"] for row in report["answers"]])
+    assert f"{report['all']['off']['value']:.1%}" in done.output
+    for more, word in (
+        (["--memory", "only_short"], None),
+        (["-a", "nowhere"], "nowhere"),
+        (["--data", "missing.jsonl"], "missing.jsonl"),
+    ):
+        again = CliRunner().invoke(app, [*command, *more])
+        assert (again.exit_code == 0) == (word is None), again.output
+        assert word is None or word in again.output.replace("\n", "")
