@@ -69,3 +69,8 @@ def test_nothing_committed_names_a_machine():
             text = path.read_text(errors="ignore")
             found += [name for pattern in (r"/root/", r"/home/\w+/", r"/Users/\w+/") if re.search(pattern, text)]
     assert found == []
+
+
+def test_the_image_of_the_examples_is_the_one_that_ships():
+    shipped = ROOT / "src" / "keepsight" / "lab" / "digits.png"
+    assert (ROOT / "examples" / "digits.png").read_bytes() == shipped.read_bytes()
