@@ -7,6 +7,8 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from keepsight.errors import KeepsightError
+
 _ROUTES = ("/", "/docs", "/v1/chat/completions", "/v1/models", "/v1/files", "/health", "/metrics")
 
 log = logging.getLogger("keepsight.serve")
@@ -74,6 +76,8 @@ def explain(error: Exception) -> ApiError:
     """What the client is told of a failure on our side; the log is told where it happened."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, KeepsightError):  # what this model cannot do, said for those who ask
+        return bad(str(error), "messages", "not_possible")
     log_error("a request failed", error)
     if isinstance(error, FloatingPointError):
         return ApiError(500, f"{error} The weights are damaged, or the dtype overflows.", code="not_a_number")

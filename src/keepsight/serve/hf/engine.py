@@ -33,6 +33,7 @@ class Engine:
 
     #: Whether jobs must bring text and images as they came.
     wants_source = False
+    takes_videos = True
     #: Parameters of requests that it cannot carry out.
     unserved: tuple[str, ...] = ()
 

@@ -28,6 +28,7 @@ from keepsight.serve.openai.images.fetch import Fetcher
 from keepsight.serve.openai.images.sources import ImageSources
 from keepsight.serve.openai.images.uploads import Uploads
 from keepsight.serve.openai.offers import Offer
+from keepsight.serve.openai.prompts import Sent
 from keepsight.serve.openai.settings import ServeSettings
 
 _UNHEALTHY_AFTER = 600.0  # seconds without a sign of the engine
@@ -59,7 +60,7 @@ class Api:
         self.uploads = Uploads(limits)
         fetcher = Fetcher(settings.remote_hosts, limits) if settings.remote_hosts else None
         sources = ImageSources(limits, self.uploads, fetcher, settings.local_folders)
-        self.offers = {settings.name: Offer(settings.name, "", served, limits, sources)}
+        self.offers = {settings.name: Offer(settings.name, "", served, limits, sources, self.engine.takes_videos)}
         self.offers |= {name: Offer(name, name, other, limits, sources) for name, other in others.items()}
         self._open = 0
         self._prepared = asyncio.Semaphore(limits.max_prepared)
@@ -145,7 +146,7 @@ class Api:
             del body
             offer = self._offer(asked.model, "model")
             self._check(asked, offer.served)
-            files = await self._in_thread(offer.prompts.collect_images, asked)
+            files = await self._in_thread(offer.prompts.collect, asked)
             turn = Turn(self._prepared, self.metrics)
             stack.callback(turn.end)
             await turn.wait(gone)
@@ -185,15 +186,13 @@ class Api:
         if wrong:
             raise bad(f"logit_bias: {wrong[0]} is no token id of this model.", "logit_bias", "invalid_value")
 
-    def _prepare(
-        self, asked: ChatRequest, offer: Offer, files: list[tuple[str, bytes]], events: Events, turn: Turn
-    ) -> Job:
+    def _prepare(self, asked: ChatRequest, offer: Offer, files: list[Sent], events: Events, turn: Turn) -> Job:
         """Images, text and settings as the engine takes them. In a worker thread."""
-        images = offer.prompts.decode_images(files)
-        text, inputs = offer.prompts.encode(asked, images, [place for place, _ in files])
+        media = offer.prompts.decode(files)
+        text, inputs = offer.prompts.encode(asked, media, [one.place for one in files])
         length = inputs["input_ids"].shape[1]
         name, most = asked.length
-        self.metrics.images.inc(len(images))
+        self.metrics.images.inc(len(media))
         sampling = Sampling(
             max_tokens=offer.prompts.room(length, most, name),
             temperature=asked.temperature,
@@ -209,7 +208,7 @@ class Api:
             stop=tuple(asked.stop),
         )
         memory = offer.served.has_memory and asked.keepsight.memory is not False
-        source = (text, images) if self.engine.wants_source else None
+        source = (text, media) if self.engine.wants_source else None
         held = asked.schema_asked
         grammar = None if held is None else offer.grammars.compile(held[1], held[0])
         return Job(inputs, length, sampling, asked.n, memory, events.send, turn.end, offer.key, grammar, source)

@@ -23,11 +23,14 @@ class Offer:
         served: the model and what is known about it.
         limits: sizes.
         sources: where images come from.
+        takes_videos: whether the engine does.
     """
 
-    def __init__(self, name: str, key: str, served: Served, limits: Limits, sources: ImageSources):
+    def __init__(
+        self, name: str, key: str, served: Served, limits: Limits, sources: ImageSources, takes_videos: bool = True
+    ):
         self.name, self.key, self.served = name, key, served
-        self.prompts = Prompts(served.processor, limits, sources, served.context, served.reserved)
+        self.prompts = Prompts(served.processor, limits, sources, served.context, served.reserved, takes_videos)
         # Copies: a tokenizer is used by one thread at a time.
         self.token_names = TokenNames(copy.deepcopy(served.tokenizer))
         self.grammars = Grammars(copy.deepcopy(served.tokenizer), served.vocabulary, served.ends)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 
 from keepsight.serve.errors import ApiError, bad
-from keepsight.serve.openai.asked.messages import FilePart, ImagePart
+from keepsight.serve.openai.asked.messages import FilePart, ImagePart, TextPart, VideoPart, VideoUrl
 from keepsight.serve.openai.asked.request import ChatRequest
 from keepsight.serve.openai.images.decode import decode_image
 from keepsight.serve.openai.images.sources import ImageSources
+from keepsight.serve.openai.images.videos import Clip, decode_video
 from keepsight.serve.openai.settings import Limits
 from keepsight.serve.openai.template import call_for_template, write_prompt
 
@@ -23,6 +25,21 @@ _CHARACTERS_PER_TOKEN = 32
 
 #: What templates and processors raise for messages that they do not take.
 _REFUSALS = (TemplateError, ValueError, IndexError, KeyError, TypeError, StopIteration)
+
+
+@dataclass
+class Sent:
+    """An image or a video as it came.
+
+    Attributes:
+        place: where it stands in the request.
+        files: an image's file; of a video, those of its frames, or one that holds all.
+        video: the part, if it is a video.
+    """
+
+    place: str
+    files: list[bytes]
+    video: VideoUrl | None = None
 
 
 class Prompts:
@@ -34,17 +51,27 @@ class Prompts:
         sources: where images come from.
         context: positions that the model can have; None if it does not say.
         reserved: texts that stand for images or memories, and that nobody may type.
+        takes_videos: whether the engine does.
     """
 
     def __init__(
-        self, processor: Any, limits: Limits, sources: ImageSources, context: int | None, reserved: tuple[str, ...]
+        self,
+        processor: Any,
+        limits: Limits,
+        sources: ImageSources,
+        context: int | None,
+        reserved: tuple[str, ...],
+        takes_videos: bool = True,
     ):
         self.processor, self.limits, self.sources = processor, limits, sources
         self.context, self.reserved = context, reserved
+        self.takes_videos = takes_videos and all(
+            getattr(processor, name, None) for name in ("video_processor", "video_token")
+        )
         self._lock = threading.Lock()  # tokenizers change their own settings while they encode
 
-    def collect_images(self, request: ChatRequest) -> list[tuple[str, bytes]]:
-        """The image files of a request, in order: (where it stands, its bytes).
+    def collect(self, request: ChatRequest) -> list[Sent]:
+        """The images and videos of a request, in order, not decoded.
 
         Raises:
             ApiError: 4xx.
@@ -53,7 +80,7 @@ class Prompts:
             (f"messages.{m}.content.{p}", part)
             for m, message in enumerate(request.messages)
             for p, part in enumerate(message.content)
-            if isinstance(part, (ImagePart, FilePart))
+            if not isinstance(part, TextPart)
         ]
         if len(places) > self.limits.max_images:
             raise bad(
@@ -62,33 +89,42 @@ class Prompts:
                 "too_many_images",
             )
         deadline = time.monotonic() + self.limits.fetch_seconds
-        files = []
+        found = []
         for place, part in places:
+            if isinstance(part, VideoPart):
+                if not self.takes_videos:
+                    raise bad("This model reads no videos; send frames as image_url parts.", place, "no_video")
+                found.append(Sent(place, self.sources.read_video(part.video_url.url, place, deadline), part.video_url))
+                continue
             url = part.image_url.url if isinstance(part, ImagePart) else part.file.file_id
             if isinstance(part, FilePart) and not url.startswith("file-"):
                 raise ApiError(404, "No such file; upload it to /v1/files.", param=place, code="file_not_found")
-            files.append((place, self.sources.read(url, place, deadline)))
-        return files
+            found.append(Sent(place, [self.sources.read(url, place, deadline)]))
+        return found
 
-    def decode_images(self, files: list[tuple[str, bytes]]) -> list[Any]:
-        """PIL images.
+    def decode(self, sent: list[Sent]) -> list[Any]:
+        """PIL images, and `Clip`s of videos.
 
         Raises:
             ApiError: 4xx.
         """
-        images: list[Any] = []
+        media: list[Any] = []
         left = 2 * self.limits.max_image_pixels
-        for place, content in files:
-            images.append(decode_image(content, self.limits, place, left))
-            left -= images[-1].width * images[-1].height
-        return images
+        for one in sent:
+            if one.video is None:
+                media.append(decode_image(one.files[0], self.limits, one.place, left))
+                left -= media[-1].width * media[-1].height
+            else:
+                media.append(decode_video(one.files, self.limits, one.place, left, one.video.fps))
+                left -= media[-1].pixels
+        return media
 
-    def encode(self, request: ChatRequest, images: list[Any], places: list[str]) -> tuple[str, dict[str, torch.Tensor]]:
+    def encode(self, request: ChatRequest, media: list[Any], places: list[str]) -> tuple[str, dict[str, torch.Tensor]]:
         """A request as the chat template writes it, and what the processor makes of it: one row.
 
         Args:
             request: checked.
-            images: PIL images, in order.
+            media: what `decode` made, in order.
             places: where each of them stands in the request.
 
         Raises:
@@ -100,8 +136,8 @@ class Prompts:
         for m, message in enumerate(request.messages):
             parts: list[dict[str, str]] = []
             for p, part in enumerate(message.content):
-                if isinstance(part, (ImagePart, FilePart)):
-                    parts.append({"type": "image"})
+                if not isinstance(part, TextPart):
+                    parts.append({"type": "video" if isinstance(part, VideoPart) else "image"})
                     continue
                 characters += self._count(part.text, f"messages.{m}.content.{p}")
                 parts.append({"type": "text", "text": part.text})
@@ -117,17 +153,15 @@ class Prompts:
         with self._lock:
             try:
                 text = write_prompt(self.processor, messages, tools)
-                inputs = self.processor(
-                    text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt"
-                )
+                inputs = self._process(text, media)
             except ApiError:
                 raise
             except Exception as error:
-                refused = self._refused_image(images, places)
+                refused = self._refused(media, places)
                 if refused is None and not isinstance(error, _REFUSALS):
                     raise
                 what = str(error) if isinstance(error, (TemplateError, ValueError)) else type(error).__name__
-                found = "these messages" if refused is None else f"the image at {refused}"
+                found = "these messages" if refused is None else f"what stands at {refused}"
                 raise bad(
                     f"The model's processor refuses {found}: {what[:300]}", refused or "messages", "invalid_value"
                 ) from None
@@ -150,11 +184,27 @@ class Prompts:
             )
         return len(text)
 
-    def _refused_image(self, images: list[Any], places: list[str]) -> str | None:
-        """Where the image stands that the processor refuses by itself; None: it is none of them."""
-        for image, place in zip(images, places, strict=True):
+    def _process(self, text: str, media: list[Any]) -> Any:
+        images = [one for one in media if not isinstance(one, Clip)]
+        clips = [one.arguments() for one in media if isinstance(one, Clip)]
+        more: dict[str, Any] = {}
+        if clips:
+            told = [metadata for _, metadata in clips]
+            more = {"videos": [frames for frames, _ in clips], "video_metadata": told, "do_sample_frames": False}
+        given = [images] if images else None
+        return self.processor(text=[text], images=given, add_special_tokens=False, return_tensors="pt", **more)
+
+    def _refused(self, media: list[Any], places: list[str]) -> str | None:
+        """Where the image or video stands that the processor refuses by itself; None: it is none of them."""
+        for one, place in zip(media, places, strict=True):
             try:
-                self.processor.image_processor([image], return_tensors="pt")
+                if isinstance(one, Clip):
+                    frames, told = one.arguments()
+                    self.processor.video_processor(
+                        [frames], video_metadata=[told], do_sample_frames=False, return_tensors="pt"
+                    )
+                else:
+                    self.processor.image_processor([one], return_tensors="pt")
             except Exception:  # of whatever kind: it was raised once already, and has been caught
                 return place
         return None

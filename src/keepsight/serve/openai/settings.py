@@ -21,6 +21,7 @@ class Limits:
         max_output_tokens: largest `max_tokens`, and its default.
         max_prompt_tokens: longest prompt, visual tokens included.
         max_images: images per request.
+        max_frames: frames of one video.
         max_image_bytes: size of one encoded image.
         max_image_pixels: width x height of one image, read from its header before it is decoded; all images of a
             request together may have twice as many.
@@ -39,6 +40,7 @@ class Limits:
     max_output_tokens: int = 2048
     max_prompt_tokens: int = 32_768
     max_images: int = 16
+    max_frames: int = 128
     max_image_bytes: int = 20 * MB
     max_image_pixels: int = 50 * MB
     max_body_bytes: int = 32 * MB

@@ -49,7 +49,7 @@ class VllmEngine(Engine):
         KeepsightError: if vLLM is not installed, is another version, or does not serve this family.
     """
 
-    wants_source = True
+    wants_source, takes_videos = True, False
     unserved = ("response_format",)  # vLLM's own would begin anew behind every memory
 
     def __init__(

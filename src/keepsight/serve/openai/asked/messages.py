@@ -56,7 +56,21 @@ class FilePart(Strict):
     file: FileReference
 
 
-Part = Annotated[TextPart | ImagePart | FilePart, Field(discriminator="type")]
+class VideoUrl(Strict):
+    """Where a video is: its frames, or one animated image. `fps` is frames per second."""
+
+    url: str
+    fps: Annotated[float, Field(gt=0, le=1000)] | None = None
+
+
+class VideoPart(Strict):
+    """A video of a message."""
+
+    type: Literal["video_url"]
+    video_url: VideoUrl
+
+
+Part = Annotated[TextPart | ImagePart | FilePart | VideoPart, Field(discriminator="type")]
 
 
 class FunctionCall(Strict):
@@ -118,8 +132,8 @@ def check_messages(messages: Sequence[Message]) -> None:
         for p, part in enumerate(message.content):
             if message.role != "user" and not isinstance(part, TextPart):
                 raise bad(
-                    f"{place}.content.{p}: a message of role {message.role!r} can hold text only; images belong to "
-                    "role 'user'.",
+                    f"{place}.content.{p}: a message of role {message.role!r} can hold text only; images and videos "
+                    "belong to role 'user'.",
                     f"{place}.content.{p}",
                     "invalid_value",
                 )

@@ -58,6 +58,30 @@ class ImageSources:
             return self.fetcher.fetch(url, param, deadline)
         return self._local(url, param)
 
+    def read_video(self, url: str, param: str, deadline: float | None = None) -> list[bytes]:
+        """The image files that make a video: one for each frame of data:video/jpeg;base64,FRAME,FRAME,... (as vLLM
+        takes it), or one that holds all.
+
+        Args:
+            url: as for `read`.
+            param: where in the request it stands, for errors.
+            deadline: as for `read`.
+
+        Raises:
+            ApiError: as `read`.
+        """
+        if not url[:11].lower().startswith("data:video/"):
+            return [self.read(url, param, deadline)]
+        head, _, body = url.partition(",")
+        if head[11:].partition(";")[0].strip().lower() not in ("jpeg", "png", "webp"):
+            raise bad(
+                "No film is decoded here. Send frames, as data:video/jpeg;base64,FRAME,FRAME,... (each a JPEG, PNG or "
+                "WebP file), or an animated GIF, WebP or PNG as data:image/gif;base64,....",
+                param,
+                "invalid_video",
+            )
+        return [self._data(f"data:image/x;base64,{frame}", param) for frame in body.split(",")]
+
     def _data(self, url: str, param: str) -> bytes:
         head, comma, body = url.partition(",")
         kind = head[5:].partition(";")[0].strip().lower()
