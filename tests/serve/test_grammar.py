@@ -3,8 +3,10 @@
 import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Literal
 
 import httpx
+import pydantic
 import pytest
 import torch
 from letters import with_letters
@@ -98,6 +100,20 @@ def test_a_stream_is_the_whole(letters):
     whole = choices(letters, asked(PERSON))[0]["message"]["content"]
     stream = letters.client().chat.completions.create(**asked(PERSON), stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole
+
+
+class Person(pydantic.BaseModel):
+    """As an application has it."""
+
+    first: Literal["ada", "bob"]
+    numbers: list[Annotated[int, pydantic.Field(ge=0, le=9)]] = pydantic.Field(max_length=3)
+
+
+def test_the_clients_own_parsing(letters):
+    body = {"model": NAME, "messages": ask(images(1)[0]), "max_tokens": 200}
+    answer = letters.client().chat.completions.parse(**body, response_format=Person)
+    assert answer.choices[0].message.parsed.first in ("ada", "bob")
+    assert len(answer.choices[0].message.parsed.numbers) <= 3
 
 
 def test_memories_go_in_between_and_belong_to_no_grammar(latent_letters):

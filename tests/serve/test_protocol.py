@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from keepsight.serve.errors import ApiError
+from keepsight.errors import KeepsightError
+from keepsight.serve.errors import ApiError, explain
 from keepsight.serve.openai.asked.request import parse
 
 
@@ -80,6 +81,11 @@ def test_a_refusal_names_the_parameter_at_fault(request_, param, words):
     error = refusal(request_)
     assert error.param.startswith(param)
     assert words in error.message
+
+
+def test_what_a_model_cannot_do_is_the_requests_error():
+    error = explain(KeepsightError("This model has no such thing. Ask another."))
+    assert (error.status, error.message) == (400, "This model has no such thing. Ask another.")
 
 
 def test_obfuscation_that_is_off_is_fine():

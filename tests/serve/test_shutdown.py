@@ -95,7 +95,7 @@ def test_sigterm_finishes_what_runs(process):
 
 
 def test_mistakes_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("keepsight.checkpoints.load.load_checked", lambda *a, **k: pytest.fail("it loads"))
+    monkeypatch.setattr("keepsight.checkpoints.load.load_several", lambda *a, **k: pytest.fail("it loads"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "Choose another" in message("--port", taken.getsockname()[1])
     assert "no such folder" in message("--allow-local-dir", tmp_path / "missing")
@@ -103,6 +103,10 @@ def test_mistakes_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
     for name in ("https://a.example", "a.example:80", "*.example", ""):
         assert "expected a name" in message("--trusted-host", name)
     assert "no such folder" in message(tmp_path / "missing")
+    for given in ("a", "=b", "a=", "a=b+"):
+        assert "expected NAME=ADAPTER" in message("--model", given)
+    assert "a model 'x' already" in message("--name", "x", "--model", "x=y")
+    assert "no such folder" in message("--model", f"a={tmp_path / 'missing'}")
     with pytest.raises(KeepsightError, match="both PVMs"):
         refuse_twins([SimpleNamespace(path=name, method=kind) for name, kind in (("a", "PVM"), ("b", "PVM"))], "Stop.")
 
