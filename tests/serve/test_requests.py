@@ -2,7 +2,7 @@
 
 import httpx
 import pytest
-from letters import with_letters
+from letters import TEMPLATE, with_letters
 from live import NAME, ask, generated, images, serving
 from PIL import Image
 
@@ -10,7 +10,7 @@ import keepsight
 from keepsight.serve.hf.rows import Finished, Job, Piece
 from keepsight.serve.openai.answers import Answer
 from keepsight.serve.openai.asked.request import ChatRequest
-from keepsight.serve.openai.asked.tools import CallReader, asks_in_known_form
+from keepsight.serve.openai.asked.tools import CallReader, Tool, asks_in_known_form
 
 LENGTH = 16
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
@@ -200,6 +200,16 @@ def test_tools_reach_the_prompt(letters):
 def test_a_template_shows_how_its_model_asks(letters, remembering):
     assert asks_in_known_form(letters.api.served.processor)
     assert not asks_in_known_form(remembering[1])
+    json_form = "{{ '<tool_call>" + TEMPLATE.partition("{{ '<tool_call>")[2].partition("}}")[0] + "}}"
+    tagged = (
+        "{{ '<tool_call>\\n<function=' + call['function']['name'] + '>\\n' }}"
+        "{%- for name, value in call['function']['arguments'] | items -%}"
+        "{{ '<parameter=' + name + '>\\n' + value + '\\n</parameter>\\n' }}"
+        "{%- endfor -%}{{ '</function>\\n</tool_call>' }}"
+    )
+    assert json_form in TEMPLATE
+    assert asks_in_known_form(with_letters(remembering[1], TEMPLATE.replace(json_form, tagged)))
+    assert not asks_in_known_form(with_letters(remembering[1], TEMPLATE.replace("<tool_call>", "<call>")))
 
 
 TEXTS = [
@@ -216,6 +226,13 @@ TEXTS = [
         '<tool_call>{"name": "g", "arguments": {}}</tool_call>',
         [],
     ),
+    (
+        "<tool_call>\n<function=f>\n<parameter=n>\n7\n</parameter>\n<parameter=s>\n7\n</parameter>\n"
+        "<parameter=l>\n[1, 2]\n</parameter>\n<parameter=x>\na\nb\n</parameter>\n</function>\n</tool_call>",
+        "",
+        [("f", '{"n": 7, "s": "7", "l": [1, 2], "x": "a\\nb"}')],
+    ),
+    ("<tool_call><function=g></function></tool_call>", "<tool_call><function=g></function></tool_call>", []),
     ("<tool_call>{broken</tool_call>", "<tool_call>{broken</tool_call>", []),
     ('a <tool_call>{"name": "f"', 'a <tool_call>{"name": "f"', []),
     ("a <tool", "a <tool", []),
@@ -225,7 +242,9 @@ TEXTS = [
 @pytest.mark.parametrize(("written", "said", "called"), TEXTS, ids=range(len(TEXTS)))
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_calls_are_read_from_any_pieces(written, said, called, size):
-    reader = CallReader({"f"})
+    typed = {"n": {"type": "integer"}, "s": {"type": "string"}, "l": {"type": "array"}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": typed}}}
+    reader = CallReader([Tool.model_validate(tool)])
     found = "".join(reader.push(written[i : i + size]) for i in range(0, len(written), size))
     rest, calls = reader.finish()
     assert found + rest == said

@@ -28,7 +28,7 @@ class Answer:
 
     def __init__(self, asked: ChatRequest, job: Job, model: str, names: TokenNames, reads_calls: bool = False):
         self._asked, self._job, self._names = asked, job, names
-        tools = {tool.function.name for tool in asked.offered} if reads_calls else set()
+        tools = asked.offered if reads_calls else []
         self._readers = [CallReader(tools) if tools else None for _ in range(asked.n)]
         name = f"chatcmpl-{secrets.token_hex(12)}"
         self._head = {"id": name, "created": int(time.time()), "model": model, "system_fingerprint": None}
