@@ -248,7 +248,7 @@ def test_a_hint_is_given_once(data: Path) -> None:
         (["image", "prompt"], "questions and answers without answer"),
         (["image", "prompt", "solution"], "--columns answer=solution"),
         (["image", "label"], "pictures with classes"),
-        (["prompt", "chosen", "rejected", "image"], "questions and answers without answer"),
+        (["prompt", "chosen", "rejected", "image"], "preferences (DPO)"),
         (["prompt", "answer"], "--columns image=COLUMN"),
     ],
 )

@@ -115,6 +115,8 @@ def _rehearsal(model: str | None, answered: bool, ignore: tuple[str, ...]) -> An
 def _table(found: Any, total: int, decoded: bool, max_length: int | None) -> Any:
     from rich.table import Table
 
+    from keepsight.data.check import counted
+
     table = Table(title=found.source.name, title_justify="left", title_style="bold", show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
@@ -124,7 +126,7 @@ def _table(found: Any, total: int, decoded: bool, max_length: int | None) -> Any
     for subject, words in found.told_lines():
         table.add_row(subject, words)
     for kind, count in Counter(_kind(what) for _, what in found.problems).most_common():
-        table.add_row(f"bad: {kind}", f"{count:,} samples")
+        table.add_row(f"bad: {kind}", counted(count, "sample"))
     counts = Counter(found.image_counts)
     if good:
         several = ", ".join(f"{n:,} with {count}" for count, n in sorted(counts.items())[:6])

@@ -114,7 +114,7 @@ class CheckedData:
         name, bad = self.source.name, [f"{where}, {what}" for where, what in self.problems]
         if bad:
             more = [f"... and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
-            said = [f"{name} has {len(bad)} samples that cannot be used:", *bad[:_SHOWN], *more]
+            said = [f"{name} has {counted(len(bad), 'sample')} that cannot be used:", *bad[:_SHOWN], *more]
             text = f"{name}, {bad[0]}. " if len(bad) == 1 else "\n  ".join(said) + "\n"
             raise DataError(f"{text}{' '.join(self.hints)}".rstrip())
         if self.text_only == self.rows > 0:
@@ -132,7 +132,7 @@ class CheckedData:
         for subject, (samples, words) in self.told.items():
             few = ", ".join(word if count == samples else f"{word} ({count:,})" for word, count in words.most_common(8))
             more = f" and {len(words) - 8} more" if len(words) > 8 else ""
-            lines.append((subject, f"{few}{more}; in {samples:,} samples"))
+            lines.append((subject, f"{few}{more}; in {counted(samples, 'sample')}"))
         return lines
 
     @property
@@ -216,6 +216,7 @@ def check_dataset(
             found.fail(where, error.in_row, error.hint)
         except KeepsightError as error:
             found.fail(where, str(error), getattr(error, "hint", ""))
+            found.formats.update(filter(None, [getattr(error, "format", "")]))
         except Exception as error:  # of a processor, a template, a decoder: whose fault it is, the row is known
             found.fail(where, f"training would stop here ({short(error)})", "")
         if progress is not None:
@@ -233,6 +234,11 @@ def check_dataset(
         found.cut,
         sum(found.seen.values()) - len(found.seen),
     )
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 sample", "2 samples"."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 class _Findings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,8 @@ _ROLE_OF = {
     "developer": "system",
 }
 """Other formats' names of the roles."""
-_PLACEHOLDER = "<image>"
+_MARK = re.compile(r"<image(?:[ _]?(\d+))?>")
+"""Where an image stands in plain text; with a number, which one."""
 _OTHER_MARKS = ("<video>", "<audio>")
 TEMPLATE_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 """Keys of a message that some chat templates write."""
@@ -35,11 +37,23 @@ class DataError(KeepsightError):
     Args:
         message: what is wrong.
         hint: what to do about it, said once however many samples have the same problem.
+
+    Attributes:
+        format: the name of the row's format, where it was recognised.
     """
+
+    format = ""
 
     def __init__(self, message: str, hint: str = ""):
         super().__init__(message)
         self.hint = hint
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """The place of an image that is named by its number, from 1."""
+
+    number: int
 
 
 @dataclass
@@ -96,7 +110,8 @@ class _Reader:
         said = str(found[role_key])
         role = _ROLE_OF.get(said, said)
         if role not in _ROLES:
-            raise DataError(f"messages[{index}]: role {said!r}; expected one of {', '.join(_ROLES)}")
+            calls = '; calls of functions are "tool_calls" of an assistant\'s message' if "function" in said else ""
+            raise DataError(f"messages[{index}]: role {said!r}; expected one of {', '.join(_ROLES)}{calls}")
         content = list(self._parts(found.get(content_key, ""), index, role))
         return {"role": role, "content": content, **self._more(found, index, role, (role_key, content_key))}
 
@@ -165,13 +180,12 @@ class _Reader:
                     f'Give frames as "images". If {mark} is a word of the question, write contents as parts '
                     f'({{"type": "text", "text": ...}}), or: --ignore {mark[1:-1]}.',
                 )
-        pieces = content.split(_PLACEHOLDER)
-        for number, piece in enumerate(pieces):
-            if number:
-                self.held.append(None)
+        pieces = _MARK.split(content)
+        for place, piece in enumerate(pieces):
+            if place % 2:
+                self.held.append(None if piece is None else _Numbered(int(piece)))
                 yield {"type": "image"}
-            text = piece.strip() if len(pieces) > 1 else piece
-            if text:
+            elif text := piece.strip() if len(pieces) > 1 else piece:
                 yield {"type": "text", "text": text}
 
     def _image(self, part: dict[str, Any]) -> Any:
@@ -196,12 +210,16 @@ class _Reader:
             if all(isinstance(_content(message), str) for message in messages):
                 users[0]["content"][:0] = [{"type": "image"}] * len(images)
                 return images
-            marked = sum(part["text"].count(_PLACEHOLDER) for m in users for part in m["content"])
+            marked = sum(len(_MARK.findall(part["text"])) for m in users for part in m["content"])
             if marked == len(images):
                 for message in users:
                     texts, message["content"] = message["content"], []
                     for part in texts:
                         message["content"] += self._marked(part["text"], 0, "user")
+        numbers = [image.number for image in self.held if isinstance(image, _Numbered)]
+        if numbers and len(numbers) == len(self.held) and set(numbers) == set(range(1, len(images) + 1)):
+            return [images[number - 1] for number in numbers]
+        self.held = [None if isinstance(image, _Numbered) else image for image in self.held]
         marks = len(self.held)
         inside = [image for image in self.held if image is not None]
         if inside and len(inside) == marks and images:

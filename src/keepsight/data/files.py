@@ -71,6 +71,12 @@ def read_table(path: Path, name: str) -> Table:
         raise DataError(f"{name}{f' is {what}' if what else ''}: a data file is one of {', '.join(SUFFIXES)}.")
     if path.stat().st_size == 0:
         raise DataError(f"{name} is empty: it holds no samples.")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise DataError(f"{name} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`.")
+    if kind == ".parquet" and not head.startswith(b"PAR1"):
+        raise DataError(f"{name} cannot be read: it is no Parquet file (it begins with {head[:8]!r}).")
     try:
         if kind == ".parquet":
             return of_dataset(import_datasets().Dataset.from_parquet(str(path)))
@@ -165,10 +171,16 @@ def _json(text: str, name: str, whole: bool) -> Table:
                 more = " The file seems to be cut off here."
             raise DataError(
                 f"{name}, line {number}: not valid JSON ({error.msg} at column {error.colno}); expected one JSON "
-                f"object per line.{more}"
+                f"object per line{_begins(text) if number == 1 else ''}.{more}"
             ) from error
         numbers.append(number)
     return _objects(rows, name, numbers)
+
+
+def _begins(text: str) -> str:
+    """How a file begins that is no JSON at all: a web page, for example."""
+    begins = text.lstrip()[:24].split("\n")[0]
+    return "" if begins[:1] in ("{", "[") else f"; it begins with {begins!r}"
 
 
 def _is_object(text: str) -> bool:
@@ -188,7 +200,7 @@ def _one_value(text: str, name: str) -> Table:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{name}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+        raise DataError(f"{name}, line {error.lineno}: not valid JSON ({error.msg}){_begins(text)}.") from error
     notes: tuple[str, ...] = ()
     if isinstance(found, dict):
         lists = [

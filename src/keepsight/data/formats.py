@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from keepsight.data.conversations import DataError, as_json
+from keepsight.data.images import is_base64
 
 Row = Mapping[str, Any]
 
@@ -223,7 +225,15 @@ def recognise(row: Row, answered: bool) -> tuple[Format, Turns] | None:
 def images_of(row: Row) -> list[Any]:
     """Of the row's image column: none, one, or several."""
     name = first(row, IMAGES)
-    return [] if name is None else as_list(row[name])
+    if name is not None and filled(row[name]):
+        return as_list(row[name])
+    return [one for name in numbered(row) for one in as_list(row[name])]
+
+
+def numbered(row: Row) -> list[str]:
+    """Columns of one picture each: image_1, image_2, ... (MMMU has them)."""
+    found = {name: re.fullmatch(r"image_?(\d+)", name) for name in row}
+    return sorted((name for name, match in found.items() if match), key=lambda name: int(found[name][1]))  # type: ignore[index]
 
 
 def as_list(cell: Any) -> list[Any]:
@@ -259,17 +269,14 @@ def said(answer: Any) -> tuple[str, str]:
 
 
 _LOOKS_LIKE = (
-    ({"chosen", "rejected"}, "preferences (DPO)", "only the better answer can be learned: --columns answer=chosen"),
-    (
-        {"image", "label"},
-        "pictures with classes",
-        "name the classes in words in a column, and: --columns answer=COLUMN",
-    ),
+    ({"chosen", "rejected"}, "preferences (DPO)", "the better answers can be learned: --columns answer=chosen"),
+    ({"label"}, "pictures with classes", "with the classes in words, take them for captions: --columns text=label"),
     ({"bbox"}, "boxes (detection)", 'write questions and answers about them: {"image", "question", "answer"}'),
     ({"objects"}, "boxes (detection)", 'write questions and answers about them: {"image", "question", "answer"}'),
-    ({"captions"}, "several captions per picture", "--columns text=captions takes a column of text: keep one each"),
+    ({"captions"}, "several captions per picture", 'write one row for each: {"image", "text"}'),
     ({"video"}, "videos", 'training reads pictures: give frames as "images"'),
-    ({"text"}, "text without pictures", "add the pictures' files in a column, and: --columns image=COLUMN"),
+    ({"videos"}, "videos", 'training reads pictures: give frames as "images"'),
+    ({"text"}, "text without pictures", "say where the pictures are: --columns image=COLUMN"),
 )
 
 
@@ -286,32 +293,35 @@ class UnknownFormatError(DataError):
 def unknown(name: str, columns: tuple[str, ...], sample: Row, answered: bool) -> UnknownFormatError:
     """What to tell of data of no format here: what it looks like, what is missing, and what to write."""
     row: dict[str, Any] = dict.fromkeys(columns)
-    has = f"It has: {', '.join(columns) or 'none'}."
-    looks = next((one for one in _LOOKS_LIKE if one[0] <= set(columns)), None)
-    if not columns:
-        return UnknownFormatError(f"{name}: no columns, so no format to recognise.")
-    wanted = [("question", QUESTION), ("answer", (*ANSWER, "output"))] if answered else [("question", QUESTION)]
+    wanted = (("question", QUESTION), ("answer", (*ANSWER, "output"))) if answered else (("question", QUESTION),)
     missing = [ours for ours, names in wanted if first(row, names) is None]
-    like = ""
-    if looks is not None and len(missing) != 1:
-        like = f" It looks like {looks[1]}; {looks[2]}."
-    elif len(missing) < len(wanted):
-        like = f" It looks like questions and answers without {' and '.join(missing)}."
-    elif SOLUTION in columns:
-        like = " It looks like answers to be rewarded (--for grpo)."
-    used = {*IMAGES, *QUESTION, *ANSWER, "id"}
-    texts = [c for c in columns if isinstance(sample.get(c), str) and c not in used and " " not in c]
-    guess = [*texts, *("COLUMN",) * len(missing)]
-    if SOLUTION in columns and missing[-1:] == ["answer"]:
-        guess.insert(len(missing) - 1, SOLUTION)
-    mapped = " ".join(f"--columns {ours}={theirs}" for ours, theirs in zip(missing, guess, strict=False))
-    if first(row, IMAGES) is None:
-        mapped += " --columns image=COLUMN"
+    looks = next((one for one in _LOOKS_LIKE if one[0] <= set(columns)), None)
+    if looks is not None:
+        advice = f"It looks like {looks[1]}: {looks[2]}."
+    else:
+        pictures = [column for column in columns if _names_a_picture(sample.get(column))]
+        words = [c for c in columns if isinstance(sample.get(c), str) and c not in pictures and c not in _NO_WORDS]
+        if SOLUTION in words and missing == ["answer"]:
+            words = [SOLUTION]
+        guesses = list(zip(missing, [*words, *("COLUMN",) * 2], strict=False))
+        if first(row, IMAGES) is None:
+            guesses.append(("image", pictures[0] if pictures else "COLUMN"))
+        like = f"It looks like questions and answers without {missing[0]}. " if 0 < len(missing) < len(wanted) else ""
+        mapped = " ".join(f"--columns {ours}={theirs}" for ours, theirs in guesses)
+        advice = f"{like}If it has them under other names, say so: {mapped}."
     error = UnknownFormatError(
-        f"{name}: no format that keepsight knows. {has}{like} Known are chats (messages, conversations) and questions "
-        f"with answers, with their pictures. If yours has other names for them, say so: {mapped.strip()}. "
-        "docs/data.md lists the formats."
+        f"{name}: no format that keepsight knows. It has: {', '.join(columns) or 'no columns'}. Known are chats "
+        f"(messages, conversations) and questions with answers, with their pictures. {advice} docs/data.md lists the formats."
     )
     here = ", ".join(column for column in columns if filled(sample.get(column))) or "nothing"
     error.in_row = f"no format that keepsight knows; it has: {here}"
     return error
+
+
+_NO_WORDS = ("id", *IMAGES, *QUESTION, *ANSWER)
+
+
+def _names_a_picture(cell: Any) -> bool:
+    if isinstance(cell, str):
+        return cell.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")) or is_base64(cell)
+    return isinstance(cell, dict) and bool(cell.get("bytes") or cell.get("path"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -108,7 +109,10 @@ def load_dataset_any(source: Any, split: str = "train") -> Source:
     if path.is_dir():
         return _of_folder(str(source), path, split, reading)
     if kind_of(path) or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-        raise FileNotFoundError(f"{source}: no such file or folder.")
+        there = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, there, 1)
+        meant = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise FileNotFoundError(f"{source}: no such file or folder.{meant}")
     return _of_hub(str(source), split, reading)
 
 

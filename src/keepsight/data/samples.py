@@ -22,10 +22,13 @@ from keepsight.data.formats import (
     IMAGES,
     QUESTION,
     SOLUTION,
+    Format,
     Turns,
     as_list,
     filled,
     first,
+    images_of,
+    numbered,
     recognise,
     said,
     unknown,
@@ -98,6 +101,13 @@ def sample_reader(source: Source, kind: Kind = "chat", extra: tuple[str, ...] = 
         if found is None:
             raise unknown(source.name, source.columns, raw, answered)
         form, turns = found
+        try:
+            return sample(row, left, form, turns)
+        except DataError as error:
+            error.format = form.name
+            raise
+
+    def sample(row: dict[str, Any], left: set[str], form: Format, turns: Turns) -> Read:
         pictures, used = _pictures(row)
         used |= set(turns.used)
         messages, right, notes = _with_answer(turns, used, answered)
@@ -111,11 +121,11 @@ def sample_reader(source: Source, kind: Kind = "chat", extra: tuple[str, ...] = 
         kept = {name: value for name, value in rest.items() if not answered or name in extra}
         kept = {name: value for name, value in kept.items() if is_plain(value)}
         left |= {name for name in rest if name not in kept} | chat.ignored
-        sample: dict[str, Any] = {**kept, "messages": chat.messages, "images": chat.images}
-        sample |= {"tools": tools} if tools else {}
-        sample |= {} if answered else {"answer": right}
+        made: dict[str, Any] = {**kept, "messages": chat.messages, "images": chat.images}
+        made |= {"tools": tools} if tools else {}
+        made |= {} if answered else {"answer": right}
         notes = (*notes, *((form.note,) if form.note else ()))
-        return Read(sample, form.name, notes, tuple(sorted(left)))
+        return Read(made, form.name, notes, tuple(sorted(left)))
 
     return read
 
@@ -150,8 +160,8 @@ def _under_our_names(raw: dict[str, Any], source: Source) -> tuple[dict[str, Any
 def _pictures(row: dict[str, Any]) -> tuple[list[Any], set[str]]:
     """(the row's images beside its messages, the columns they stand in)."""
     name = first(row, IMAGES)
-    if name is None:
-        return [], set()
+    if name is None or not filled(row[name]):
+        return images_of(row), {*numbered(row), *((name,) if name else ())}
     others = [other for other in IMAGES if other != name and filled(row.get(other))]
     found = as_list(row[name])
     for other in others:
