@@ -311,7 +311,8 @@ def unknown(name: str, columns: tuple[str, ...], sample: Row, answered: bool) ->
         advice = f"{like}If it has them under other names, say so: {mapped}."
     error = UnknownFormatError(
         f"{name}: no format that keepsight knows. It has: {', '.join(columns) or 'no columns'}. Known are chats "
-        f"(messages, conversations) and questions with answers, with their pictures. {advice} docs/data.md lists the formats."
+        f"(messages, conversations) and questions with answers, with their pictures. {advice} docs/data.md lists "
+        "the formats."
     )
     here = ", ".join(column for column in columns if filled(sample.get(column))) or "nothing"
     error.in_row = f"no format that keepsight knows; it has: {here}"

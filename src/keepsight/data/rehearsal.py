@@ -85,7 +85,7 @@ class Rehearsal:
         if self.collator is None:
             depends = {key for message in sample["messages"] for key in TEMPLATE_KEYS if key in message}
             depends |= {"tools"} & set(sample) | {"system"} & {sample["messages"][0]["role"]}
-            told |= {"used only where the model's chat template writes it (see --model)": tuple(sorted(depends))}
+            told |= {"used if its chat template writes it (--model tells)": tuple(sorted(depends))}
             return Rehearsed(told=told, ignored=tuple(ignored))
         if self.count and images is not None:
             length, needed = self._length(sample, images)

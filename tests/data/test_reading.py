@@ -1,0 +1,204 @@
+"""Files and folders as people have them: which rows are found, and what is said where none can be."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from tiny_training import draw_digit, write_rows
+
+from keepsight.data.check import DataError, Reading, check_dataset, load_dataset_any
+
+
+def row(index: int = 0, **more: Any) -> dict[str, Any]:
+    return {"image": f"{index}.png", "question": f"read {index}", "answer": "a1", **more}
+
+
+def put(path: Path, *rows: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list(list(rows)).to_parquet(str(path))
+        return path
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress("".join(json.dumps(one) + "\n" for one in rows).encode()))
+        return path
+    return write_rows(path, list(rows))
+
+
+def asked(source: Any, split: str = "train") -> list[str]:
+    return [one["question"] for one in load_dataset_any(source, split).rows]
+
+
+# Folders: (files with the index of their rows, split) -> the rows that are read, or what is said.
+FOLDERS: dict[str, tuple[dict[str, list[int]], str, Any]] = {
+    "one file": ({"anything.jsonl": [1, 2]}, "train", [1, 2]),
+    "one packed file": ({"anything.jsonl.gz": [1]}, "train", [1]),
+    "splits": ({"train.jsonl": [1], "test.jsonl": [2]}, "train", [1]),
+    "other names of splits": ({"train.jsonl": [1], "dev.jsonl": [2]}, "validation", [2]),
+    "the hub's names": ({"a/train.jsonl": [1], "a/valid.jsonl": [2]}, "dev", [2]),
+    "splits as folders": ({"train/rows.parquet": [1], "test/rows.parquet": [2]}, "test", [2]),
+    "shards in order": (
+        {f"data/train-{n:05}-of-00012.parquet": [n] for n in (10, 2, 11, 0, 1, 3, 4, 5, 6, 7, 8, 9)},
+        "train",
+        list(range(12)),
+    ),
+    "parts with plain numbers": ({"part-10.jsonl": [10], "part-2.jsonl": [2]}, "train", [2, 10]),
+    "nested": ({"x/y/z/train.jsonl": [3]}, "train", [3]),
+    "beside what describes them": ({"dataset_info.json": [7], "train.jsonl": [1]}, "train", [1]),
+    "rows without a split beside a test": ({"rows.jsonl": [1], "rows_test.jsonl": [2]}, "train", [1]),
+    "hidden files": ({".cache/train.jsonl": [7], "train.jsonl": [1]}, "train", [1]),
+    "metadata of splits": ({"train/metadata.jsonl": [1], "test/metadata.jsonl": [2], "notes.json": [9]}, "test", [2]),
+    "no such split": (
+        {"train.jsonl": [1], "test.jsonl": [2]},
+        "validation",
+        "has no split 'validation'. It has: test, train",
+    ),
+    "a missing shard": (
+        {"train-00000-of-00003.parquet": [0], "train-00002-of-00003.parquet": [2]},
+        "train",
+        "1 of 3 shards are missing (number 1)",
+    ),
+    "several files": ({"a.jsonl": [1], "b.jsonl": [2]}, "train", "2 data files (a.jsonl, b.jsonl); name one of them"),
+    "several datasets": ({"a/train.jsonl": [1], "b/train.jsonl": [2]}, "train", "several datasets (a, b); name one"),
+    "pictures only": ({"cat/1.png": [1], "dog/2.png": [2]}, "train", "2 pictures and no words to them"),
+    "an archive": ({"shard.tar": [1]}, "train", "It holds shard.tar: unpack that first"),
+    "nothing": ({}, "train", "holds no dataset"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders(name: str, tmp_path: Path) -> None:
+    files, split, expected = FOLDERS[name]
+    for file, rows in files.items():
+        put(tmp_path / file, *(row(index) for index in rows))
+    if isinstance(expected, list):
+        assert asked(tmp_path, split) == [f"read {index}" for index in expected]
+        return
+    with pytest.raises(DataError) as error:
+        load_dataset_any(tmp_path, split)
+    assert expected in str(error.value)
+
+
+def test_a_readme_may_say_which_files_are_a_split(tmp_path: Path) -> None:
+    put(tmp_path / "one.jsonl", row(1))
+    put(tmp_path / "two.jsonl", row(2))
+    header = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: two.jsonl\n"
+    header += "  - split: held_out\n    path: 'o*.jsonl'\n"
+    (tmp_path / "README.md").write_text(f"---\n{header}---\n# Digits\n")
+    assert (asked(tmp_path), asked(tmp_path, "held_out")) == (["read 2"], ["read 1"])
+
+
+def test_shards_are_told_apart_and_each_finds_its_pictures(tmp_path: Path) -> None:
+    draw_digit(1).save(tmp_path / "0.png")
+    (tmp_path / "data").mkdir()
+    draw_digit(2).save(tmp_path / "data" / "1.png")
+    put(tmp_path / "data" / "train-00000-of-00002.jsonl", row(0), row(1))
+    put(tmp_path / "data" / "train-00001-of-00002.jsonl", row(1), row(2))
+    found = check_dataset(load_dataset_any(tmp_path))
+    assert found.rows == 3
+    ((where, what),) = found.problems
+    assert where == "data/train-00001-of-00002.jsonl, line 2"
+    assert "2.png: no such image file" in what
+
+
+# Files: content -> what is said, or how many rows there are.
+FILES: dict[str, tuple[str, bytes, Any]] = {
+    "blank lines": ("a.jsonl", b'\n{"question": "x"}\n\n\n{"question": "y"}\n', 2),
+    "a list, called lines": ("a.jsonl", b' [{"question": "x"}]', 1),
+    "lines, called a list": ("a.json", b'{"question": "x"}\n{"question": "y"}', 2),
+    "a list inside an object": ("a.json", b'{"version": 1, "data": [{"question": "x"}]}', 1),
+    "a BOM": ("a.jsonl", b'\xef\xbb\xbf{"question": "x"}', 1),
+    "other separators of lines": ("a.jsonl", '{"question": "x\u2028y\x85z"}'.encode(), 1),
+    "a line break in a cell": ("a.csv", b'question,answer\r\n"x\r\ny",z\r\nb,c\r\n', 2),
+    "a comma after the object": (
+        "a.jsonl",
+        b'{"q": 1},\n{"q": 2},\n',
+        "line 1: .* have none between objects",
+    ),
+    "an object over several lines": ("a.jsonl", b'{\n"q": 1\n}\n', "One object over several lines is .json"),
+    "cut off": ("a.jsonl", b'{"q": 1}\n{"q": ', "line 2: .* The file seems to be cut off here"),
+    "no objects": ("a.jsonl", b"[1, 2]", "row 0: expected an object with columns, found int"),
+    "a number": ("a.json", b"3", "holds one JSON int"),
+    "columns of a frame": ("a.json", b'{"q": {"0": 1}}', "df.to_json"),
+    "COCO": ("a.json", b'{"images": [{"id": 1}], "annotations": [{"id": 1}]}', "looks like COCO annotations"),
+    "a web page": ("a.json", b"<html>not found</html>", "it begins with '<html>not found</html>'"),
+    "Latin-1": ("a.jsonl", b'{"q": 1}\n{"q": "\xe9"}\n', r"a\.jsonl, line 2: not UTF-8 text \(byte 0xe9\).*iconv"),
+    "a pointer": ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "no parquet": ("a.parquet", b"hello, world", "no Parquet file"),
+    "half a parquet": ("a.parquet", b"PAR1hello, world", "cannot be read"),
+    "no gzip": ("a.jsonl.gz", b"hello", "cannot be read"),
+    "cells without a column": ("a.csv", b"q,a\n1,2,3\n", "line 2: 3 cells under 2 columns"),
+    "a cell is missing": ("a.csv", b"q,a\n1,2\n3\n", "line 3: 1 cells under 2 columns"),
+    "a column twice": ("a.csv", b"q,q\n1,2\n", "the column 'q' is there twice"),
+    "a spreadsheet": ("a.xlsx", b"PK", "is a spreadsheet; save it as CSV"),
+    "a pickle": ("a.pkl", b"\x80", "is a pickle, which runs code"),
+    "an archive": ("a.zip", b"PK", "is an archive; unpack it"),
+    "empty": ("a.csv", b"", "is empty"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files(name: str, tmp_path: Path) -> None:
+    file, content, expected = FILES[name]
+    path = tmp_path / file
+    path.write_bytes(content)
+    if isinstance(expected, int):
+        assert len(load_dataset_any(path).rows) == expected
+        return
+    with pytest.raises(DataError, match=expected) as error:
+        load_dataset_any(path)
+    assert "\n" not in str(error.value)
+
+
+def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"\n\n{json.dumps(row(0))}\n\n{json.dumps(row(1))}\n")
+    assert [load_dataset_any(path).where(index) for index in (0, 1)] == ["line 3", "line 5"]
+    table = tmp_path / "a.csv"
+    table.write_text('image,question,answer\n0.png,"a\nb",c\n1.png,d,e\n')
+    assert [load_dataset_any(table).where(index) for index in (0, 1)] == ["line 2", "line 4"]
+
+
+def test_cells_larger_than_the_csv_module_likes_leave_its_limit_alone(tmp_path: Path) -> None:
+    import csv
+
+    before = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text("question\n" + "x" * 2**20 + "\n")
+    assert len(load_dataset_any(tmp_path / "a.csv").rows[0]["question"]) == 2**20
+    assert csv.field_size_limit() == before
+
+
+def test_a_misspelt_file_and_a_picture_in_another_folder_are_recognised(tmp_path: Path) -> None:
+    put(tmp_path / "train.jsonl", row(0))
+    with pytest.raises(FileNotFoundError, match=r"Did you mean .*train\.jsonl\?"):
+        load_dataset_any(tmp_path / "trian.jsonl")
+    (tmp_path / "images").mkdir()
+    draw_digit(1).save(tmp_path / "images" / "0.png")
+    ((_, what),) = check_dataset(load_dataset_any(tmp_path / "train.jsonl")).problems
+    assert "--image-folder" in what
+    assert (
+        check_dataset(load_dataset_any(Reading(tmp_path / "train.jsonl", image_folder=tmp_path / "images"))).rows == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("mark", "expected"),
+    [
+        ("<image 1>then<image 2>", [0, 1]),
+        ("<image 2>then<image 1>", [1, 0]),
+        ("<image_1>again<image_1>and<image_2>", [0, 0, 1]),
+    ],
+)
+def test_numbered_pictures(mark: str, expected: list[int], tmp_path: Path) -> None:
+    from keepsight.data.check import read_sample
+
+    for index in range(2):
+        draw_digit(index).save(tmp_path / f"{index}.png")
+    line = {"question": mark, "answer": "a1", "image_1": "0.png", "image_2": "1.png", "image_3": None}
+    found = check_dataset(load_dataset_any(put(tmp_path / "a.jsonl", line))).good()
+    pictures = [image.tobytes() for image in read_sample(found.dataset[0], found.source)["images"]]
+    assert pictures == [draw_digit(index).tobytes() for index in expected]
