@@ -88,3 +88,46 @@ def test_a_dry_run_measures_the_data(tiny_vlm: Path, data: Path) -> None:
     collator = ConversationCollator(AutoProcessor.from_pretrained(tiny_vlm))
     samples = [read_sample(row, checked.source) for row in checked.dataset]
     assert int(longest) == max(collator.measure(sample)[0] for sample in samples)
+
+
+def other_names(data: Path) -> Path:
+    rows = [
+        {"photo": row["images"][0], "query text": "read", "gold": row["messages"][-1]["content"], "id": index}
+        for index, row in enumerate(read_rows(data))
+    ]
+    return write_rows(data, rows)
+
+
+MAPPED = ("--columns", "image=photo,question=query text", "--columns", "answer=gold")
+
+
+def test_the_format_is_named_and_columns_are_mapped_alike_everywhere(
+    data: Path, tiny_vlm: Path, tmp_path: Path
+) -> None:
+    other_names(data)
+    refused = run("data", "check", data)
+    assert refused.exit_code == 1
+    assert "--columns question=" in refused.output.replace("\n", " ")
+    good = run("data", "check", data, *MAPPED, "--model", tiny_vlm)
+    assert good.exit_code == 0, good.output
+    assert "VQA (question and answer)" in good.output
+    assert re.search(r"ignored\s.*id; in 16 samples", good.output)
+    steps = ("--max-steps", 1, "--batch-size", 1, "--grad-accum", 1)
+    config = tmp_path / "run.yaml"
+    config.write_text("columns: {image: photo, question: query text, answer: gold}\n")
+    for words in (MAPPED, ("--config", config)):
+        trained = run("train", "pvm", tiny_vlm, "-d", data, *words, "-o", tmp_path / words[0], *steps)
+        assert trained.exit_code == 0, trained.output
+        assert "format: VQA (question and answer)" in trained.output
+        assert "ignored: id; in 16 samples" in trained.output
+    asked = run("train", "vismem-formation", tiny_vlm, "-d", data, "-o", tmp_path / "v", "--max-steps", 1)
+    assert asked.exit_code == 1
+    assert "no format that keepsight knows" in asked.output
+
+
+def test_a_folder_of_pictures_elsewhere(data: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere.jsonl"
+    data.rename(moved)
+    assert run("data", "check", moved).exit_code == 1
+    assert run("data", "check", moved, "--image-folder", data.parent).exit_code == 0
+    assert "no such folder" in run("data", "check", moved, "--image-folder", tmp_path / "nowhere").output
