@@ -1,12 +1,13 @@
 """Videos in requests: frames one by one or in one animated image, each seen; what is no such thing is refused."""
 
 import base64
+import copy
 import io
 
 import httpx
 import pytest
 import torch
-from live import NAME, as_bytes, images, serving
+from live import NAME, as_bytes, ask, images, serving
 from PIL import Image
 
 from keepsight.serve.openai.settings import Limits
@@ -81,6 +82,19 @@ def test_an_animation_is_its_frames(server):
         torch.testing.assert_close(found[1], expected[1])
     single = send(server, as_animation(frames[:1])).json()["error"]  # this processor wants two frames
     assert single["param"] == "messages.0.content.0"
+
+
+def test_what_the_template_leaves_out_is_refused(remembering):
+    model, processor = remembering
+    blind = copy.copy(processor)
+    for kind in ("image", "video"):
+        blind.chat_template = processor.chat_template.replace(f"part['type'] == '{kind}'", "false")
+        with serving(model, blind) as live:
+            body = {"model": NAME, "messages": ask(images(1)[0]), "max_tokens": 1}
+            image = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=60)
+            for response, is_refused in ((image, kind == "image"), (send(live, as_frames(images(2))), kind == "video")):
+                assert response.status_code == (400 if is_refused else 200), response.text
+                assert not is_refused or response.json()["error"]["param"] == "messages.0.content.0"
 
 
 def test_a_vismem_reads_videos_too(latent):

@@ -1,4 +1,4 @@
-"""A conversation as the model's chat template writes it. What concerns tools must make a difference to the text:
+"""A conversation as the model's chat template writes it. What is no text must make a difference to it all the same:
 templates leave out what they do not know, and say nothing.
 """
 
@@ -43,6 +43,11 @@ def write_prompt(processor: Any, turns: Turns, tools: list[dict[str, Any]]) -> s
         def changed(m: int = m, turn: dict[str, Any] = turn, **other: Any) -> Turns:
             return [*turns[:m], {**turn, **other}, *turns[m + 1 :]]
 
+        for p, part in enumerate(turn["content"]):
+            if part["type"] != "text":
+                rest = [*turn["content"][:p], *turn["content"][p + 1 :]]
+                place = f"messages.{m}.content.{p}"
+                must_differ(place, changed(content=rest), tools, f"it takes no {part['type']} there")
         if turn.get("tool_calls"):
             must_differ(f"messages.{m}.tool_calls", changed(tool_calls=[]), tools, "write the calls as text")
         if turn["role"] == "tool":
