@@ -178,6 +178,14 @@ def test_a_misspelt_parameter_is_recognised(server):
         assert f"Did you mean {right}?" in send(server, **{wrong: 1}).json()["error"]["message"]
 
 
+def test_what_an_engine_cannot_do_is_refused_by_name(letters, monkeypatch):
+    """As with vLLM, which would begin a schema anew behind every memory."""
+    monkeypatch.setattr(letters.api.engine, "unserved", ("response_format",))
+    error = send(letters, **schema({"type": "integer"})).json()["error"]
+    assert (error["param"], error["code"]) == ("response_format", "unsupported_parameter")
+    assert send(letters, response_format={"type": "text"}).status_code == 200
+
+
 def test_arguments_of_a_call_are_json(letters):
     call = CALL | {"function": {"name": "look_up", "arguments": "{a}"}}
     error = send(letters, messages=[CALLING[0], CALLING[1] | {"tool_calls": [call]}, CALLING[2]]).json()["error"]

@@ -112,6 +112,9 @@ def test_the_schema_is_that_of_the_requests(live):
     text = str(schema)
     named = {part.split("'")[0] for part in text.split("#/components/schemas/")[1:]}
     assert named <= set(schema["components"]["schemas"])
+    assert "ValidationError" not in text  # FastAPI's own form of errors, which this server never sends
+    error = httpx.get(f"{live.url}/v1/models/none").json()["error"]
+    assert set(schema["components"]["schemas"]["Error"]["properties"]["error"]["required"]) == set(error)
     page = httpx.get(f"{live.url}/docs")
     assert all(field in page.text for field in fields)
     assert "http" not in page.text.replace(live.url, "").replace("http-equiv", "")

@@ -18,6 +18,21 @@ from keepsight import __version__
 from keepsight.serve.openai.asked.request import ChatRequest
 
 _SCHEMAS = "#/components/schemas/"
+_ERROR_AS = {"$ref": f"{_SCHEMAS}Error"}
+_WORD = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+_ERROR = {
+    "title": "Error",
+    "description": "Why a request is refused or failed. param is the parameter at fault, as the client wrote it.",
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {"message": {"type": "string"}, "type": {"type": "string"}, "param": _WORD, "code": _WORD},
+        }
+    },
+}
 _HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'", "Cache-Control": "no-store"}
 
 
@@ -27,7 +42,7 @@ def openapi(app: FastAPI) -> dict[str, Any]:
     schema = get_openapi(title="keepsight", version=__version__, routes=app.routes)
     asked = ChatRequest.model_json_schema(ref_template=_SCHEMAS + "{model}")
     parts = asked.pop("$defs")
-    schema.setdefault("components", {}).setdefault("schemas", {}).update({"ChatRequest": asked, **parts})
+    schema["components"] = {"schemas": {"ChatRequest": asked, **parts, "Error": _ERROR}}
     upload = {
         "type": "object",
         "required": ["file", "purpose"],
@@ -37,6 +52,10 @@ def openapi(app: FastAPI) -> dict[str, Any]:
         "/v1/chat/completions": ("application/json", {"$ref": f"{_SCHEMAS}ChatRequest"}),
         "/v1/files": ("multipart/form-data", upload),
     }
+    refused = {"description": "An error, in OpenAI's form", "content": {"application/json": {"schema": _ERROR_AS}}}
+    for route in (route for methods in schema["paths"].values() for route in methods.values()):
+        route["responses"].pop("422", None)  # FastAPI's own, which is never sent
+        route["responses"] |= {"4XX": refused, "5XX": refused}
     for path, (kind, body) in bodies.items():
         schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": {kind: {"schema": body}}}
     return schema
