@@ -24,6 +24,7 @@ COMMANDS = {
         "Start",
     ),
     "generate": ("keepsight.cli.generate", "generate", "Ask a model about images, with or without its memory.", "Use"),
+    "chat": ("keepsight.cli.chat", "chat", "A page to try a model on, memory on and off side by side.", "Use"),
     "serve": ("keepsight.cli.serve", "serve", "Answer OpenAI clients, images and streaming included.", "Use"),
     "diagnose": (
         "keepsight.cli.diagnose",

@@ -66,6 +66,7 @@ def serve(
             "where only that is listened on; else any."
         ),
     ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Offer a page to try the model on, at /chat.")] = False,
     max_batch: Annotated[int, typer.Option(help="Answers that are written at the same time.", min=1)] = 8,
     max_queue: Annotated[int, typer.Option(help="Requests that wait; further ones get 429.", min=0)] = 32,
     max_output_tokens: Annotated[int, typer.Option(help="Length limit of an answer, and its default.", min=1)] = 2048,
@@ -144,8 +145,11 @@ def serve(
         local_folders=tuple(folder.resolve() for folder in allow_local_dir or ()),
         remote_hosts=tuple(allow_remote_host or ()),
         trusted_hosts=trusted,
+        chat=chat,
     )
     sets = {settings.name: infos} | _further(model or [], base_name, settings.name)
+    if engine == "vllm" and chat:
+        raise KeepsightError("--chat shows where the model looked, which needs --engine transformers.")
     if engine == "vllm" and len(sets) > 1:
         raise KeepsightError("--engine vllm serves one model; leave --model out, or leave --engine out.")
     if not is_local and api_key is None:
@@ -172,6 +176,8 @@ def serve(
             f"[serving {settings.name} on http://{address_of(taken)}/v1; memory: {memories}{others}; process "
             f"{os.getpid()}]"
         )
+        if chat:
+            say(f"[a page to try it on: http://{address_of(taken)}/chat]")
 
     run(api.app(), taken, shutdown_timeout, ready)
     say("[finished]")

@@ -49,7 +49,8 @@ class Reader:
         require_chat_template(processor)
         self.model, self.processor, self.backbone = model, processor, Backbone.of(model)
         branch = active_latent_memory(model)
-        self._memory_tokens = None if branch is None else branch.tokens
+        #: Which ids are a latent memory's; None if the model has none.
+        self.latent_tokens = None if branch is None else branch.tokens
 
     def inputs(self, sample: Sample) -> dict[str, torch.Tensor]:
         """Model inputs of the prompt, one row.
@@ -97,8 +98,8 @@ class Reader:
         """Logits [n, V] as log-probabilities [n, V] float32. A latent memory's tokens are no words: they get none of
         the probability, with the memory on or off, so that both can be compared."""
         logits = logits.float()
-        if self._memory_tokens is not None:
-            known = [i for i in self._memory_tokens.ids if i < logits.shape[-1]]
+        if self.latent_tokens is not None:
+            known = [i for i in self.latent_tokens.ids if i < logits.shape[-1]]
             logits = logits.index_fill(-1, torch.tensor(known, dtype=torch.long, device=logits.device), -torch.inf)
         return logits.log_softmax(-1)
 
@@ -142,7 +143,7 @@ class Reader:
         hold = list(self.backbone.visual_token_ids())
         length, prompt = steps, inputs["input_ids"].shape[1]
         if branch is None:
-            hold += self._memory_tokens.ids if self._memory_tokens is not None else []
+            hold += self.latent_tokens.ids if self.latent_tokens is not None else []
         elif memory is None or memory.name != "off":
             config, tokens = branch.config, branch.tokens
             length += config.max_invocations * (max(config.num_short, config.num_long) + 2)

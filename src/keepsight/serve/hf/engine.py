@@ -11,7 +11,8 @@ import copy
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 from keepsight.serve.errors import ApiError, cut_off, explain
@@ -52,6 +53,7 @@ class Engine:
         self._models |= {name: (other, copy.deepcopy(words)) for name, (other, words) in (others or {}).items()}
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
+        self._asides: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._batches: list[Batch] = []
         self._is_closing = self._is_cut_off = False
         self._last_sign = time.monotonic()
@@ -82,6 +84,20 @@ class Engine:
             if job in self._waiting:
                 self._waiting.remove(job)
                 job.forget()
+
+    def aside(self, call: Callable[[], Any]) -> Future[Any]:
+        """Run something that needs the model, between two steps; all answers wait for it. Any thread may call this.
+
+        Raises:
+            ApiError: 503, if the engine is closing or has died.
+        """
+        found: Future[Any] = Future()
+        with self._changed:
+            if self._is_closing or not self._thread.is_alive():
+                raise ApiError(503, "The server is shutting down.", code="shutting_down")
+            self._asides.append((call, found))
+            self._changed.notify()
+        return found
 
     def close(self, seconds: float | None = None) -> bool:
         """Take no more requests, finish those that are here, and stop.
@@ -116,14 +132,15 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._waiting or self._batches or self._is_closing):
+                while not (self._waiting or self._asides or self._batches or self._is_closing):
                     self._changed.wait(timeout=1.0)
                     self._last_sign = time.monotonic()
-                if self._is_closing and not self._waiting and not self._batches:
+                if self._is_closing and not (self._waiting or self._asides or self._batches):
                     return
                 if self._is_cut_off:
                     self._end_all()
                 job = self._next_job()
+            self._run_aside()
             try:
                 if job is not None:
                     self._read(job)
@@ -136,7 +153,23 @@ class Engine:
             self._last_sign = time.monotonic()
             self.metrics.running.set(self.running)
 
+    def _run_aside(self) -> None:
+        with self._changed:
+            if not self._asides:
+                return
+            call, found = self._asides.popleft()
+        if not found.set_running_or_notify_cancel():
+            return
+        try:
+            found.set_result(call())
+        except Exception as error:
+            found.set_exception(explain(error))
+        self._last_sign = time.monotonic()
+
     def _end_all(self) -> None:
+        for _, found in self._asides:
+            found.cancel()
+        self._asides.clear()
         for job in (*self._waiting, *(row.job for batch in self._batches for row in batch.rows)):
             self._fail(job, cut_off())
         for job in self._waiting:

@@ -21,6 +21,7 @@ from keepsight.serve.hf.served import Served
 from keepsight.serve.openai import pages
 from keepsight.serve.openai.answers import Answer
 from keepsight.serve.openai.asked.request import ChatRequest, parse
+from keepsight.serve.openai.chat.routes import ChatPage
 from keepsight.serve.openai.handover import Events, Turn
 from keepsight.serve.openai.http import EventStream, Gone, Guard, discard_body, error_response, read_body, until_gone
 from keepsight.serve.openai.images.decode import decode_image
@@ -82,6 +83,9 @@ class Api:
         app.get("/docs", include_in_schema=False)(self.reference)
         app.get("/openapi.json", include_in_schema=False)(self.schema)
 
+        if self.settings.chat:
+            ChatPage(self).add_to(app)
+
         @app.exception_handler(ApiError)
         async def api_error(request: Request, error: ApiError) -> Response:
             return error_response(error)
@@ -109,7 +113,7 @@ class Api:
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     @contextlib.contextmanager
-    def _slot(self) -> Any:
+    def slot(self) -> Any:
         """A place among the requests that are here, from before the body is read until the last byte is sent."""
         limits = self.settings.limits
         if self._open >= limits.max_batch + limits.max_queue:
@@ -135,23 +139,23 @@ class Api:
             raise ApiError(415, "Send JSON, with Content-Type: application/json.", code="unsupported_media_type")
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self._slot())
+                stack.enter_context(self.slot())
             except ApiError:
                 await discard_body(request, self.settings.limits)
                 raise
             body = await read_body(request, self.settings.limits)
             gone = asyncio.create_task(until_gone(request.receive))
             stack.callback(gone.cancel)
-            asked = await self._in_thread(parse, body)
+            asked = await self.in_thread(parse, body)
             del body
-            offer = self._offer(asked.model, "model")
+            offer = self.offer(asked.model, "model")
             self._check(asked, offer.served)
-            files = await self._in_thread(offer.prompts.collect, asked)
+            files = await self.in_thread(offer.prompts.collect, asked)
             turn = Turn(self._prepared, self.metrics)
             stack.callback(turn.end)
             await turn.wait(gone)
             events = Events(asked.stream, gone)
-            job = await self._in_thread(self._prepare, asked, offer, files, events, turn)
+            job = await self.in_thread(self._prepare, asked, offer, files, events, turn)
             del files
             self.engine.submit(job)
             stack.callback(self.engine.cancel, job)
@@ -162,7 +166,8 @@ class Api:
             stream = answer.stream(events, first)
             return EventStream(stream, self.settings.limits.write_seconds, stack.pop_all().close)
 
-    def _offer(self, name: str, param: str | None = None) -> Offer:
+    def offer(self, name: str, param: str | None = None) -> Offer:
+        """A model by its name."""
         found = self.offers.get(name)
         if found is None:
             known = ", ".join(map(repr, self.offers))
@@ -213,7 +218,7 @@ class Api:
         grammar = None if held is None else offer.grammars.compile(held[1], held[0])
         return Job(inputs, length, sampling, asked.n, memory, events.send, turn.end, offer.key, grammar, source)
 
-    async def _in_thread(self, call: Any, *args: Any) -> Any:
+    async def in_thread(self, call: Any, *args: Any) -> Any:
         """Run something in a worker thread. There is one for every request that can be open, so that a remote host that
         does not answer holds up nobody else."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, call, *args)
@@ -226,12 +231,12 @@ class Api:
 
     async def model(self, name: str) -> Any:
         """One model."""
-        return self._offer(name).describe()
+        return self.offer(name).describe()
 
     async def upload(self, request: Request) -> Any:
         """Upload an image, as multipart/form-data with purpose "vision"."""
         limits = self.settings.limits
-        with self._slot():
+        with self.slot():
             body = await read_body(request, limits)
 
             async def stream() -> Any:
@@ -251,7 +256,7 @@ class Api:
                     raise bad("There is no file in the form.", "file", "missing_file")
                 content = await file.read()
                 async with self._prepared:
-                    await self._in_thread(decode_image, content, limits, "file")
+                    await self.in_thread(decode_image, content, limits, "file")
                 return self.uploads.add(content, str(file.filename or "image")[:256]).describe(limits.upload_seconds)
             finally:
                 await form.close()
@@ -271,7 +276,7 @@ class Api:
         """What is served, and how to call it."""
         known = self.settings.api_key is None  # a browser sends no key
         models = [offer.describe() for offer in self.offers.values()] if known else []
-        return pages.index(models, str(request.base_url))
+        return pages.index(models, str(request.base_url), self.settings.chat)
 
     async def schema(self, request: Request) -> Response:
         """The OpenAPI schema."""

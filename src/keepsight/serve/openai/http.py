@@ -138,7 +138,7 @@ class Guard:
         metrics: where to count.
     """
 
-    OPEN = ("/", "/docs", "/openapi.json", "/health", "/metrics")
+    OPEN = ("/", "/docs", "/openapi.json", "/health", "/metrics", "/chat")
 
     def __init__(self, app: Any, settings: ServeSettings, metrics: Metrics):
         self.app, self.settings, self.metrics = app, settings, metrics

@@ -61,14 +61,15 @@ def openapi(app: FastAPI) -> dict[str, Any]:
     return schema
 
 
-def index(models: list[dict[str, Any]], address: str) -> HTMLResponse:
+def index(models: list[dict[str, Any]], address: str, chat: bool = False) -> HTMLResponse:
     """The first page: what is served, and how to call it.
 
     Args:
         models: OpenAI's model objects; none where only those with a key may know.
         address: the server's, as the visitor has it.
+        chat: whether there is a page to try it on.
     """
-    return _page("index.html", models=models, address=address.rstrip("/"))
+    return _page("index.html", models=models, address=address.rstrip("/"), chat=chat)
 
 
 def reference(schema: dict[str, Any]) -> HTMLResponse:

@@ -67,6 +67,7 @@ class ServeSettings:
         local_folders: folders that image paths may point into; by default none.
         remote_hosts: hosts that images may be fetched from; by default none.
         trusted_hosts: `Host` headers that are answered; empty: any.
+        chat: whether there is a page to try the model on, at /chat.
     """
 
     name: str
@@ -75,3 +76,4 @@ class ServeSettings:
     local_folders: tuple[Path, ...] = ()
     remote_hosts: tuple[str, ...] = ()
     trusted_hosts: tuple[str, ...] = ()
+    chat: bool = False

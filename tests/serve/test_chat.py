@@ -1,0 +1,150 @@
+"""The page to try a model on, and what it shows: where an answer looked, without disturbing anybody else's."""
+
+import base64
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+from chromium import chromium
+from helpers import attach
+from live import NAME, serving, wait_for
+
+import keepsight
+from keepsight.lab.samples import example_image, example_images
+
+
+def request(prompt="read", image=None, memory=True, **more):
+    buffer = io.BytesIO()
+    (image or example_image()).save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
+    asked = {"model": NAME, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 24}
+    return asked | {"keepsight": {"memory": memory}} | more
+
+
+@pytest.fixture(scope="module", params=["PVM", "VisMem"])
+def live(request):
+    if request.param == "VisMem":
+        model, processor = keepsight.load("keepsight/reference-vismem")
+    else:
+        base, processor = keepsight.load("keepsight/reference")
+        model = attach(base, width=32, gate=0.3)
+    with serving(model, processor, chat=True) as live:
+        yield live
+
+
+def answered(live, asked):
+    reply = httpx.post(f"{live.url}/v1/chat/completions", json=asked, timeout=60)
+    assert reply.status_code == 200, reply.text
+    choice = reply.json()["choices"][0]
+    return choice["message"]["content"], reply.json().get("keepsight") or choice["keepsight"]
+
+
+def looked(live, asked, answer, told, changed=()):
+    memories = [{"type": one["kind"], "text_offset": one["text_offset"]} for one in told["invocations"]]
+    body = {"request": asked, "answer": answer, "invocations": memories} | dict(changed)
+    return httpx.post(f"{live.url}/chat/look", json=body, timeout=60)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_look_tells_for_every_word_where_it_looked(live, memory):
+    asked = request(memory=memory)
+    answer, told = answered(live, asked)
+    found = looked(live, asked, answer, told).json()
+    assert "".join(found["words"]).split() == answer.split()
+    assert found["images"] == [[4, 4]]
+    assert all(0 < mass < 1 for mass in found["mass"])
+    has_pvm = "pvm" in live.api.offers[NAME].served.memories
+    names = {"the model's own attention"} | ({"the memory"} if has_pvm and memory else set())
+    assert found["views"].keys() == names
+    for view in found["views"].values():
+        cells = np.array(view)
+        assert cells.shape == (len(found["words"]), 1, 16)
+        assert (cells.max(-1) == 255).all()
+
+
+def test_it_reads_a_digit_where_the_digit_is(live):
+    """The trained model, without its memory: the digit behind a cell's name is looked up in that cell."""
+    asked = request(memory=False)
+    answer, told = answered(live, asked)
+    found = looked(live, asked, answer, told).json()
+    words = [word.strip() for word in found["words"]]
+    looks = found["views"]["the model's own attention"]
+    hits = [
+        int(np.argmax(looks[n][0])) == "abcd".index(cell[0]) + 4 * (int(cell[1]) - 1)
+        for n, cell in enumerate(words, 1)
+        if len(cell) == 2 and cell[0] in "abcd" and n < len(words)
+    ]
+    assert len(hits) > 3
+    assert np.mean(hits) > 0.5
+
+
+def test_a_look_disturbs_nobody(live):
+    (other, _), *_ = example_images(1, 5)
+    alone = answered(live, request(image=other))[0]
+    asked = request()
+    answer, told = answered(live, asked)
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(answered, live, request(image=other)) for _ in range(4)]
+        looks = [pool.submit(looked, live, asked, answer, told) for _ in range(4)]
+        assert {one.result()[0] for one in answers} == {alone}
+        assert len({one.result().text for one in looks}) == 1
+    assert answered(live, asked)[0] == answer
+
+
+def test_wrong_looks_are_refused(live):
+    asked = request()
+    answer, told = answered(live, asked)
+    for more, word in (
+        ({"answer": ""}, "no word"),
+        ({"answer": 3}, "Expected"),
+        ({"request": {}}, "model"),
+        ({"x": 1}, "Expected"),
+    ):
+        reply = looked(live, asked, answer, told, changed=more)
+        assert reply.status_code == 400
+        assert word in reply.json()["error"]["message"]
+    assert httpx.post(f"{live.url}/chat/look", content="{}").status_code == 415
+
+
+def test_the_page_is_only_there_where_it_is_offered(live):
+    page = httpx.get(f"{live.url}/chat")
+    assert page.status_code == 200
+    assert "http://" not in page.text.replace("http://127", "")
+    assert "https://" not in page.text
+    assert "connect-src 'self'" in page.headers["content-security-policy"]
+    model, processor = keepsight.load("keepsight/reference")
+    with serving(model, processor) as plain:
+        assert httpx.get(f"{plain.url}/chat").status_code == 404
+        assert httpx.post(f"{plain.url}/chat/look", json={}).status_code == 404
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_in_a_browser(live, tmp_path, width):
+    image = tmp_path / "digits.png"
+    example_image().save(image)
+    with chromium() as window:
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        window.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        window.get(f"{live.url}/chat")
+        wait_for(lambda: NAME in window.find_element("id", "model").text)
+        window.find_element("id", "file").send_keys(str(image))
+        window.find_element("id", "text").send_keys("read")
+        window.find_element("id", "send").click()
+        wait_for(lambda: window.find_elements("css selector", ".a span"), 60)
+        wait_for(lambda: window.find_element("id", "send").is_enabled(), 60)
+        assert [h.text for h in window.find_elements("css selector", ".pair h2")] == ["with the memory", "without"]
+        drawn = "const c = document.querySelector('canvas'); return c.toDataURL()"
+        empty = window.execute_script(drawn)
+        seen = set()
+        for word in window.find_elements("css selector", ".a span")[:3]:
+            window.execute_script("arguments[0].click()", word)
+            seen.add(window.execute_script(drawn))
+        assert len(seen) >= 2
+        assert empty not in seen
+        assert "of the model's attention" in window.find_element("id", "now").text
+        wide = window.execute_script("return document.documentElement.scrollWidth")
+        assert wide <= width
+        assert [line for line in window.get_log("browser") if "favicon" not in line["message"]] == []
