@@ -18,7 +18,7 @@ import tiny
 import torch
 from conftest import HERE, Model, Request, words
 from engine import ENVIRONMENT
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from PIL import Image
 from test_server import content
 
@@ -210,6 +210,11 @@ def test_the_server(latent, tmp_path):
         pieces = list(ask(requests[0], stream=True))
         two = ask(requests[1], n=2, temperature=1.0, seed=3, logprobs=True, top_logprobs=2)
         again = ask(requests[1], n=2, temperature=1.0, seed=3, logprobs=True, top_logprobs=2)
+        filters = ({"top_k": 1}, {"min_p": 1.0}, {"repetition_penalty": 1.3, "top_k": 1}, {"repetition_penalty": 1.3})
+        greedy = [{"temperature": 1.0, "seed": 3}] * 3 + [{}]  # the likeliest token, by every filter
+        filtered = [ask(requests[0], **more, extra_body=own) for more, own in zip(greedy, filters, strict=True)]
+        with pytest.raises(BadRequestError, match="response_format is not supported"):
+            ask(requests[0], response_format={"type": "json_object"})
     reference = Reference(model)
     for request, reply in zip(requests, whole, strict=True):
         asked = request | {"text": " " + request["text"]}
@@ -224,4 +229,7 @@ def test_the_server(latent, tmp_path):
     assert [c.message.content for c in two.choices] == [c.message.content for c in again.choices]
     assert two.choices[0].message.content != two.choices[1].message.content
     assert len(two.choices[0].logprobs.content[0].top_logprobs) == 2
+    texts = [reply.choices[0].message.content for reply in filtered]
+    assert texts[0] == texts[1] == whole[0].choices[0].message.content
+    assert texts[2] == texts[3] != texts[0]
     assert "is an experiment" in (tmp_path / "log").read_text()

@@ -137,6 +137,21 @@ def test_the_shipped_vismem_can_be_held_to_what_its_words_can_write():
             assert choice["finish_reason"] == "stop"
 
 
+def test_white_space_comes_to_an_end(remembering):
+    tokenizer = copy.deepcopy(with_letters(remembering[1]).tokenizer)
+    grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    (space,) = tokenizer.encode(" ")
+    for before, most in (("[1", 16), ("[1,", 16), ("[", 0)):
+        grammar = grammars.compile({"type": "array", "items": {"type": "integer"}}, "p")
+        for token in tokenizer.encode(before):
+            grammar.write(token)
+        count = 0
+        while bool(grammar.allowed()[space]) and count < 100:
+            grammar.write(space)
+            count += 1
+        assert count == most
+
+
 def test_a_dead_end_is_an_error_and_not_an_answer(remembering):
     """`{"Z"` cannot be written without a Z; that is found out where it comes up, and never taken for an end."""
     tokenizer = copy.deepcopy(with_letters(remembering[1]).tokenizer)

@@ -16,8 +16,14 @@ import torch
 
 from keepsight.serve.errors import ApiError, bad
 
-#: JSON's own, but bounded: small models fill an answer with white space.
-_SPACE = r"[ \n\r\t]{1,16}"
+#: White space stands around commas and colons only, and is bounded: small models fill an answer with it. (Its
+#: `whitespace_pattern` would say so for all places; llguidance 1.7, which vLLM asks for, takes no notice of it.)
+_SPACE = r"[ \n\r\t]{0,16}"
+_FORM = {
+    "whitespace_flexible": False,
+    "item_separator": f"{_SPACE},{_SPACE}",
+    "key_separator": f"{_SPACE}:{_SPACE}",
+}
 
 
 class Grammars:
@@ -48,7 +54,7 @@ class Grammars:
         """
         from llguidance import LLMatcher
 
-        told = json.dumps({**schema, "x-guidance": {"whitespace_pattern": _SPACE}})
+        told = json.dumps({**schema, "x-guidance": _FORM})
         with self._lock:
             if self._inner is None:
                 self._inner = _readable(self._tokenizer, self._vocabulary, sorted(self._ends), param)
