@@ -232,6 +232,35 @@ def test_formats_may_be_mixed_in_one_file(folder: Path) -> None:
     assert look(jsonl(rows, folder)).problems == (("line 2", "no format that keepsight knows; it has: picture, words"),)
 
 
+@pytest.mark.parametrize(
+    ("row", "lesson"),
+    [
+        ({"question": "read", "answer": []}, "answer: empty"),
+        ({"question": "read", "answer": {"text": "a1"}}, "answer: expected text"),
+        ({"query": "read", "response": "a1", "history": [["read"]]}, "history: expected [question, answer]"),
+        ({"messages": "hello"}, "messages: expected a list, found text that is not JSON"),
+        ({"messages": {"role": "user", "content": "x"}}, "messages: expected a list"),
+        ({"conversations": [["read", "a1"]]}, 'messages[0]: expected {"role"'),
+        ({"texts": ["x"]}, 'texts: expected {"user"'),
+    ],
+)
+def test_a_cell_of_another_kind_is_named(row: dict[str, Any], lesson: str, folder: Path) -> None:
+    ((where, what),) = look(jsonl([{"images": ["0 ü.png"], **row}], folder)).problems
+    assert (where, what[: len(lesson)]) == ("line 1", lesson)
+
+
+def test_an_answer_that_only_calls_a_tool_needs_no_words(folder: Path) -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": CALL}
+    messages = [U, called, {"role": "tool", "tool_call_id": "1", "content": "x"}, A]
+    found = look(jsonl([{"images": ["0 ü.png"], "messages": messages}], folder)).good()
+    assert [m["role"] for m in read_sample(found.dataset[0], found.source)["messages"]] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+
+
 def test_columns_of_other_names(folder: Path) -> None:
     rows = [
         {"photo": f"{i} ü.png", "Frage": QUESTION, "Antwort": answer(i), "prompt": "not this"} for i in range(COUNT)

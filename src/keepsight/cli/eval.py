@@ -10,6 +10,7 @@ import typer
 from keepsight.cli.console import check_device, out, quiet, refuse_twins, say, with_examples
 from keepsight.cli.model import BUILT_IN, Adapters, Base, Device, Dtype, Source
 from keepsight.cli.progress import Progress, Waiting
+from keepsight.data.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP, reading_of
 from keepsight.errors import KeepsightError
 
 
@@ -24,6 +25,10 @@ def evaluate(
         list[str] | None,
         typer.Option("--data", "-d", help="Questions with answers, in any format that training reads; repeat."),
     ] = None,
+    columns: Annotated[list[str] | None, typer.Option(help=COLUMNS_HELP)] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help=IGNORE_HELP)] = None,
+    image_folder: Annotated[Path | None, typer.Option(help=IMAGE_FOLDER_HELP)] = None,
+    split: Annotated[str, typer.Option(help="Which split of the datasets, if they have several.")] = "train",
     adapter: Adapters = None,
     memory: Annotated[
         Literal["on", "free", "only_short", "only_long", "random", "reversed"],
@@ -63,7 +68,8 @@ def evaluate(
     if output.is_dir():
         raise KeepsightError(f"--output {output} is a folder; name a JSON file.")
     quiet()
-    asked = [sample for name in data for sample in read_dataset(name)][:samples]
+    readings = [reading_of(name, columns or (), ignore or (), image_folder) for name in data]
+    asked = [sample for reading in readings for sample in read_dataset(reading, split)][:samples]
     unanswered = sum(sample.answer is None for sample in asked)
     if unanswered or not asked:
         raise KeepsightError(f"{unanswered} of {len(asked)} questions have no answer to compare with.")

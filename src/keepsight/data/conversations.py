@@ -243,7 +243,8 @@ _NATIVE = ("role", "content")
 
 
 def _content(message: dict[str, Any]) -> Any:
-    return message.get("value") if "from" in message else message.get("content", "")
+    found = message.get("value") if "from" in message else message.get("content")
+    return "" if found is None else found  # beside tool calls there may be none
 
 
 def _check_turns(result: list[dict[str, Any]], answered: bool) -> None:

@@ -132,6 +132,8 @@ def _asked(question: str, answers: tuple[str, ...] = ANSWER) -> Callable[[Row], 
         if filled(row.get("history")):
             used.append("history")
             for pair in as_json(row["history"], "history"):
+                if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                    raise DataError(f"history: expected [question, answer], found {pair!r:.60}")
                 messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
         return Turns([*messages, {"role": "user", "content": asked}], tuple(used), row.get(name or ""), name)
 
@@ -217,8 +219,8 @@ def recognise(row: Row, answered: bool) -> tuple[Format, Turns] | None:
         row = {name: value for name, value in row.items() if name != SOLUTION}
     for seen in ({name: value for name, value in row.items() if filled(value)}, row):
         for one in FORMATS:
-            if one.fits(seen):
-                return None if answered and one is FORMATS[-1] else (one, one.turns(row))
+            if one.fits(seen) and not (answered and one is FORMATS[-1]):
+                return one, one.turns(row)
     return None
 
 
