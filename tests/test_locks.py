@@ -31,7 +31,9 @@ PARTS = {
     "train": {"train", "4bit"},
 }
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-UNDECLARED = {"deepspeed"}  # asked for by the user's own accelerate config, and refused by name where it is missing
+#: Asked for by the user's own accelerate config, and refused by name where it is missing; and what stands in
+#: evaluate/lmms*.py, which only lmms-eval imports, in its environment.
+UNDECLARED = {"deepspeed", "lmms-eval", "av"}
 
 
 def load_tool(name):
