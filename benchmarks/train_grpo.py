@@ -31,7 +31,7 @@ from keepsight.lab.narration import VOCABULARY
 from keepsight.lab.reference import build_tokenizer
 from keepsight.train.rewards.rewards import Reward
 from keepsight.train.vismem.settings import FormationSettings
-from keepsight.train.vismem.stages import Formation
+from keepsight.train.vismem.stages import FormationStage
 from keepsight.train.vismem.trainer import VisMemTrainer
 from keepsight.vismem import MemoryPolicy, VisMemConfig, add_memory_tokens
 
@@ -91,7 +91,7 @@ def any_score(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     return [int.from_bytes(hashlib.blake2b(str(t).encode(), digest_size=2).digest(), "big") / 65535 for t in texts]
 
 
-class TwoMemories(Formation):
+class TwoMemories(FormationStage):
     """Stage I with a short-term memory after a third of the words, and a long-term one after two thirds."""
 
     def policy(self, progress: float) -> MemoryPolicy:
@@ -102,7 +102,7 @@ class TwoMemories(Formation):
 def vismem_trainer(
     base: Any, processor: Any, samples: list[dict[str, Any]], args: argparse.Namespace, gain: str
 ) -> VisMemTrainer:
-    """A trainer of stage I whose steps are `_step(0)`, `_step(1)`, ..."""
+    """A trainer of stage I whose steps are `step(0)`, `step(1)`, ..."""
     own = VisMemConfig(max_invocations=2, form=args.form)
     add_memory_tokens(processor, own)
     model = get_peft_model(base, own)
@@ -181,8 +181,8 @@ def vismem_step(trainer: VisMemTrainer) -> Callable[[], None]:
     """One step of stage I."""
 
     def step() -> None:
-        trainer._step(trainer.progress.step)
-        trainer.progress.step += 1
+        trainer.step(trainer.state.global_step)
+        trainer.state.global_step += 1
 
     return step
 

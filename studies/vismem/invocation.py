@@ -24,12 +24,12 @@ from keepsight.lab.narration import Narrations, make_narrations
 from keepsight.train.vismem.grpo import (
     clipped_loss,
     group_advantages,
+    group_means,
     invocation_objective,
     kl_to,
     memory_gain,
-    negative_penalty,
+    penalty,
     trajectory_mean,
-    type_penalty,
 )
 from keepsight.vismem import VisMemBranch
 from keepsight.vismem.tokens import LONG, SHORT
@@ -261,7 +261,7 @@ def stage_two(model: Any, bank: Bank, plan: InvocationPlan, seed: int) -> dict[s
         invoked = (actions > 0).any(-1)
         s = scores[scripts, index_of(actions)]
         other = scores[scripts, index_of(torch.where(actions > 0, 3 - actions, actions))]
-        p_type, p_neg = type_penalty(s, other, invoked), negative_penalty(s, plan.group, invoked)
+        p_type, p_neg = penalty(s, other, invoked), penalty(s, group_means(s, plan.group), invoked)
         gain, count = memory_gain(s, scores[scripts, 0]), (actions > 0).sum(-1)
         reward = invocation_objective(gain, p_type, p_neg, count, plan.alpha, plan.cost)
         log_probs = chosen_log_probs(bank, invoker, scripts, actions)

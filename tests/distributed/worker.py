@@ -28,7 +28,7 @@ from keepsight.train.pvm.grpo import GrpoSettings, train_pvm_grpo
 from keepsight.train.pvm.sft import SftSettings, train_pvm
 from keepsight.train.run.engines import whole
 from keepsight.train.vismem.train import FormationSettings, train_vismem_formation
-from keepsight.train.vismem.trainer import VisMemTrainer
+from keepsight.train.vismem.update import Update
 from keepsight.vismem import VisMemConfig
 
 
@@ -137,18 +137,18 @@ def run_formation(job: dict[str, Any], rank: int) -> None:
     """Stage I of a VisMem as a job says; keeps the summed gradients, and how many trajectories invoked a memory."""
     gradients: dict[str, torch.Tensor] = {}
     invoked: list[int] = []
-    optimise = VisMemTrainer._optimise
+    take = Update.take
 
-    def counting(self: VisMemTrainer, batch: Any, *args: Any) -> Any:
+    def counting(self: Update, batch: Any, *args: Any) -> Any:
         invoked.append(sum(trajectory.invoked for trajectory in batch.trajectories))
-        return optimise(self, batch, *args)
+        return take(self, batch, *args)
 
     def before_step(optimizer: torch.optim.Optimizer, *args: Any) -> None:
         for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
             gradients[f"{len(invoked) - 1}.{index}"] = parameter.grad.clone()
 
     hook = register_optimizer_step_pre_hook(before_step)
-    VisMemTrainer._optimise = counting  # type: ignore[method-assign]
+    Update.take = counting  # type: ignore[method-assign]
     try:
         report = train_vismem_formation(
             job["base"],
@@ -162,7 +162,7 @@ def run_formation(job: dict[str, Any], rank: int) -> None:
         )
     finally:
         hook.remove()
-        VisMemTrainer._optimise = optimise  # type: ignore[method-assign]
+        Update.take = take  # type: ignore[method-assign]
     facts = {"invoked": invoked, "resumed_from": report.resumed_from, "reward": report.last["reward"]}
     Path(f"{job['output']}-rank{rank}.json").write_text(json.dumps(facts))
     if rank == 0:

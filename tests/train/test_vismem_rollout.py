@@ -10,8 +10,8 @@ from vismem_training import FAMILY_NAMES, RANDOM, ROWS, model_and_prompts, seeds
 from keepsight.compat import enable_checkpointing
 from keepsight.errors import KeepsightError
 from keepsight.train.vismem.grpo import clipped_loss, group_advantages, trajectory_mean
-from keepsight.train.vismem.prefix import Prefixes
 from keepsight.train.vismem.replay import (
+    Prefixes,
     chosen_mask,
     formed_latents,
     log_probs,

@@ -251,9 +251,9 @@ def test_a_killed_run_resumes_to_the_same_weights(
 def test_data_that_cannot_be_rewarded_are_refused_before_weights_are_read(
     tiny_vlm: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keepsight.train.vismem import train as vismem
+    from keepsight.train.vismem import loading
 
-    monkeypatch.setattr(vismem, "load_here", lambda *args, **kwargs: pytest.fail("the weights were read"))
+    monkeypatch.setattr(loading, "load_base", lambda *args, **kwargs: pytest.fail("the weights were read"))
     with pytest.raises(DataError, match="no image"):
         train_vismem_formation(tiny_vlm, questions, tmp_path / "a", rewards=[digits], settings=formation())
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
@@ -357,15 +357,15 @@ def test_micro_batches_change_nothing(tiny_vlm: Path, questions: Path, tmp_path:
 def test_a_diverging_run_stops_and_keeps_what_was_good(
     tiny_vlm: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keepsight.train.vismem.stages import Formation
+    from keepsight.train.vismem.stages import FormationStage
 
-    original, calls = Formation.log_probs, [0]
+    original, calls = FormationStage.log_probs, [0]
 
     def poisoned(self: Any, *args: Any) -> torch.Tensor:
         calls[0] += 1
         return original(self, *args) * (float("nan") if calls[0] > 4 else 1.0)
 
-    monkeypatch.setattr(Formation, "log_probs", poisoned)
+    monkeypatch.setattr(FormationStage, "log_probs", poisoned)
     out = tmp_path / "out"
     with pytest.raises(TrainingDivergedError, match="in step"):
         train_vismem_formation(
@@ -511,7 +511,7 @@ def test_a_dry_run_reads_no_weights(tiny_vlm: Path, questions: Path, monkeypatch
 def test_a_dry_runs_count_is_the_runs(formed: tuple[Path, VisMemReport], tiny_vlm: Path) -> None:
     from keepsight.train.vismem.dry_run import dry_run_vismem
 
-    assert dry_run_vismem(tiny_vlm, formation(), VisMemConfig(**SIZES)).trained == formed[1].trained
+    assert dry_run_vismem(tiny_vlm, formation(), VisMemConfig(**SIZES)).trained == formed[1].trainable
 
 
 def test_an_incremental_memory_is_never_checkpointed(tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
@@ -532,7 +532,7 @@ def test_an_incremental_memory_is_never_checkpointed(tiny_vlm: Path, questions: 
 
 
 def test_a_stage_says_all_that_the_trainer_asks() -> None:
-    from keepsight.train.vismem.stage import Stage
+    from keepsight.train.vismem.stages import Stage
 
     class Half(Stage):
         name = "half"

@@ -13,8 +13,10 @@ from vismem_helpers import SIZES, attach, forced, generate
 
 from keepsight import VisMemConfig
 from keepsight.errors import KeepsightError
-from keepsight.train.vismem.warm_start import Moment, distill, look, target, watch_visual_embeddings
+from keepsight.train.vismem.moments import Moment, look, target
+from keepsight.train.vismem.warm_start import distill
 from keepsight.vismem import VisMemBranch
+from keepsight.vismem.embeddings import watch_visual_embeddings
 from keepsight.vismem.memory import Sight
 from keepsight.vismem.vision import Patches
 

@@ -104,7 +104,7 @@ def run_and_report(
 
 def print_log(values: dict[str, float], step: int, total: int) -> None:
     """One line per logging step."""
-    from keepsight.train.run.monitor import line
+    from keepsight.train.run.report import line
 
     for text in line(values, step, total):
         say(text)
@@ -185,7 +185,7 @@ def print_vismem_report(report: Any, source: str) -> None:
     table.add_row("tokens", f"{report.tokens_generated:,} written, {report.tokens_trained:,} trained on")
     if report.first:
         table.add_row("reward", f"{report.first['reward']:.4f} at first, {report.last['reward']:.4f} at last")
-    table.add_row("trained", f"{report.trained:,} parameters; {report.changed} tensors changed")
+    table.add_row("trained", f"{report.trainable:,} parameters; {report.changed} tensors changed")
     table.add_row("all else", f"{report.untouched} tensors; no bit changed (digests before and after)")
     table.add_row("KL against", report.reference)
     for name, value in (report.metrics or {}).items():

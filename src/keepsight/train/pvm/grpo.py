@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,8 @@ from keepsight.train.run.engines import Engine, check_engine, current_engine
 from keepsight.train.run.four_bit import check_four_bit
 from keepsight.train.run.learner import Learner, PolicyChoice, ranked_lora
 from keepsight.train.run.plan import MemoryPlan, plan_memory
-from keepsight.train.run.run import Run, TrainReport, base_lines, execute, memory_lines, result_card, with_comparison
+from keepsight.train.run.report import TrainReport, base_lines, memory_lines, result_card
+from keepsight.train.run.run import Run, execute, load_learner
 from keepsight.train.run.settings import GrpoSettings
 from keepsight.train.run.trainer import OnLog
 
@@ -176,7 +178,7 @@ def train_pvm_grpo(
     )
     if engine.is_main:
         comparison.write(folder)
-    return with_comparison(report, comparison)
+    return replace(report, comparison=comparison)
 
 
 def _what_learns(
@@ -305,7 +307,8 @@ class _Job:
         if self.engine.is_main and learner.learns:
             self._check_space(learner, folder, settings, checkpoint)
 
-        def build(model: Any, now: Learner) -> Any:
+        def build(loaded: tuple[Any, Learner]) -> Any:
+            model, now = loaded
             return make_grpo_trainer(
                 model,
                 self.processor,
@@ -324,17 +327,15 @@ class _Job:
 
         run = Run(
             name=name,
-            base=self.base,
-            learner=learner,
             folder=folder,
-            settings=settings,
-            plan=self.plan,
             data=self.data,
             processor=self.processor,
             record=record,
             engine=self.engine,
+            load=partial(load_learner, self.base, learner, settings, self.plan, self.engine),
             build=build,
             card=card,
+            learns=learner.learns,
             evaluates=self.held_out is not None,
             resume=resume,
             overwrite=overwrite,

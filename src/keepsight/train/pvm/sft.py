@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,8 @@ from keepsight.train.run.engines import Engine, check_engine, current_engine
 from keepsight.train.run.four_bit import check_four_bit
 from keepsight.train.run.learner import Learner, lora_size
 from keepsight.train.run.plan import MemoryPlan, plan_memory
-from keepsight.train.run.run import Run, TrainReport, base_lines, execute, memory_lines, result_card, with_comparison
+from keepsight.train.run.report import TrainReport, base_lines, memory_lines, result_card
+from keepsight.train.run.run import Run, execute, load_learner
 from keepsight.train.run.settings import SftSettings
 from keepsight.train.run.trainer import OnLog, TrainingDivergedError
 
@@ -160,7 +162,7 @@ def train_pvm(
     comparison = Comparison(tuple(outcomes), _note(settled, eval_dataset, held_out))
     if engine.is_main:
         comparison.write(folder)
-    return with_comparison(report, comparison)
+    return replace(report, comparison=comparison)
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,8 @@ class _Job:
         if self.engine.is_main and learner.learns:
             self._check_space(learner, folder, settings, checkpoint)
 
-        def build(model: Any, now: Learner) -> Any:
+        def build(loaded: tuple[Any, Learner]) -> Any:
+            model, now = loaded
             return make_sft_trainer(
                 model,
                 self.processor,
@@ -213,17 +216,15 @@ class _Job:
 
         run = Run(
             name=name,
-            base=self.base,
-            learner=learner,
             folder=folder,
-            settings=settings,
-            plan=self.plan,
             data=self.data,
             processor=self.processor,
             record=record,
             engine=self.engine,
+            load=partial(load_learner, self.base, learner, settings, self.plan, self.engine),
             build=build,
             card=card,
+            learns=learner.learns,
             evaluates=self.held_out is not None,
             resume=resume,
             overwrite=overwrite,

@@ -126,19 +126,31 @@ class CostMeter:
         self._started = time.perf_counter()
 
     def trained(
-        self, rows: int, length: int, *, tokens: int | None = None, patches: int = 0, checkpointing: bool = False
+        self,
+        rows: int,
+        length: int,
+        *,
+        tokens: int | None = None,
+        patches: int = 0,
+        checkpointing: bool = False,
+        cached: int = 0,
     ) -> None:
-        """Count a forward and backward over `rows` x `length` positions, of which `tokens` are no padding."""
-        self.flops += self.shape.train(rows, length, patches, checkpointing)
-        self.tokens_trained += rows * length if tokens is None else int(tokens)
+        """Count a forward and backward over `rows` x `length` positions, of which `tokens` are no padding.
 
-    def read(self, rows: int, length: int, *, patches: int = 0) -> None:
+        Here and below, the first `cached` of a row's positions were read before, and are not counted.
+        """
+        self.flops += self.shape.train(rows, length, patches, checkpointing, cached)
+        self.tokens_trained += rows * (length - cached) if tokens is None else int(tokens)
+
+    def read(self, rows: int, length: int, *, patches: int = 0, cached: int = 0) -> None:
         """Count a forward without a backward: old log-probabilities, a reference model, an evaluation."""
-        self.flops += self.shape.forward(rows, length, patches)
+        self.flops += self.shape.forward(rows, length, patches, cached)
 
-    def generated(self, rows: int, prompt: int, new: int, *, tokens: int | None = None, patches: int = 0) -> None:
+    def generated(
+        self, rows: int, prompt: int, new: int, *, tokens: int | None = None, patches: int = 0, cached: int = 0
+    ) -> None:
         """Count a rollout of `rows` completions of up to `new` positions, of which `tokens` in all are no padding."""
-        self.flops += self.shape.forward(rows, prompt + new, patches)
+        self.flops += self.shape.forward(rows, prompt + new, patches, cached)
         self.tokens_generated += rows * new if tokens is None else int(tokens)
 
     def add(self, flops: float) -> None:

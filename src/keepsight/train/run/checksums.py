@@ -26,9 +26,14 @@ def checksums(model: torch.nn.Module, skip: Collection[str] = ()) -> dict[str, s
             continue
         if tensor.numel() == 0:
             return None
-        bits = whole(tensor).contiguous().view(-1).view(torch.uint8).cpu().numpy()
-        found[name] = hashlib.blake2b(bits.data, digest_size=16).hexdigest()
+        found[name] = digest(whole(tensor))
     return found
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """A digest of a tensor's bits."""
+    bits = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
+    return hashlib.blake2b(bits.data, digest_size=16).hexdigest()
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:

@@ -88,18 +88,18 @@ class ModelShape:
             patch_area=patch * patch,
         )
 
-    def decoder(self, rows: int, length: int) -> float:
-        """FLOPs of the decoder's forward over `rows` rows of `length` positions."""
-        return 2.0 * self.text * rows * length + 2.0 * self.attention * rows * length**2
+    def decoder(self, rows: int, length: int, cached: int = 0) -> float:
+        """FLOPs of the decoder's forward over `rows` rows of `length` positions, the first `cached` read before."""
+        return 2.0 * self.text * rows * (length - cached) + 2.0 * self.attention * rows * (length**2 - cached**2)
 
-    def forward(self, rows: int, length: int, patches: int = 0) -> float:
+    def forward(self, rows: int, length: int, patches: int = 0, cached: int = 0) -> float:
         """FLOPs of one forward; also of generating, with `length` the positions of prompt and completion together."""
-        return self.decoder(rows, length) + 2.0 * self.vision * patches
+        return self.decoder(rows, length, cached) + 2.0 * self.vision * patches
 
-    def train(self, rows: int, length: int, patches: int = 0, checkpointing: bool = False) -> float:
-        """FLOPs of one forward and backward."""
-        forward = self.decoder(rows, length)
-        backward = self.trained_depth * forward + 2.0 * self.trained_text * rows * length
+    def train(self, rows: int, length: int, patches: int = 0, checkpointing: bool = False, cached: int = 0) -> float:
+        """FLOPs of one forward and backward, both over what follows the first `cached` positions."""
+        forward = self.decoder(rows, length, cached)
+        backward = self.trained_depth * forward + 2.0 * self.trained_text * rows * (length - cached)
         vision = 2.0 * self.vision * patches
         if self.trained_vision:
             vision *= 3 + checkpointing

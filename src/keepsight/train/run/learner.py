@@ -32,7 +32,8 @@ from keepsight.pvm import PvmConfig
 from keepsight.pvm.branch import BRANCH
 
 PolicyChoice = Literal["none", "lora", "full"]
-_LORA = "policy"  # the LoRA's adapter name where a memory is the default
+POLICY_ADAPTER = "policy"
+"""The adapter name of a LoRA on the policy, where a memory is the default."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Learner:
 
     def _attach(self, model: Any, options: dict[str, Any]) -> Any:
         result = model
-        name = _LORA if self.memory is not None else "default"
+        name = POLICY_ADAPTER if self.memory is not None else "default"
         if self.policy_from is not None:
             result = PeftModel.from_pretrained(model, self.policy_from, adapter_name=name, is_trainable=True, **options)
         elif self.policy == "lora":
@@ -133,7 +134,7 @@ class Learner:
             base.save_pretrained(target, state_dict={n: t for n, t in tensors.items() if f".{BRANCH}." not in n})
             return
         found = base.state_dict() if state is None else {n.removeprefix(prefix): t for n, t in state.items()}
-        mark = f".{_LORA}."
+        mark = f".{POLICY_ADAPTER}."
         tensors = {
             f"{prefix}{name.replace(mark, '.')}": tensor.detach().cpu().contiguous()
             for name, tensor in found.items()
@@ -142,7 +143,7 @@ class Learner:
         assert tensors, "a LoRA was trained"
         target.mkdir(parents=True, exist_ok=True)
         save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-        base.peft_config[_LORA].save_pretrained(target)
+        base.peft_config[POLICY_ADAPTER].save_pretrained(target)
 
     def resumed(self, checkpoint: Path) -> tuple[Learner, Path | None]:
         """How to go on from a checkpoint: (the learner, where to read the base's trained weights, if it has any)."""

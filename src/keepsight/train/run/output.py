@@ -21,6 +21,8 @@ from keepsight.errors import KeepsightError
 RECORD = "keepsight_run.json"
 TRACES = (RECORD, "keepsight_frozen.json", "cost.json")
 """What a run leaves that has saved nothing yet."""
+SAVING = ".saving-"
+"""How folders begin that the result is put together in."""
 _PROBE = ".keepsight_probe"
 
 
@@ -112,6 +114,24 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
             return path, broken
         broken.append(f"{path.name}: {why}")
     return None, broken
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of `checkpoint-<step>`."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def clear_halves(folder: Path) -> None:
+    """Delete what sessions that were killed left half-written."""
+    for half in (*folder.glob(f"{SAVING}*"), *folder.glob(".checkpoint-*.part")):
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def keep_newest(folder: Path, count: int | None) -> None:
+    """Delete all checkpoints but the newest `count`; None keeps all."""
+    found = sorted(folder.glob("checkpoint-*"), key=step_of)
+    for old in found[: max(0, len(found) - count)] if count is not None else ():
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _what_is_wrong(checkpoint: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,7 +18,8 @@ from keepsight.errors import KeepsightError
 from keepsight.train.run.accounting import CostMeter
 from keepsight.train.run.engines import keep_vision_whole
 from keepsight.train.run.learner import Learner
-from keepsight.train.run.monitor import Speed, gates_of, memory_gradient_norm, memory_used
+from keepsight.train.run.output import step_of
+from keepsight.train.run.report import Speed, gates_of, memory_gradient_norm, memory_used
 from keepsight.train.run.settings import RunSettings
 
 OnLog = Callable[[dict[str, float], int, int], None]
@@ -40,6 +42,23 @@ class LearnerTrainer(_Base):
     """
 
     setup: Setup
+
+    def begin(self, meter: CostMeter, checkpoint: Path | None) -> None:
+        """Count into this meter, and go on with the tokens and steps of the checkpoint."""
+        self.setup.meter = meter
+        if checkpoint is not None:
+            history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+            self._total_train_tokens = int(max((entry.get("num_tokens", 0) for entry in history), default=0))
+            self.setup.first_step = step_of(checkpoint)
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens read in all steps so far."""
+        return int(max(getattr(self, "_total_train_tokens", 0), self.state.num_input_tokens_seen))
+
+    def told(self) -> dict[str, Any]:
+        """What the report of a run tells beside what all reports tell."""
+        return {"gates": gates_of(self.model)}
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's optimiser, with the gates in a group of their own."""
@@ -108,7 +127,7 @@ class LearnerTrainer(_Base):
         setup = self.setup
         if "loss" in logs:
             logs.update({f"gate/{layer}": value for layer, value in gates_of(self.model).items()})
-            speed = setup.speed(max(getattr(self, "_total_train_tokens", 0), self.state.num_input_tokens_seen))
+            speed = setup.speed(self.tokens_seen)
             more = {"memory_grad_norm": setup.gradient, "tokens_per_second": speed, **memory_used()}
             logs.update({name: value for name, value in more.items() if value is not None})
             if setup.meter is not None:

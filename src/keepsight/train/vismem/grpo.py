@@ -15,7 +15,6 @@ each trajectory's tokens, then over trajectories).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -100,28 +99,24 @@ def trajectory_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return kept.sum(1) / mask.sum(1).clamp(min=1)
 
 
-def type_penalty(scores: torch.Tensor, other: torch.Tensor, invoked: torch.Tensor) -> torch.Tensor:
-    """p_type = max(0, S(trajectory with the other type of memory) - S(trajectory)): the wrong type was chosen.
+def group_means(scores: torch.Tensor, group: int) -> torch.Tensor:
+    """The mean of each trajectory's group [n], of scores [n] in groups of `group`."""
+    return _grouped(scores, group).mean(1, keepdim=True).expand(-1, group).flatten()
+
+
+def penalty(scores: torch.Tensor, against: torch.Tensor, invoked: torch.Tensor) -> torch.Tensor:
+    """max(0, what a trajectory is held against - S(trajectory)) [n], for those that invoked a memory.
+
+    p_type holds the same beginning with the other type of memory against it: the wrong type was chosen. p_neg holds the
+    mean of its group against it: an invocation that did not pay. (The paper's equation leaves open whether p_neg falls
+    on those that invoked nothing; here it does not.)
 
     Args:
         scores: [n].
-        other: [n], of the same beginnings with the other type.
-        invoked: bool [n]; trajectories without a memory have no type, and no penalty.
+        against: [n].
+        invoked: bool [n].
     """
-    return torch.where(invoked, (other - scores).clamp(min=0), torch.zeros_like(scores))
-
-
-def negative_penalty(scores: torch.Tensor, group: int, invoked: torch.Tensor) -> torch.Tensor:
-    """p_neg = max(0, group mean S - S(trajectory)): an invocation that did not pay.
-
-    Args:
-        scores: [n].
-        group: G.
-        invoked: bool [n]; who invoked nothing is not penalised. (The paper's equation leaves this open.)
-    """
-    grouped = _grouped(scores, group)
-    penalty = (grouped.mean(1, keepdim=True) - grouped).clamp(min=0).flatten()
-    return torch.where(invoked, penalty, torch.zeros_like(penalty))
+    return torch.where(invoked, (against - scores).clamp(min=0), torch.zeros_like(scores))
 
 
 def memory_gain(scores: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
@@ -142,22 +137,6 @@ def invocation_objective(
     `cost` is keepsight's own; with the paper's 0, a memory that never harms is best invoked always.
     """
     return gain - alpha * (p_type + p_neg) - cost * invocations.to(gain.dtype)
-
-
-def learning_rate(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:
-    """The learning rate of step `step` (from 0) of `steps`, as a share of its peak.
-
-    Args:
-        step: number of steps before this one.
-        steps: of the whole run.
-        warmup: share of the steps over which the rate rises linearly, never starting at 0.
-        schedule: "cosine" and "linear" fall to 0 after the last step, "constant" stays.
-    """
-    rising = math.ceil(warmup * steps)
-    if step < rising:
-        return (step + 1) / rising
-    along = (step - rising) / max(1, steps - rising)
-    return {"cosine": 0.5 * (1 + math.cos(math.pi * along)), "linear": 1 - along, "constant": 1.0}[schedule]
 
 
 def kl_coefficient(beta: float, kl: float, target: float | None) -> float:

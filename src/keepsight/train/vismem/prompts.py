@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
+from keepsight.data.check import CheckedData, read_sample
 from keepsight.data.collate import require_chat_template
-from keepsight.train.vismem.rollout import Prompt
+from keepsight.vismem.sequences import pad_left
+
+#: Model inputs of one conversation: `input_ids` [1, T] and what belongs to it.
+Prompt = Mapping[str, torch.Tensor]
 
 
 class Samples(Protocol):
@@ -18,6 +24,19 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
+
+
+class CheckedSamples:
+    """Checked data as the trainer reads them."""
+
+    def __init__(self, data: CheckedData):
+        self.data = data
+
+    def __len__(self) -> int:
+        return self.data.rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return read_sample(self.data.dataset[index], self.data.source)
 
 
 @dataclass(frozen=True)
@@ -68,7 +87,7 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Order:
+class QuestionOrder:
     """Which samples are in which step: a pure function of the step, so that nothing needs to be saved to resume.
 
     Attributes:
@@ -92,3 +111,40 @@ class Order:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.samples, generator=generator).tolist()
         return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+def stack_prompts(prompts: Sequence[Prompt], pad: int) -> dict[str, torch.Tensor]:
+    """Prompts of one row each as one batch, padded on the left.
+
+    Args:
+        prompts: model inputs with one row each; some may have no image.
+        pad: id of the padding token.
+    """
+    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    names = dict.fromkeys(name for prompt in prompts for name in prompt)
+    batch = {}
+    for name in names:
+        values = [prompt[name] for prompt in prompts if name in prompt]
+        if is_tokenwise(name, prompts):
+            values = [prompt.get(name, torch.zeros_like(prompt["input_ids"])) for prompt in prompts]
+            values = [pad_left(v, longest, 1, pad if name == "input_ids" else 0) for v in values]
+        elif values[0].ndim == 5:  # LLaVA: [images, tiles, 3, H, W], with as many tiles as the largest image has
+            tiles = max(v.shape[1] for v in values)
+            values = [F.pad(v, (0,) * 6 + (0, tiles - v.shape[1])) for v in values]
+        batch[name] = torch.cat(values)
+    return batch
+
+
+def is_tokenwise(name: str, prompts: Sequence[Prompt]) -> bool:
+    """Whether an input has one value per token."""
+    prompt = next(p for p in prompts if name in p)
+    return prompt[name].shape == prompt["input_ids"].shape
+
+
+def padding_id(model: Any) -> int:
+    """The id that fills up batches."""
+    for config in (model.generation_config, model.config.get_text_config(), model.config):
+        value = getattr(config, "pad_token_id", None)
+        if value is not None:
+            return int(value)
+    return 0

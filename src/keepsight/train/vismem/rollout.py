@@ -13,23 +13,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from transformers import StoppingCriteriaList
 
 from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightWarning
+from keepsight.train.vismem.prompts import Prompt, padding_id, stack_prompts
 from keepsight.vismem import Invocation, MemoryPolicy, Replay, RolloutOptions, VisMemBranch
-from keepsight.vismem.sequences import WordLimit, pad_left
+from keepsight.vismem.sequences import WordLimit
 from keepsight.vismem.tokens import LONG, SHORT, TYPES
 from keepsight.vismem.writing.policy import NO_MEMORY
 
-#: Model inputs of one conversation: `input_ids` [1, T] and what belongs to it.
-Prompt = Mapping[str, torch.Tensor]
+#: What a trajectory is held against: the same beginning without memory, or with the other type of it.
+Counterfactual = Literal["without", "other"]
 
 
 @dataclass(frozen=True)
@@ -82,34 +82,6 @@ def banned_ids(model: Any) -> tuple[int, ...]:
     """
     branch = VisMemBranch.of(model)
     return (*branch.backbone.visual_token_ids(), *branch.tokens.end.values())
-
-
-def stack_prompts(prompts: Sequence[Prompt], pad: int) -> dict[str, torch.Tensor]:
-    """Prompts of one row each as one batch, padded on the left.
-
-    Args:
-        prompts: model inputs with one row each; some may have no image.
-        pad: id of the padding token.
-    """
-    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
-    names = dict.fromkeys(name for prompt in prompts for name in prompt)
-    batch = {}
-    for name in names:
-        values = [prompt[name] for prompt in prompts if name in prompt]
-        if is_tokenwise(name, prompts):
-            values = [prompt.get(name, torch.zeros_like(prompt["input_ids"])) for prompt in prompts]
-            values = [pad_left(v, longest, 1, pad if name == "input_ids" else 0) for v in values]
-        elif values[0].ndim == 5:  # LLaVA: [images, tiles, 3, H, W], with as many tiles as the largest image has
-            tiles = max(v.shape[1] for v in values)
-            values = [F.pad(v, (0,) * 6 + (0, tiles - v.shape[1])) for v in values]
-        batch[name] = torch.cat(values)
-    return batch
-
-
-def is_tokenwise(name: str, prompts: Sequence[Prompt]) -> bool:
-    """Whether an input has one value per token."""
-    prompt = next(p for p in prompts if name in p)
-    return prompt[name].shape == prompt["input_ids"].shape
 
 
 @torch.no_grad()
@@ -246,21 +218,12 @@ def _branched(trajectory: Trajectory, shadow: Trajectory) -> Trajectory:
     return dataclasses.replace(shadow, prompt=trajectory.prompt, chosen=chosen, admitted=admitted)
 
 
-def padding_id(model: Any) -> int:
-    """The id that fills up batches."""
-    for config in (model.generation_config, model.config.get_text_config(), model.config):
-        value = getattr(config, "pad_token_id", None)
-        if value is not None:
-            return int(value)
-    return 0
-
-
 def counterfactuals(
     model: Any,
     prompts: Sequence[Prompt],
     trajectories: Sequence[Trajectory],
     seeds: Sequence[int],
-    kind: str,
+    kind: Counterfactual,
     *,
     max_words: int,
     max_invocations: int | None = None,
@@ -322,19 +285,3 @@ def texts(model: Any, processor: Any, trajectories: Sequence[Trajectory]) -> lis
     tokenizer = getattr(processor, "tokenizer", processor)
     rows = [t.ids[~tokens.memory_mask(t.ids)].tolist() for t in trajectories]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-
-
-__all__ = [
-    "LONG",
-    "NO_MEMORY",
-    "SHORT",
-    "Prompt",
-    "Trajectory",
-    "banned_ids",
-    "counterfactuals",
-    "padding_id",
-    "row_seed",
-    "sample",
-    "stack_prompts",
-    "texts",
-]

@@ -6,38 +6,28 @@ of the paper does not hold this pipeline.
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-import torch
-from peft import LoraConfig, get_peft_model
-
-from keepsight.backbone import Backbone
-from keepsight.checkpoints.adapters import find_adapter, inspect_adapter
-from keepsight.checkpoints.bases import check_weights
-from keepsight.checkpoints.load import attach
-from keepsight.checkpoints.sources import check_sources
+from keepsight.checkpoints.adapters import find_adapter
+from keepsight.data.check import CheckedData, check_dataset, load_dataset_any
+from keepsight.data.collate import ConversationCollator
+from keepsight.data.rehearsal import Rehearsal
 from keepsight.errors import KeepsightError
-from keepsight.train.rewards.rewards import DEFAULT_REWARDS, Reward
-from keepsight.train.run.controls import Control
-from keepsight.train.run.engines import current_engine
+from keepsight.train.rewards.rewards import DEFAULT_REWARDS, Reward, load_rewards
+from keepsight.train.run import output, preflight
+from keepsight.train.run.controls import Control, hold_out
+from keepsight.train.run.engines import Engine, check_engine, current_engine
 from keepsight.train.run.four_bit import check_four_bit
 from keepsight.train.run.preflight import Say, silent
-from keepsight.train.vismem.asked import Questions, Run, check_run, record_of, rewards_of
-from keepsight.train.vismem.controls import check_controls, compare
-from keepsight.train.vismem.plan import plan_vismem
-from keepsight.train.vismem.progress import OnLog
-from keepsight.train.vismem.report import VisMemReport
-from keepsight.train.vismem.run import Made, execute, load_here, ready, warn_untrained
-from keepsight.train.vismem.saving import save_adapter
-from keepsight.train.vismem.settings import FormationSettings, InvocationSettings, uses_checkpointing
-from keepsight.train.vismem.stage import Stage
-from keepsight.train.vismem.stages import POLICY, Formation, Invocation
-from keepsight.vismem import VisMemBranch, VisMemConfig, add_memory_tokens
+from keepsight.train.run.trainer import OnLog
+from keepsight.train.vismem.job import StageJob, VisMemReport
+from keepsight.train.vismem.loading import adapter_config, load_formed, load_invoking, load_new, plan_vismem
+from keepsight.train.vismem.settings import FormationSettings, InvocationSettings, RlSettings, uses_checkpointing
+from keepsight.train.vismem.stages import FormationStage, InvocationStage
+from keepsight.vismem import VisMemConfig
 
 __all__ = [
     "FormationSettings",
@@ -99,34 +89,40 @@ def train_vismem_formation(
         RewardError: naming a reward that fails.
         TrainingDivergedError: if a loss or gradient is not finite; earlier checkpoints stay.
     """
-    settings = settings or FormationSettings()
-    run = Run(source, Path(output_dir), settings, rewards_of(rewards), resume, overwrite, say, on_log)
-    is_adapter = find_adapter(source) is not None
-    if is_adapter and vismem is not None:
+    settings, folder, stage = settings or FormationSettings(), Path(output_dir), FormationStage
+    scored = _rewards_of(rewards)
+    goes_on = find_adapter(source) is not None
+    if goes_on and vismem is not None:
         raise KeepsightError(f"{source} is an adapter with a configuration of its own; leave `vismem` out.")
-    check_run(run)
-    check_controls(controls)
-    config, base_name = _adapter_config(source) if is_adapter else (plan_vismem(source, vismem), str(source))
-    names = tuple(control.name for control in controls)
-    check_four_bit(base_name, settings.load_in_4bit, current_engine(), controls=names)
+    engine = _check_run(settings, folder, resume, overwrite, controls)
+    config, base = adapter_config(source) if goes_on else (plan_vismem(source, vismem)[0], str(source))
+    _check_base(base, settings, engine, controls)
     uses_checkpointing(settings, config.form, settings.on_gpu)
     warm = f", after {settings.warm_start_steps} steps of warm start (ours)" if settings.warm_start_steps else ""
-    say(f"{Formation.title}: rewards {Formation.objective_name}; KL against {Formation.reference_name}{warm}")
-
-    def make() -> Made:
-        if is_adapter:
-            model, processor = load_here(source, base_name, settings, trainable=True)
-        else:
-            base, processor = load_here(source, base_name, settings)
-            own = copy.deepcopy(vismem) if vismem is not None else VisMemConfig()
-            add_memory_tokens(processor, own)
-            with torch.random.fork_rng():
-                torch.manual_seed(settings.seed)
-                model = get_peft_model(base, own)
-        return _made(ready(model, say), processor, Formation, settings, None)
-
-    questions = Questions(dataset, split, eval_dataset, eval_split, text_only, check, on_check)
-    return _train(run, questions, controls, config, Formation, make)
+    say(f"{stage.title}: rewards {stage.objective_name}; KL against {stage.reference_name}{warm}")
+    read = partial(_questions, base=base, rewards=scored, text_only=text_only, check=check)
+    data = read(dataset, split, on_check=on_check)
+    held_out = None if eval_dataset is None else read(eval_dataset, eval_split or split)
+    data, held_out = _set_apart(data, held_out, controls, say)
+    job = StageJob(
+        name=stage.name,
+        source=str(source),
+        base=base,
+        config=config,
+        folder=folder,
+        settings=settings,
+        rewards=scored,
+        data=data,
+        held_out=held_out,
+        engine=engine,
+        resume=resume,
+        overwrite=overwrite,
+        say=say,
+        on_log=on_log,
+    )
+    formed = partial(load_formed, job.source, base, settings, say)
+    report = job.train(formed if goes_on else partial(load_new, base, vismem, settings, say))
+    return job.beside(report, controls)
 
 
 def train_vismem_invocation(
@@ -174,103 +170,110 @@ def train_vismem_invocation(
     Raises:
         KeepsightError, FileNotFoundError, RewardError, TrainingDivergedError: as in `train_vismem_formation`.
     """
-    settings = settings or InvocationSettings()
-    run = Run(source, Path(output_dir), settings, rewards_of(rewards), resume, overwrite, say, on_log)
+    settings, folder, stage = settings or InvocationSettings(), Path(output_dir), InvocationStage
+    scored = _rewards_of(rewards)
     if find_adapter(source) is None:
         raise KeepsightError(
             f"{source} is no adapter. Stage II teaches when to invoke a memory that stage I has formed: name the "
             "folder that `keepsight train vismem-formation` wrote."
         )
-    check_run(run)
-    check_controls(controls)
-    config, base = _adapter_config(source)
-    names = tuple(control.name for control in controls)
-    check_four_bit(base, settings.load_in_4bit, current_engine(), controls=names)
-    say(f"{Invocation.title}: rewards {Invocation.objective_name}; KL against {Invocation.reference_name}")
+    engine = _check_run(settings, folder, resume, overwrite, controls)
+    config, base = adapter_config(source)
+    _check_base(base, settings, engine, controls)
+    say(f"{stage.title}: rewards {stage.objective_name}; KL against {stage.reference_name}")
     if not settings.invocation_cost:
         say("invocation_cost is 0, as in the paper: a memory that never harms may end up invoked always")
-
-    def make() -> Made:
-        policy = None
-        if settings.train == "tokens":
-            model, processor = load_here(source, base, settings, trainable=True)
-        else:
-            model, processor, policy = _with_policy(source, base, settings)
-        warn_untrained(model, settings)
-        return _made(ready(model, say), processor, Invocation, settings, policy)
-
-    questions = Questions(dataset, split, eval_dataset, eval_split, text_only, check, on_check)
-    return _train(run, questions, controls, config, Invocation, make)
-
-
-def _train(
-    run: Run,
-    questions: Questions,
-    controls: Sequence[Control],
-    config: VisMemConfig,
-    stage: type[Stage],
-    make: Callable[[], Made],
-) -> VisMemReport:
-    data, held_out = questions.checked(run, controls)
-    size = 0
-
-    def counted() -> Made:
-        nonlocal size
-        made = make()
-        size = sum(p.numel() for p in VisMemBranch.of(made.model).active.parameters())
-        return made
-
-    record = record_of(run, stage.name, config, data)
-    report = execute(run, f"vismem {stage.name}", record, data, held_out, counted)
-    if not controls:
-        return report
-    base = str(run.source) if find_adapter(run.source) is None else _adapter_config(run.source)[1]
-    comparison = compare(run, report, base, size, controls, data, held_out)
-    if run.is_main:
-        comparison.write(run.folder)
-    return replace(report, comparison=comparison)
-
-
-def _made(model: Any, processor: Any, stage: type[Stage], settings: Any, policy: Any) -> Made:
-    return Made(model, processor, stage(model, settings), lambda folder: save_adapter(model, policy, processor, folder))
-
-
-def _adapter_config(source: str | Path) -> tuple[VisMemConfig, str]:
-    """(an adapter's configuration, its base); raises unless it is a whole VisMem adapter from stage I."""
-    path = find_adapter(source)
-    assert path is not None
-    method = inspect_adapter(path).method
-    if method != "VISMEM":
-        raise KeepsightError(f"{source} is a {method} adapter; expected a VisMem adapter.")
-    base, infos = check_sources(source)
-    check_weights(base)
-    if len(infos) > 1:
-        raise KeepsightError(
-            f"{source} holds a trained policy beside its memory: it has been through stage II with --train lora, which "
-            "is the last stage. Start from the folder of stage I."
-        )
-    return VisMemConfig.from_pretrained(str(infos[0].path)), base
-
-
-def _with_policy(source: str | Path, base_name: str, settings: InvocationSettings) -> tuple[Any, Any, Any]:
-    """(model with memory, processor, PEFT's wrapper of the policy's new LoRA)."""
-    from transformers import AutoProcessor
-
-    _, infos = check_sources(source)
-    base, _ = load_here(base_name, base_name, settings)
-    processor = AutoProcessor.from_pretrained(infos[0].path)
-    path = Backbone.of(base).decoder_path.replace(".", r"\.")
-    lora = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
-        lora_dropout=0.0,
-        target_modules=rf"{path}\.layers\.\d+\.self_attn\.(q_proj|v_proj)",
+    read = partial(_questions, base=base, rewards=scored, text_only=text_only, check=check)
+    data = read(dataset, split, on_check=on_check)
+    held_out = None if eval_dataset is None else read(eval_dataset, eval_split or split)
+    data, held_out = _set_apart(data, held_out, controls, say)
+    job = StageJob(
+        name=stage.name,
+        source=str(source),
+        base=base,
+        config=config,
+        folder=folder,
+        settings=settings,
+        rewards=scored,
+        data=data,
+        held_out=held_out,
+        engine=engine,
+        resume=resume,
+        overwrite=overwrite,
+        say=say,
+        on_log=on_log,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        policy = get_peft_model(base, lora, adapter_name=POLICY)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
-        model = attach(policy.get_base_model(), infos, trainable=True)
-    add_memory_tokens(processor, model)
-    return model, processor, policy
+    return job.beside(job.train(partial(load_invoking, job.source, base, settings, say)), controls)
+
+
+def _rewards_of(given: Sequence[str | Reward | Callable[..., Any]]) -> list[Reward]:
+    """Rewards by name, as they are, or made of functions f(prompts, completions, **columns)."""
+    given = [given] if isinstance(given, str) else list(given)
+    names = [one for one in given if isinstance(one, str)]
+    ready = [one for one in given if isinstance(one, Reward)]
+    functions = [one for one in given if not isinstance(one, (str, Reward))]
+    made = [Reward(getattr(one, "__name__", type(one).__name__), 1.0, one) for one in functions]
+    return [*(load_rewards(names) if names or not given else []), *ready, *made]
+
+
+def _check_run(
+    settings: RlSettings, folder: Path, resume: bool, overwrite: bool, controls: Sequence[Control]
+) -> Engine:
+    """Refuse engines, trackers, devices, output folders and controls that cannot be used; returns the engine."""
+    engine = current_engine()
+    check_engine(engine, "vismem", on_gpu=settings.on_gpu)
+    preflight.check_settings(cast(Any, settings))  # scheduler, trackers and device, which all settings have
+    if resume and overwrite:
+        raise KeepsightError("resume goes on with a run and overwrite starts anew; choose one of them.")
+    if engine.is_main:
+        output.check_output(folder, resume, overwrite)
+    if any(control.name == "mlp" for control in controls):
+        raise KeepsightError(
+            "--control mlp is PVM's: a branch beside every block, which VisMem has not. Take lora, which has as many "
+            "parameters as the memory; `keepsight diagnose` holds a memory against another image's and against noise."
+        )
+    return engine
+
+
+def _check_base(base: str, settings: RlSettings, engine: Engine, controls: Sequence[Control]) -> None:
+    """Refuse a base that cannot be held, or attended with, as the settings ask."""
+    preflight.check_kernel(settings, base)
+    check_four_bit(base, settings.load_in_4bit, engine, controls=tuple(control.name for control in controls))
+
+
+def _questions(
+    dataset: Any,
+    split: str,
+    base: str,
+    rewards: list[Reward],
+    text_only: Literal["error", "skip", "keep"],
+    check: Literal["full", "quick"],
+    on_check: Callable[[int, int], None] | None = None,
+) -> CheckedData:
+    """Read and check questions: columns, images, chat template, answers where a reward needs them."""
+    source = load_dataset_any(dataset, split)
+    collator = ConversationCollator(preflight.load_processor(base))
+    return check_dataset(
+        source,
+        kind="prompt",
+        text_only=text_only,
+        decode=check == "full",
+        rehearse=Rehearsal(collator, False, ignore=source.reading.ignore),
+        need_answer=any(reward.name in ("answer", "match") for reward in rewards),
+        progress=on_check,
+    ).good()
+
+
+def _set_apart(
+    data: CheckedData, held_out: CheckedData | None, controls: Sequence[Control], say: Say
+) -> tuple[CheckedData, CheckedData | None]:
+    """(for training, held out): with controls and no evaluation data, a tenth of the questions. Says what there is."""
+    if held_out is None and controls:
+        data, held_out = hold_out(data)
+    for subject, words in data.told_lines():
+        say(f"{subject}: {words}")
+    for where, why in data.skipped[:5]:
+        say(f"skipped {where}: {why}")
+    more = f", {held_out.rows:,} are held out" if held_out is not None else ""
+    say(f"{data.rows:,} questions are good{more}; loading the model")
+    return data, held_out

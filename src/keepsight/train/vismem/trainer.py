@@ -1,10 +1,10 @@
-"""The trainer of VisMem's two stages: a short loop on accelerate over rollouts, objectives and the teacher-forced pass.
+"""The trainer of VisMem's stages: a short loop on accelerate over rollouts, objectives and the teacher-forced pass.
 
 One step: read prompts, write G trajectories for each, score them, write counterfactuals where memory was invoked,
 make advantages, and take one (or `iterations`) optimiser steps on the log-probabilities of what the model chose.
 
 Everything random in a step follows from (seed, step, prompt, copy), and the order of prompts from (seed, epoch). So a
-checkpoint holds the trained tensors, AdamW's moments and the step, and a resumed run is the unbroken run; and a run on
+checkpoint holds the trained tensors, AdamW's moments and the state, and a resumed run is the unbroken run; and a run on
 several processes is the run on one: each takes every n-th prompt, and gradients are summed once per optimiser step (a
 process in which nothing was invoked adds zeros, so that none waits for another).
 """
@@ -12,31 +12,44 @@ process in which nothing was invoked adds zeros, so that none waits for another)
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from keepsight.backbone import Backbone
+from keepsight.checkpoints.atomic import new_folder, write_text
 from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.train.rewards.rewards import Reward, score_each
+from keepsight.train.rewards.rewards import Reward
+from keepsight.train.run import output
+from keepsight.train.run.checksums import digest
+from keepsight.train.run.preflight import Say, silent
+from keepsight.train.run.trainer import OnLog
 from keepsight.train.vismem import grpo
-from keepsight.train.vismem.accounts import Accounts
-from keepsight.train.vismem.progress import Means, OnLog, Progress
-from keepsight.train.vismem.prompts import Order, Question, Questions, Samples
-from keepsight.train.vismem.rollout import Trajectory, row_seed, sample, texts
-from keepsight.train.vismem.settings import RlSettings, uses_checkpointing
-from keepsight.train.vismem.stage import Batch, Stage, shadow_seeds
+from keepsight.train.vismem.accounts import METRICS, STATE, Accounts, Means, VisMemState
+from keepsight.train.vismem.collect import Collector
+from keepsight.train.vismem.prompts import QuestionOrder, Questions, Samples
+from keepsight.train.vismem.rollout import row_seed, sample
+from keepsight.train.vismem.settings import FormationSettings, RlSettings, uses_checkpointing
+from keepsight.train.vismem.stages import Stage, without_policy
 from keepsight.train.vismem.update import Update
+from keepsight.train.vismem.warm_start import WarmStartReport, warm_up
 from keepsight.vismem import MemoryPolicy, VisMemBranch
-from keepsight.vismem.tokens import TYPES
+from keepsight.vismem.writing.policy import NO_MEMORY
+
+TRAINED = "trained.safetensors"
+"""In a checkpoint: what is trained, and the optimiser's state."""
 
 
 class VisMemTrainer:
-    """Trains one stage of a VisMem that is on a model.
+    """Trains one stage of a VisMem that is on a model. It is used as transformers' Trainer is: `train`, `evaluate`,
+    `save_model`, `state`.
 
     Args:
         model: carries VisMem, on its device; the base in any dtype.
@@ -44,10 +57,13 @@ class VisMemTrainer:
         samples: {"messages": the turns before the answer, "images": PIL images, and other columns} each.
         rewards: from `keepsight.train.rewards.rewards.load_rewards`.
         stage: what is trained, and why.
+        eval_samples: held-out questions, for `evaluate`.
+        folder: gets metrics and checkpoints; None keeps neither.
+        save: writes what was trained, and the processor, into a folder.
         accelerator: `accelerate.Accelerator`; default: a new one.
         on_log: called at every logging step.
-        on_step: called as `on_step(trainer)` after every step; checkpoints are its business.
-        meter: a `keepsight.train.run.accounting.CostMeter`, or None.
+        say: receives lines for the user.
+        record: what trackers are told of the run.
     """
 
     def __init__(
@@ -58,64 +74,113 @@ class VisMemTrainer:
         rewards: Sequence[Reward],
         stage: Stage,
         *,
+        eval_samples: Samples | None = None,
+        folder: Path | None = None,
+        save: Callable[[Path], None] | None = None,
         accelerator: Any = None,
         on_log: OnLog | None = None,
-        on_step: Callable[[VisMemTrainer], None] | None = None,
-        meter: Any = None,
+        say: Say = silent,
+        record: Mapping[str, Any] | None = None,
     ):
+        base = Backbone.of(model).model
         if accelerator is None:
             from accelerate import Accelerator
 
-            accelerator = Accelerator(cpu=Backbone.of(model).model.device.type == "cpu")
-        self.model, self.processor, self.rewards, self.stage = model, processor, list(rewards), stage
+            accelerator = Accelerator(cpu=base.device.type == "cpu")
+        self.model, self.processing_class, self.stage, self.accelerator = model, processor, stage, accelerator
+        self.folder, self.save, self.on_log, self.say, self.record = folder, save, on_log, say, dict(record or {})
         self.settings: RlSettings = stage.settings
-        self.accelerator, self.on_log, self.on_step, self.meter = accelerator, on_log, on_step, meter
         model.eval()  # no dropout in either pass: the ratio would measure it
-        self.questions = Questions(samples, processor, Backbone.of(model).model.dtype)
-        self.order = Order(len(samples), self.settings.batch_size, self.settings.seed)
-        self.steps = self.settings.max_steps or math.ceil(self.settings.epochs * self.order.steps_per_epoch)
-        self.progress = Progress(kl_coefficient=self.settings.kl)
-        backbone, form = Backbone.of(model), VisMemBranch.of(model).config.form
+        self.questions = Questions(samples, processor, base.dtype)
+        self.held_out = None if eval_samples is None else Questions(eval_samples, processor, base.dtype)
+        self.order = QuestionOrder(len(samples), self.settings.batch_size, self.settings.seed)
+        steps = self.settings.max_steps or math.ceil(self.settings.epochs * self.order.steps_per_epoch)
+        self.state = VisMemState(
+            max_steps=steps, kl_coefficient=self.settings.kl, is_world_process_zero=accelerator.is_main_process
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", KeepsightWarning)  # who made the settings was warned
-            checkpoints = uses_checkpointing(self.settings, form, backbone.model.device.type == "cuda")
-        processes = accelerator.num_processes
-        self.accounts = Accounts(self.progress, meter, processes, checkpoints, stage.forms_again)
-        self.update = Update(stage, accelerator, self.progress, self.accounts, checkpoints)
-        stage.written = self.accounts.wrote_again
-        self._means = Means()
+            form = VisMemBranch.of(model).config.form
+            checkpoints = uses_checkpointing(self.settings, form, base.device.type == "cuda")
+        self.accounts = Accounts(self.state, accelerator.num_processes, checkpoints, stage.forms_again)
+        self.collector = Collector(model, processor, rewards, stage, self.accounts)
+        self.update = Update(stage, accelerator, self.state, self.accounts, checkpoints)
+        self.warm_start: WarmStartReport | None = None
+        self.changed = 0
 
-    def train(self) -> Progress:
+    @property
+    def tokens_seen(self) -> int:
+        """Positions trained on so far, by all processes."""
+        return self.state.tokens_trained
+
+    def begin(self, meter: Any, checkpoint: Path | None) -> None:
+        """Count into this meter from here on."""
+        self.accounts.meter = meter
+
+    def told(self) -> dict[str, Any]:
+        """What the report of a run tells beside what all reports tell."""
+        stage = self.stage
+        return {
+            "stage": stage.name,
+            "reference": stage.reference_name,
+            "changed": self.changed,
+            "warm_start": self.warm_start,
+        }
+
+    def train(self, resume_from_checkpoint: str | Path | None = None) -> None:
         """Take all steps that are left.
 
+        Args:
+            resume_from_checkpoint: one of this run's checkpoints to go on from.
+
         Raises:
+            KeepsightError: if the checkpoint is of another run.
             TrainingDivergedError: if a loss or gradient is not finite.
             RewardError: naming a reward that does not return one finite number per completion.
         """
-        while self.progress.step < self.steps:
-            started = time.perf_counter()
-            generated, trained = self.progress.tokens_generated, self.progress.tokens_trained
-            values = self._step(self.progress.step)
-            seconds = time.perf_counter() - started
-            self.progress.step += 1
-            self.progress.seconds += seconds
-            tokens = self.progress.tokens_generated - generated + self.progress.tokens_trained - trained
-            values["tokens_per_second"] = tokens / seconds
-            if torch.cuda.is_available():
-                values["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-            self._log(values)
-            if self.on_step is not None:
-                self.on_step(self)
-        return self.progress
+        trained = self.stage.trained()
+        start = {name: digest(parameter) for name, parameter in trained.items()}
+        settings, state = self.settings, self.state
+        if settings.report_to:
+            assert self.folder is not None
+            plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in self.record.items()}
+            self.accelerator.init_trackers(self.folder.name, config=plain)
+        size = sum(parameter.numel() for parameter in trained.values())
+        self.say(
+            f"{state.max_steps} steps of {settings.batch_size} questions x {settings.group_size} trajectories; "
+            f"{size:,} parameters are trained"
+        )
+        if resume_from_checkpoint is not None:
+            self._resume(Path(resume_from_checkpoint))
+        elif isinstance(settings, FormationSettings) and settings.warm_start_steps and self.stage.forms_again:
+            self.warm_start = warm_up(self.model, self.questions, settings, self.say)
+            self._save_checkpoint()
+        self._same_everywhere(trained)
+        while state.global_step < state.max_steps:
+            self._take_step()
+            if state.global_step % settings.save_steps == 0 or state.global_step == state.max_steps:
+                self._save_checkpoint()
+        if settings.report_to:
+            self.accelerator.end_training()
+        self.changed = sum(start[name] != digest(parameter) for name, parameter in trained.items())
+        if state.is_world_process_zero:
+            self._warn_of_no_signal()
 
-    def evaluate(self, samples: Samples, policy: MemoryPolicy) -> dict[str, float]:
-        """Mean scores of one trajectory per question, from seeds of their own: the same for whatever is compared.
+    def evaluate(self) -> dict[str, float]:
+        """Mean scores of the held-out questions: with memory, never invoking any, and without what stage II trained."""
+        assert self.held_out is not None
+        self.say(f"evaluating on {len(self.held_out):,} held-out questions")
+        metrics = self._evaluate(self.held_out, self.stage.policy(1.0))
+        if self.stage.invokes:
+            metrics["eval_reward_without_memory"] = self._evaluate(self.held_out, NO_MEMORY)["eval_reward"]
+        if self.stage.invokes and self.stage.changes_prompts:
+            with without_policy(self.model):
+                metrics["eval_reward_of_base"] = self._evaluate(self.held_out, NO_MEMORY)["eval_reward"]
+        return metrics
 
-        Args:
-            samples: held-out questions.
-            policy: when memory is invoked.
-        """
-        settings, questions, means = self.settings, Questions(samples, self.processor, self.questions.dtype), Means()
+    def _evaluate(self, questions: Questions, policy: MemoryPolicy) -> dict[str, float]:
+        """Of one trajectory per question, from seeds of their own: the same for whatever is compared."""
+        settings, means = self.settings, Means()
         own = range(self.accelerator.process_index, len(questions), self.accelerator.num_processes)
         for first in range(0, len(own), settings.rows_per_rollout):
             places = own[first : first + settings.rows_per_rollout]
@@ -128,134 +193,122 @@ class VisMemTrainer:
                 max_words=settings.max_new_tokens,
                 temperature=settings.temperature,
             )
-            scores, each = self._score(asked, trajectories)
+            scores, each = self.collector.score(asked, trajectories)
             means.add("eval_reward", scores)
             means.add("eval_invocations", [float(len(t.invocations)) for t in trajectories])
-            for reward, column in zip(self.rewards, each.T, strict=True):
+            for reward, column in zip(self.collector.rewards, each.T, strict=True):
                 means.add(f"eval_rewards/{reward.__name__}/mean", column)
         return means.merged(self.accelerator)
 
+    def save_model(self, output_dir: str | Path) -> None:
+        """Write what was trained, and the processor, into a folder."""
+        if self.save is not None and self.accelerator.is_main_process:
+            self.save(Path(output_dir))
+
     # One step
 
-    def _step(self, step: int) -> dict[str, float]:
-        self._means, settings = Means(), self.settings
-        self.update.set_rate(step, self.steps)
+    def _take_step(self) -> None:
+        state = self.state
+        started, tokens = time.perf_counter(), state.tokens_generated + state.tokens_trained
+        values = self.step(state.global_step)
+        seconds = time.perf_counter() - started
+        state.global_step += 1
+        if self.accounts.meter is not None:
+            self.accounts.meter.steps += 1
+        values["tokens_per_second"] = (state.tokens_generated + state.tokens_trained - tokens) / seconds
+        if torch.cuda.is_available():
+            values["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        self._log(values)
+
+    def step(self, step: int) -> dict[str, float]:
+        """Step `step` (from 0), without logging; what it would log."""
+        settings, means = self.settings, Means()
+        self.update.set_rate(step)
         everyone = self.order.batch(step)
         places = range(self.accelerator.process_index, len(everyone), self.accelerator.num_processes)
         questions = [self.questions[everyone[place]] for place in places]
         seeds = [row_seed(settings.seed, step, place, copy) for place in places for copy in range(settings.group_size)]
         self.accounts.begin([question.inputs for question in questions])
         with _seeded(row_seed(settings.seed, step, "other draws")):
-            batch = self._rollout(questions, seeds, step)
-            advantages = self._advantages(batch)
-            total = len(everyone) * settings.group_size
-            values = self._optimise(batch, advantages, total)
+            rollout = self.collector.collect(questions, seeds, step / self.state.max_steps, means)
+            values = self.update.take(rollout, len(everyone) * settings.group_size, means)
         nothing = (
             {"loss": 0.0, "kl": 0.0} if settings.kl else {"loss": 0.0}
         )  # where nothing depended on what is trained
-        merged = nothing | self._means.merged(self.accelerator)
+        merged = nothing | means.merged(self.accelerator)
         if settings.kl:
-            self.progress.kl_coefficient = grpo.kl_coefficient(settings.kl, merged["kl"], settings.target_kl)
-        return merged | values | {"kl_coefficient": self.progress.kl_coefficient, "lr": self.update.rate}
-
-    def _rollout(self, questions: Sequence[Question], seeds: Sequence[int], step: int) -> Batch:
-        settings, prompts = self.settings, [question.inputs for question in questions]
-
-        def score(trajectories: Sequence[Trajectory]) -> torch.Tensor:
-            return self._score(questions, trajectories)[0]
-
-        trajectories: list[Trajectory] = []
-        scores = torch.zeros(0)
-        if questions:
-            trajectories = sample(
-                self.model,
-                prompts,
-                seeds,
-                self.stage.policy(step / self.steps),
-                copies=settings.group_size,
-                max_words=settings.max_new_tokens,
-                temperature=settings.temperature,
-                rows_per_call=settings.rows_per_rollout,
-                shadow_seeds=shadow_seeds(seeds) if self.stage.wants_shadows else None,
-            )
-            self.accounts.wrote(trajectories)
-            scores, each = self._score(questions, trajectories)
-            for reward, column in zip(self.rewards, each.T, strict=True):
-                self._means.add(f"reward/{reward.__name__}", column)
-        self._means.add("reward", scores)
-        self._means.add("words", [float(t.words) for t in trajectories])
-        for kind in TYPES:
-            self._means.add(f"invocations/{kind}", [float(t.count(kind)) for t in trajectories])
-        self._means.add("invoked", [float(t.invoked) for t in trajectories])
-        return Batch(prompts, trajectories, scores, seeds, score)
-
-    def _score(
-        self, questions: Sequence[Question], trajectories: Sequence[Trajectory]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weighted sums [n] and single rewards [n, rewards]."""
-        own = [questions[t.prompt] for t in trajectories]
-        names = dict.fromkeys(name for question in own for name in question.columns)
-        columns = {name: [question.columns.get(name) for question in own] for name in names}
-        completions = texts(self.model, self.processor, trajectories)
-        each = score_each(self.rewards, [question.messages for question in own], completions, columns)
-        return each @ torch.tensor([reward.weight for reward in self.rewards], dtype=each.dtype), each
-
-    def _advantages(self, batch: Batch) -> torch.Tensor:
-        if not batch.trajectories:
-            return torch.zeros(0)
-        objective, more = self.stage.objective(batch)
-        for name, values in more.items():
-            self._means.add(name, values)
-        spread = objective.view(-1, self.settings.group_size).std(1)
-        self._means.add("objective", objective)
-        self._means.add("group_std", spread)
-        self._means.add("groups_without_signal", (spread == 0).double())
-        return grpo.group_advantages(objective, self.settings.group_size)
-
-    def _optimise(self, batch: Batch, advantages: torch.Tensor, total: int) -> dict[str, float]:
-        return self.update.take(batch, advantages, total, self._means)
+            self.state.kl_coefficient = grpo.kl_coefficient(settings.kl, merged["kl"], settings.target_kl)
+        return merged | values | {"kl_coefficient": self.state.kl_coefficient, "lr": self.update.rate}
 
     def _log(self, values: dict[str, float]) -> None:
-        progress, settings = self.progress, self.settings
-        values |= {"tokens_generated": progress.tokens_generated, "tokens_trained": progress.tokens_trained}
-        progress.first = progress.first or values
-        progress.last = values
-        if self.on_log is None or not self.accelerator.is_main_process:
+        state = self.state
+        values |= {"tokens_generated": state.tokens_generated, "tokens_trained": state.tokens_trained}
+        if not (state.global_step in (1, state.max_steps) or state.global_step % self.settings.logging_steps == 0):
             return
-        if progress.step == 1 or progress.step % settings.logging_steps == 0 or progress.step == self.steps:
-            self.on_log(dict(values), progress.step, self.steps)
+        state.log_history.append({"step": state.global_step, **values})
+        if not state.is_world_process_zero:
+            return
+        if self.folder is not None:
+            with (self.folder / METRICS).open("a") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+        if self.settings.report_to:
+            self.accelerator.log(values, step=state.global_step)
+        if self.on_log is not None:
+            self.on_log(dict(values), state.global_step, state.max_steps)
 
-    # Saving and loading what a resumed run needs
+    def _warn_of_no_signal(self) -> None:
+        """Warn of a run whose rewards or memories, by its logs, can have taught nothing; controls invoke none."""
+        steps = self.state.log_history
+        if self.stage.invokes and steps and all(step.get("invoked") == 0 for step in steps):
+            why = (
+                "no memory was invoked in any step, so none learned. In stage I raise --delimiter-probability "
+                "and --anywhere-probability (or check that texts have delimiters), in stage II --start-bias"
+            )
+        elif steps and all(step.get("groups_without_signal") == 1 for step in steps):
+            why = (
+                "in no step did the rewards of a question's trajectories differ, so they taught nothing. Look at what "
+                "is written and scored, raise --temperature or --group-size, or take questions that are answered "
+                "sometimes"
+            )
+        else:
+            return
+        warnings.warn(f"{self.folder}: {why}.", KeepsightWarning, stacklevel=2)
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """(tensors by name, everything else): all that the next step depends on besides the model as it was loaded."""
-        tensors: dict[str, torch.Tensor] = {}
-        for name, parameter in self.stage.trained().items():
-            tensors[f"value/{name}"] = parameter.detach()
-            for key, value in self.update.optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}/{name}"] = value
-        tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-        return tensors, dict(vars(self.progress))
+    # Checkpoints
+
+    def _save_checkpoint(self) -> None:
+        """Write `checkpoint-<step>`, which appears whole, and delete the oldest ones over the limit."""
+        if self.accounts.meter is not None:
+            self.accounts.meter.write()
+        if self.folder is not None and self.state.is_world_process_zero:
+            with new_folder(self.folder / f"checkpoint-{self.state.global_step}") as fresh:
+                self.save_model(fresh)
+                save_file(self.update.tensors(), fresh / TRAINED)
+                self.state.save_to_json(str(fresh / STATE))
+            output.keep_newest(self.folder, self.settings.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, checkpoint: Path) -> None:
+        try:
+            tensors, before = load_file(checkpoint / TRAINED), VisMemState.read(checkpoint)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise KeepsightError(
+                f"{checkpoint} cannot be resumed from ({type(error).__name__}: {error}). Delete it, and --resume takes "
+                "the one before."
+            ) from error
+        self.update.restore(tensors)
+        for name in ("global_step", "log_history", "kl_coefficient", "tokens_generated", "tokens_trained"):
+            setattr(self.state, name, getattr(before, name))
+        if self.folder is not None and self.state.is_world_process_zero:
+            write_text(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in self.state.log_history))
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
-        for name, parameter in self.stage.trained().items():
-            if f"value/{name}" not in tensors or tensors[f"value/{name}"].shape != parameter.shape:
-                raise KeepsightError(
-                    f"The checkpoint has no {name} of shape {tuple(parameter.shape)}; it is of another run."
-                )
-            parameter.copy_(tensors[f"value/{name}"])
-            kept = {
-                key.partition("/")[0]: value
-                for key, value in tensors.items()
-                if key.partition("/")[2] == name and not key.startswith("value/")
-            }
-            if kept:
-                self.update.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter) for key, value in kept.items()
-                }
-        vars(self.progress).update(rest)
+    def _same_everywhere(self, trained: dict[str, torch.nn.Parameter]) -> None:
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast
+
+            for parameter in trained.values():
+                parameter.copy_(broadcast(parameter.detach().clone(), 0))
 
 
 @contextlib.contextmanager

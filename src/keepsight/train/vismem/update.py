@@ -8,19 +8,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from keepsight.backbone import Backbone
 from keepsight.compat import disable_checkpointing, enable_checkpointing
+from keepsight.errors import KeepsightError
 from keepsight.train.run.trainer import TrainingDivergedError, stop_below_learners
 from keepsight.train.vismem import grpo
-from keepsight.train.vismem.accounts import Accounts
-from keepsight.train.vismem.prefix import Prefixes
-from keepsight.train.vismem.progress import Means, Progress
-from keepsight.train.vismem.replay import chosen_mask
+from keepsight.train.vismem.accounts import Accounts, Means, VisMemState
+from keepsight.train.vismem.collect import Rollout
+from keepsight.train.vismem.replay import Prefixes, chosen_mask
 from keepsight.train.vismem.rollout import Trajectory
 from keepsight.train.vismem.settings import RlSettings
-from keepsight.train.vismem.stage import Batch, Stage
+from keepsight.train.vismem.stages import Stage
 
 
 class Update:
@@ -29,41 +30,46 @@ class Update:
     Args:
         stage: what is trained.
         accelerator: `accelerate.Accelerator`.
-        progress: where the run is.
+        state: where the run is.
         accounts: what it costs.
         uses_checkpointing: whether gradients are checkpointed.
     """
 
     def __init__(
-        self, stage: Stage, accelerator: Any, progress: Progress, accounts: Accounts, uses_checkpointing: bool
+        self, stage: Stage, accelerator: Any, state: VisMemState, accounts: Accounts, uses_checkpointing: bool
     ):
-        self.stage, self.accelerator, self.progress, self.accounts = stage, accelerator, progress, accounts
+        self.stage, self.accelerator, self.state, self.accounts = stage, accelerator, state, accounts
         self.uses_checkpointing = uses_checkpointing
         self.settings: RlSettings = stage.settings
         self.optimizer = torch.optim.AdamW(stage.groups(), weight_decay=self.settings.weight_decay)
-        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self._rising = math.ceil(self.settings.warmup_ratio * state.max_steps)
+        name = {"constant": "constant_with_warmup"}.get(self.settings.scheduler, self.settings.scheduler)
+        self._schedule = get_scheduler(name, self.optimizer, self._rising, state.max_steps)
 
     @property
     def rate(self) -> float:
         """The learning rate of the first group."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def set_rate(self, step: int, steps: int) -> None:
-        """Every group's learning rate in step `step` of `steps`."""
-        settings = self.settings
-        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * grpo.learning_rate(step, steps, settings.warmup_ratio, settings.scheduler)
+    def set_rate(self, step: int) -> None:
+        """Every group's learning rate in step `step` (from 0): transformers' schedule, as a function of the step alone.
 
-    def take(self, batch: Batch, advantages: torch.Tensor, total: int, means: Means) -> dict[str, float]:
+        Its rise starts at 0, which would throw the first step's trajectories away; here it is one step ahead.
+        """
+        place = step + 1 if step < self._rising else step
+        groups, schedule = self.optimizer.param_groups, self._schedule
+        for group, peak, share in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = peak * share(place)
+
+    def take(self, batch: Rollout, total: int, means: Means) -> dict[str, float]:
         """All optimiser steps on one batch; the last one's gradient norms.
 
         Args:
             batch: this process's trajectories.
-            advantages: [n].
             total: trajectories of all processes.
             means: get the loss, its parts and what was clipped.
         """
-        settings, stage = self.settings, self.stage
+        settings, stage, advantages = self.settings, self.stage, batch.advantages
         rows = [i for i, trajectory in enumerate(batch.trajectories) if stage.depends(trajectory)]
         others = [i for i in range(len(batch.trajectories)) if i not in set(rows)]
         means.add("loss", -advantages[others])  # constants: their ratio is 1
@@ -93,7 +99,7 @@ class Update:
 
     def _backward(
         self,
-        batch: Batch,
+        batch: Rollout,
         own: list[Trajectory],
         advantages: torch.Tensor,
         old: torch.Tensor | None,
@@ -113,13 +119,13 @@ class Update:
             losses = policy
             if reference is not None:
                 penalty = grpo.kl_to(log_probs, reference.to(log_probs))
-                losses = policy + self.progress.kl_coefficient * grpo.trajectory_mean(penalty, mask)
+                losses = policy + self.state.kl_coefficient * grpo.trajectory_mean(penalty, mask)
                 means.add("kl", penalty[mask])
             loss = losses.sum() / total
             if not torch.isfinite(loss):
                 raise TrainingDivergedError(
-                    f"The loss is {loss.item()} in step {self.progress.step + 1}; training has stopped. Checkpoints "
-                    f"saved before are whole. Try a lower lr (now {settings.lr:g})."
+                    f"The loss is {loss.item()} in step {self.state.global_step + 1}; training has stopped. "
+                    f"Checkpoints saved before are whole. Try a lower lr (now {settings.lr:g})."
                 )
             if loss.requires_grad:
                 loss.backward()
@@ -148,12 +154,44 @@ class Update:
         whole = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
         if not math.isfinite(whole):
             raise TrainingDivergedError(
-                f"The gradient's norm is {whole} in step {self.progress.step + 1}; training has stopped. Checkpoints "
-                f"saved before are whole. Try a lower lr (now {self.settings.lr:g})."
+                f"The gradient's norm is {whole} in step {self.state.global_step + 1}; training has stopped. "
+                f"Checkpoints saved before are whole. Try a lower lr (now {self.settings.lr:g})."
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norms | {"gradient_norm": whole}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the next step depends on besides the model as it was loaded: trained tensors and AdamW's moments."""
+        found: dict[str, torch.Tensor] = {}
+        for name, parameter in self.stage.trained().items():
+            found[f"value/{name}"] = parameter.detach()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                found[f"{key}/{name}"] = value
+        return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on from what `tensors` returned.
+
+        Raises:
+            KeepsightError: if they are not those that are trained here.
+        """
+        for name, parameter in self.stage.trained().items():
+            if f"value/{name}" not in tensors or tensors[f"value/{name}"].shape != parameter.shape:
+                raise KeepsightError(
+                    f"The checkpoint has no {name} of shape {tuple(parameter.shape)}; it is of another run."
+                )
+            parameter.copy_(tensors[f"value/{name}"])
+            kept = {
+                key.partition("/")[0]: value
+                for key, value in tensors.items()
+                if key.partition("/")[2] == name and not key.startswith("value/")
+            }
+            if kept:
+                self.optimizer.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter) for key, value in kept.items()
+                }
 
 
 @contextlib.contextmanager
