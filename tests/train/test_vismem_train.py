@@ -190,6 +190,8 @@ def test_everything_is_logged(formed: tuple[Path, VisMemReport]) -> None:
     wanted = {"loss", "reward", "reward/digits", "group_std", "dS", "kl", "lr", "tokens_per_second", "gradient_norm"}
     wanted |= {"invocations/short", "invocations/long", "gradient_norm/query_builder", "gradient_norm/long_former"}
     assert all(wanted <= line.keys() for line in lines)
+    # A fifth of the steps rises, the first of them not from 0; then a cosine down to 0 behind the last.
+    assert [line["lr"] / QUICK["lr"] for line in lines] == pytest.approx([1, 1, 0.75, 0.25])
     assert lines[-1]["tokens_generated"] == report.tokens_generated > 0
     assert lines[-1]["tokens_trained"] == report.tokens_trained > 0
     cost = RunCost.read(out)
@@ -246,6 +248,21 @@ def test_a_killed_run_resumes_to_the_same_weights(
     )
     with pytest.raises(OutputError, match="digest of the data"):
         train(out, others, resume=True)
+
+
+def test_a_checkpoint_of_before_the_one_engine_is_read(formed: tuple[Path, VisMemReport], tmp_path: Path) -> None:
+    """Its logs stood in the run's folder alone."""
+    from keepsight.train.vismem.accounts import METRICS, STATE, VisMemState
+
+    now = VisMemState.read(formed[0] / "checkpoint-2")
+    names = ("kl_coefficient", "tokens_generated", "tokens_trained")
+    old = {"step": now.global_step, "seconds": 1.0, "first": {}, "last": {}} | {n: getattr(now, n) for n in names}
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / STATE).write_text(json.dumps({"global_step": now.global_step, "progress": old}))
+    (tmp_path / METRICS).write_text((formed[0] / METRICS).read_text() + '{"step": 5, "lo')
+    read = VisMemState.read(tmp_path / "checkpoint-2")
+    assert len(read.log_history) == read.global_step == 2
+    assert all(getattr(read, name) == getattr(now, name) for name in ("log_history", *names))
 
 
 def test_data_that_cannot_be_rewarded_are_refused_before_weights_are_read(
