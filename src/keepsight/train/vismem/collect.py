@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from keepsight.errors import KeepsightWarning
 from keepsight.train.rewards.rewards import Reward, score_each
 from keepsight.train.vismem.accounts import Accounts, Means
 from keepsight.train.vismem.grpo import group_advantages
@@ -147,3 +150,26 @@ class Collector:
 def _others(seeds: Sequence[int], kind: Counterfactual) -> list[int]:
     """The seeds of counterfactuals, of their trajectories'."""
     return [row_seed(seed, kind) for seed in seeds]
+
+
+def warn_of_no_signal(steps: Sequence[Mapping[str, float]], invokes: bool, folder: Path | None) -> None:
+    """Warn of a run whose rewards or memories, by its logs, can have taught nothing.
+
+    Args:
+        steps: what was logged.
+        invokes: whether there is a memory; controls invoke none.
+        folder: of the run.
+    """
+    if invokes and steps and all(step.get("invoked") == 0 for step in steps):
+        why = (
+            "no memory was invoked in any step, so none learned. In stage I raise --delimiter-probability "
+            "and --anywhere-probability (or check that texts have delimiters), in stage II --start-bias"
+        )
+    elif steps and all(step.get("groups_without_signal") == 1 for step in steps):
+        why = (
+            "in no step did the rewards of a question's trajectories differ, so they taught nothing. Look at what is "
+            "written and scored, raise --temperature or --group-size, or take questions that are answered sometimes"
+        )
+    else:
+        return
+    warnings.warn(f"{folder}: {why}.", KeepsightWarning, stacklevel=2)

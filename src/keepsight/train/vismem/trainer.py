@@ -33,7 +33,7 @@ from keepsight.train.run.preflight import Say, silent
 from keepsight.train.run.trainer import OnLog
 from keepsight.train.vismem import grpo
 from keepsight.train.vismem.accounts import METRICS, STATE, Accounts, Means, VisMemState
-from keepsight.train.vismem.collect import Collector
+from keepsight.train.vismem.collect import Collector, warn_of_no_signal
 from keepsight.train.vismem.prompts import QuestionOrder, Questions, Samples
 from keepsight.train.vismem.rollout import row_seed, sample
 from keepsight.train.vismem.settings import FormationSettings, RlSettings, uses_checkpointing
@@ -164,7 +164,7 @@ class VisMemTrainer:
             self.accelerator.end_training()
         self.changed = sum(start[name] != digest(parameter) for name, parameter in trained.items())
         if state.is_world_process_zero:
-            self._warn_of_no_signal()
+            warn_of_no_signal(state.log_history, self.stage.invokes, self.folder)
 
     def evaluate(self) -> dict[str, float]:
         """Mean scores of the held-out questions: with memory, never invoking any, and without what stage II trained."""
@@ -255,24 +255,6 @@ class VisMemTrainer:
             self.accelerator.log(values, step=state.global_step)
         if self.on_log is not None:
             self.on_log(dict(values), state.global_step, state.max_steps)
-
-    def _warn_of_no_signal(self) -> None:
-        """Warn of a run whose rewards or memories, by its logs, can have taught nothing; controls invoke none."""
-        steps = self.state.log_history
-        if self.stage.invokes and steps and all(step.get("invoked") == 0 for step in steps):
-            why = (
-                "no memory was invoked in any step, so none learned. In stage I raise --delimiter-probability "
-                "and --anywhere-probability (or check that texts have delimiters), in stage II --start-bias"
-            )
-        elif steps and all(step.get("groups_without_signal") == 1 for step in steps):
-            why = (
-                "in no step did the rewards of a question's trajectories differ, so they taught nothing. Look at what "
-                "is written and scored, raise --temperature or --group-size, or take questions that are answered "
-                "sometimes"
-            )
-        else:
-            return
-        warnings.warn(f"{self.folder}: {why}.", KeepsightWarning, stacklevel=2)
 
     # Checkpoints
 
