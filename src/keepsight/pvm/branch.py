@@ -45,7 +45,7 @@ class InFlight(threading.local):
 
 in_flight = InFlight()
 #: The hooks of a layer, in the order in which they fire.
-MIXER, NORM, MLP = "the token mixer", "post_attention_layernorm", "the mlp"
+MIXER, NORM, MLP = "the token mixer", "the norm before the mlp", "the mlp"
 
 
 def without_memory(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -69,7 +69,7 @@ class PvmBranch(nn.Module, MemoryBranch):
 
     Args:
         index: index of the decoder layer.
-        norm: the layer's norm after the mixer, for the device and dtype of new blocks.
+        norm: a norm of the layer, for the device and dtype of new blocks.
         text_config: configuration of the decoder; its attention implementation is asked at every call.
     """
 
@@ -105,19 +105,19 @@ class PvmBranch(nn.Module, MemoryBranch):
 
     def take_memory(self, mixer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-hook of the token mixer: the memory of this call waits for the mlp."""
-        in_flight.memory, in_flight.residual = kwargs.get(MEMORY), None
+        in_flight.memory = kwargs.get(MEMORY)  # where mixer and mlp stand side by side, x waits already
         if in_flight.memory is not None:
             in_flight.note(self.index, MIXER)
         return without_memory(mixer, args, kwargs)
 
     def take_residual(self, norm: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Pre-hook of the norm after the mixer: x [B, T, D] waits for the mlp."""
+        """Pre-hook of what the mlp's branch begins with: x [B, T, D] waits for its end."""
         in_flight.residual = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         if in_flight.memory is not None:
             in_flight.note(self.index, NORM)
 
     def add_update(self, mlp: nn.Module, args: tuple, output: Any) -> Any:
-        """Hook of the mlp: adds gate * out to its output [B, T, D]."""
+        """Hook of what the mlp's branch ends with: adds gate * out to its output [B, T, D]."""
         memory, x = in_flight.memory, in_flight.residual
         in_flight.memory = in_flight.residual = None
         if memory is None or x is None:  # off; a call in which it is on and this happens ends in an error (hooks.py)
@@ -127,7 +127,7 @@ class PvmBranch(nn.Module, MemoryBranch):
         for name, block in self.active_blocks:
             update = self._look(name, block, memory, x) if block.reads_memory else self._think(block, memory, x)
             if update is not None:
-                y = y + update.to(y.dtype)
+                y = y + update.reshape(y.shape).to(y.dtype)  # some mixtures of experts return [B * T, D]
         return y if rest is None else (y, *rest)
 
     def _look(self, name: str, block: Any, memory: VisualMemory, x: torch.Tensor) -> torch.Tensor | None:

@@ -7,8 +7,8 @@
       layer i      the decoder hands its keyword arguments to every layer, and the layer to its token mixer; layers
                    without a block ignore ours, as they ignore all they do not know
         mixer      pre-hook   takes the memory out                                   (these three: branch.py)
-        norm       pre-hook   takes the residual stream x
-        mlp        hook       adds gate * out
+        norm       pre-hook   takes the residual stream x, where it enters the feed-forward network's branch
+        mlp        hook       adds gate * out to what leaves that branch
     decoder      hook       every block was reached; new projections are stored in the cache
     vlm          hook       the decoder was reached; the `Given` is closed
 
@@ -33,7 +33,7 @@ from torch import nn
 from keepsight.backbone import Backbone
 from keepsight.compat import find_cache, find_output_cache
 from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.pvm.branch import MEMORY, MIXER, MLP, in_flight
+from keepsight.pvm.branch import MEMORY, MIXER, MLP, NORM, in_flight
 from keepsight.pvm.cache import VisualCache
 from keepsight.pvm.memory import VisualMemory
 from keepsight.pvm.packing import find_packing
@@ -77,12 +77,13 @@ class PvmRoute:
 
     def add(self, index: int, branch: Any) -> None:
         """Let the memory through to the branch of layer `index`."""
-        layer: Any = self.backbone.layers[index]
+        layer = self.backbone.layers[index]
+        parts = Backbone.parts(layer)
         self.branches[index] = branch
         self._handles += [
             Backbone.mixer(layer).register_forward_pre_hook(branch.take_memory, with_kwargs=True),
-            layer.post_attention_layernorm.register_forward_pre_hook(branch.take_residual, with_kwargs=True),
-            layer.mlp.register_forward_hook(branch.add_update),
+            layer.get_submodule(parts.enter).register_forward_pre_hook(branch.take_residual, with_kwargs=True),
+            layer.get_submodule(parts.leave).register_forward_hook(branch.add_update),
         ]
 
     def remove(self) -> None:
@@ -126,6 +127,7 @@ class PvmRoute:
 
     def _make_memory(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call, in_flight.reached = in_flight.call, {}
+        in_flight.memory = in_flight.residual = None  # of a call that ended in an error
         if call is not None:
             call.decoder_ran = True
         if MEMORY in kwargs or not self._is_on:
@@ -266,12 +268,14 @@ class PvmRoute:
         for index, branch in self.branches.items():
             if reached.get(index) == MLP or index >= decoder.config.num_hidden_layers or not branch.active_blocks:
                 continue
-            last = reached.get(index)
-            found = f"was last seen at {last}" if last else f"never came to {MIXER} (as the keyword argument {MEMORY})"
+            last, layer = reached.get(index), self.backbone.layers[index]
+            parts = Backbone.parts(layer)
+            stage = {NORM: parts.enter, MLP: f"the {parts.leave}"}.get(last or "", last)
+            found = f"was last seen at {stage}" if last else f"never came to {MIXER} (as the keyword argument {MEMORY})"
             raise KeepsightError(
-                f"Decoder layer {index} ran without its visual memory, which {found}: looked for calls, as modules and "
-                f"in this order, of {type(Backbone.mixer(self.backbone.layers[index])).__name__}, "
-                f"post_attention_layernorm and mlp inside {type(self.backbone.layers[index]).__name__}. " + _ASK
+                f"Decoder layer {index} ran without its visual memory, which {found}: looked for calls, as modules, of "
+                f"{type(Backbone.mixer(layer)).__name__}, {parts.enter} and {parts.leave} inside "
+                f"{type(layer).__name__}. " + _ASK
             )
 
 

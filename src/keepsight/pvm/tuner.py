@@ -53,7 +53,7 @@ class PvmModel(MemoryTuner):
         branch = getattr(target, BRANCH, None)
         if branch is None:
             backbone = Backbone.of(self.model)
-            branch = PvmBranch(int(target_name), target.post_attention_layernorm, backbone.text_config)
+            branch = PvmBranch(int(target_name), Backbone.norm(target), backbone.text_config)
             branch._active_adapter = self.active_adapter
             target.add_module(BRANCH, branch)
             getattr(backbone.decoder, _ROUTE).add(int(target_name), branch)

@@ -129,7 +129,7 @@ class Formers:
         return self.backbone.project_vision(states[count:].unflatten(0, (-1, side * side)))
 
     def _rotary(self, coordinates: torch.Tensor, like: torch.Tensor) -> Rotary | None:
-        name = self.backbone.family.vision.rotary
+        name = self.backbone.vision.rotary
         if name is None:
             return None
         return getattr(self.backbone.vision_tower, name)(like, coordinates.to(like.device))

@@ -62,15 +62,15 @@ class VisMemRoute:
         for index, block in enumerate(backbone.vision_blocks):
             note = functools.partial(_note_vision, index)
             self._handles.append(block.register_forward_pre_hook(note, with_kwargs=True))
-        rotary = backbone.family.vision.rotary
+        rotary = backbone.vision.rotary
         if rotary is not None:
             module: Any = getattr(backbone.vision_tower, rotary)
             self._handles.append(module.register_forward_pre_hook(_note_coordinates, with_kwargs=True))
-        layers: Any = backbone.layers
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(backbone.layers):
             mixer = Backbone.mixer(layer)
             self._handles.append(mixer.register_forward_pre_hook(_restore_scope, with_kwargs=True))
-            self._handles.append(layer.mlp.register_forward_hook(_end_scope, always_call=True))
+            ffn = layer.get_submodule(Backbone.parts(layer).ffn)
+            self._handles.append(ffn.register_forward_hook(_end_scope, always_call=True))
             if Backbone.has_softmax_attention(layer):
                 for name in PROJECTIONS:
                     projection = bare(getattr(mixer, name))

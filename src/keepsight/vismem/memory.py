@@ -112,7 +112,7 @@ def read_sights(
         if vision_calls or backbone.given_modalities(arguments):
             raise KeepsightError(
                 "Images were given, and the blocks of the vision encoder "
-                f"({backbone.family.vision_tower}.{backbone.family.vision.blocks}) did not run as modules: a memory "
+                f"({backbone.family.vision_tower}.{backbone.vision.blocks}) did not run as modules: a memory "
                 "would be formed without the image."
             )
         visual_mask = torch.zeros_like(visual_mask)  # placeholders without pixels are text
@@ -166,7 +166,7 @@ def _dealt(
     backbone: Backbone, tiles: list[_Tile], input_ids: torch.Tensor, modalities: list[tuple[str, str]], copies: int
 ) -> list[int]:
     """How many tiles each row holds [B], by its number of visual tokens; takes the kind of token off `modalities`."""
-    drop = int(backbone.family.vision.class_token)
+    drop = int(backbone.vision.class_token)
     tokens = [(tile.stop - tile.start - drop) // backbone.merge_side**2 for tile in tiles]
     for modality in modalities:
         wanted = (input_ids == getattr(backbone.model.config, modality[1])).sum(1).tolist()

@@ -80,7 +80,7 @@ class VisionWalk:
 
     def __init__(self, backbone: Backbone, bank: LowRankBank | None):
         self.backbone, self.bank = backbone, bank
-        self.parts = backbone.family.vision
+        self.parts = backbone.vision
         self.blocks = list(backbone.vision_blocks)
         self.windowed = backbone.windowed_vision_blocks
         self.read = backbone.vision_layers_read()

@@ -115,7 +115,7 @@ class _ShortFormers(Formers):
         total, size = rows.shape[-1], len(patches.x)
         on_image = rows[..., :size]
         where = None
-        in_order = not self.backbone.family.vision.class_token and not self.backbone.family.vision.shuffles
+        in_order = not self.backbone.vision.class_token and not self.backbone.vision.shuffles
         if in_order and size == len(formation.sight.visual) * square and not self.backbone.windowed_vision_blocks:
             where = on_image.mean(0).unflatten(-1, (-1, square)).sum(-1).numpy()
         return FormingTrace(

@@ -84,8 +84,8 @@ def trace(model: Any, rows: int, length: int, visual: int) -> Trace:
     from torch.utils.flop_counter import FlopCounterMode
 
     backbone = Backbone.of(model)
-    first: Any = backbone.layers[0]
-    dtype: torch.dtype = first.post_attention_layernorm.weight.dtype
+    norm: Any = Backbone.norm(backbone.layers[0])
+    dtype: torch.dtype = norm.weight.dtype
     width = backbone.text_config.hidden_size
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     eager = backbone.decoder.config._attn_implementation == "eager"

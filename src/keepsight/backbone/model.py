@@ -1,18 +1,4 @@
-"""Backbone: all that a memory must know of a VLM family, one small entry per family.
-
-A family is *added* by one row in `FAMILIES` and one row in the tests' table. Everything else in keepsight asks the
-backbone and never looks at a model's class. This module knows transformers and nothing of keepsight's methods.
-
-The decoders of all families share one shape, on which the memories rest:
-
-    vlm (x.model)                      embeds the text, writes visual embeddings over the placeholder tokens
-      vision tower, projector
-      decoder (language_model)         takes `inputs_embeds` [B, T, D]
-        layers[i]
-          self_attn | linear_attn      the token mixer; receives the decoder's extra keyword arguments
-          post_attention_layernorm     its input is the residual stream after the mixer
-          mlp                          the feed-forward network, dense or mixture of experts
-"""
+"""`Backbone`: the parts of one VLM, by role, and what the memories ask of them."""
 
 from __future__ import annotations
 
@@ -23,128 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from keepsight.backbone.decoders import MIXERS, LayerParts, layer_parts, why_no_shape
+from keepsight.backbone.parts import Family, VisionParts
+from keepsight.backbone.table import family_of
 from keepsight.errors import UnsupportedModelError
 
-
-@dataclass(frozen=True, kw_only=True)
-class VisionParts:
-    """How a family's vision encoder is built: what a memory needs to run it with positions of its own in it.
-
-    Every block of every family is x + scale * attention(norm(x)), then x + scale * mlp(norm(x)). Names are attributes
-    of the block, of its attention, or (where it says so) of the vision tower. The defaults are Qwen's.
-
-    Attributes:
-        blocks: dotted attribute of the tower: the list of blocks.
-        norms: the two norms of a block.
-        attention: the attention of a block.
-        mlp: the feed-forward network of a block.
-        scales: parameters that multiply the two updates (InternVL).
-        qkv: the attention's input projections: one fused layer, or three.
-        qk_norms: norms of q and k, over all heads at once (InternVL).
-        output: the attention's output projection.
-        rotary: attribute of the tower that makes rotary embeddings, (x, coordinates [S, 2]) -> (cos, sin).
-        position_table: dotted attribute of the tower: the learned positions of a square grid.
-        class_token: the first position of every image is no patch (and has the first learned position).
-        final_norm: norm of the tower after the last block.
-        shuffles: the projector takes squares of patches, made by the VLM's `pixel_shuffle`.
-    """
-
-    blocks: str = "blocks"
-    norms: tuple[str, str] = ("norm1", "norm2")
-    attention: str = "attn"
-    mlp: str = "mlp"
-    scales: tuple[str, ...] = ()
-    qkv: tuple[str, ...] = ("qkv",)
-    qk_norms: tuple[str, ...] = ()
-    output: str = "proj"
-    rotary: str | None = "rotary_pos_emb"
-    position_table: str | None = None
-    class_token: bool = False
-    final_norm: str | None = None
-    shuffles: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """What differs between VLM families. Names are attributes of the VLM's base model (`model.model`).
-
-    Attributes:
-        name: what people call the family.
-        vision_tower: attribute that holds the vision encoder.
-        projector: dotted attribute of the module that maps vision features into the decoder's width.
-        visual_tokens: (modality, config attribute with the id of the placeholder token that its embeddings replace).
-        merge_side: dotted config attribute with the number of patches, per side, that one visual token stands for
-            (`None`: one patch per visual token).
-        merge_side_is_ratio: the attribute holds 1 / side (InternVL's pixel-shuffle ratio).
-        vision: how the vision encoder is built.
-    """
-
-    name: str
-    vision_tower: str
-    projector: str
-    visual_tokens: tuple[tuple[str, str], ...] = (("image", "image_token_id"), ("video", "video_token_id"))
-    merge_side: str | None = None
-    merge_side_is_ratio: bool = False
-    vision: VisionParts = VisionParts()
-
-
-_QWEN_STYLE: dict[str, Any] = {
-    "vision_tower": "visual",
-    "projector": "visual.merger",
-    "merge_side": "vision_config.spatial_merge_size",
-    "vision": VisionParts(position_table="pos_embed.weight"),
-}
-
-#: `config.model_type` -> family. One row adds a family.
-FAMILIES: dict[str, Family] = {
-    "qwen3_vl": Family(name="Qwen3-VL", **_QWEN_STYLE),
-    "qwen3_vl_moe": Family(name="Qwen3-VL (mixture of experts)", **_QWEN_STYLE),
-    "qwen2_5_vl": Family(name="Qwen2.5-VL", **(_QWEN_STYLE | {"vision": VisionParts()})),
-    "qwen3_5": Family(name="Qwen3.5", **_QWEN_STYLE),
-    "qwen3_5_moe": Family(name="Qwen3.5 (mixture of experts)", **_QWEN_STYLE),
-    "internvl": Family(
-        name="InternVL",
-        vision_tower="vision_tower",
-        projector="multi_modal_projector",
-        visual_tokens=(("image", "image_token_id"),),
-        merge_side="downsample_ratio",
-        merge_side_is_ratio=True,
-        vision=VisionParts(
-            blocks="encoder.layer",
-            norms=("layernorm_before", "layernorm_after"),
-            attention="attention",
-            scales=("lambda_1", "lambda_2"),
-            qkv=("q_proj", "k_proj", "v_proj"),
-            qk_norms=("q_norm", "k_norm"),
-            output="projection_layer",
-            rotary=None,
-            position_table="embeddings.position_embeddings",
-            class_token=True,
-            final_norm="layernorm",
-            shuffles=True,
-        ),
-    ),
-    "llava_onevision": Family(
-        name="LLaVA-OneVision",
-        vision_tower="vision_tower",
-        projector="multi_modal_projector",
-        vision=VisionParts(
-            blocks="encoder.layers",
-            norms=("layer_norm1", "layer_norm2"),
-            attention="self_attn",
-            qkv=("q_proj", "k_proj", "v_proj"),
-            output="out_proj",
-            rotary=None,
-            position_table="embeddings.position_embedding.weight",
-            final_norm="post_layernorm",
-        ),
-    ),
-}
-
-_MIXERS = ("self_attn", "linear_attn")
 _PIXELS = {"pixel_values": "image", "pixel_values_videos": "video"}
 #: Arguments of a VLM with floating-point tensors of two or more dimensions that hold no image.
 _TEXT_ARGUMENTS = ("inputs_embeds", "attention_mask")
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return hasattr(module, name.partition(".")[0])
 
 
 def _holds_features(value: Any) -> bool:
@@ -154,27 +30,6 @@ def _holds_features(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(_holds_features(item) for item in value.values())
     return isinstance(value, (list, tuple)) and any(_holds_features(item) for item in value)
-
-
-def family_of(config: Any, name: str = "The model") -> Family:
-    """The family of a model's configuration, known before any weight is read.
-
-    Args:
-        config: the model's transformers configuration.
-        name: how to call the model in the error.
-
-    Raises:
-        UnsupportedModelError: if no row of `FAMILIES` describes it.
-    """
-    model_type = getattr(config, "model_type", None)
-    if model_type not in FAMILIES:
-        supported = ", ".join(f"{family.name} ({model_type})" for model_type, family in FAMILIES.items())
-        raise UnsupportedModelError(
-            f"{name} (model_type {model_type!r}) is not a VLM family that keepsight knows. Supported: {supported}. To "
-            "add a family, write one row for its model_type in keepsight.backbone.FAMILIES and one in "
-            "tests/families.py; docs/families.md shows how."
-        )
-    return FAMILIES[model_type]
 
 
 @dataclass(frozen=True)
@@ -205,16 +60,22 @@ class Backbone:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
         family = family_of(getattr(model, "config", None), type(model).__name__)
+        names = {module: name for name, module in model.named_modules()}
         decoder = model.get_decoder()
-        path = next(name for name, module in model.named_modules() if module is decoder)
-        backbone = cls(model, family, model.get_submodule(path.rpartition(".")[0]), decoder, path)
+        while not hasattr(decoder, "layers") and decoder is not (inner := decoder.get_decoder()):
+            decoder = inner  # a language model with its head
+        path = names[decoder]
+        vlm_path = path.rpartition(".")[0]
+        while vlm_path and not _has(model.get_submodule(vlm_path), family.vision_tower):
+            vlm_path = vlm_path.rpartition(".")[0]
+        backbone = cls(model, family, model.get_submodule(vlm_path), decoder, path)
         for index, layer in enumerate(backbone.layers):
-            missing = [name for name in ("post_attention_layernorm", "mlp") if not hasattr(layer, name)]
-            if missing or not any(hasattr(layer, name) for name in _MIXERS):
+            if layer_parts(layer) is None:
                 raise UnsupportedModelError(
-                    f"Decoder layer {index} of {type(model).__name__} is a {type(layer).__name__} without "
-                    f"{' and '.join(missing) or ' or '.join(_MIXERS)}. keepsight needs a token mixer, a "
-                    "post_attention_layernorm and an mlp in every layer; docs/families.md shows how to add a family."
+                    f"Decoder layer {index} of {type(model).__name__} is a {type(layer).__name__}, whose parts keepsight "
+                    f"does not know. {why_no_shape(layer)} A memory needs layers with a token mixer, a norm and a "
+                    "feed-forward network under names that are known (docs/families.md). The family is supported with "
+                    "another language model; for this one, open an issue at keepsight's repository that names it."
                 )
         return backbone
 
@@ -249,9 +110,23 @@ class Backbone:
         return round(1 / value) if self.family.merge_side_is_ratio else int(value)
 
     @property
+    def vision(self) -> VisionParts:
+        """How the vision encoder is built.
+
+        Raises:
+            UnsupportedModelError: if the family's row does not say: there is no VisMem on it.
+        """
+        if self.family.vision is None:
+            raise UnsupportedModelError(
+                f"{self.family.name} can have a PVM, and no latent memory (VisMem): {self.family.no_vismem}. "
+                "docs/families.md has the list of what each family can have."
+            )
+        return self.family.vision
+
+    @property
     def vision_blocks(self) -> Any:
         """The blocks of the vision encoder."""
-        return self.vision_tower.get_submodule(self.family.vision.blocks)
+        return self.vision_tower.get_submodule(self.vision.blocks)
 
     @property
     def vision_size(self) -> int:
@@ -266,12 +141,12 @@ class Backbone:
 
     def position_table(self) -> torch.Tensor | None:
         """The vision encoder's learned positions, as a picture [1, d, side, side]; None if it has none."""
-        if self.family.vision.position_table is None:
+        if self.vision.position_table is None:
             return None
         table: Any = self.vision_tower
-        for name in self.family.vision.position_table.split("."):
+        for name in self.vision.position_table.split("."):
             table = getattr(table, name)
-        table = table.reshape(-1, table.shape[-1])[int(self.family.vision.class_token) :]
+        table = table.reshape(-1, table.shape[-1])[int(self.vision.class_token) :]
         side = int(table.shape[0] ** 0.5)
         return table.view(side, side, -1).permute(2, 0, 1)[None]
 
@@ -286,7 +161,7 @@ class Backbone:
             [N, D], in the decoder's width.
         """
         count, side = states.shape[0], self.merge_side
-        if not self.family.vision.shuffles:
+        if not self.vision.shuffles:
             return self.projector(states.flatten(0, 1))
         strip = states.view(count, side, side, -1).transpose(0, 1).reshape(1, side, count * side, -1)
         return self.projector(self.vlm.pixel_shuffle(strip, scale_factor=1 / side).flatten(0, 2))
@@ -304,9 +179,23 @@ class Backbone:
         return tuple(dict.fromkeys(getattr(self.model.config, name) for name in names))
 
     @staticmethod
+    def parts(layer: nn.Module) -> LayerParts:
+        """Where the feed-forward network of a decoder layer is entered and left, by name."""
+        parts = layer_parts(layer)
+        assert parts is not None, "Backbone.of has seen to it"
+        return parts
+
+    @staticmethod
+    def norm(layer: nn.Module) -> nn.Module:
+        """A norm of a decoder layer beside its feed-forward network: it has the layer's device and dtype, in four
+        bits too."""
+        parts = Backbone.parts(layer)
+        return layer.get_submodule(parts.enter if parts.enter != parts.ffn else parts.leave)
+
+    @staticmethod
     def mixer(layer: nn.Module) -> nn.Module:
         """The token mixer of a decoder layer: softmax attention, or linear attention in hybrid models."""
-        return next(getattr(layer, name) for name in _MIXERS if hasattr(layer, name))
+        return next(getattr(layer, name) for name in MIXERS if hasattr(layer, name))
 
     @staticmethod
     def has_softmax_attention(layer: nn.Module) -> bool:
