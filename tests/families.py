@@ -217,6 +217,10 @@ class TinyFamily:
         images: (config, sizes in merged tokens, draw) -> pixel arguments.
         marks: whether images stand between start and end tokens (Qwen).
         hybrid: whether some layers have linear attention, whose state cannot be rewound.
+        by_row: whether pixels come as [B, images, ...], with zeros for no image (Idefics).
+        pixel_dim: along which images of pixel_values are put together.
+        token_types: ids [B, T] -> further text arguments.
+        count: (model, pixel arguments) -> visual tokens of each image; default: as the model makes them.
     """
 
     name: str
@@ -225,6 +229,10 @@ class TinyFamily:
     images: Callable[..., dict[str, Any]] = _qwen_images
     marks: bool = True
     hybrid: bool = False
+    by_row: bool = False
+    pixel_dim: int = 0
+    token_types: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None
+    count: Callable[..., list[int]] | None = None
     processor_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def build(self, seed: int = 0, **overrides: Any) -> Any:
@@ -236,6 +244,10 @@ class TinyFamily:
         model = getattr(transformers, self.model_class)(config).eval()
         if model.device.type != "meta":  # built on shapes alone, for a trace
             model = model.to(device)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim >= 2 and not parameter.any():  # Gemma 3 begins with a projector that sees nothing
+                    parameter.normal_(std=0.1)
         model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, None
         return model
 
@@ -288,9 +300,9 @@ def make_inputs(family: TinyFamily, model: Any, rows: Sequence[Row]) -> dict[str
         features: list[int] = []
         if row.images:
             arguments = family.images(config, row.images, draw)
-            if "image_sizes" in arguments:
+            if family.images is _llava_images:
                 arguments["batch_num_images"] = torch.tensor([len(row.images)])
-            features = count_visual_tokens(model, arguments)
+            features = (family.count or count_visual_tokens)(model, arguments)
             pixels.append(arguments)
         tokens: list[int] = []
         for segment in row.segments:
@@ -306,8 +318,16 @@ def make_inputs(family: TinyFamily, model: Any, rows: Sequence[Row]) -> dict[str
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if family.images is _qwen_images:
         inputs["mm_token_type_ids"] = (input_ids == IMAGE).int() + 2 * (input_ids == VIDEO).int()
+    if family.token_types is not None:
+        inputs |= family.token_types(input_ids)
     for name in pixels[0] if pixels else ():
-        inputs[name] = torch.cat([p[name] for p in pixels])
+        inputs[name] = torch.cat([p[name] for p in pixels], family.pixel_dim if name == "pixel_values" else 0)
+    if family.by_row and pixels:
+        images, most = iter(inputs["pixel_values"]), max(len(row.images) for row in rows)
+        inputs["pixel_values"] = torch.zeros(len(rows), most, *inputs["pixel_values"].shape[1:])
+        for i, row in enumerate(rows):
+            for j in range(len(row.images)):
+                inputs["pixel_values"][i, j] = next(images)
     if "batch_num_images" in inputs:
         inputs["batch_num_images"] = torch.tensor([len(row.images) for row in rows])
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -316,10 +336,9 @@ def make_inputs(family: TinyFamily, model: Any, rows: Sequence[Row]) -> dict[str
 @torch.no_grad()
 def count_visual_tokens(model: Any, arguments: dict[str, torch.Tensor]) -> list[int]:
     """Visual tokens of each image, as the model itself makes them."""
-    names = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
-    given = {name: value.to(model.device) for name, value in arguments.items() if name in names}
+    given = {name: value.to(model.device) for name, value in arguments.items()}
     output = model.get_image_features(**given, return_dict=True)
-    return [len(image) for image in output.pooler_output]
+    return [image.flatten(0, -2).shape[0] for image in output.pooler_output]
 
 
 if __name__ == "__main__":

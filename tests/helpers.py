@@ -61,6 +61,9 @@ def with_continuation(inputs: dict[str, torch.Tensor], tokens: torch.Tensor) -> 
     longer["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
     ones = torch.ones_like(tokens)
     longer["attention_mask"] = torch.cat([inputs["attention_mask"], ones.to(inputs["attention_mask"].dtype)], 1)
+    if "token_type_ids" in inputs:
+        types = inputs["token_type_ids"]
+        longer["token_type_ids"] = torch.cat([types, types[:, -1:].expand(-1, tokens.shape[1])], 1)
     if "mm_token_type_ids" in inputs:
         zeros = torch.zeros_like(tokens, dtype=inputs["mm_token_type_ids"].dtype)
         longer["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], zeros], 1)

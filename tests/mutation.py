@@ -6,6 +6,7 @@ callee: hooks see the changed call, the module itself computes what it always di
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,7 @@ def stand_in(
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return result(kind.forward(self, *args, **inside(kwargs)))
 
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
     module.__class__ = type(
         kind.__name__, (kind,), {"__call__": call, "forward": forward, "__module__": kind.__module__}
     )

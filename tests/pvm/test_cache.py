@@ -231,7 +231,8 @@ def _positions_of_step(model, request, step):
     vlm = model.get_base_model().model
     if not hasattr(vlm, "get_rope_index"):
         return None
-    kwargs = {k: request[k] for k in ("input_ids", "mm_token_type_ids", "image_grid_thw")}
+    wanted = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    kwargs = {k: request[k] for k in wanted if k in request}
     positions, deltas = vlm.get_rope_index(**kwargs)
     return torch.full_like(positions[..., :1], request["input_ids"].shape[1] + step) + deltas
 

@@ -5,8 +5,8 @@ A layer is a residual stream with two branches, a token mixer and a feed-forward
     x = x + mixer(norm(x))
     x = x + leave(ffn(enter(x)))
 
-A memory reads x where it enters the FFN's branch, and adds to what leaves it: behind a norm that follows the FFN, or the
-norm would undo the gate. A layer with a norm that no shape knows is refused: nobody knows what stands behind it.
+A memory reads x where it enters the FFN's branch, and adds to what leaves it: behind a norm that follows the FFN, or
+the norm would undo the gate. A layer with a norm that no shape knows is refused: nobody knows what stands behind it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from keepsight.errors import UnsupportedModelError
 
 _PIXELS = {"pixel_values": "image", "pixel_values_videos": "video"}
 #: Arguments of a VLM with floating-point tensors of two or more dimensions that hold no image.
-_TEXT_ARGUMENTS = ("inputs_embeds", "attention_mask")
+_TEXT_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids")  # Qwen3-Omni counts positions in floats
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -72,8 +72,8 @@ class Backbone:
         for index, layer in enumerate(backbone.layers):
             if layer_parts(layer) is None:
                 raise UnsupportedModelError(
-                    f"Decoder layer {index} of {type(model).__name__} is a {type(layer).__name__}, whose parts keepsight "
-                    f"does not know. {why_no_shape(layer)} A memory needs layers with a token mixer, a norm and a "
+                    f"Decoder layer {index} of {type(model).__name__} is a {type(layer).__name__}, whose parts are not "
+                    f"known. {why_no_shape(layer)} A memory needs layers with a token mixer, a norm and a "
                     "feed-forward network under names that are known (docs/families.md). The family is supported with "
                     "another language model; for this one, open an issue at keepsight's repository that names it."
                 )

@@ -1,4 +1,4 @@
-"""What a family's row can say: `Family`, and `VisionParts` for VisMem, which runs the vision encoder's blocks itself."""
+"""What a family's row can say: `Family`, and `VisionParts` for VisMem, which runs the vision encoder's blocks."""
 
 from __future__ import annotations
 

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from keepsight.backbone.families import llava, qwen
+from keepsight.backbone.families import gemma, llava, others, qwen
 from keepsight.backbone.parts import Family
 from keepsight.errors import UnsupportedModelError
 
 #: `config.model_type` -> family.
-FAMILIES: dict[str, Family] = {**qwen.ROWS, **llava.ROWS}
+FAMILIES: dict[str, Family] = {**qwen.ROWS, **llava.ROWS, **gemma.ROWS, **others.ROWS}
 
 #: `config.model_type` of VLMs that cannot have a memory -> why, as a sentence.
-UNFIT: dict[str, str] = {}
+UNFIT: dict[str, str] = {
+    "mllama": (
+        "Llama 3.2 Vision's images enter through cross-attention in some decoder layers, not as input embeddings, so "
+        "there are no visual embeddings in the decoder's input for a memory to keep."
+    ),
+    "llama4": (
+        "Llama 4's own forward fails in transformers 5.24 (it asks its language model's output for image_outputs, "
+        "which that has not), so no memory could be tested on it."
+    ),
+    "qwen2_5_omni": (
+        "What can have one is its thinker: load Qwen2_5OmniThinkerForConditionalGeneration from the same checkpoint."
+    ),
+    "qwen3_omni_moe": (
+        "What can have one is its thinker: load Qwen3OmniMoeThinkerForConditionalGeneration from the same checkpoint."
+    ),
+}
 
 
 def family_of(config: Any, name: str = "The model") -> Family:

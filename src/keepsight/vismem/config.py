@@ -162,6 +162,7 @@ class VisMemConfig(MemoryConfig):
                 incremental form is asked of a model with linear attention.
         """
         text = backbone.text_config
+        backbone.vision  # noqa: B018 - raises where it is not described
         found = self.check_base(backbone.model.config)
         for name, value in found.items():
             setattr(self, name, value)

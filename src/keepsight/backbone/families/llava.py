@@ -44,4 +44,8 @@ ROWS: dict[str, Family] = {
         ),
     ),
     "llava_onevision": Family(name="LLaVA-OneVision", **_STYLE, vision=SIGLIP),
+    "llava": Family(name="LLaVA, Pixtral", **_STYLE, visual_tokens=_IMAGES),
+    "llava_next": Family(name="LLaVA-NeXT", **_STYLE, visual_tokens=_IMAGES),
+    "mistral3": Family(name="Mistral 3", **_STYLE, visual_tokens=_IMAGES, merge_side="spatial_merge_size"),
+    "aya_vision": Family(name="Aya Vision", **_STYLE, visual_tokens=_IMAGES, merge_side="downsample_factor"),
 }

@@ -1,0 +1,45 @@
+"""Families that share little with others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keepsight.backbone.parts import Family
+
+_IMAGES = (("image", "image_token_id"),)
+_IDEFICS: dict[str, Any] = {
+    "vision_tower": "vision_model",
+    "projector": "connector",
+    "visual_tokens": _IMAGES,
+    "merge_side": "scale_factor",
+}
+# GLM marks the frames of a video with the images' token.
+_GLM: dict[str, Any] = {
+    "vision_tower": "visual",
+    "projector": "visual.merger",
+    "visual_tokens": (("image", "image_token_id"), ("video", "image_token_id")),
+    "merge_side": "vision_config.spatial_merge_size",
+}
+
+ROWS: dict[str, Family] = {
+    "idefics3": Family(name="Idefics3", **_IDEFICS),
+    "smolvlm": Family(name="SmolVLM", **_IDEFICS),
+    "glm4v": Family(name="GLM-4.1V", **_GLM),
+    "glm4v_moe": Family(name="GLM-4.5V", **_GLM),
+    "glm46v": Family(name="GLM-4.6V", **_GLM),
+    "ovis2": Family(
+        name="Ovis2",
+        vision_tower="vision_tower",
+        projector="visual_embeddings_table",
+        visual_tokens=_IMAGES,
+        no_vismem="its vision encoder ends in a softmax over visual words",
+    ),
+    "kimi_k25": Family(
+        name="Kimi-K2.5",
+        vision_tower="vision_tower",
+        projector="mm_projector",
+        no_vismem="its decoder's attention is latent (MLA), without the projections that the long-term memory adapts",
+    ),
+    "minicpmv4_6": Family(name="MiniCPM-V 4.6", vision_tower="vision_tower", projector="merger"),
+    "deepseek_vl": Family(name="DeepSeek-VL", vision_tower="vision_model", projector="aligner", visual_tokens=_IMAGES),
+}

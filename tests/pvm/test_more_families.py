@@ -1,0 +1,97 @@
+"""The essential properties on every further family: the tests of the shared table that touch what differs between them.
+
+The long tests (training stages, processes, servers) run on the families of tests/families.py only.
+"""
+
+import pytest
+import torch
+from families import IMAGE, TinyFamily, make_inputs
+from helpers import LAYERS, MIXED_ROWS, attach, built
+from more_families import MORE
+from peft import PeftModel
+from test_cache import (  # noqa: F401
+    test_batch_equals_its_rows,
+    test_cached_equals_uncached,
+    test_interleaved_requests_never_see_each_others_image,
+)
+from test_identity import (  # noqa: F401
+    test_gate_zero_equals_base,
+    test_off_and_unloaded_equal_base,
+    test_only_text_after_an_image_is_updated,
+)
+from test_never_silent import MUTATIONS, RIGHT, results
+from test_training import test_gradient_checkpointing_changes_nothing  # noqa: F401
+
+import keepsight
+from keepsight.backbone import Backbone
+from keepsight.pvm.branch import PvmBranch
+
+
+@pytest.fixture(params=MORE, ids=lambda family: family.name)
+def family(request: pytest.FixtureRequest) -> TinyFamily:
+    return request.param
+
+
+def test_saved_and_loaded(family, tmp_path):
+    model, inputs = built(family)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(family.build(), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_the_update_is_added_as_it_is(family):
+    """No norm stands between the gate and the residual stream, or the gate would not weigh."""
+    model, inputs = built(family, layers=LAYERS[:1])
+    layer = Backbone.of(model).layers[LAYERS[0]]
+    branch = next(module for module in layer.modules() if isinstance(module, PvmBranch))
+    states, updates = [], []
+    look = branch._look
+    branch._look = lambda *args: updates.append(look(*args)) or updates[-1]
+    handle = layer.register_forward_hook(lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+        with model.disable_adapter():
+            model(**inputs, use_cache=False)
+    handle.remove()
+    scale = getattr(layer, "layer_scalar", 1.0)  # Gemma 4 scales the whole stream behind every layer
+    per_layer = hasattr(layer, "per_layer_projection")  # and adds to it what depends on it
+    assert updates[0].abs().max() > 1e-3
+    if not per_layer:
+        torch.testing.assert_close(states[0] - states[1], scale * updates[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_mask_is_where_images_stand(family):
+    model = family.build()
+    ids = make_inputs(family, model, MIXED_ROWS)["input_ids"]
+    assert torch.equal(Backbone.of(model).visual_mask(ids), ids == IMAGE)
+
+
+#: Those whose targets are named by what the layers of these families have.
+ESSENTIAL = ["pixels unseen", "input_ids renamed", "inputs_embeds lost", "mixer without hooks", "vlm without hooks"]
+
+
+@pytest.mark.parametrize("change", ESSENTIAL)
+def test_a_mutation_ends_in_the_right_result_or_in_an_error(family, change):
+    mutate, error = MUTATIONS[change]
+    model = family.build()
+    inputs = make_inputs(family, model, MIXED_ROWS[:1])
+    expected = results(attach(family.build()), inputs)
+    mutate(model)
+    model = attach(model)
+    if error == RIGHT:
+        torch.testing.assert_close(results(model, inputs), expected, rtol=0.0, atol=2e-5)
+    else:
+        with pytest.raises(ValueError, match=error):
+            results(model, inputs)
+
+
+def test_vismem_is_refused_with_its_reason(family):
+    with pytest.raises(keepsight.UnsupportedModelError, match="can have a PVM, and no latent memory"):
+        attach_vismem(family.build())
+
+
+def attach_vismem(model):
+    from peft import get_peft_model
+
+    return get_peft_model(model, keepsight.VisMemConfig())
