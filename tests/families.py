@@ -246,7 +246,9 @@ class TinyFamily:
             model = model.to(device)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.ndim >= 2 and not parameter.any():  # Gemma 3 begins with a projector that sees nothing
+                if (
+                    parameter.ndim >= 2 and not parameter.is_meta and not parameter.any()
+                ):  # Gemma 3 begins with a projector that sees nothing
                     parameter.normal_(std=0.1)
         model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, None
         return model

@@ -127,7 +127,9 @@ class PvmBranch(nn.Module, MemoryBranch):
         for name, block in self.active_blocks:
             update = self._look(name, block, memory, x) if block.reads_memory else self._think(block, memory, x)
             if update is not None:
-                y = y + update.reshape(y.shape).to(y.dtype)  # some mixtures of experts return [B * T, D]
+                if update.ndim == 3 and y.ndim == 2:  # some mixtures of experts return [B * T, D]
+                    update = update.flatten(0, 1)
+                y = y + update.to(y.dtype)
         return y if rest is None else (y, *rest)
 
     def _look(self, name: str, block: Any, memory: VisualMemory, x: torch.Tensor) -> torch.Tensor | None:
