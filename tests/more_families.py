@@ -393,8 +393,8 @@ def _row(name: str, config: Any, model_class: str, images: Any = _squares, **mor
 
 ROWS = [
     _row("qwen2_vl", qwen2_vl, "Qwen2VL", _qwen_images, marks=True),
-    _row("qwen2_5_omni", qwen2_5_omni, "Qwen2_5OmniThinker", _omni_images, marks=True),
-    _row("qwen3_omni", qwen3_omni, "Qwen3OmniMoeThinker", _omni_images, marks=True),
+    _row("qwen2_5_omni_thinker", qwen2_5_omni, "Qwen2_5OmniThinker", _omni_images, marks=True),
+    _row("qwen3_omni_moe_thinker", qwen3_omni, "Qwen3OmniMoeThinker", _omni_images, marks=True),
     _row("gemma3", gemma3, "Gemma3", token_types=_image_types, marks=True),
     _row("gemma4", gemma4, "Gemma4", _gemma4_images, token_types=_modality_types, marks=True),
     _row("paligemma", paligemma, "PaliGemma", token_types=lambda ids: {"token_type_ids": torch.ones_like(ids)}),
