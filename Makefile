@@ -7,7 +7,7 @@ RUN     = tools/compatibility.py run
 export HF_HUB_OFFLINE ?= 1
 export TORCH_INDEX INSTALLER
 
-.PHONY: demo test test-oldest test-newest test-vllm test-lmms test-gpu bench-gpu gpu-wheels docs release lint lock compatibility docs-figures clean
+.PHONY: demo test test-oldest test-newest test-vllm test-lmms test-peers test-gpu bench-gpu gpu-wheels docs release lint lock compatibility docs-figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/keepsight demo
@@ -35,12 +35,18 @@ test-vllm: .venv-vllm/.installed
 
 # keepsight as a model of lmms-eval, in an environment of its own: lmms-eval needs many things that we do not.
 test-lmms: .venv-lmms/.installed
-	.venv-lmms/bin/python $(RUN) lmms -q tests_lmms
+	.venv-lmms/bin/python -m pytest -q tests_lmms
 
 .venv-lmms/.installed: pyproject.toml tests_lmms/requirements.txt
 	$(PYTHON) -m venv .venv-lmms
 	.venv-lmms/bin/python -m pip install --quiet -e ".[lab]" -r tests_lmms/requirements.txt
 	touch $@
+
+# transformers', PEFT's and TRL's own tests on models that carry a memory: tests_peers/README.md. A nightly step.
+test-peers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -r tests_peers/requirements.txt
+	$(BIN)/python tests_peers/fetch.py
+	$(BIN)/python -m pytest -q tests_peers
 
 # The documentation site, every link checked, in site/. SERVE=--serve shows it.
 docs: $(VENV)/.installed
