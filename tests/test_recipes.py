@@ -72,7 +72,8 @@ def test_every_recipe_gets_as_far_as_its_run(recipe: Any, monkeypatch: pytest.Mo
         context.command.invoke(context)
     ((train, source, job),) = reached
     assert source in (recipe.base, "$MEMORY", "$STAGE1")
-    assert job.checked() == ("$DATA", Path("$OUT"))
+    data, out = job.checked()
+    assert (data.source, out) == ("$DATA", Path("$OUT"))
     settings = train.keywords["settings"]
     if recipe.kind == "sft":
         published = recipe.path.stem.endswith("as-published")

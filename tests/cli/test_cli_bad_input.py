@@ -101,8 +101,8 @@ def test_a_source_that_is_not_there(source: str, lesson: str, image: Path) -> No
 def test_a_model_of_an_unknown_family(tmp_path: Path, image: Path) -> None:
     transformers.LlamaConfig().save_pretrained(tmp_path / "llama")
     text = message(keepsight_cli("generate", tmp_path / "llama", "-i", image, "-p", "x"))
-    assert "(model_type 'llama') is not a VLM family" in text
-    assert "Qwen3-VL (qwen3_vl)" in text
+    assert "(model_type 'llama')" in text
+    assert "qwen3_vl" in text
 
 
 def test_a_processor_without_a_chat_template(tiny_vlm: Path, image: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class Bare(Reader):
 
     def __init__(self, model: Any):
         self.model, self.processor, self.backbone = model, None, Backbone.of(model)
-        self._memory_tokens = VisMemHandle(model).tokens
+        self.latent_tokens = VisMemHandle(model).tokens
 
 
 @pytest.fixture(scope="module", params=NAMES)
