@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from keepsight.cli import app
 from keepsight.diagnose import read_results
 
-FILES = {"report.html", "results.json", "decay.png", "layers.png", "lens.png"}
+FILES = {"report.html", "results.json", "decay.svg", "layers.svg", "lens.svg"}
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_a_memory_an_image_and_chosen_layers(trained_folder: Path, image: Path, 
         trained_folder, "-i", image, "-p", "describe", "-o", out, "--steps", 20, "--every", 4, "--layers", "0,2"
     )
     assert result.exit_code == 0, result.output
-    assert {file.name for file in out.iterdir()} == FILES | {"causal.png"}
+    assert {file.name for file in out.iterdir()} == FILES | {"causal.svg"}
     found = read_results(out / "results.json")
     assert found["written"]["attention"][0]["layers"] == [0, 2]
     assert found["written"]["attention"][0]["steps"] == [0, 4, 8, 12, 16]
@@ -91,7 +91,7 @@ def test_latent_memory_on_two_data_sets(vismem_folder: Path, image: Path, tmp_pa
     data = [word for name in ("one", "two") for word in ("-d", tmp_path / f"{name}.jsonl")]
     result = diagnose(vismem_folder, *data, "-o", out, "--steps", 24, "--probe-images", 64, "--samples", 3)
     assert result.exit_code == 0, result.output
-    assert {file.name for file in out.iterdir()} == FILES | {"causal.png", "invocations.png", "latents.png"}
+    assert {file.name for file in out.iterdir()} == FILES | {"causal.svg", "invocations.svg", "latents.svg"}
     found = read_results(out / "results.json")
     assert found["causal"]["method"] == "VisMem"
     counted = found["invocations"]["datasets"]
@@ -125,6 +125,7 @@ def test_errors_are_one_lesson(words: list[str], lesson: str, tmp_path: Path) ->
     assert result.exit_code == 1, result.output
     assert result.stderr.count("error:") == 1
     assert lesson in result.stderr
+    assert not (tmp_path / "out").exists(), "nothing is left of a call that could not be done"
 
 
 def test_ctrl_c_writes_what_was_measured(tmp_path: Path) -> None:

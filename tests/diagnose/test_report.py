@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from keepsight.diagnose import Sample, Settings, examine
@@ -18,8 +19,6 @@ OVERLAY = "return [...document.querySelectorAll('canvas')].map(c => c.toDataURL(
 
 @pytest.fixture(scope="module")
 def page(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import numpy as np
-
     import keepsight
     from keepsight.lab.digits import draw_grids
 
@@ -87,6 +86,23 @@ def test_hovering_a_token_changes_the_overlay(opened: Any) -> None:
     assert opened.get_log("browser") == []
 
 
+def test_the_strongest_spot_stays_readable(opened: Any) -> None:
+    """Outlined, and no more than tinted inside."""
+    alphas = (  # of every picture: (columns, rows, alpha of every pixel)
+        "return [...document.querySelectorAll('canvas')].map(c => { const copy = new OffscreenCanvas(c.width, c.height)"
+        ".getContext('2d', {willReadFrequently: true}); copy.drawImage(c, 0, 0); return [c.dataset.columns, "
+        "c.dataset.rows, c.width, [...copy.getImageData(0, 0, c.width, c.height).data].filter((v, i) => i % 4 == 3)] })"
+    )
+    inside, drawn = 0, 0
+    for columns, rows, width, found in opened.execute_script(alphas):
+        pixels, side = np.array(found).reshape(-1, width), width // int(columns)
+        assert pixels.shape[0] == side * int(rows)
+        inside = max(inside, int(pixels[side // 2 :: side, side // 2 :: side].max()))
+        drawn = max(drawn, int(pixels.max()))
+    assert 0 < inside <= 0.35 * 255
+    assert drawn > 200, "an outline"
+
+
 def test_keyboard_walks_through_the_text(opened: Any) -> None:
     from selenium.webdriver import Keys
 
@@ -132,7 +148,6 @@ def test_dark_and_light_differ(browser: Any, page: Path) -> None:
 def test_memories_stand_in_the_text_and_show_where_they_looked(
     browser: Any, vismem_folder: Path, tmp_path: Path
 ) -> None:
-    import numpy as np
     from selenium.webdriver import ActionChains
 
     import keepsight

@@ -12,8 +12,7 @@ from PIL import Image
 
 from keepsight.diagnose import LengthScore, Reader, Sample, Settings, examine, read_dataset, read_results
 from keepsight.diagnose.battery.lengths import contains
-from keepsight.diagnose.report import render_report
-from keepsight.diagnose.report.plots import save_plots
+from keepsight.diagnose.report import render_report, save_charts
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.lab.cases import DigitGrids, lab_cases
 from keepsight.lab.narration import DIGITS, TOKEN
@@ -53,7 +52,7 @@ def test_memory_on_one_image(with_memory: tuple[Any, Any], tmp_path: Path) -> No
     assert found.retrieval.weights.shape[:2] == (24, 2)
     assert len(found.written.words) == len(found.written.ids) == 24
     assert saved(found, tmp_path)["retrieval"]["layers"] == [1, 3]
-    assert {file.name for file in save_plots(found, tmp_path)} == {"decay.png", "layers.png", "lens.png", "causal.png"}
+    assert {file.name for file in save_charts(found, tmp_path)} == {"decay.svg", "layers.svg", "lens.svg", "causal.svg"}
     assert found.lengths is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from dataclasses import dataclass, field
@@ -198,3 +199,13 @@ def decoder_path(model_type: str) -> str:
     family_of(SimpleNamespace(model_type=model_type), "The memory's base")
     with torch.device("meta"):
         return Backbone.of(AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type))).decoder_path
+
+
+def trained_steps(folder: Path) -> int | None:
+    """Optimiser steps that an adapter was trained for, as its trainer left it in this folder or its last checkpoint."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    for place in (folder, *sorted(checkpoints, key=lambda path: int(path.name[11:]), reverse=True)):
+        with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):
+            state = json.loads((place / "trainer_state.json").read_text(encoding="utf-8"))
+            return int(state["global_step"] if "global_step" in state else state["progress"]["step"])
+    return None

@@ -22,6 +22,24 @@ def write_text(file: Path, text: str) -> None:
     part.replace(file)
 
 
+def try_folder(folder: Path) -> None:
+    """Find out whether files can be written to `folder`, which need not be there yet; nothing is left of the try.
+
+    Raises:
+        OSError: they cannot.
+    """
+    made = next((p for p in (folder, *folder.parents) if p.exists()), None)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    finally:
+        for place in (folder, *folder.parents):
+            if place == made or not place.is_dir() or any(place.iterdir()):
+                break
+            place.rmdir()
+
+
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `target` when the block ends and vanishes if the block fails.

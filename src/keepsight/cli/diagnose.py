@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from keepsight.checkpoints.atomic import try_folder
 from keepsight.cli.console import Interrupted, check_device, out, quiet, refuse_twins, say, with_examples
 from keepsight.cli.model import BUILT_IN, Adapters, Attention, Base, Device, Dtype, Images, Source
 from keepsight.cli.progress import Progress, Waiting
 from keepsight.data.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP, reading_of
 from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.installed import install_line
 
 
 @with_examples(
@@ -76,7 +76,7 @@ def diagnose(
         int, typer.Option(help="VisMem: at most so many images for the probe of its latents.", min=1)
     ] = 512,
     out_dir: Annotated[
-        str, typer.Option("--output-dir", "-o", help="Folder for report.html, results.json and PNGs.")
+        str, typer.Option("--output-dir", "-o", help="Folder for report.html, results.json and the charts as SVG.")
     ] = ("keepsight-diagnosis"),
     control: Annotated[
         str | None, typer.Option(help="An adapter trained on the memory's data without its memory, to compare.")
@@ -92,8 +92,8 @@ def diagnose(
 ) -> None:
     """Does this VLM lose its image, and is its memory really used? Works with and without a keepsight memory.
 
-    Writes report.html (open it in a browser; it needs no network), results.json and PNGs. Ctrl-C stops it and still
-    writes what was measured.
+    Writes report.html (open it in a browser; it needs no network), results.json and the charts as SVG. Ctrl-C stops it
+    and still writes what was measured.
     """
     from keepsight.checkpoints.load import load, load_checked
     from keepsight.checkpoints.sources import check_sources
@@ -114,6 +114,7 @@ def diagnose(
         options: dict[str, Any] = {"dtype": dtype, "device": device, "attn_implementation": attention}
         model, processor = load_checked(base_name, infos, **options)
         other = None if control is None else load(control, base=base, **options)[0]
+    from keepsight.checkpoints.adapters import trained_steps
     from keepsight.diagnose.results import Diagnosis
     from keepsight.diagnose.run import examine
     from keepsight.diagnose.settings import Settings
@@ -134,6 +135,9 @@ def diagnose(
     with Progress("the diagnosis", announce=True) as progress:
         found: Diagnosis = examine(model, processor, given, settings, other, progress, DigitGrids.of(processor))
     found.model["name"] = source
+    info = next((info for info in infos if info.method == str(found.model["memory"]).upper()), None)
+    if info is not None:
+        found.model["steps"] = trained_steps(info.path)
     _write(found, folder)
     for line in found.headline:
         out.print(line, markup=False, highlight=False)
@@ -152,10 +156,14 @@ def _layers(text: str) -> Any:
 
 
 def _writable(name: str) -> Path:
+    """The folder, which can be written to; it is made when there is something to write."""
     folder = Path(name).expanduser()
     if folder.exists() and not folder.is_dir():
         raise KeepsightError(f"-o {name} is a file; name a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        try_folder(folder)
+    except OSError as error:
+        raise KeepsightError(f"-o {name} cannot be written ({error.strerror}). Name another folder.") from error
     return folder
 
 
@@ -210,13 +218,9 @@ def _video(name: str) -> Any:
 
 def _write(found: Any, folder: Path) -> None:
     """All files; a second Ctrl-C while writing still ends it."""
-    from keepsight.diagnose.report import render_report
+    from keepsight.diagnose.report import render_report, save_charts
 
+    folder.mkdir(parents=True, exist_ok=True)
     found.save(folder / "results.json")
     (folder / "report.html").write_text(render_report(found), encoding="utf-8")
-    try:
-        from keepsight.diagnose.report.plots import save_plots
-
-        save_plots(found, folder)
-    except ImportError:
-        say(f"matplotlib is not installed, so no PNGs were drawn. Install it: {install_line('lab')}")
+    save_charts(found, folder)

@@ -279,6 +279,7 @@ def _facts(model: Any, memory: Memory | None) -> dict[str, Any]:
         "memory": None if memory is None else memory.method,
         "memory_layers": [] if memory is None else memory.layers,
         "memory_latents": {} if memory is None else memory.sizes,
+        "gates": {} if memory is None else memory.gates,
         "keepsight": keepsight.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -21,6 +21,7 @@ from keepsight.diagnose.cases import Sample
 from keepsight.diagnose.memories.vismem import VisMemHandle
 from keepsight.diagnose.reader import Output, Reader
 from keepsight.diagnose.statistics import Estimate, estimate
+from keepsight.diagnose.words import counted
 
 TENTHS = 10
 AFTER = 16  # text tokens whose log-probability is compared
@@ -140,10 +141,11 @@ class InvocationResult:
         outputs = sum(d.outputs for d in self.datasets.values())
         memories = sum(e.memories for e in self.effects.values())
         if not memories:
-            return f"No memory was invoked in {outputs} outputs (policy {self.policy!r})."
+            return f"No memory was invoked in {counted(outputs, 'output')} (policy {self.policy!r})."
         kinds = ", ".join(f"{effect.memories} {kind}" for kind, effect in self.effects.items())
         who = "the model chose the places" if self.chosen else "the policy chose the places, not the model"
-        return f"{memories} memories ({kinds}) in {outputs} outputs; policy {self.policy!r}: {who}."
+        formed, there = counted(memories, "memory", "memories"), counted(outputs, "output")
+        return f"{formed} ({kinds}) in {there}; policy {self.policy!r}: {who}."
 
 
 class InvocationCount:

@@ -48,6 +48,7 @@ class Memory(Protocol):
         always_on: every token looks at it, so that it can be asked where each one looked; otherwise it is there only
             where it was invoked.
         sizes: type -> number of latents; empty if it has none.
+        gates: decoder layer -> value of its gate, which began at 0; empty if it has none.
     """
 
     method: str
@@ -55,6 +56,7 @@ class Memory(Protocol):
     depends_on_text: bool
     always_on: bool
     sizes: dict[str, int]
+    gates: dict[int, float]
 
     def off(self) -> AbstractContextManager[Any]:
         """The model as if it had no memory."""

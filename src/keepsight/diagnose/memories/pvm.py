@@ -31,7 +31,12 @@ class PvmHandle:
 
     def __init__(self, model: Any):
         self.model = model
-        self.layers = sorted(branch.index for branch in reading_branches(model))
+        branches = {branch.index: branch for branch in reading_branches(model)}
+        self.layers = sorted(branches)
+        self.gates = {
+            index: max((block.gate.item() for _, block in branches[index].active_blocks if block.reads_memory), key=abs)
+            for index in self.layers
+        }
         self.sizes: dict[str, int] = {}
 
     def off(self) -> AbstractContextManager[Any]:

@@ -53,6 +53,7 @@ class VisMemHandle:
         self.model, self.branch, self.seed, self.kind = model, branch, seed, kind
         self.backbone, self.config = Backbone.of(model), branch.config
         self.layers: list[int] = []
+        self.gates: dict[int, float] = {}
         self.sizes = {SHORT: self.config.num_short, LONG: self.config.num_long}
         self.tokens = branch.tokens
         memory = branch.active

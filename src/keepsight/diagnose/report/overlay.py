@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-from html import escape
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from keepsight.diagnose.instruments.layout import VisualLayout
 from keepsight.diagnose.results import Diagnosis, Written
+from keepsight.diagnose.words import counted
 
 PICTURE = 640  # longest side of an embedded picture, in pixels
 
@@ -57,43 +58,39 @@ def _view(name: str, verb: str, weights: np.ndarray, layout: VisualLayout) -> di
     }
 
 
-def view_choice(views: list[dict[str, Any]]) -> str:
-    """The buttons that choose a view."""
-    if len(views) < 2:
-        return ""
-    options = "".join(
-        f'<label><input type="radio" name="view" value="{i}"{" checked" if i == 0 else ""}> '
-        f"{escape(view['name'])}</label>"
-        for i, view in enumerate(views)
-    )
-    return f"<fieldset><legend>show over the image</legend>{options}</fieldset>"
+@dataclass(frozen=True)
+class Picture:
+    """An image, or a part of a video, and the grid [height, width] of its visual tokens (0 if it is not known)."""
+
+    name: str
+    what: str
+    source: str
+    width: int
+    height: int
+    rows: int
+    columns: int
+
+    @property
+    def tiny(self) -> bool:
+        """So small that its pixels should be seen."""
+        return max(self.width, self.height) < 128
 
 
-def pictures(diagnosis: Diagnosis, layout: VisualLayout | None) -> str:
-    """One figure per image and per video frame, each with a canvas of the grid's size."""
-    if not diagnosis.images:
-        return '<p class="soft">The prompt has no image.</p>'
-    figures = []
+def pictures(diagnosis: Diagnosis, layout: VisualLayout | None) -> list[Picture]:
+    """Every image, and every part of a video that has visual tokens of its own."""
+    found = []
     for index, picture in enumerate(diagnosis.images):
         item = layout.items[index] if layout is not None and index < len(layout.items) else None
         frames = picture if isinstance(picture, list) else [picture]
         count = item.frames if item is not None else 1
+        rows, columns = (item.height, item.width) if item is not None and item.height > 0 else (0, 0)
         for frame in range(count):
             image = frames[min(len(frames) - 1, frame * len(frames) // count)]
-            known = item is not None and item.height > 0
-            canvas = (
-                f'<canvas width="{item.width}" height="{item.height}"></canvas>' if known and item is not None else ""
-            )
             name = f"image {index + 1}" if not isinstance(picture, list) else f"video {index + 1}, part {frame + 1}"
-            what = f"{image.width}x{image.height} pixels"
-            what += f", {item.height}x{item.width} visual tokens" if known and item is not None else ""
-            what += "" if known else ", no grid of visual tokens known"
-            figures.append(
-                f'<figure><div class="pic"><img alt="{name}" {"class=tiny " if max(image.size) < 128 else ""}'
-                f'width="{image.width}" height="{image.height}" src="{_picture(image)}">{canvas}</div>'
-                f"<figcaption>{name}: {what}</figcaption></figure>"
-            )
-    return "".join(figures)
+            grid = f"{rows} x {columns} visual tokens" if rows else "no grid of visual tokens known"
+            what = f"{image.width} x {image.height} pixels, {grid}"
+            found.append(Picture(name, what, _picture(image), image.width, image.height, rows, columns))
+    return found
 
 
 def _picture(image: Any) -> str:
@@ -118,30 +115,31 @@ def elements_of(written: Written) -> list[tuple[str, int]]:
     return found
 
 
-def tokens(written: Written | None) -> str:
-    """The text, each token shaded by how much the model looked, memories where they stand."""
+@dataclass(frozen=True)
+class Mark:
+    """A token of the text as it was written, shaded from 0 to 1 by how much the model looked; or a memory."""
+
+    text: str
+    shade: float = 0.0
+    memory: str = ""
+
+
+def marks(written: Written | None) -> list[Mark]:
+    """The text, token by token, memories where they stand."""
     if written is None:
-        return ""
+        return []
     mass = mass_of(written)
     shade = np.zeros(len(written.words))
     if mass.size and np.nanmax(mass) > 0:
         log = np.log(np.maximum(mass, 1e-9))
         low, high = np.log(max(np.nanmin(mass[mass > 0]), 1e-4)), log.max()
         shade = np.clip((log[_steps(written)] - low) / max(high - low, 1e-9), 0, 1)
-    parts = []
-    for number, (what, i) in enumerate(elements_of(written)):
-        attributes = f'role="option" aria-selected="false" id="t{number}"'
-        if what == "memory":
-            kind = escape(written.memories[i].kind)
-            label = f"{kind}-term memory, formed here"
-            parts.append(f'<span class="tok mem {kind}" {attributes} aria-label="{label}">\u25c6\u2009{kind}</span>')
-            continue
-        shown = escape(written.words[i]).replace("\n", "\u23ce\n")
-        parts.append(
-            f'<span class="tok" {attributes} '
-            f'style="background:rgba(var(--hot),{0.45 * shade[i]:.2f})">{shown or "&#8203;"}</span>'
-        )
-    return "".join(parts)
+    return [
+        Mark(written.memories[i].kind, memory=written.memories[i].kind)
+        if what == "memory"
+        else Mark(written.words[i].replace("\n", "\u23ce\n") or "\u200b", float(shade[i]))
+        for what, i in elements_of(written)
+    ]
 
 
 def mass_of(written: Written) -> np.ndarray:
@@ -196,7 +194,8 @@ def _memory(written: Written, which: int, layout: VisualLayout | None) -> dict[s
     formed = written.memories[which]
     by = "the model" if formed.chosen else "the policy"
     found: dict[str, Any] = {
-        "text": f"{formed.kind}-term memory, {formed.latents} latents, invoked by {by} after {formed.place} tokens"
+        "text": f"{formed.kind}-term memory, {counted(formed.latents, 'latent')}, invoked by {by} after "
+        f"{counted(formed.place, 'token')}"
     }
     forming = written.forming[which] if which < len(written.forming) else None
     if forming is not None:

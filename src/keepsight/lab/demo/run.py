@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from keepsight.checkpoints.atomic import try_folder
 from keepsight.errors import KeepsightError
 from keepsight.lab.demo.claims import verdict
 from keepsight.lab.demo.methods import DemoSettings, as_measured, demo_study
@@ -62,18 +63,10 @@ def check_output(out: Path) -> None:
     taken = [name for name in FILES if (out / name).exists()]
     if taken and not _is_former_demo(out / "results.json"):
         raise DemoOutputError(f"{out} holds {taken[0]}, which no earlier demo wrote. Choose another folder: -o DIR")
-    made = next((p for p in (out, *out.parents) if p.exists()), None)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+        try_folder(out)
     except OSError as error:
         raise DemoOutputError(f"{out} cannot be written ({error.strerror}). Choose another folder: -o DIR") from error
-    finally:
-        for folder in (out, *out.parents):  # leave nothing of an empty try behind
-            if folder == made or not folder.is_dir() or any(folder.iterdir()):
-                break
-            folder.rmdir()
 
 
 def _is_former_demo(results: Path) -> bool:
