@@ -46,7 +46,7 @@ def test_adapter_names_are_refused(method: str) -> None:
     family = BY_NAME["qwen3_vl"]
     model: PeftModel = get_peft_model(family.build(), CONFIGS[method]())
     inputs = make_inputs(family, model, ROWS)
-    for call in (model, model.generate):
+    for call in (model, model.generate, model.get_base_model()):
         with pytest.raises(keepsight.KeepsightError, match=r"adapter_names=.*set_adapter\('default'\)"):
             call(**inputs, adapter_names=["default"])
 

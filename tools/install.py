@@ -35,7 +35,7 @@ def main() -> None:
     python = make_venv(given.venv)
     settings = pip_settings(python)
     uv = get_uv(python, pinned(given.lock).get("uv") if given.lock else None)
-    installer = [*uv, *uv_options(python, settings)] if uv else [str(python), "-m", "pip", "install", "--quiet"]
+    installer = [*uv, *uv_options(python, settings)] if uv else [str(python), "-m", "pip", "install"]
     if given.lock:
         wanted = ["-e", f"{ROOT}[dev]"]
     else:

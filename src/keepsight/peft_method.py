@@ -153,6 +153,16 @@ class MemoryBranch(BaseTunerLayer):
         """Nothing was merged."""
 
 
+def refuse_adapter_names(kwargs: dict[str, Any], active: str) -> None:
+    """Raise if a call chooses an adapter for each row: no memory would hear of it."""
+    if kwargs.get("adapter_names") is not None:
+        raise KeepsightError(
+            "adapter_names= chooses an adapter for each row of a batch, which a memory cannot: all rows use the "
+            f"active adapter. Call model.set_adapter({active!r}) and leave adapter_names out, one call for each "
+            "adapter."
+        )
+
+
 class MemoryTuner(BaseTuner):
     """PEFT's tuner, as all memories need it: beside other methods on one model, and never merged.
 
@@ -215,12 +225,7 @@ class MemoryTuner(BaseTuner):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise KeepsightError(
-                "adapter_names= chooses an adapter for each row of a batch, which a memory cannot: all rows use the "
-                f"active adapter. Call model.set_adapter({self.active_adapters[0]!r}) and leave adapter_names out, one "
-                "call for each adapter."
-            )
+        refuse_adapter_names(kwargs, self.active_adapters[0])
         yield
 
     def _detach(self) -> None:

@@ -159,6 +159,17 @@ def test_the_memory_moves_every_logit_row_of_these_tests() -> None:
         assert apart.min() > 1e-3
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_that_is_none_is_an_error_by_default_too(name: str) -> None:
+    """`use_cache` is left to the model's configuration, which fills a cache."""
+    family = BY_NAME[name]
+    model = family.build()
+    cache_in_a_box(Backbone.of(model).decoder)
+    model = attach(model)
+    with pytest.raises(keepsight.KeepsightError, match="no KV cache was found"):
+        model(**make_inputs(family, model, ROWS))
+
+
 @pytest.mark.parametrize("ids", [(119,), ()])
 def test_other_placeholder_tokens_are_an_error(monkeypatch: pytest.MonkeyPatch, ids: tuple[int, ...]) -> None:
     model, inputs = built_with("qwen3_vl")

@@ -33,6 +33,7 @@ from torch import nn
 from keepsight.backbone import Backbone
 from keepsight.compat import find_cache, find_output_cache
 from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.peft_method import refuse_adapter_names
 from keepsight.pvm.branch import MEMORY, MIXER, MLP, NORM, in_flight
 from keepsight.pvm.cache import VisualCache
 from keepsight.pvm.memory import VisualMemory
@@ -103,6 +104,8 @@ class PvmRoute:
     # The VLM
 
     def _open_call(self, vlm: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._is_on:
+            refuse_adapter_names(kwargs, "default")
         in_flight.call = Given(dict(zip(self._vlm_arguments, args, strict=False)) | kwargs)
         in_flight.encoded = False
 
@@ -239,9 +242,9 @@ class PvmRoute:
         if cache is not None:
             VisualCache.mark(cache)
             memory.store(cache)
-        elif kwargs.get("use_cache") and not (decoder.training and torch.is_grad_enabled()):
+        elif self._fills_cache(decoder, None, kwargs) and not (decoder.training and torch.is_grad_enabled()):
             raise KeepsightError(
-                f"{self.backbone.decoder_path} was called with use_cache=True, and no KV cache was found: looked for "
+                f"{self.backbone.decoder_path} was to fill a KV cache, and no KV cache was found: looked for "
                 f"an instance of transformers' Cache among its arguments ({', '.join(kwargs)}) and in its output "
                 f"({type(output).__name__}). The next call would be without its memory. " + _ASK
             )

@@ -26,6 +26,7 @@ from torch import nn
 
 from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightError
+from keepsight.peft_method import refuse_adapter_names
 from keepsight.vismem import scope
 from keepsight.vismem.config import PROJECTIONS
 from keepsight.vismem.scope import BANK, call
@@ -103,6 +104,7 @@ class VisMemRoute:
     def _begin(self, model: Any, args: tuple, kwargs: dict) -> None:
         if self.branch.active is None:
             return
+        refuse_adapter_names(kwargs, self.branch.active_name)
         if call.again:
             raise KeepsightError(
                 "A decoder layer was computed again for its gradient, and its mlp was not called as a module: what was "
