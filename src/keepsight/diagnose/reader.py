@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import StoppingCriteria
 
 from keepsight.backbone import Backbone
 from keepsight.diagnose.cases import Case, Sample
@@ -17,7 +16,7 @@ from keepsight.diagnose.memories.invoked import active_latent_memory, given, par
 from keepsight.diagnose.memories.tampering import Contents
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.vismem import Invocation, MemoryPolicy
-from keepsight.vismem.tokens import MemoryTokens
+from keepsight.vismem.sequences import WordLimit
 
 
 @dataclass(frozen=True)
@@ -145,15 +144,15 @@ class Reader:
         if branch is None:
             hold += self.latent_tokens.ids if self.latent_tokens is not None else []
         elif memory is None or memory.name != "off":
-            config, tokens = branch.config, branch.tokens
-            length += config.max_invocations * (max(config.num_short, config.num_long) + 2)
-            options |= {"return_dict_in_generate": True, "stopping_criteria": [_TextLength(tokens, prompt, steps)]}
+            length += branch.config.most_positions
+            limit = WordLimit(branch.tokens, prompt, steps)
+            options |= {"return_dict_in_generate": True, "stopping_criteria": [limit]}
         if branch is not None and memory is not None:
             options["memory"] = memory
         if exact:
             options["min_new_tokens"] = length
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        options |= sampling if temperature else sampling | _no_sampling(self.model)
+        options |= sampling if temperature else sampling | no_sampling(self.model)
         device = next(self.model.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
             if seed is not None:
@@ -194,18 +193,7 @@ class Reader:
         return Case(sample, whole, [(start, len(whole))])
 
 
-class _TextLength(StoppingCriteria):
-    """Stops after so many text tokens; memories come on top."""
-
-    def __init__(self, tokens: MemoryTokens, prompt: int, steps: int):
-        self.tokens, self.prompt, self.steps = tokens, prompt, steps
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Bool [B]."""
-        return (~self.tokens.memory_mask(input_ids[:, self.prompt :])).sum(1) >= self.steps
-
-
-def _no_sampling(model: Any) -> dict[str, Any]:
+def no_sampling(model: Any) -> dict[str, Any]:
     """Greedy generation without warnings about the sampling settings that many checkpoints ship."""
     config = getattr(Backbone.of(model).model, "generation_config", None)
     names = ("temperature", "top_p", "top_k", "min_p", "typical_p")

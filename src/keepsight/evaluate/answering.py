@@ -12,6 +12,7 @@ import torch
 
 from keepsight.backbone import Backbone
 from keepsight.data.collate import require_chat_template
+from keepsight.diagnose.reader import no_sampling
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.peft_method import MemoryBranch, memory_off
 from keepsight.vismem import MemoryPolicy, VisMemBranch
@@ -95,16 +96,16 @@ class Answerer:
         """
         inputs = self._inputs(questions)
         given: dict[str, Any] = {"do_sample": False} | options
-        if not given["do_sample"]:  # what many checkpoints set for sampling would only be warned of
-            given |= {name: None for name in ("temperature", "top_p", "top_k", "min_p") if name not in options}
+        if not given["do_sample"]:
+            given = no_sampling(self.model) | given
         scope: AbstractContextManager[None] = nullcontext()
         words = max_new_tokens
         if self.memory == "off":
             scope = memory_off(self.model)
         elif self.branch is not None:
-            policy = MemoryPolicy.of(None if self.memory == "on" else self.memory, self.branch.config)
             config = self.branch.config
-            max_new_tokens += config.max_invocations * (max(config.num_short, config.num_long) + 2)
+            policy = MemoryPolicy.of(None if self.memory == "on" else self.memory, config)
+            max_new_tokens += config.most_positions
             limit = WordLimit(self.branch.tokens, inputs["input_ids"].shape[1], words)
             given |= {"memory": policy, "return_dict_in_generate": True, "stopping_criteria": [limit]}
         backbone = Backbone.of(self.model)

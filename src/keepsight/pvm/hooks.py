@@ -104,8 +104,8 @@ class PvmRoute:
     # The VLM
 
     def _open_call(self, vlm: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._is_on:
-            refuse_adapter_names(kwargs, "default")
+        if "adapter_names" in kwargs and self._is_on:
+            refuse_adapter_names(kwargs, next(iter(self.branches.values())).active_adapters[0])
         in_flight.call = Given(dict(zip(self._vlm_arguments, args, strict=False)) | kwargs)
         in_flight.encoded = False
 

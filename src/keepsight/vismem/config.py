@@ -189,6 +189,11 @@ class VisMemConfig(MemoryConfig):
         return check_base(self, model_config, base_vision_size=int(model_config.vision_config.hidden_size))
 
     @property
+    def most_positions(self) -> int:
+        """The most positions that the memories of one sequence take: what a length limit must leave beside words."""
+        return self.max_invocations * (max(self.num_short, self.num_long) + 2)
+
+    @property
     def has_bound_tokens(self) -> bool:
         """Whether `add_memory_tokens` has told which tokens are delimiters."""
         return self.delimiter_ids is not None

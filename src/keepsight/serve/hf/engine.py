@@ -140,7 +140,9 @@ class Engine:
                 if self._is_cut_off:
                     self._end_all()
                 job = self._next_job()
-            self._run_aside()
+                aside = self._asides.popleft() if self._asides else None
+            if aside is not None:
+                self._run_aside(*aside)
             try:
                 if job is not None:
                     self._read(job)
@@ -153,11 +155,7 @@ class Engine:
             self._last_sign = time.monotonic()
             self.metrics.running.set(self.running)
 
-    def _run_aside(self) -> None:
-        with self._changed:
-            if not self._asides:
-                return
-            call, found = self._asides.popleft()
+    def _run_aside(self, call: Callable[[], Any], found: Future[Any]) -> None:
         if not found.set_running_or_notify_cancel():
             return
         try:

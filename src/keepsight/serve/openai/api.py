@@ -23,7 +23,16 @@ from keepsight.serve.openai.answers import Answer
 from keepsight.serve.openai.asked.request import ChatRequest, parse
 from keepsight.serve.openai.chat.routes import ChatPage
 from keepsight.serve.openai.handover import Events, Turn
-from keepsight.serve.openai.http import EventStream, Gone, Guard, discard_body, error_response, read_body, until_gone
+from keepsight.serve.openai.http import (
+    EventStream,
+    Gone,
+    Guard,
+    discard_body,
+    error_response,
+    read_body,
+    require_json,
+    until_gone,
+)
 from keepsight.serve.openai.images.decode import decode_image
 from keepsight.serve.openai.images.fetch import Fetcher
 from keepsight.serve.openai.images.sources import ImageSources
@@ -134,9 +143,7 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation with text and images, whole or streamed."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # which no web page can send to another host without asking first
-            raise ApiError(415, "Send JSON, with Content-Type: application/json.", code="unsupported_media_type")
+        require_json(request)
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(self.slot())

@@ -34,6 +34,13 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, headers=error.headers)
 
 
+def require_json(request: Request) -> None:
+    """Raise 415 for a body of another type: JSON no web page can send to another host without asking first."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "Send JSON, with Content-Type: application/json.", code="unsupported_media_type")
+
+
 async def read_body(request: Request, limits: Limits) -> bytes:
     """The body of a request.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -83,12 +84,8 @@ def look(served: Served, inputs: dict[str, torch.Tensor], asked: Look, memory: b
         tokens = reader.latent_tokens
     retrieval = RetrievalMeter(served.model) if "pvm" in served.memories and memory else None
     retold = _Retold(words, inputs["input_ids"].shape[1], tokens)
-    with AttentionMeter(served.model, "auto", where=True) as meter:
-        if retrieval is None:
-            output = reader.output(inputs, len(words), logits_processor=[retold], **options)
-        else:
-            with retrieval:
-                output = reader.output(inputs, len(words), logits_processor=[retold], **options)
+    with AttentionMeter(served.model, "auto", where=True) as meter, retrieval or nullcontext():
+        output = reader.output(inputs, len(words), logits_processor=[retold], **options)
     trace = meter.trace
     extra = np.zeros(len(words), np.int64)  # positions of memories before each word
     for (place, _), one in zip(output.plan, output.invocations, strict=False):

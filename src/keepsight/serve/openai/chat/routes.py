@@ -11,10 +11,10 @@ from fastapi import FastAPI, Request
 from pydantic import ValidationError
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from keepsight.serve.errors import ApiError, bad
+from keepsight.serve.errors import bad
 from keepsight.serve.openai.asked.request import parse
 from keepsight.serve.openai.chat.look import Look, look
-from keepsight.serve.openai.http import read_body
+from keepsight.serve.openai.http import read_body, require_json
 
 if TYPE_CHECKING:
     from keepsight.serve.openai.api import Api
@@ -49,9 +49,7 @@ class ChatPage:
     async def look(self, request: Request) -> Response:
         """Where the model and its memory looked for every word of an answer; see `look.look`."""
         api = self.api
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise ApiError(415, "Send JSON, with Content-Type: application/json.", code="unsupported_media_type")
+        require_json(request)
         with api.slot():
             body = await read_body(request, api.settings.limits)
             try:
