@@ -33,6 +33,7 @@ SAYS = {
     "shipped": "the small models inside the package",
     "early": "before PEFT is imported",
     "errors": "short lessons",
+    "threads": "what each thread has for itself",
 }
 STYLE = """
   text { font: 14px system-ui, sans-serif; fill: #1b1f24 } .s { font-size: 12px; fill: #57606a }

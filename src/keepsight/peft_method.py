@@ -7,8 +7,8 @@ import dataclasses
 import difflib
 import functools
 import re
-import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from torch import nn
 from keepsight import card, loading
 from keepsight.errors import AdapterMismatchError, KeepsightError, MergeError
 from keepsight.tested import warn_of_untested
+from keepsight.threads import PerThread
 
 
 def add_peft_type(name: str) -> None:
@@ -104,13 +105,14 @@ class MemoryConfig(PeftConfig):
         card.finish(Path(save_directory), self)
 
 
-class _Switch(threading.local):
-    """What is switched off in this thread. Not a context variable, which torch before 2.12 cannot compile."""
+@dataclass
+class _Switch:
+    """What is switched off in one thread."""
 
     off: tuple[Any, ...] = ()
 
 
-_switch = _Switch()
+_switches = PerThread(_Switch)
 
 
 @contextlib.contextmanager
@@ -124,12 +126,13 @@ def memory_off(model: nn.Module) -> Iterator[None]:
         >>> with memory_off(model):
         ...     base = model.generate(**inputs)
     """
-    before = _switch.off
-    _switch.off = (*before, *(module for module in model.modules() if isinstance(module, MemoryBranch)))
+    switch = _switches.here
+    before = switch.off
+    switch.off = (*before, *(module for module in model.modules() if isinstance(module, MemoryBranch)))
     try:
         yield
     finally:
-        _switch.off = before
+        switch.off = before
 
 
 class MemoryBranch(BaseTunerLayer):
@@ -142,7 +145,7 @@ class MemoryBranch(BaseTunerLayer):
     @property
     def is_off(self) -> bool:
         """Whether no adapter of this branch may act in the current thread."""
-        return self.disable_adapters or self in _switch.off
+        return self.disable_adapters or self in _switches.here.off
 
     # PEFT calls these on every adapter layer of a model when the adapters of another method are merged.
 

@@ -288,6 +288,26 @@ def test_compiled_decode_equals_eager(name):
     torch.testing.assert_close(steps(compiled), steps(model), **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl_qwen2"])
+def test_a_compiled_model_that_reads_images_equals_the_eager_one(name):
+    """Images break the graph in two; what a hook noted in one part is there in the next."""
+    model, inputs = built(BY_NAME[name], [Row((2, 2), 4, seed=61)])
+    base = model.get_base_model()
+    forward, eager = base.forward, {}
+    torch._dynamo.reset()
+    for kind in ("eager", "compiled"):
+        base.forward = forward if kind == "eager" else torch.compile(forward, backend="eager")
+        model.zero_grad()
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found |= {"loss": loss.detach(), "ids": generate(model, inputs).sequences}
+        eager = eager or found
+    assert len(found) > 10
+    for key, value in found.items():
+        torch.testing.assert_close(value, eager[key], rtol=0, atol=1e-5)
+
+
 def test_memory_lives_and_dies_with_the_cache():
     family = BY_NAME["qwen3_vl"]
     model, inputs = built(family)

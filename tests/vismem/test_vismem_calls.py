@@ -65,6 +65,28 @@ def test_a_compiled_forward_equals_the_eager_one(family, is_on):
     assert eager.logits.shape[-1] == 128 + 4 * is_on
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl_qwen3"])
+def test_a_compiled_model_that_reads_images_equals_the_eager_one(family):
+    """Images break the graph in two; what a hook noted in one part is there in the next."""
+    model, inputs = built(family, [Row(3, (2, 2), 4, seed=1)])
+    base, plan = model.get_base_model(), forced([{1: "short", 3: "long"}])
+    branch, eager = VisMemBranch.of(model), {}
+    forward = base.forward
+    torch._dynamo.reset()
+    for kind in ("eager", "compiled"):
+        base.forward = forward if kind == "eager" else torch.compile(forward, backend="eager")
+        model.zero_grad()
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        out = generate(model, inputs, n=20, memory=plan)
+        found = {"loss": loss.detach(), "bias": branch.active.rows.invoke_bias.grad.clone(), "ids": out.sequences}
+        found |= {f"memory {n}": i.latents for n, i in enumerate(out.invocations[0])}
+        assert len(found) == 5
+        eager = eager or found
+    for name, value in found.items():
+        torch.testing.assert_close(value, eager[name], rtol=0, atol=1e-5)
+
+
 def test_merging_beside_a_memory_is_refused_before_anything_is_merged():
     family = BY_NAME["qwen2_5_vl"]
     base = family.build()

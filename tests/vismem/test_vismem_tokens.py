@@ -280,6 +280,7 @@ def test_what_is_refused(name):
         ({"num_beams": 2}, "num_beams=2"),
         ({"assistant_model": model}, "assisted decoding"),
         ({"prompt_lookup_num_tokens": 2}, "assisted decoding"),
+        ({"guidance_scale": 1.5}, "guidance_scale"),
         ({"use_cache": False}, "KV cache"),
         ({"output_attentions": True}, "not collected"),
         ({"output_hidden_states": True}, "not collected"),

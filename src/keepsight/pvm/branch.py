@@ -8,7 +8,7 @@ what the forward found, in whatever thread and scope it happens.
 
 from __future__ import annotations
 
-import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,17 +19,15 @@ from keepsight.pvm.config import PvmConfig
 from keepsight.pvm.kernels import attention_for
 from keepsight.pvm.memory import VisualMemory
 from keepsight.pvm.module import ParallelMlpBlock, PvmBlock
+from keepsight.threads import PerThread
 
 BRANCH = "visual_memory"  # name of the branch in its decoder layer; must not contain PEFT's prefix "pvm_"
 MEMORY = "keepsight_visual_memory"  # the keyword argument in which the memory travels
 
 
-class InFlight(threading.local):
-    """What waits between two hooks of one call, per thread.
-
-    A thread-local and no context variable, because torch before 2.12 cannot compile the latter; nothing in a layer
-    yields to another task, so both are equally safe.
-    """
+@dataclass
+class InFlight:
+    """What waits between two hooks of one call, in one thread. Nothing in a layer yields to another task."""
 
     memory: Any = None  # between mixer and mlp of one layer
     residual: torch.Tensor | None = None  # [B, T, D], likewise
@@ -43,7 +41,7 @@ class InFlight(threading.local):
             self.reached[index] = stage
 
 
-in_flight = InFlight()
+flights = PerThread(InFlight)
 #: The hooks of a layer, in the order in which they fire.
 MIXER, NORM, MLP = "the token mixer", "the norm before the mlp", "the mlp"
 
@@ -105,24 +103,27 @@ class PvmBranch(nn.Module, MemoryBranch):
 
     def take_memory(self, mixer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-hook of the token mixer: the memory of this call waits for the mlp."""
-        in_flight.memory = kwargs.get(MEMORY)  # where mixer and mlp stand side by side, x waits already
-        if in_flight.memory is not None:
-            in_flight.note(self.index, MIXER)
+        flight = flights.here
+        flight.memory = kwargs.get(MEMORY)  # where mixer and mlp stand side by side, x waits already
+        if flight.memory is not None:
+            flight.note(self.index, MIXER)
         return without_memory(mixer, args, kwargs)
 
     def take_residual(self, norm: nn.Module, args: tuple, kwargs: dict) -> None:
         """Pre-hook of what the mlp's branch begins with: x [B, T, D] waits for its end."""
-        in_flight.residual = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        if in_flight.memory is not None:
-            in_flight.note(self.index, NORM)
+        flight = flights.here
+        flight.residual = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        if flight.memory is not None:
+            flight.note(self.index, NORM)
 
     def add_update(self, mlp: nn.Module, args: tuple, output: Any) -> Any:
         """Hook of what the mlp's branch ends with: adds gate * out to its output [B, T, D]."""
-        memory, x = in_flight.memory, in_flight.residual
-        in_flight.memory = in_flight.residual = None
+        flight = flights.here
+        memory, x = flight.memory, flight.residual
+        flight.memory = flight.residual = None
         if memory is None or x is None:  # off; a call in which it is on and this happens ends in an error (hooks.py)
             return output
-        in_flight.note(self.index, MLP)
+        flight.note(self.index, MLP)
         y, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         for name, block in self.active_blocks:
             update = self._look(name, block, memory, x) if block.reads_memory else self._think(block, memory, x)

@@ -34,7 +34,7 @@ from keepsight.backbone import Backbone
 from keepsight.compat import find_cache, find_output_cache
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.peft_method import refuse_adapter_names
-from keepsight.pvm.branch import MEMORY, MIXER, MLP, NORM, in_flight
+from keepsight.pvm.branch import MEMORY, MIXER, MLP, NORM, flights
 from keepsight.pvm.cache import VisualCache
 from keepsight.pvm.memory import VisualMemory
 from keepsight.pvm.packing import find_packing
@@ -106,11 +106,11 @@ class PvmRoute:
     def _open_call(self, vlm: nn.Module, args: tuple, kwargs: dict) -> None:
         if "adapter_names" in kwargs and self._is_on:
             refuse_adapter_names(kwargs, next(iter(self.branches.values())).active_adapters[0])
-        in_flight.call = Given(dict(zip(self._vlm_arguments, args, strict=False)) | kwargs)
-        in_flight.encoded = False
+        flights.here.call = Given(dict(zip(self._vlm_arguments, args, strict=False)) | kwargs)
+        flights.here.encoded = False
 
     def _close_call(self, vlm: nn.Module, args: tuple, output: Any) -> None:
-        call, in_flight.call = in_flight.call, None
+        call, flights.here.call = flights.here.call, None
         if output is not None and call is not None and not call.decoder_ran and self._is_on:
             raise KeepsightError(
                 f"{type(vlm).__name__} ran, and {self.backbone.decoder_path} was not called as a module inside it, "
@@ -129,14 +129,14 @@ class PvmRoute:
     # The decoder
 
     def _make_memory(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        call, in_flight.reached = in_flight.call, {}
-        in_flight.memory = in_flight.residual = None  # of a call that ended in an error
+        call, flights.here.reached = flights.here.call, {}
+        flights.here.memory = flights.here.residual = None  # of a call that ended in an error
         if call is not None:
             call.decoder_ran = True
         if MEMORY in kwargs or not self._is_on:
             return None
-        if call is None and in_flight.encoded:
-            in_flight.encoded = False
+        if call is None and flights.here.encoded:
+            flights.here.encoded = False
             raise KeepsightError(
                 f"The vision encoder ran and {self.backbone.decoder_path} was called, but not as a part of a call of "
                 f"{type(self.backbone.vlm).__name__}, where the visual memory learns what is an image. " + _ASK
@@ -227,13 +227,13 @@ class PvmRoute:
         return bool(getattr(self.backbone.text_config, "use_cache", False) if given is None else given)
 
     def _store_memory(self, decoder: Any, args: tuple, kwargs: dict, output: Any) -> None:
-        reached, in_flight.reached = in_flight.reached or {}, None
+        reached, flights.here.reached = flights.here.reached or {}, None
         cache = find_output_cache(output)
         if cache is None:
             cache = find_cache(args, kwargs)
         memory = kwargs.get(MEMORY)
         if memory is None:
-            if cache is not None and in_flight.call is not None:
+            if cache is not None and flights.here.call is not None:
                 self._note_missed(cache, args, kwargs)
             return
         self._check_reached(decoder, reached)
@@ -251,7 +251,7 @@ class PvmRoute:
 
     def _note_missed(self, cache: Any, args: tuple, kwargs: dict) -> None:
         """The memory is off, and may be on when this cache is used again: say in it whether it will lack an image."""
-        has_image, kept = bool(self._modalities(in_flight.call)), VisualCache.of(cache)
+        has_image, kept = bool(self._modalities(flights.here.call)), VisualCache.of(cache)
         if not has_image and kept is not None:
             return
         embeds = self.backbone.decoder_input(args, kwargs)
@@ -289,10 +289,10 @@ _ASK = (
 
 
 def _note_tower(tower: nn.Module, args: tuple, output: Any) -> None:
-    if in_flight.call is not None:
-        in_flight.call.tower_ran = True
+    if flights.here.call is not None:
+        flights.here.call.tower_ran = True
     else:  # `generate` encodes the images before it calls the model
-        in_flight.encoded = True
+        flights.here.encoded = True
 
 
 def _names(call: Given) -> str:

@@ -23,7 +23,7 @@ from keepsight.errors import KeepsightError
 from keepsight.vismem import layout
 from keepsight.vismem.memory import Formation, Sight
 from keepsight.vismem.module import LatentMemory, match_rms
-from keepsight.vismem.scope import BANK, base_only, call, low_rank
+from keepsight.vismem.scope import BANK, base_only, calls, low_rank
 from keepsight.vismem.sequences import pad, pad_left
 from keepsight.vismem.tokens import SHORT
 from keepsight.vismem.vision import Rotary, VisionWalk
@@ -62,7 +62,8 @@ class Formers:
                 self._short(formations, queries) if kind == SHORT else self._long(formations, text, text_valid, queries)
             )
         latents = self.memory.as_embeddings(formed.to(self.memory.dtype), kind == SHORT)
-        return latents if call.change is None else call.change(kind, latents)
+        change = calls.here.change
+        return latents if change is None else change(kind, latents)
 
     @property
     def _is_incremental(self) -> bool:

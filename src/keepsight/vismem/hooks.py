@@ -29,7 +29,7 @@ from keepsight.errors import KeepsightError
 from keepsight.peft_method import refuse_adapter_names
 from keepsight.vismem import scope
 from keepsight.vismem.config import PROJECTIONS
-from keepsight.vismem.scope import BANK, call
+from keepsight.vismem.scope import BANK, calls
 from keepsight.vismem.vision import bare
 
 _PAST_THE_HEAD = (
@@ -105,6 +105,7 @@ class VisMemRoute:
         if self.branch.active is None:
             return
         refuse_adapter_names(kwargs, self.branch.active_name)
+        call = calls.here
         if call.again:
             raise KeepsightError(
                 "A decoder layer was computed again for its gradient, and its mlp was not called as a module: what was "
@@ -118,6 +119,7 @@ class VisMemRoute:
     def _end(self, model: Any, args: tuple, kwargs: dict, output: Any) -> None:
         if self.branch.active is None:
             return
+        call = calls.here
         if not call.scored:
             raise KeepsightError(_PAST_THE_HEAD)
         ids = args[0] if args else kwargs.get("input_ids")
@@ -128,6 +130,7 @@ class VisMemRoute:
             )
 
     def _hide_ids(self, embedding: Any, args: tuple) -> tuple | None:
+        call = calls.here
         call.ids = None
         if self.branch.active is None or call.only_words:
             return None
@@ -136,6 +139,7 @@ class VisMemRoute:
         return (ids.masked_fill(ids >= rows, 0), *args[1:]) if max(self.branch.config.token_ids) >= rows else None
 
     def _write_rows(self, embedding: Any, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        call = calls.here
         ids, call.ids = call.ids, None
         if ids is None:
             return None
@@ -166,7 +170,7 @@ class VisMemRoute:
         active = self.branch.active
         if active is None:
             return None
-        call.scored = True
+        calls.here.scored = True
         return active.rows.score(args[0], output, self.branch.config.token_ids)
 
 
@@ -198,6 +202,7 @@ def _note_vision(index: int, block: Any, args: tuple, kwargs: dict) -> None:
 
 
 def _add_update(index: int, name: str, projection: Any, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    call = calls.here
     bank = call.bank
     update = bank.get(index, name) if bank is not None else None
     if update is None:
@@ -208,17 +213,17 @@ def _add_update(index: int, name: str, projection: Any, args: tuple, output: tor
 
 
 def _base_output(layer: Any, args: tuple, kwargs: dict, output: Any) -> Any:
-    return bare(layer)(*args, **kwargs) if call.base_only else None
+    return bare(layer)(*args, **kwargs) if calls.here.base_only else None
 
 
 def _restore_scope(mixer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     if BANK not in kwargs:
         return None
-    if call.bank is None:
+    if calls.here.bank is None:
         scope.enter_again(kwargs[BANK])
     return args, {name: value for name, value in kwargs.items() if name != BANK}
 
 
 def _end_scope(mlp: Any, args: tuple, output: Any) -> None:
-    if call.again:
+    if calls.here.again:
         scope.leave_again()

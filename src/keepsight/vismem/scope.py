@@ -1,14 +1,12 @@
 """What is in force in the current thread. Nothing here is kept on a model or in a module's state.
 
 One `Call` a thread. Every scope sets some of it inside a `with` block and puts back what was there, also after an
-exception; other threads that use the same model at the same time see nothing of it. A thread-local and no context
-variable, because torch.compile cannot trace the latter.
+exception; other threads that use the same model at the same time see nothing of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 
 from keepsight.errors import KeepsightError
+from keepsight.threads import PerThread
 from keepsight.vismem.module import LowRankBank
 
 #: Keyword argument with which the decoder's layers are told the adapter, for gradient checkpointing.
@@ -66,7 +65,8 @@ class Watch:
         return hidden
 
 
-class Call(threading.local):
+@dataclass
+class Call:
     """What is in force in one thread.
 
     Attributes:
@@ -85,7 +85,7 @@ class Call(threading.local):
 
     base_only: bool = False
     bank: LowRankBank | None = None
-    updates: set[tuple[int, str]]  # set with `bank`
+    updates: set[tuple[int, str]] = field(default_factory=set)
     again: bool = False
     splice: Splice | None = None
     watch: Watch | None = None
@@ -96,12 +96,13 @@ class Call(threading.local):
     scored: bool = False
 
 
-call = Call()
+calls = PerThread(Call)
 
 
 @contextlib.contextmanager
 def _setting(name: str, value: Any) -> Iterator[Any]:
-    before = getattr(call, name, None)
+    call = calls.here
+    before = getattr(call, name)
     setattr(call, name, value)
     try:
         yield value
@@ -123,9 +124,10 @@ def low_rank(bank: LowRankBank) -> Iterator[LowRankBank]:
     """
     with _setting("bank", bank), _setting("updates", set()):
         yield bank
-        if len(call.updates) != len(bank.updates):
+        added = len(calls.here.updates)
+        if added != len(bank.updates):
             raise KeepsightError(
-                f"{len(call.updates)} of the long-term former's {len(bank.updates)} low-rank updates were added while "
+                f"{added} of the long-term former's {len(bank.updates)} low-rank updates were added while "
                 "the decoder ran: some attention projections are not called as modules, once per layer."
             )
 
@@ -167,29 +169,31 @@ def replace_latents(change: Change) -> contextlib.AbstractContextManager[Change]
 
 def is_base_only() -> bool:
     """Whether only the base computes."""
-    return call.base_only
+    return calls.here.base_only
 
 
 def current_bank() -> LowRankBank | None:
     """The low-rank updates in force, or None (always, outside a formation)."""
-    return call.bank
+    return calls.here.bank
 
 
 def current_splice() -> Splice | None:
     """The latents waiting for the input embedding."""
-    return call.splice
+    return calls.here.splice
 
 
 def current_watch() -> Watch | None:
     """Where to record; None while a memory is being formed."""
-    return None if call.base_only else call.watch
+    return None if calls.here.base_only else calls.here.watch
 
 
 def enter_again(bank: LowRankBank) -> None:
     """Set the scope of a formation for a layer that is recomputed (gradient checkpointing); see `leave_again`."""
+    call = calls.here
     call.again, call.base_only, call.bank = True, True, bank
 
 
 def leave_again() -> None:
     """Undo `enter_again`."""
+    call = calls.here
     call.again, call.base_only, call.bank = False, False, None

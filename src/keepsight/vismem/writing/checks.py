@@ -35,6 +35,11 @@ def refuse(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     for name in ("penalty_alpha", "dola_layers", "prefill_chunk_size", "custom_generate", "token_healing"):
         if option(name):
             raise KeepsightError(f"{name}={option(name)!r} cannot be combined with memory. {instead}")
+    if option("guidance_scale") not in (None, 1):
+        raise KeepsightError(
+            f"guidance_scale={option('guidance_scale')}: the pass without the prompt reads one token at each step, "
+            f"and the steps of a memory have none. {instead}"
+        )
     for name in ("output_attentions", "output_hidden_states"):
         if option(name):
             raise KeepsightError(f"{name}=True is not collected while memory is invoked. {instead}")
