@@ -325,11 +325,13 @@ def make_inputs(family: TinyFamily, model: Any, rows: Sequence[Row]) -> dict[str
     for name in pixels[0] if pixels else ():
         inputs[name] = torch.cat([p[name] for p in pixels], family.pixel_dim if name == "pixel_values" else 0)
     if family.by_row and pixels:
-        images, most = iter(inputs["pixel_values"]), max(len(row.images) for row in rows)
-        inputs["pixel_values"] = torch.zeros(len(rows), most, *inputs["pixel_values"].shape[1:])
-        for i, row in enumerate(rows):
-            for j in range(len(row.images)):
-                inputs["pixel_values"][i, j] = next(images)
+        most = max(len(row.images) for row in rows)
+        for name in pixels[0]:
+            images = iter(inputs[name])
+            inputs[name] = inputs[name].new_zeros(len(rows), most, *inputs[name].shape[1:])
+            for i, row in enumerate(rows):
+                for j in range(len(row.images)):
+                    inputs[name][i, j] = next(images)
     if "batch_num_images" in inputs:
         inputs["batch_num_images"] = torch.tensor([len(row.images) for row in rows])
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from families import FIRST_WORD, LAST_WORD, Row, TinyFamily, make_inputs
+from families import FIRST_WORD, IMAGE, LAST_WORD, Row, TinyFamily, make_inputs
 from peft import get_peft_model
 
 import keepsight
@@ -63,7 +63,9 @@ def with_continuation(inputs: dict[str, torch.Tensor], tokens: torch.Tensor) -> 
     longer["attention_mask"] = torch.cat([inputs["attention_mask"], ones.to(inputs["attention_mask"].dtype)], 1)
     if "token_type_ids" in inputs:
         types = inputs["token_type_ids"]
-        longer["token_type_ids"] = torch.cat([types, types[:, -1:].expand(-1, tokens.shape[1])], 1)
+        marks_images = torch.equal(types.bool(), inputs["input_ids"] == IMAGE)  # Gemma 3; else PaliGemma's prefix
+        follows = torch.full_like(tokens, int(not marks_images), dtype=types.dtype)
+        longer["token_type_ids"] = torch.cat([types, follows], 1)
     if "mm_token_type_ids" in inputs:
         zeros = torch.zeros_like(tokens, dtype=inputs["mm_token_type_ids"].dtype)
         longer["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], zeros], 1)

@@ -48,7 +48,17 @@ def _squares(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
 
 
 def _sized(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
-    return _squares(config, sizes, draw) | {"image_sizes": torch.tensor([(16, 16)] * len(sizes))}
+    """Pictures of their own sizes, in the corner of a canvas."""
+    return _squares(config, sizes, draw) | {"image_sizes": torch.tensor([(8 * h, 8 * w) for h, w in sizes])}
+
+
+def _padded(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
+    """The same, and a mask that says where they are."""
+    given = _squares(config, sizes, draw)
+    given["pixel_attention_mask"] = torch.zeros(len(sizes), 16, 16, dtype=torch.long)
+    for mask, (h, w) in zip(given["pixel_attention_mask"], sizes, strict=True):
+        mask[: 8 * h, : 8 * w] = 1
+    return given
 
 
 def _modality_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -57,6 +67,11 @@ def _modality_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _image_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"token_type_ids": (ids == IMAGE).int()}
+
+
+def _prefix_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """PaliGemma reads its prompt in both directions."""
+    return {"token_type_ids": torch.zeros_like(ids)}
 
 
 def _four_each(model: Any, arguments: dict[str, Any]) -> list[int]:
@@ -201,23 +216,26 @@ def pixtral() -> Any:
 
 def llava() -> Any:
     return transformers.LlavaConfig(
-        text_config=_text(model_type="llama"), vision_config=_vit("clip_vision_model"), image_token_index=IMAGE
+        text_config=_text(model_type="llama"),
+        vision_config=_vit("clip_vision_model", num_hidden_layers=3, patch_size=8),
+        image_token_index=IMAGE,
     )
 
 
 def llava_next() -> Any:
     return transformers.LlavaNextConfig(
         text_config=_text(model_type="mistral", sliding_window=64),
-        vision_config=_vit("clip_vision_model"),
+        vision_config=_vit("clip_vision_model", num_hidden_layers=3, patch_size=8),
         image_token_index=IMAGE,
-        image_grid_pinpoints=[[16, 16]],
+        image_grid_pinpoints=[[16, 16], [16, 32]],
     )
 
 
 def _tiles(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
+    """Two tiles of a low picture, three of a high one."""
     return {
-        "pixel_values": torch.stack([draw(2, 3, 16, 16) for _ in sizes]),
-        "image_sizes": torch.tensor([(16, 16)] * len(sizes)),
+        "pixel_values": torch.stack([draw(3, 3, 16, 16) for _ in sizes]),
+        "image_sizes": torch.tensor([(16, 16 * h) for h, _ in sizes]),
     }
 
 
@@ -397,14 +415,14 @@ ROWS = [
     _row("qwen3_omni_moe_thinker", qwen3_omni, "Qwen3OmniMoeThinker", _omni_images, marks=True),
     _row("gemma3", gemma3, "Gemma3", token_types=_image_types, marks=True),
     _row("gemma4", gemma4, "Gemma4", _gemma4_images, token_types=_modality_types, marks=True),
-    _row("paligemma", paligemma, "PaliGemma", token_types=lambda ids: {"token_type_ids": torch.ones_like(ids)}),
+    _row("paligemma", paligemma, "PaliGemma", token_types=_prefix_types),
     _row("llava", llava, "Llava"),
     _row("pixtral", pixtral, "Llava", _sized),
     _row("llava_next", llava_next, "LlavaNext", _tiles),
     _row("mistral3", mistral3, "Mistral3", _sized),
     _row("aya_vision", aya_vision, "AyaVision"),
-    _row("idefics3", idefics3, "Idefics3", by_row=True, count=_four_each),
-    _row("smolvlm", smolvlm, "SmolVLM", by_row=True, count=_four_each),
+    _row("idefics3", idefics3, "Idefics3", _padded, by_row=True, count=_four_each),
+    _row("smolvlm", smolvlm, "SmolVLM", _padded, by_row=True, count=_four_each),
     _row("glm4v", glm4v, "Glm4v", _qwen_images, marks=True),
     _row("glm4v_moe", glm4v_moe, "Glm4vMoe", _qwen_images, marks=True),
     _row("glm46v", glm46v, "Glm46V", _qwen_images, marks=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from family_processors import internvl, llava_onevision
 from PIL import Image
 
@@ -79,6 +80,17 @@ def test_cutting_keeps_every_image(name: str) -> None:
     shorter = whole["labels"][:, : needed - 1]
     images = collator.visual_positions(whole["input_ids"][0])
     assert (images >= needed - 1).any() or (shorter == IGNORED).all()
+
+
+def test_a_model_that_reads_questions_both_ways() -> None:
+    """PaliGemma, whatever chat template it is given: its answers would see themselves."""
+    processor = transformers.PaliGemmaProcessor(
+        transformers.SiglipImageProcessor(size={"height": 16, "width": 16}, image_seq_length=16),
+        build_processor().tokenizer,
+        chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    )
+    with pytest.raises(TemplateError, match="in both directions"):
+        ConversationCollator(processor)
 
 
 def test_no_chat_template() -> None:

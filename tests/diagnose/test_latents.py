@@ -13,7 +13,7 @@ import torch
 from families import Row
 
 sys.path.append(str(Path(__file__).parents[1] / "vismem"))
-from vismem_helpers import NAMES, WordsAndMemory, built
+from vismem_helpers import WordsAndMemory, built
 
 import keepsight
 from keepsight.backbone import Backbone
@@ -46,6 +46,10 @@ class Bare(Reader):
     def __init__(self, model: Any):
         self.model, self.processor, self.backbone = model, None, Backbone.of(model)
         self.latent_tokens = VisMemHandle(model).tokens
+
+
+# One of every kind of vision encoder, whose language models see the image from every layer (no sliding windows).
+NAMES = ("qwen2_5_vl", "qwen3_vl", "internvl_qwen3", "llava_onevision", "paligemma", "pixtral", "idefics3", "glm4v")
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -91,9 +91,17 @@ def test_a_mutation_ends_in_the_right_result_or_in_an_error(family, change):
         torch.testing.assert_close(found, expected, rtol=0.0, atol=2e-5)
 
 
-def test_vismem_is_refused_with_its_reason(family):
-    with pytest.raises(keepsight.UnsupportedModelError, match="can have a PVM, and no latent memory"):
-        attach_vismem(family.build())
+def test_vismem_is_given_or_refused_with_its_reason(family):
+    model = family.build()
+    row = Backbone.of(model).family
+    if row.vision is not None:
+        attach_vismem(model)
+        return
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(keepsight.UnsupportedModelError, match="can have a PVM, and no latent memory") as error:
+        attach_vismem(model)
+    assert row.no_vismem in str(error.value)
+    assert [name for name, _ in model.named_modules()] == before
 
 
 def attach_vismem(model):

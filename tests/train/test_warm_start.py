@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import BY_NAME, Row, make_inputs
+from families import Row, make_inputs
 from helpers import with_continuation
 
 sys.path.append(str(Path(__file__).parents[1] / "vismem"))
-from vismem_helpers import SIZES, attach, forced, generate
+from vismem_helpers import BY_NAME, SIZES, attach, forced, generate
 
 from keepsight import VisMemConfig
 from keepsight.errors import KeepsightError
@@ -20,7 +20,7 @@ from keepsight.vismem.embeddings import watch_visual_embeddings
 from keepsight.vismem.memory import Sight
 from keepsight.vismem.vision import Patches
 
-NAMES = ("qwen2_5_vl", "qwen3_vl", "internvl_qwen3", "llava_onevision")
+NAMES = ("qwen2_5_vl", "qwen3_vl", "internvl_qwen3", "llava_onevision", "gemma3", "mistral3", "llava_next")
 ROWS = [Row(3, (2, 2), 2, seed=1), Row(1, (2, 2), 5, seed=2), Row(7, seed=3)]
 
 

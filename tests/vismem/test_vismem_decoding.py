@@ -2,10 +2,9 @@
 
 import threading
 
-import pytest
 import torch
-from families import BY_NAME, FAMILIES, Row, make_inputs
-from vismem_helpers import CLOSE, PLAN, ROWS, WordsAndMemory, at_choices, built, forced, generate, uncached
+from families import Row, make_inputs
+from vismem_helpers import BY_NAME, CLOSE, PLAN, ROWS, WordsAndMemory, at_choices, built, forced, generate, uncached
 
 from keepsight.vismem import MemoryPolicy, Replay, RolloutOptions, VisMemBranch
 
@@ -15,9 +14,8 @@ def assert_is_uncached(model, inputs, out):
     torch.testing.assert_close(at_choices(out, cached), at_choices(out, uncached(model, inputs, out)), **CLOSE)
 
 
-@pytest.mark.parametrize("tiny", FAMILIES, ids=lambda f: f.name)
-def test_ragged_batch_equals_one_uncached_forward(tiny):
-    model, inputs = built(tiny.name)
+def test_ragged_batch_equals_one_uncached_forward(any_name):
+    model, inputs = built(any_name)
     out = generate(model, inputs, memory=forced())
     assert [[i.kind for i in row] for row in out.invocations] == [["long"], ["short", "long"], []]
     assert_is_uncached(model, inputs, out)
@@ -50,6 +48,8 @@ def test_batch_equals_its_rows(name):
 def test_log_probs_of_a_rollout_are_those_of_one_forward(name):
     """What a trainer recomputes: log-probabilities with every ban in the normaliser, from one forward."""
     model, inputs = built(name)
+    with torch.no_grad():
+        VisMemBranch.of(model).active.rows.invoke_bias.fill_(1.5)
     torch.manual_seed(1)
     out = generate(model, inputs, n=40, memory="free", do_sample=True, top_k=0, output_scores=True)
     assert any(out.invocations)
@@ -92,23 +92,8 @@ def test_sampling_several_sequences(name):
     plan = [{k % 3: "short", 6: "long"} for k in range(6)]
     out = generate(model, inputs, do_sample=True, num_return_sequences=3, memory=forced(plan))
     assert len({tuple(s) for s in out.sequences.tolist()}) > 2
-    longer = {
-        k: (v.repeat_interleave(3, 0) if k in ("input_ids", "attention_mask", "mm_token_type_ids") else v)
-        for k, v in inputs.items()
-    }
-    for k in ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images"):
-        if k in inputs:
-            per_row = (
-                inputs[k].split(_per_image(name, k, inputs))
-                if k == "pixel_values" and "image_grid_thw" in inputs
-                else inputs[k].split(1)
-            )
-            longer[k] = torch.cat([p for p in per_row for _ in range(3)])
+    longer = make_inputs(BY_NAME[name], model, [row for row in rows for _ in range(3)])
     assert_is_uncached(model, longer, out)
-
-
-def _per_image(name, key, inputs):
-    return inputs["image_grid_thw"].prod(-1).tolist()
 
 
 def test_replay_then_same_other_and_no_memory(name):

@@ -5,11 +5,23 @@ import pickle
 
 import pytest
 import torch
-from families import BY_NAME, make_inputs
+from families import make_inputs
 from helpers import attach as attach_pvm
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from vismem_helpers import CLOSE, ROWS, SIZES, at_choices, attach, built, forced, generate, strengthen, uncached
+from vismem_helpers import (
+    BY_NAME,
+    CLOSE,
+    ROWS,
+    SIZES,
+    at_choices,
+    attach,
+    built,
+    forced,
+    generate,
+    strengthen,
+    uncached,
+)
 
 import keepsight
 from keepsight.lab.reference import build_model, save_reference
@@ -27,13 +39,13 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True)) and torch.equal(a[1], b[1])
 
 
-def test_save_then_load_equals_before(name, tmp_path):
-    model, inputs = built(name, num_short=2)
+def test_save_then_load_equals_before(any_name, tmp_path):
+    model, inputs = built(any_name, num_short=2)
     before = latents(model, inputs)
     model.save_pretrained(tmp_path)
     names = list(load_file(tmp_path / "adapter_model.safetensors"))
     assert all("vismem_memory" in n and ".default." not in n for n in names)
-    family = BY_NAME[name]
+    family = BY_NAME[any_name]
     for options in ({}, {"low_cpu_mem_usage": True}):
         loaded = PeftModel.from_pretrained(family.build(), tmp_path, **options).eval()
         assert same(latents(loaded, inputs), before)
@@ -90,7 +102,7 @@ def test_beside_pvm_and_lora(name, first, tmp_path):
     inputs = make_inputs(family, model, ROWS)
     torch.manual_seed(3)
     with_lora = get_peft_model(
-        model, LoraConfig(target_modules=r".*language_model.*(q_proj|up_proj)", init_lora_weights=False)
+        model, LoraConfig(target_modules=r".*(language|text)_model.*(q_proj|up_proj)", init_lora_weights=False)
     )
     steps = {
         "pvm": lambda: attach_pvm(model, adapter_name="pvm"),

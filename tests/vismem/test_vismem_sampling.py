@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from families import BY_NAME, FAMILIES, Row, make_inputs
+from families import FAMILIES, Row, make_inputs
 from helpers import with_continuation
 from transformers import (
     MinPLogitsWarper,
@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-from vismem_helpers import CLOSE, SIZES, at_choices, attach, built, forced, generate, uncached
+from vismem_helpers import BY_NAME, CLOSE, SIZES, at_choices, attach, built, forced, generate, uncached
 
 import keepsight
 from keepsight.vismem import MemoryPolicy, VisMemBranch, VisMemConfig, splice

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from families import BY_NAME, Row, make_inputs
+from families import Row, make_inputs
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 from transformers import DynamicCache, PreTrainedTokenizerFast, TextStreamer
-from vismem_helpers import CLOSE, ROWS, at_choices, attach, built, forced, generate, strengthen, uncached
+from vismem_helpers import BY_NAME, CLOSE, ROWS, at_choices, attach, built, forced, generate, strengthen, uncached
 
 import keepsight
 from keepsight.compat import cache_argument
@@ -51,7 +51,7 @@ def test_rows_leave_the_base_alone(name, tied, ids):
     longer["input_ids"] = inputs["input_ids"].clone()
     longer["input_ids"][0, -2] = where[2]
     embedded = base.get_input_embeddings()(longer["input_ids"])[0, -2]
-    assert torch.equal(embedded, rows.invoke_embedding[1])
+    assert torch.equal(embedded, rows.invoke_embedding[1] * branch.embedding_scale)
     labels = longer["input_ids"]
     model(**longer, labels=labels).loss.backward()
     assert rows.invoke_embedding.grad.abs().max() > 0

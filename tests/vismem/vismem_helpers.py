@@ -6,14 +6,32 @@ from typing import Any
 
 import pytest
 import torch
-from families import BY_NAME, FIRST_WORD, LAST_WORD, Row, TinyFamily, make_inputs
+from families import BY_NAME as FIRST
+from families import FIRST_WORD, LAST_WORD, Row, TinyFamily, make_inputs
 from helpers import with_continuation
+from more_families import MORE
 from peft import get_peft_model
 
+from keepsight.backbone import FAMILIES as ROWS_OF_FAMILIES
 from keepsight.vismem import MemoryPolicy, VisMemBranch, VisMemConfig, splice
 
-# The four families of the paper's kind; the others share their code paths.
-NAMES = ("qwen2_5_vl", "qwen3_vl", "internvl_qwen3", "llava_onevision")
+BY_NAME = FIRST | {row.name: row for row in MORE}
+#: Every tiny family that VisMem runs on.
+EVERY = [tiny for tiny in BY_NAME.values() if ROWS_OF_FAMILIES[tiny.config().model_type].vision is not None]
+# These share their vision encoder's code with another one, or compute in a way that others here do (mixtures, linear
+# attention): they go through the essential tests only, the others through all.
+ESSENTIAL = (
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "internvl_qwen2",
+    "qwen3_omni_moe_thinker",
+    "smolvlm",
+    "glm4v_moe",
+    "glm46v",
+    "deepseek_vl",
+)
+NAMES = tuple(tiny.name for tiny in EVERY if tiny.name not in ESSENTIAL)
 SIZES = {
     "num_queries": 3,
     "num_short": 4,
@@ -95,4 +113,9 @@ def at_choices(out: Any, values: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[tiny.name for tiny in EVERY])
+def any_name(request: pytest.FixtureRequest) -> str:
     return request.param

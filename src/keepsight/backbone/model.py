@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from keepsight.backbone.decoders import MIXERS, LayerParts, layer_parts, why_no_shape
 from keepsight.backbone.parts import Family, VisionParts
@@ -102,26 +104,16 @@ class Backbone:
     @property
     def merge_side(self) -> int:
         """Patches per side of the square that one visual token stands for (1 where nothing is merged)."""
-        if self.family.merge_side is None:
-            return 1
-        value: Any = self.model.config
-        for name in self.family.merge_side.split("."):
-            value = getattr(value, name)
-        return round(1 / value) if self.family.merge_side_is_ratio else int(value)
+        return int(self.family.merge_side(self.model.config))
 
-    @property
+    @functools.cached_property
     def vision(self) -> VisionParts:
         """How the vision encoder is built.
 
         Raises:
             UnsupportedModelError: if the family's row does not say: there is no VisMem on it.
         """
-        if self.family.vision is None:
-            raise UnsupportedModelError(
-                f"{self.family.name} can have a PVM, and no latent memory (VisMem): {self.family.no_vismem}. "
-                "docs/families.md has the list of what each family can have."
-            )
-        return self.family.vision
+        return self.family.vision_parts(self.model.config)
 
     @property
     def vision_blocks(self) -> Any:
@@ -131,7 +123,18 @@ class Backbone:
     @property
     def vision_size(self) -> int:
         """Width of the vision encoder."""
-        return int(self.model.config.vision_config.hidden_size)
+        return int(getattr(self.model.config.vision_config, self.vision.width))
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the input embedding multiplies the rows of its matrix by (Gemma: the root of the width; else 1)."""
+        table = self.model.get_input_embeddings()
+        if table.weight.is_meta:
+            return 1.0
+        with torch.no_grad():
+            ids = torch.arange(min(64, len(table.weight)), device=table.weight.device)
+            rows = table.weight[ids].float().norm()
+            return float(table.forward(ids).float().norm() / rows) if rows else 1.0
 
     @property
     def windowed_vision_blocks(self) -> frozenset[int]:
@@ -154,17 +157,23 @@ class Backbone:
         """The model's own projector, on positions of our own instead of an image's patches.
 
         Args:
-            states: [N, s * s, d], the vision encoder's last states; s is `merge_side`, and each square of s x s
-                positions, row by row, becomes one token.
+            states: [N, s * s, d * layers read], the vision encoder's states where the projector reads them; s is
+                `merge_side`, and each square of s x s positions, row by row, becomes one token.
 
         Returns:
             [N, D], in the decoder's width.
         """
-        count, side = states.shape[0], self.merge_side
-        if not self.vision.shuffles:
-            return self.projector(states.flatten(0, 1))
-        strip = states.view(count, side, side, -1).transpose(0, 1).reshape(1, side, count * side, -1)
-        return self.projector(self.vlm.pixel_shuffle(strip, scale_factor=1 / side).flatten(0, 2))
+        return self.vision.project(self, states)
+
+    @property
+    def patches_are_in_order(self) -> bool:
+        """Whether each s * s consecutive positions of the vision encoder become one visual token, in their order."""
+        return not self.vision.class_token and (self.merge_side == 1 or not self.vision.raster)
+
+    @property
+    def unread_positions(self) -> int:
+        """How many positions at the start of each image the projector is not given: a class token."""
+        return int(getattr(self.model.config, "vision_feature_select_strategy", None) == "default")
 
     def vision_layers_read(self) -> tuple[int, ...]:
         """After how many blocks the projector reads the vision encoder's states (usually after the last, once)."""
@@ -201,6 +210,20 @@ class Backbone:
     def has_softmax_attention(layer: nn.Module) -> bool:
         """Whether the layer can attend back to any earlier position (a linear mixer only keeps a fixed-size state)."""
         return hasattr(layer, "self_attn")
+
+    @functools.cached_property
+    def has_sliding_windows(self) -> bool:
+        """Whether some layers see only the latest positions, counted by where they lie, padding included."""
+        return any(DynamicCache(config=self.text_config).is_sliding)
+
+    @functools.cached_property
+    def needs_padding(self) -> bool:
+        """Whether the decoder, called by itself on a sequence without padding, is not causal.
+
+        transformers leaves out a mask that hides nothing but the future, and lets the attention's own `is_causal` speak
+        for it. PaliGemma's says that it is not, because its prompts are read both ways.
+        """
+        return any(getattr(self.mixer(layer), "is_causal", True) is False for layer in self.layers)
 
     def given_modalities(self, arguments: Mapping[str, Any]) -> set[str]:
         """Which modalities a call of the VLM brings visual input for.

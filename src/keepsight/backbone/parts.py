@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from keepsight.backbone.projecting import Project, in_a_row
+from keepsight.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +19,7 @@ class VisionParts:
 
     Attributes:
         blocks: dotted attribute of the tower: the list of blocks.
+        width: attribute of the vision configuration: the blocks' width.
         norms: the two norms of a block.
         attention: the attention of a block.
         mlp: the feed-forward network of a block.
@@ -24,11 +30,14 @@ class VisionParts:
         rotary: attribute of the tower that makes rotary embeddings, (x, coordinates [S, 2]) -> (cos, sin).
         position_table: dotted attribute of the tower: the learned positions of a square grid.
         class_token: the first position of every image is no patch (and has the first learned position).
-        final_norm: norm of the tower after the last block.
-        shuffles: the projector takes squares of patches, made by the VLM's `pixel_shuffle`.
+        padding: argument of the tower that says which patches are none: bool [images, rows, columns], false at padding.
+        raster: patches lie row by row in their image, not square by square as the projector merges them.
+        final_norm: norm of the tower between the last block and the projector.
+        project: how the model's own projector is called on squares of positions.
     """
 
     blocks: str = "blocks"
+    width: str = "hidden_size"
     norms: tuple[str, str] = ("norm1", "norm2")
     attention: str = "attn"
     mlp: str = "mlp"
@@ -39,8 +48,10 @@ class VisionParts:
     rotary: str | None = "rotary_pos_emb"
     position_table: str | None = None
     class_token: bool = False
+    padding: str | None = None
+    raster: bool = False
     final_norm: str | None = None
-    shuffles: bool = False
+    project: Project = in_a_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +63,13 @@ class Family:
         vision_tower: dotted attribute that holds the vision encoder, which is called as a module.
         projector: dotted attribute of the module that maps vision features into the decoder's width.
         visual_tokens: (modality, config attribute with the id of the placeholder token that its embeddings replace).
-        merge_side: dotted config attribute with the number of patches, per side, that one visual token stands for
-            (`None`: one patch per visual token).
-        merge_side_is_ratio: the attribute holds 1 / side (InternVL's pixel-shuffle ratio).
-        vision: how the vision encoder is built, for VisMem; None if VisMem cannot form its short-term memory in it.
+        merge_side: from the configuration: patches, per side, that one visual token stands for.
+        vision: how the vision encoder is built, for VisMem; where the family takes several, by their `model_type`. None
+            if VisMem cannot form its short-term memory in it.
         no_vismem: why not, as the end of a sentence; for errors and docs/families.md.
+        tiles: how many of the images that the encoder saw each row holds, where it does not follow from the number of
+            its visual tokens: (backbone, input_ids [B, T], arguments of the call) -> [B]; None where it does.
+        text_type: in `token_type_ids`, what follows the prompt; PaliGemma reads what is 0 in both directions.
         tested: at which sizes, beyond tiny random models, its memory was run; for docs/families.md.
     """
 
@@ -64,13 +77,37 @@ class Family:
     vision_tower: str
     projector: str
     visual_tokens: tuple[tuple[str, str], ...] = (("image", "image_token_id"), ("video", "video_token_id"))
-    merge_side: str | None = None
-    merge_side_is_ratio: bool = False
-    vision: VisionParts | None = None
+    merge_side: Callable[[Any], int] = lambda config: 1
+    vision: VisionParts | Mapping[str, VisionParts] | None = None
     no_vismem: str = "its vision encoder is not described in keepsight yet"
+    tiles: Callable[..., list[int] | None] | None = None
+    text_type: int = 0
     tested: str = ""
 
     @property
     def modalities(self) -> tuple[str, ...]:
         """What it sees: "image", and "video" where it takes videos."""
         return tuple(modality for modality, _ in self.visual_tokens)
+
+    def vision_parts(self, config: Any) -> VisionParts:
+        """How the vision encoder of a model of this family is built.
+
+        Args:
+            config: the model's configuration.
+
+        Raises:
+            UnsupportedModelError: if that is not described: there is no VisMem on it.
+        """
+        if isinstance(self.vision, VisionParts):
+            return self.vision
+        reason, found = self.no_vismem, None
+        if self.vision is not None:
+            encoder = config.vision_config.model_type
+            found = self.vision.get(encoder)
+            reason = f"its vision encoder is a {encoder}, and of those known are {', '.join(self.vision)}"
+        if found is None:
+            raise UnsupportedModelError(
+                f"{self.name} can have a PVM, and no latent memory (VisMem): {reason}. "
+                "docs/families.md has the list of what each family can have."
+            )
+        return found

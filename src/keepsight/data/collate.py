@@ -7,6 +7,7 @@ to answer. Works with every processor that has a chat template; the template nee
 
 from __future__ import annotations
 
+import inspect
 from functools import cached_property
 from typing import Any
 
@@ -184,11 +185,17 @@ class ConversationCollator:
 
 
 def require_chat_template(processor: Any) -> None:
-    """Refuse a processor that cannot turn messages into text.
+    """Refuse a processor that cannot turn messages into text that its model reads as it should.
 
     Raises:
-        TemplateError: if it has no chat template or no tokenizer.
+        TemplateError: if it has no chat template or no tokenizer, or wants question and answer apart.
     """
+    if "suffix" in inspect.signature(type(processor).__call__).parameters:
+        raise TemplateError(
+            f"{type(processor).__name__} wants question and answer apart (suffix=), because its model reads the "
+            "question in both directions; in a conversation it would see the answers that it learns to give. keepsight's "
+            "commands are for models that read conversations; attach a memory to this one in a training loop of your own."
+        )
     if getattr(processor, "tokenizer", None) is None:
         raise TemplateError(
             f"{type(processor).__name__} has no tokenizer; a VLM's processor has one beside its images."

@@ -37,7 +37,7 @@ def make_memory(config: VisMemConfig, backbone: Backbone) -> LatentMemory:
     return LatentMemory(
         QueryBuilder(size, config.num_queries, config.query_width, config.query_layers, config.query_heads),
         LowRankBank(
-            {(i, n): (vision, vision) for i in range(len(backbone.vision_blocks)) for n in config.short_targets},
+            {(i, n): (vision, vision) for i in range(max(backbone.vision_layers_read())) for n in config.short_targets},
             config.short_rank,
             config.short_alpha,
             config.short_dropout,
@@ -49,7 +49,7 @@ def make_memory(config: VisMemConfig, backbone: Backbone) -> LatentMemory:
         vision,
         config.num_short * backbone.merge_side**2,
         config.num_long,
-        embedding_rms(table),
+        embedding_rms(table) * backbone.embedding_scale,
     )
 
 
@@ -97,6 +97,7 @@ class VisMemBranch(nn.Module, MemoryBranch):
         self.merged_adapters: list[str] = []
         self.route = VisMemRoute(backbone, self)
         self.base_loss = backbone.model.loss_function
+        self.embedding_scale = backbone.embedding_scale
 
     @staticmethod
     def find(model: Any) -> VisMemBranch | None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from peft.utils import PeftType
 
-from keepsight.backbone import Backbone
+from keepsight.backbone import Backbone, family_of
 from keepsight.errors import UnsupportedModelError
 from keepsight.peft_method import MemoryConfig, check_base, refuse_unknown_keys
 from keepsight.shipped import portable_name
@@ -162,10 +162,18 @@ class VisMemConfig(MemoryConfig):
                 incremental form is asked of a model with linear attention.
         """
         text = backbone.text_config
-        backbone.vision  # noqa: B018 - raises where it is not described
         found = self.check_base(backbone.model.config)
         for name, value in found.items():
             setattr(self, name, value)
+        softmax = [layer for layer in backbone.layers if backbone.has_softmax_attention(layer)]
+        for mixer in map(backbone.mixer, softmax):
+            missing = [name for name in self.long_targets if not hasattr(mixer, name)]
+            if missing:
+                raise UnsupportedModelError(
+                    f"The long-term former adapts {', '.join(self.long_targets)} of the language model's attention, "
+                    f"and a {type(mixer).__name__} has no {', '.join(missing)}. This language model can have no latent "
+                    "memory (VisMem), unless other long_targets are among its own; it can have a PVM."
+                )
         if self.form == "incremental" and not all(backbone.has_softmax_attention(layer) for layer in backbone.layers):
             raise UnsupportedModelError(
                 "form='incremental' keeps keys and values, which layers with linear attention do not have. "
@@ -186,7 +194,8 @@ class VisMemConfig(MemoryConfig):
         Raises:
             AdapterMismatchError: if they differ.
         """
-        return check_base(self, model_config, base_vision_size=int(model_config.vision_config.hidden_size))
+        parts = family_of(model_config).vision_parts(model_config)
+        return check_base(self, model_config, base_vision_size=int(getattr(model_config.vision_config, parts.width)))
 
     @property
     def most_positions(self) -> int:

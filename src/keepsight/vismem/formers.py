@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache
 
 from keepsight.backbone import Backbone
@@ -144,6 +145,10 @@ class Formers:
         text_valid: torch.Tensor,
         queries: torch.Tensor,
     ) -> torch.Tensor:
+        if self._is_incremental and self.backbone.has_sliding_windows and not bool(text_valid.all()):
+            # Padding between what is kept and the text would lie in the windows.
+            rows = zip(formations, text, text_valid, queries, strict=True)
+            return torch.cat([self._long([f], t[None, v], v[None, v], q[None]) for f, t, v, q in rows])
         count = self.config.num_long
         slots = self.memory.long_slots.expand(len(formations), -1, -1)
         own = torch.cat([self._as_input(queries), slots.to(self._dtype)], 1)
@@ -154,14 +159,15 @@ class Formers:
             valid = torch.cat([valid, valid.new_ones(own.shape[:2])], 1)
             return self._decode(torch.cat([self._as_input(seen), own], 1), valid)[:, -count:]
         prefixes = [self._kept_prefix(f.sight) for f in formations]
-        longest = max(len(f.sight.visual) for f in formations)
-        cache = None
+        _, valid = pad([f.sight.visual for f in formations])
+        if valid.shape[1] and self.backbone.needs_padding:
+            valid = F.pad(valid, (1, 0))
+        longest, cache = valid.shape[1], None
         if longest:
             cache = DynamicCache()
             for layer in range(len(self.backbone.layers)):
                 states = [self._stacked(prefixes, layer, i, longest) for i in (0, 1)]
                 cache.update(*states, layer)
-        _, valid = pad([f.sight.visual for f in formations])
         valid = torch.cat([valid, text_valid, text_valid.new_ones(own.shape[:2])], 1)
         return self._decode(torch.cat([self._as_input(text), own], 1), valid, cache)[:, -count:]
 
@@ -202,6 +208,9 @@ class Formers:
                 "the memory would not see the image. Call model.gradient_checkpointing_disable(), or use "
                 "form='literal'."
             )
+        added = int(self.backbone.needs_padding and (cache is None or not cache.get_seq_length()))
+        if added:
+            x, valid = F.pad(x, (0, 0, 1, 0)), F.pad(valid, (1, 0))
         positions = (valid.long().cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :]
         bank = self.memory.long_bank
         with low_rank(bank):
@@ -218,4 +227,4 @@ class Formers:
                 f"The decoder was given a KV cache and did not use it: {int(cache.get_seq_length())} of "
                 f"{valid.shape[1]} positions are in it. form='incremental' would form memories without the image."
             )
-        return output.last_hidden_state
+        return output.last_hidden_state[:, added:]

@@ -67,13 +67,17 @@ class VisMemRoute:
         if rotary is not None:
             module: Any = getattr(backbone.vision_tower, rotary)
             self._handles.append(module.register_forward_pre_hook(_note_coordinates, with_kwargs=True))
+        padding = backbone.vision.padding
+        if padding is not None:
+            note = functools.partial(_note_padding, padding)
+            self._handles.append(backbone.vision_tower.register_forward_pre_hook(note, with_kwargs=True))
         for index, layer in enumerate(backbone.layers):
             mixer = Backbone.mixer(layer)
             self._handles.append(mixer.register_forward_pre_hook(_restore_scope, with_kwargs=True))
             ffn = layer.get_submodule(Backbone.parts(layer).ffn)
             self._handles.append(ffn.register_forward_hook(_end_scope, always_call=True))
             if Backbone.has_softmax_attention(layer):
-                for name in PROJECTIONS:
+                for name in filter(functools.partial(hasattr, mixer), PROJECTIONS):
                     projection = bare(getattr(mixer, name))
                     update = functools.partial(_add_update, index, name)
                     self._handles.append(projection.register_forward_hook(update))
@@ -144,7 +148,7 @@ class VisMemRoute:
         if ids is None:
             return None
         call.embedded = True
-        output = self.branch.active.rows.embed(ids, output, self.branch.config.token_ids)
+        output = self.branch.active.rows.embed(ids, output, self.branch.config.token_ids, self.branch.embedding_scale)
         splice = call.splice
         if splice is None or splice.mask.shape != ids.shape:
             self._refuse_lost(ids)
@@ -185,6 +189,12 @@ def _note_coordinates(rotary: Any, args: tuple, kwargs: dict) -> None:
     if watch is not None:
         coordinates = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
         watch.vision_calls.append({"coordinates": coordinates, "cu_seqlens": {}})
+
+
+def _note_padding(name: str, tower: Any, args: tuple, kwargs: dict) -> None:
+    watch = scope.current_watch()
+    if watch is not None:
+        watch.vision_calls.append({"padding": kwargs.get(name), "cu_seqlens": {}})
 
 
 def _note_vision(index: int, block: Any, args: tuple, kwargs: dict) -> None:

@@ -30,7 +30,7 @@ class Sight:
         query_states: incremental form: keys and values of `visual` in the query builder.
         patch_states: incremental form: keys and values of `patches` under the short-term former's adapter.
         prefix_states: incremental form: keys and values of `visual` under the long-term former's adapter, per layer,
-            each [1, H_kv, M, d].
+            each [1, H_kv, M, d], or with one position of padding before them (`Backbone.needs_padding`).
     """
 
     visual: torch.Tensor
@@ -78,11 +78,18 @@ class Invocation:
 
 @dataclass(frozen=True)
 class _Tile:
-    """One image, tile or frame as the vision encoder saw it: positions `start` to `stop`, in windows of these sizes."""
+    """One image, tile or frame as the vision encoder saw it: positions `start` to `stop`, in windows of these sizes.
+
+    Attributes:
+        start, stop: positions in the call.
+        windows: sizes of its windows; its own size where there are none.
+        valid: bool [rows, columns] of its patches, false at padding; None where it has none.
+    """
 
     start: int
     stop: int
     windows: tuple[int, ...]
+    valid: torch.Tensor | None = None
 
 
 def read_sights(
@@ -120,7 +127,7 @@ def read_sights(
     modalities = list(backbone.family.visual_tokens)
     for call in ran:
         tiles = _tiles(call, backbone)
-        counts = _tiles_per_row(backbone, input_ids[::copies], arguments, len(tiles), copies)
+        counts = _told(backbone, input_ids[::copies], arguments, len(tiles), copies)
         if counts is None:
             counts = _dealt(backbone, tiles, input_ids, modalities, copies)
         # The encoder ran before the rows were repeated (transformers >= 5.20), or after.
@@ -145,15 +152,23 @@ def read_sights(
 
 def _tiles(call: dict[str, Any], backbone: Backbone) -> list[_Tile]:
     """What one call of the vision encoder saw, in order."""
-    if call["x"].ndim == 3:
-        rows, positions = call["x"].shape[:2]
-        return [_Tile(i * positions, (i + 1) * positions, (positions,)) for i in range(rows)]
-    windowed = sorted(backbone.windowed_vision_blocks & set(call["cu_seqlens"]))
-    full = min(set(call["cu_seqlens"]) - backbone.windowed_vision_blocks, default=0)
-    lengths = call["cu_seqlens"][full].diff().tolist()
-    windows = iter(call["cu_seqlens"][windowed[0]].diff().tolist() if windowed else lengths)
+    lengths, coordinates = call["cu_seqlens"], call.get("coordinates")
+    if not lengths and coordinates is None:  # [images, patches, d]
+        padding = call.get("padding")
+        rows, size = call["x"].shape[:2]
+        valid = [None] * rows if padding is None else list(padding)
+        sizes = [size if own is None else int(own.sum()) for own in valid]
+        return [_Tile(i * size, (i + 1) * size, (sizes[i],), valid[i]) for i in range(rows)]
+    windowed = sorted(backbone.windowed_vision_blocks & set(lengths))
+    if coordinates is None or lengths:
+        full = min(set(lengths) - backbone.windowed_vision_blocks, default=0)
+        sizes = lengths[full].diff().tolist()
+    else:  # one sequence of images (Pixtral): each begins at its first row and column
+        firsts = (coordinates == 0).all(-1).nonzero().flatten()
+        sizes = torch.cat([firsts, firsts.new_tensor([len(coordinates)])]).diff().tolist()
+    windows = iter(lengths[windowed[0]].diff().tolist() if windowed else sizes)
     tiles, start = [], 0
-    for length in lengths:
+    for length in sizes:
         own: list[int] = []
         while sum(own) < length:
             own.append(next(windows))
@@ -166,8 +181,8 @@ def _dealt(
     backbone: Backbone, tiles: list[_Tile], input_ids: torch.Tensor, modalities: list[tuple[str, str]], copies: int
 ) -> list[int]:
     """How many tiles each row holds [B], by its number of visual tokens; takes the kind of token off `modalities`."""
-    drop = int(backbone.vision.class_token)
-    tokens = [(tile.stop - tile.start - drop) // backbone.merge_side**2 for tile in tiles]
+    unread = backbone.unread_positions
+    tokens = [(tile.stop - tile.start - unread) // backbone.merge_side**2 for tile in tiles]
     for modality in modalities:
         wanted = (input_ids == getattr(backbone.model.config, modality[1])).sum(1).tolist()
         for step in dict.fromkeys((copies, 1)):
@@ -190,59 +205,39 @@ def _dealt(
 def _cut(call: dict[str, Any], tiles: list[_Tile], backbone: Backbone) -> Patches:
     """The patches of one row's tiles, which lie side by side."""
     start, stop = tiles[0].start, tiles[-1].stop
-    x = call["x"].detach()
+    x = call["x"].detach().flatten(0, -2)[start:stop]
     rotary = call.get("rotary")
     if rotary is not None:
         rotary = tuple(t.detach()[start:stop] for t in rotary)
+    valid = [tile.valid for tile in tiles if tile.valid is not None]
     coordinates = call.get("coordinates")
-    if coordinates is not None:
-        extent = tuple((coordinates[start:stop].amax(0) + 1).tolist())
+    if valid:
+        x = x[torch.cat([own.flatten() for own in valid])]
+        extent = max(int(own.any(1).sum()) for own in valid), max(int(own.any(0).sum()) for own in valid)
+    elif coordinates is not None:
+        rows, columns = (coordinates[start:stop].amax(0) + 1).tolist()
+        extent = rows, columns
     else:
         table = backbone.position_table()
         assert table is not None
         extent = (table.shape[-2], table.shape[-1])
-    images, windows = tuple(t.stop - t.start for t in tiles), sum((t.windows for t in tiles), ())
-    return Patches(x.reshape(-1, x.shape[-1])[start:stop], images, windows, rotary, extent)
+    windows = tuple(t.windows for t in tiles)
+    return Patches(x, tuple(map(sum, windows)), sum(windows, ()), rotary, extent)
 
 
-def _tiles_per_row(
+def _told(
     backbone: Backbone, input_ids: torch.Tensor, arguments: dict[str, Any], found: int, copies: int
 ) -> list[int] | None:
-    """LLaVA packs the tiles of an image, so that their number does not follow from the number of tokens."""
-    sizes = arguments.get("image_sizes")
-    pinpoints = getattr(backbone.model.config, "image_grid_pinpoints", None)
-    if sizes is None or pinpoints is None:
+    """How many tiles each row holds [B], where the number of its visual tokens does not tell."""
+    tiles = backbone.family.tiles and backbone.family.tiles(backbone, input_ids, arguments)
+    if tiles is None:
         return None
-    from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
-
-    has_images = backbone.visual_mask(input_ids, modalities=("image",)).any(1).tolist()
-    per_row = arguments.get("batch_num_images")
-    if per_row is None:
-        if len(sizes) != sum(has_images):
-            raise KeepsightError(
-                f"{len(sizes)} images for {sum(has_images)} rows with image tokens: pass batch_num_images, as the "
-                "processor returns it, so that the memory knows whose image is whose."
-            )
-        per_row = [int(has) for has in has_images]
-    given = iter([int(n) for n in per_row])
-    if len(per_row) != len(has_images):  # of the rows that have any
-        per_row = [next(given, 0) if has else 0 for has in has_images]
-    per_row = [int(n) for n in per_row]
-    side = backbone.model.config.vision_config.image_size
-    tiles = [
-        image_size_to_num_patches(size.tolist(), pinpoints, side) if count == 1 else 1
-        for count, size in zip([n for n in per_row for _ in range(n)], sizes, strict=True)
-    ]
-    result, index = [], 0
-    for count in per_row:
-        result.append(sum(tiles[index : index + count]))
-        index += count
-    if found not in (sum(result), sum(result) * copies):
+    if found not in (sum(tiles), sum(tiles) * copies):
         raise KeepsightError(
-            f"The vision encoder saw {found} tiles; image_sizes and batch_num_images describe {sum(result)}. "
+            f"The vision encoder saw {found} tiles; the images' sizes describe {sum(tiles)}. "
             "(A short-term memory of LLaVA's videos is not supported.)"
         )
-    return [count for count in result for _ in range(copies)]
+    return [count for count in tiles for _ in range(copies)]
 
 
 def splice_values(latent_mask: torch.Tensor, invocations: Sequence[Sequence[Invocation]], width: int) -> torch.Tensor:

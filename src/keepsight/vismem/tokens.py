@@ -81,10 +81,17 @@ class TokenRows(nn.Module):
             return self.embedding
         return torch.stack([self.invoke_head, self.end_head], 1).flatten(0, 1)
 
-    def embed(self, ids: torch.Tensor, output: torch.Tensor, token_ids: list[int]) -> torch.Tensor:
-        """Write the rows over the base's embeddings [..., D] of `ids` [...]."""
+    def embed(self, ids: torch.Tensor, output: torch.Tensor, token_ids: list[int], scale: float = 1.0) -> torch.Tensor:
+        """Write the rows over the base's embeddings [..., D] of `ids` [...].
+
+        Args:
+            ids: of the embedding's call.
+            output: what it returned.
+            token_ids: the four ids.
+            scale: what the base multiplies the rows of its own matrix by.
+        """
         which = torch.stack([ids == token for token in token_ids], -1)
-        rows = self.embedding[which.to(torch.int8).argmax(-1)].to(output.dtype)
+        rows = (self.embedding * scale)[which.to(torch.int8).argmax(-1)].to(output.dtype)
         return torch.where(which.any(-1, keepdim=True), rows, output)
 
     def score(self, states: torch.Tensor, logits: torch.Tensor, token_ids: list[int]) -> torch.Tensor:

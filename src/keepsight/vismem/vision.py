@@ -119,12 +119,13 @@ class VisionWalk:
             read.append((index + 1, extra))
         return self._collect(read)
 
-    def patches(self, patches: Patches) -> torch.Tensor:
-        """The encoder's last states of patches alone [S, d], as the encoder itself makes them."""
-        x = patches.x
-        for index in range(len(self.blocks)):
+    def states(self, patches: Patches) -> torch.Tensor:
+        """States of patches alone where the projector reads them [S, d * layers read], as the encoder makes them."""
+        x, read = patches.x, []
+        for index in range(self.depth):
             x, _ = self._patch_block(index, x, patches)
-        return self._normed(x)
+            read.append((index + 1, x))
+        return self._collect(read)
 
     def _checkpointed(self, function: Any, *args: Any) -> Any:
         tower = self.blocks[0]

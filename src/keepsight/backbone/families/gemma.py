@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from keepsight.backbone.parts import Family
+from keepsight.backbone.projecting import on_full_images
+from keepsight.backbone.towers import SIGLIP
 
 _IMAGES = (("image", "image_token_id"),)
 
+
+def _pooled_side(config: Any) -> int:
+    """Gemma 3 is told how many tokens an image is, and pools accordingly."""
+    vision = config.vision_config
+    return int(vision.image_size // vision.patch_size // int(config.mm_tokens_per_image**0.5))
+
+
 ROWS: dict[str, Family] = {
     "gemma3": Family(
-        name="Gemma 3", vision_tower="vision_tower", projector="multi_modal_projector", visual_tokens=_IMAGES
+        name="Gemma 3",
+        vision_tower="vision_tower",
+        projector="multi_modal_projector",
+        visual_tokens=_IMAGES,
+        merge_side=_pooled_side,
+        vision=replace(SIGLIP, project=on_full_images),
     ),
     "gemma4": Family(name="Gemma 4", vision_tower="vision_tower", projector="embed_vision"),
     "paligemma": Family(
-        name="PaliGemma", vision_tower="vision_tower", projector="multi_modal_projector", visual_tokens=_IMAGES
+        name="PaliGemma",
+        vision_tower="vision_tower",
+        projector="multi_modal_projector",
+        visual_tokens=_IMAGES,
+        vision=SIGLIP,
+        text_type=1,
     ),
 }

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from keepsight.backbone.parts import Family
+from keepsight.backbone.parts import Family, VisionParts
+from keepsight.backbone.projecting import downsampled
+from keepsight.backbone.towers import SIGLIP
 
 _IMAGES = (("image", "image_token_id"),)
 _IDEFICS: dict[str, Any] = {
     "vision_tower": "vision_model",
     "projector": "connector",
     "visual_tokens": _IMAGES,
-    "merge_side": "scale_factor",
+    "merge_side": lambda config: config.scale_factor,
+    "vision": replace(SIGLIP, padding="patch_attention_mask"),
 }
 # GLM marks the frames of a video with the images' token.
 _GLM: dict[str, Any] = {
     "vision_tower": "visual",
     "projector": "visual.merger",
     "visual_tokens": (("image", "image_token_id"), ("video", "image_token_id")),
-    "merge_side": "vision_config.spatial_merge_size",
+    "merge_side": lambda config: config.vision_config.spatial_merge_size,
+    "vision": VisionParts(
+        position_table="embeddings.position_embedding.weight", final_norm="post_layernorm", project=downsampled
+    ),
 }
 
 ROWS: dict[str, Family] = {
@@ -40,6 +47,13 @@ ROWS: dict[str, Family] = {
         projector="mm_projector",
         no_vismem="its decoder's attention is latent (MLA), without the projections that the long-term memory adapts",
     ),
-    "minicpmv4_6": Family(name="MiniCPM-V 4.6", vision_tower="vision_tower", projector="merger"),
-    "deepseek_vl": Family(name="DeepSeek-VL", vision_tower="vision_model", projector="aligner", visual_tokens=_IMAGES),
+    "minicpmv4_6": Family(
+        name="MiniCPM-V 4.6",
+        vision_tower="vision_tower",
+        projector="merger",
+        no_vismem="its vision encoder merges patches between its blocks, where a memory's own positions have no place",
+    ),
+    "deepseek_vl": Family(
+        name="DeepSeek-VL", vision_tower="vision_model", projector="aligner", visual_tokens=_IMAGES, vision=SIGLIP
+    ),
 }

@@ -9,21 +9,25 @@ from keepsight.backbone.parts import Family, VisionParts
 _STYLE: dict[str, Any] = {
     "vision_tower": "visual",
     "projector": "visual.merger",
-    "merge_side": "vision_config.spatial_merge_size",
+    "merge_side": lambda config: config.vision_config.spatial_merge_size,
     "vision": VisionParts(position_table="pos_embed.weight"),
 }
 _NO_TABLE = _STYLE | {"vision": VisionParts()}
-_UNDESCRIBED = _STYLE | {"vision": None}
+# Its configuration calls the decoder's width hidden_size.
+_TWO = _STYLE | {"vision": VisionParts(width="embed_dim")}
 # Its configuration names the placeholders in another way.
-_OMNI = _UNDESCRIBED | {"visual_tokens": (("image", "image_token_index"), ("video", "video_token_index"))}
+_OMNI = _STYLE | {
+    "vision": VisionParts(qkv=("q", "k", "v")),
+    "visual_tokens": (("image", "image_token_index"), ("video", "video_token_index")),
+}
 
 ROWS: dict[str, Family] = {
     "qwen3_vl": Family(name="Qwen3-VL", **_STYLE),
     "qwen3_vl_moe": Family(name="Qwen3-VL (mixture of experts)", **_STYLE),
     "qwen2_5_vl": Family(name="Qwen2.5-VL", **_NO_TABLE),
-    "qwen2_vl": Family(name="Qwen2-VL", **_UNDESCRIBED),
+    "qwen2_vl": Family(name="Qwen2-VL", **_TWO),
     "qwen2_5_omni_thinker": Family(name="Qwen2.5-Omni (thinker)", **_OMNI),
-    "qwen3_omni_moe_thinker": Family(name="Qwen3-Omni (thinker)", **_UNDESCRIBED),
+    "qwen3_omni_moe_thinker": Family(name="Qwen3-Omni (thinker)", **_STYLE),
     "qwen3_5": Family(name="Qwen3.5", **_STYLE),
     "qwen3_5_moe": Family(name="Qwen3.5 (mixture of experts)", **_STYLE),
 }

@@ -67,16 +67,17 @@ def _watch_long(formers: Formers, formation: Formation, layout: VisualLayout | N
     if config.max_text_states is not None:
         text = min(text, config.max_text_states)
     total = visual + text + config.num_queries + latents
+    padding = int(backbone.needs_padding)
     seen: dict[int, torch.Tensor] = {}
 
     def look(row: int, query: torch.Tensor, key: torch.Tensor, mask: Any, kwargs: dict) -> None:
-        if key.shape[2] != total or query.shape[2] < latents:  # the incremental form reads the prefix apart
+        if key.shape[2] - padding != total or query.shape[2] < latents:  # the incremental form reads the prefix apart
             return
-        scores = scores_of(query[:, :, -latents:], key, kwargs)[0]  # [H, N, K]
+        scores = scores_of(query[:, :, -latents:], key[:, :, padding:], kwargs)[0]  # [H, N, K]
         later = torch.ones(latents, total, dtype=torch.bool, device=key.device).triu(total - latents + 1)
         scores = scores.masked_fill(later, float("-inf"))
         if isinstance(mask, torch.Tensor) and mask.ndim == 4:
-            part = mask[0, :, -latents:, :total]
+            part = mask[0, :, -latents:, padding : padding + total]
             scores = scores.masked_fill(~part, float("-inf")) if mask.dtype == torch.bool else scores + part.float()
         seen[row] = scores.softmax(-1).mean(0)[:, :visual].cpu()
 
@@ -115,7 +116,7 @@ class _ShortFormers(Formers):
         total, size = rows.shape[-1], len(patches.x)
         on_image = rows[..., :size]
         where = None
-        in_order = not self.backbone.vision.class_token and not self.backbone.vision.shuffles
+        in_order = self.backbone.patches_are_in_order
         if in_order and size == len(formation.sight.visual) * square and not self.backbone.windowed_vision_blocks:
             where = on_image.mean(0).unflatten(-1, (-1, square)).sum(-1).numpy()
         return FormingTrace(

@@ -262,7 +262,7 @@ def why_not_blindfold(backbone: Backbone, pvm: PvmConfig | None = None, attentio
             "carries the image on in a running state that no mask can hide it from. Train the memory without the "
             "warm-up (0 blindfold steps)."
         )
-    if "sliding_attention" in (getattr(backbone.text_config, "layer_types", None) or ()):
+    if backbone.has_sliding_windows:
         return (
             f"This {backbone.family.name} cannot be blindfolded: some of its layers have sliding windows, and the "
             "blindfold's one mask for all layers would open them. Train the memory without the warm-up (0 blindfold "

@@ -197,7 +197,7 @@ def _set_starting_values(branch: Any, memory: Any, moment: Moment, kinds: tuple[
 def _mean_square(backbone: Backbone, patches: list[torch.Tensor]) -> torch.Tensor:
     """The mean patch [s * s, d] at each place of a projector's square."""
     cells, everything = backbone.merge_side**2, torch.cat(patches).float()
-    if backbone.vision.shuffles or backbone.vision.class_token or len(everything) % cells:
+    if not backbone.patches_are_in_order or len(everything) % cells:
         return everything.mean(0).expand(cells, -1)  # these encoders keep patches in rows, not in squares
     return everything.unflatten(0, (-1, cells)).mean(0)
 
