@@ -193,8 +193,9 @@ def require_chat_template(processor: Any) -> None:
     if "suffix" in inspect.signature(type(processor).__call__).parameters:
         raise TemplateError(
             f"{type(processor).__name__} wants question and answer apart (suffix=), because its model reads the "
-            "question in both directions; in a conversation it would see the answers that it learns to give. keepsight's "
-            "commands are for models that read conversations; attach a memory to this one in a training loop of your own."
+            "question in both directions; in a conversation it would see the answers that it learns to give. The "
+            "commands are for models that read conversations; attach a memory to this one in a training loop of your "
+            "own."
         )
     if getattr(processor, "tokenizer", None) is None:
         raise TemplateError(
