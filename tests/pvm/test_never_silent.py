@@ -16,6 +16,7 @@ import pytest
 import torch
 from families import BY_NAME, Row, TinyFamily, make_inputs
 from helpers import CLOSE, attach, generate, logits
+from more_families import MORE
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
@@ -325,3 +326,95 @@ def test_positions_that_do_not_fit_or_are_not_used_are_told() -> None:
         pass
     with pytest.warns(keepsight.KeepsightWarning, match="used by no call"), visual_positions(mask):
         logits(model, inputs)
+
+
+def decoded(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, dict[str, Any]]:
+    """(what makes logits of a call of the decoder by itself, the arguments that the VLM calls it with)."""
+    got: dict[str, Any] = {}
+    decoder, head = Backbone.of(model).decoder, model.get_output_embeddings()
+    handle = decoder.register_forward_pre_hook(lambda m, a, k: got.update(k), with_kwargs=True)
+    with memory_off(model):
+        logits(model, inputs, use_cache=False)
+    handle.remove()
+    call = torch.no_grad()(lambda **given: head(decoder(**given, use_cache=False).last_hidden_state))
+    return call, {n: v for n, v in got.items() if n != "use_cache" and not isinstance(v, Cache)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_decoder_by_itself_reads_finished_embeddings_or_warns(name: str) -> None:
+    model, inputs = built_with(name)
+    call, given = decoded(model, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", keepsight.KeepsightWarning)
+        call(input_ids=inputs["input_ids"])  # text
+        with visual_positions(inputs["input_ids"] == model.config.image_token_id):
+            found = call(**given)
+        with memory_off(model):
+            call(**given)
+    torch.testing.assert_close(found, logits(model, inputs, use_cache=False), **CLOSE)
+    with pytest.warns(keepsight.KeepsightWarning, match=r"inputs_embeds were given.*visual_positions"):
+        call(**given)
+
+
+#: What a family's decoder is given of an image beside embeddings; with it, where the model takes it, all is right.
+BESIDE = {
+    "qwen3_vl": (["three dimensions", "deepstack_visual_embeds"], False),
+    "qwen2_5_vl": (["three dimensions"], True),
+    "qwen3_5": (["three dimensions"], True),
+    "glm4v": (["three dimensions"], True),
+    "gemma3": (["token_type_ids"], True),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_embeddings_are_not_all_of_an_image(name: str) -> None:
+    lacking, can_be_given = BESIDE[name]
+    family = next(row for row in [*BY_NAME.values(), *MORE] if row.name == name)
+    model, inputs = attach(family.build()), make_inputs(family, family.build(), ROWS)
+    twin = attach(family.build())  # Qwen's models remember the places of the last image
+    _, given = decoded(twin, inputs)
+    embeds = {n: given[n] for n in ("inputs_embeds",)} | {"attention_mask": inputs["attention_mask"]}
+    mask = inputs["input_ids"] == model.config.image_token_id
+    with visual_positions(mask), pytest.warns(keepsight.KeepsightWarning, match="from pixels") as caught:
+        logits(model, embeds, use_cache=False)
+    assert all(words in str(caught[0].message) for words in lacking)
+    with visual_positions(torch.zeros_like(mask)), warnings.catch_warnings():
+        warnings.simplefilter("error", keepsight.KeepsightWarning)
+        logits(model, embeds, use_cache=False)
+    if can_be_given:
+        more = {n: inputs[n] for n in ("token_type_ids",) if n in inputs}
+        more |= {n: given[n] for n in ("position_ids",) if given.get(n) is not None and not more}
+        with visual_positions(mask), warnings.catch_warnings():
+            warnings.simplefilter("error", keepsight.KeepsightWarning)
+            found = logits(model, embeds | more, use_cache=False)
+        torch.testing.assert_close(found, logits(twin, inputs, use_cache=False), **CLOSE)
+
+
+# Compiled
+
+
+@pytest.mark.parametrize("part", ["model", "decoder"])
+@pytest.mark.parametrize("name", ["internvl_qwen3", "qwen3_5"])
+def test_a_compiled_model_reads_pixels(name: str, part: str) -> None:
+    model, inputs = built_with(name)
+    eager = logits(model, inputs)
+    torch._dynamo.reset()
+    if part == "decoder":
+        Backbone.of(model).decoder.compile(backend="eager")
+    found = logits(torch.compile(model, backend="eager") if part == "model" else model, inputs)
+    torch.testing.assert_close(found, eager, **CLOSE)
+
+
+def test_a_compiled_model_reads_finished_embeddings_or_warns() -> None:
+    model, inputs = built_with("internvl_qwen3")
+    embeds, mask = finished(model, inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):  # and when it is compiled
+        with pytest.warns(keepsight.KeepsightWarning, match=r"inputs_embeds were given.*visual_positions"):
+            logits(compiled, embeds)
+        with visual_positions(mask):
+            torch.testing.assert_close(logits(compiled, embeds), logits(model, inputs), **CLOSE)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="keepsight reads images, and looks for them in inputs_embeds, outside"):
+        logits(torch.compile(model.get_base_model(), backend="eager", fullgraph=True), embeds)

@@ -64,6 +64,8 @@ class Family:
         projector: dotted attribute of the module that maps vision features into the decoder's width.
         visual_tokens: (modality, config attribute with the id of the placeholder token that its embeddings replace).
         merge_side: from the configuration: patches, per side, that one visual token stands for.
+        sees_both_ways: argument of the VLM with the types of tokens by which an image's tokens see each other, also
+            later ones (`None`: as text does, or the decoder finds out by itself).
         vision: how the vision encoder is built, for VisMem; where the family takes several, by their `model_type`. None
             if VisMem cannot form its short-term memory in it.
         no_vismem: why not, as the end of a sentence; for errors and docs/families.md.
@@ -78,6 +80,7 @@ class Family:
     projector: str
     visual_tokens: tuple[tuple[str, str], ...] = (("image", "image_token_id"), ("video", "video_token_id"))
     merge_side: Callable[[Any], int] = lambda config: 1
+    sees_both_ways: str | None = None
     vision: VisionParts | Mapping[str, VisionParts] | None = None
     no_vismem: str = "its vision encoder is not described in keepsight yet"
     tiles: Callable[..., list[int] | None] | None = None

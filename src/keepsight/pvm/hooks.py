@@ -129,6 +129,16 @@ class PvmRoute:
     # The decoder
 
     def _make_memory(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if torch.compiler.is_compiling() and self._is_on and self._may_bring_images(flights.here.call, args, kwargs):
+            return _outside_of_graphs(self._make, decoder, args, kwargs)
+        return self._make(decoder, args, kwargs)
+
+    def _may_bring_images(self, call: Given | None, args: tuple, kwargs: dict) -> bool:
+        """Whether the call must be looked at: it brings images, or embeddings of which nobody knows what they hold."""
+        given = self.backbone.decoder_input(args, kwargs) if call is None else call.arguments.get("inputs_embeds")
+        return given is not None or bool(self._modalities(call))
+
+    def _make(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call, flights.here.reached = flights.here.call, {}
         flights.here.memory = flights.here.residual = None  # of a call that ended in an error
         if call is not None:
@@ -183,20 +193,10 @@ class PvmRoute:
                     "in inputs_embeds) and found none. A memory would have nothing to remember. Give the prompt its "
                     "placeholder tokens (the processor's chat template writes them), or no pixels."
                 )
-        elif (call is not None and call.arguments.get("inputs_embeds") is None) or torch.compiler.is_compiling():
-            return None, None
-        elif not positions_given():
-            if call is not None and self._reads:
-                warnings.warn(
-                    "inputs_embeds were given and no pixels: if images are in them, the visual memory cannot know, and "
-                    "is without them. Say where they stand: `with keepsight.pvm.visual_positions(mask):` around the "
-                    "call (mask: bool [B, T], true at visual positions; all false says that there is no image).",
-                    KeepsightWarning,
-                    stacklevel=2,
-                )
-            return None, None
-        else:
+        elif self._may_bring_images(call, args, kwargs):
             mask = None
+        else:
+            return None, None
         embeds = self.backbone.decoder_input(args, kwargs)
         if embeds is None:
             if mask is None:
@@ -207,8 +207,8 @@ class PvmRoute:
                 f"({', '.join(kwargs) or 'none by name'}). " + _ASK
             )
         if mask is None:
-            mask = positions_at(int(start), *embeds.shape[:2]).to(embeds.device)
-            if not mask.any():
+            mask = self._told_mask(call, kwargs, start, embeds)
+            if mask is None:
                 return None, None
         if mask.shape != embeds.shape[:2]:
             raise KeepsightError(
@@ -216,6 +216,32 @@ class PvmRoute:
                 "the visual memory cannot tell where the images stand. " + _ASK
             )
         return mask, embeds
+
+    def _told_mask(self, call: Given | None, kwargs: dict, start: Any, embeds: torch.Tensor) -> torch.Tensor | None:
+        """Where the caller says that images stand [B, T] in finished embeddings [B, T, D]; None without images."""
+        if not positions_given():
+            if self._reads:
+                warnings.warn(
+                    "inputs_embeds were given and no pixels: if images are in them, the visual memory cannot know, and "
+                    "is without them. Say where they stand: `with keepsight.pvm.visual_positions(mask):` around the "
+                    "call (mask: bool [B, T], true at visual positions; all false says that there is no image).",
+                    KeepsightWarning,
+                    stacklevel=2,
+                )
+            return None
+        mask = positions_at(int(start), *embeds.shape[:2]).to(embeds.device)
+        if not mask.any():
+            return None
+        lacking = self.backbone.lacking_beside(kwargs, mask, None if call is None else call.arguments)
+        if lacking:
+            warnings.warn(
+                f"{self.backbone.family.name} brings more of an image to its decoder than embeddings; inputs_embeds "
+                f"came without {' and without '.join(lacking)}. The memory reads the images; the model itself, memory "
+                "on or off, computes something else than from pixels. Give pixel_values and input_ids where you can.",
+                KeepsightWarning,
+                stacklevel=2,
+            )
+        return mask
 
     def _fills_cache(self, decoder: Any, cache: Any, kwargs: dict) -> bool:
         """Whether the call will write to a KV cache, as far as can be known before it."""
@@ -241,7 +267,8 @@ class PvmRoute:
             return
         if cache is not None:
             VisualCache.mark(cache)
-            memory.store(cache)
+            if memory.visual_mask is not None:
+                _outside_of_graphs(memory.store, cache)
         elif self._fills_cache(decoder, None, kwargs) and not (decoder.training and torch.is_grad_enabled()):
             raise KeepsightError(
                 f"{self.backbone.decoder_path} was to fill a KV cache, and no KV cache was found: looked for "
@@ -286,6 +313,15 @@ _ASK = (
     "This release of transformers, or a change to the model, takes another way than keepsight knows: install a release "
     "that keepsight was tested with (docs/compatibility.md), or switch the memory off (keepsight.pvm.memory_off)."
 )
+
+
+@torch.compiler.disable(
+    reason="keepsight reads images, and looks for them in inputs_embeds, outside of compiled graphs. Compile without "
+    "fullgraph=True, or only the calls behind the prompt (input_ids and a cache), which are one graph"
+)
+def _outside_of_graphs(function: Any, *args: Any) -> Any:
+    """What depends on values, warns, or asks what a caller said: a graph would keep the first call's answer."""
+    return function(*args)
 
 
 def _note_tower(tower: nn.Module, args: tuple, output: Any) -> None:

@@ -26,6 +26,7 @@ ROWS: dict[str, Family] = {
         visual_tokens=_IMAGES,
         merge_side=_pooled_side,
         vision=replace(SIGLIP, project=on_full_images),
+        sees_both_ways="token_type_ids",
     ),
     "gemma4": Family(name="Gemma 4", vision_tower="vision_tower", projector="embed_vision"),
     "paligemma": Family(
