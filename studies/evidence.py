@@ -28,7 +28,8 @@ computed from the raw numbers.
 **How to read it.** Accuracies are percent of answers right, teacher-forced; ± is half of the 95 % interval over seeds
 (Student's t). Each seed has its own base, its own data and its own test images, so differences are taken seed by seed.
 "Holds" needs the interval of the difference to exclude zero in the direction claimed, unless the text says otherwise;
-"does not hold" includes "no difference could be shown". An interval over five seeds is wide, and a verdict is about
+"does not hold" includes "no difference could be shown", and "cannot be tested here" stands where no control shows that
+the task could have shown it. An interval over five seeds is wide, and a verdict is about
 this lab only.
 """
 

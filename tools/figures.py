@@ -59,6 +59,7 @@ ALLOWED = {
     r"(?:learning rate|rate) ten times": "a setting",
     r"4 x 100 million": "a limit",
     r"per token and block 2 x heads": "a size",
+    r"\d GiB to spare": "a setting",
     r"0\.3[23]\.x": "a version",
     r"at least 3 x the rounding": "a bound of a test",
     r"16 times the visual tokens": "a size",

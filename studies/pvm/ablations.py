@@ -25,9 +25,7 @@ def _strided(results: Results) -> Judgement:
     gaps = {row: results.difference("strided", row, FAR) for row in chosen}
     numbers = f"Strided minus peak attention {gaps['peak'].points()}, minus max decay {gaps['decay'].points()}"
     if sum(layers == [1, 3] for found in chosen.values() for layers in found.values()) > len(chosen["peak"]):
-        return Judgement(
-            "cannot be tested at this scale", f"With four layers the strategies mostly agree ({words}). {numbers}."
-        )
+        return Judgement("cannot be tested here", f"With four layers the strategies mostly agree ({words}). {numbers}.")
     return judged(all(gap.low > 0 for gap in gaps.values()), f"{numbers} at 2,048 tokens ({words}).")
 
 
@@ -124,7 +122,7 @@ def _plain_collapse(results: Results) -> Judgement:
     )
     return judged(
         gap.low > 0 and base.high < 0,
-        f"By the paper's recipe, averaged over lengths, embeddings are {gap.points()} ahead of hidden states; hidden "
+        f"By plain SFT, averaged over lengths, embeddings are {gap.points()} ahead of hidden states; hidden "
         f"states against the base: {base.points()}.",
     )
 

@@ -17,7 +17,7 @@ PAPER = "PVM paper"
 
 METHOD_LABELS = {
     "pvm": "PVM with blindfold warm-up (ours)",
-    "pvm_plain": "PVM, plain SFT (the paper's stage 1)",
+    "pvm_plain": "PVM, plain SFT (no warm-up; our learning rates)",
     "lora": "LoRA",
     "mlp": "parallel MLP",
     "sft": "SFT (full fine-tuning)",

@@ -54,7 +54,7 @@ def unknown(results: Results, tasks: tuple[str, ...], near: str = "{}_near") -> 
     if min(known.values(), default=1.0) >= KNOWN:
         return None
     told = ", ".join(f"{task} {value:.0%}" for task, value in known.items())
-    return Judgement("cannot be tested at this scale", f"The bases do not know the tasks in short outputs ({told}).")
+    return Judgement("cannot be tested here", f"The bases do not know the tasks in short outputs ({told}).")
 
 
 def _carries_over(method: str) -> Any:
@@ -112,8 +112,8 @@ CROSS = Study(
     ),
     claims=(
         Claim(
-            "What a latent memory learns carries over to tasks that it was not trained on (trained on two general sets "
-            "only: 72.9, 66.4, 39.1, 74.9; on all: 75.1, 69.8, 41.4, 77.0).",
+            "What a latent memory (here the long one) learns carries over to tasks that it was not trained on (trained "
+            "on two general sets only: 72.9, 66.4, 39.1, 74.9; on all: 75.1, 69.8, 41.4, 77.0).",
             "VisMem paper, cross-domain",
             ("base", *(f"{m}_{n}" for m in METHODS for n in ("perception", "all"))),
             _carries_over("vismem"),

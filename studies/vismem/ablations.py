@@ -35,10 +35,12 @@ def _beats_clock(results: Results) -> Judgement:
 def _both_stages(results: Results) -> Judgement:
     gap = results.difference("learned", "random_50", "score")
     always = results.difference("learned", "always", "score")
+    typed = results.difference("learned", "only_long", "score")
     return judged(
-        gap.low > 0 and always.low > 0,
-        f"Stage I and II minus stage I only (invoked at random, 50 %): {gap.points()}; minus always: "
-        f"{always.points()}.",
+        gap.low > 0 and always.low > 0 and typed.low > 0,
+        f"Stages I and II minus stage I alone: at random, 50 %, either type {gap.points()}; always, either type "
+        f"{always.points()}; always, only long {typed.points()}. So what is needed is the type of memory, which a "
+        "setting can say as well, and not a second stage.",
     )
 
 
@@ -116,7 +118,7 @@ WHEN = Study(
         Claim(
             "Both stages are needed: formation alone, invoked at random, is worse.",
             f"{PAPER}, ablation",
-            ("learned", "random_50", "always"),
+            ("learned", "random_50", "always", "only_long"),
             _both_stages,
         ),
         Claim(

@@ -71,6 +71,7 @@ class Mark:
     column: int
     length: int
     text: torch.Tensor
+    inputs: torch.Tensor
     last: torch.Tensor
 
 
@@ -87,6 +88,7 @@ class Reading:
         embeddings: the images' visual embeddings [B, M, D], as they enter the language model.
         column: columns read so far.
         text: text states since the last memory [B, Z, D].
+        inputs: input embeddings since the prompt [B, n, D].
         last: the last state [B, D].
     """
 
@@ -102,7 +104,10 @@ class Reading:
         inputs["mm_token_type_ids"] = inputs["mm_token_type_ids"][:, : self.column]
         with torch.no_grad(), vismem_scope.watching() as watch, watch_visual_embeddings(self.backbone) as seen:
             output = self.backbone.vlm(**inputs, use_cache=True)
-            self.sights: list[Sight] = read_sights(self.backbone, watch.vision_calls, ids, output[0], inputs)
+            embedded = watch.embedded
+            self.sights: list[Sight] = read_sights(
+                self.backbone, watch.vision_calls, ids, output[0], inputs, embedded=embedded
+            )
         self.embeddings = torch.stack(seen.rows(ids))
         self._cache: Any = find_output_cache(output)
         places, _ = self.backbone.vlm.get_rope_index(
@@ -113,6 +118,10 @@ class Reading:
         self._offset = int(places.max()) + 1 - self.column  # a text position is its index plus this
         self._length = self.column
         self.text = output[0][:, batch.start :].detach()
+        assert embedded is not None
+        for sight, prompt in zip(self.sights, embedded, strict=True):
+            sight.prompt = prompt[: batch.start].detach()
+        self.inputs = embedded[:, batch.start :].detach()
         self.last = output[0][:, -1]
 
     # Going on
@@ -134,7 +143,8 @@ class Reading:
         """The memory of each row, as things stand: [B, N, D], with gradients where they are enabled."""
         limit = self.branch.config.max_text_states
         text = self.text.detach() if limit is None else self.text[:, -limit:].detach()
-        formations = [Formation(sight, states) for sight, states in zip(self.sights, text, strict=True)]
+        rows = zip(self.sights, text, self.inputs, strict=True)
+        formations = [Formation(sight, states, tokens) for sight, states, tokens in rows]
         return self.branch.formers().form(kind, formations)
 
     def splice(self, kind: str, latents: torch.Tensor) -> None:
@@ -162,13 +172,14 @@ class Reading:
     def mark(self) -> Mark:
         """Where the reading is."""
         states = [(layer.keys, layer.values) for layer in self._cache.layers]
-        return Mark(states, self.column, self._length, self.text, self.last)
+        return Mark(states, self.column, self._length, self.text, self.inputs, self.last)
 
     def rewind(self, mark: Mark) -> None:
         """Go back to a mark. Updates of the cache make new tensors, so the old ones are still what they were."""
         for layer, (keys, values) in zip(self._cache.layers, mark.states, strict=True):
             layer.keys, layer.values = keys, values
-        self.column, self._length, self.text, self.last = mark.column, mark.length, mark.text, mark.last
+        self.column, self._length, self.last = mark.column, mark.length, mark.last
+        self.text, self.inputs = mark.text, mark.inputs
 
     def _token(self, index: int) -> torch.Tensor:
         ids = torch.full((len(self.sights), 1), index)
@@ -176,6 +187,7 @@ class Reading:
 
     def _run(self, embeddings: torch.Tensor) -> torch.Tensor:
         rows, count = embeddings.shape[:2]
+        self.inputs = torch.cat([self.inputs, embeddings.detach()], 1)
         places = torch.arange(self._length, self._length + count) + self._offset
         self._length += count
         output = self.backbone.decoder(

@@ -19,11 +19,11 @@ ROWS = [Row(3, (1, 2), 2, (2, 2), 4, seed=1), Row(1, (2, 2), 5, seed=2), Row(7, 
 LENGTHS = [40, 25, 33, 28]
 
 
-@pytest.fixture(params=["qwen3_vl", "llava_onevision"])
+@pytest.fixture(params=[("qwen3_vl", "states"), ("qwen3_vl", "tokens"), ("llava_onevision", "states")], ids="-".join)
 def latent(request):
     """A model whose random invocation rows fire now and then, and its family."""
-    family = BY_NAME[request.param]
-    model = attach(family.build(), max_invocations=3, max_text_states=4)
+    family, long_input = BY_NAME[request.param[0]], request.param[1]
+    model = attach(family.build(), max_invocations=3, max_text_states=4, long_input=long_input)
     with torch.no_grad():
         VisMemBranch.of(model).active.rows.invoke_bias.fill_(0.6)
     return family, model

@@ -51,9 +51,9 @@ def test_a_reading_is_one_forward_of_the_whole():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["short", "long"])
-def test_memories_are_the_ones_that_generate_forms(kind):
-    model, processor = built()
+@pytest.mark.parametrize(("kind", "long_input"), [("short", "states"), ("long", "states"), ("long", "tokens")])
+def test_memories_are_the_ones_that_generate_forms(kind, long_input):
+    model, processor = built(long_input=long_input)
     batch = narrations(processor, rows=1)
     reading = Reading(model, batch, decision_column(batch))
     at = reading.column

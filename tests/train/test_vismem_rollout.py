@@ -57,6 +57,14 @@ def test_training_sees_the_distribution_of_the_rollout(name, policy):
         assert (log_probs(model, prompts, trajectories, recorded, 1.0) - rolled).abs().max() > 0.03
 
 
+def test_memories_of_the_token_sequence_are_formed_again_as_they_were():
+    model, prompts = model_and_prompts("qwen3_vl", long_input="tokens", max_text_states=3)
+    trajectories = written(model, prompts, RANDOM)
+    assert any(i.kind == "long" for t in trajectories for i in t.invocations)
+    with torch.no_grad():
+        torch.testing.assert_close(formed_latents(model, trajectories), recorded_latents(model, trajectories), **CLOSE)
+
+
 def test_a_trajectory_does_not_depend_on_those_beside_it(name):
     model, prompts = model_and_prompts(name)
     together = written(model, prompts)

@@ -69,17 +69,24 @@ def test_one_type_leaves_the_other_alone():
     assert not any(n.startswith(("short_", "to_vision")) for n in changed)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_memories_are_formed_from_what_generation_forms_them_from(name):
+@pytest.mark.parametrize(("name", "kind"), [*((name, "short") for name in NAMES), ("qwen3_vl", "long")])
+def test_memories_are_formed_from_what_generation_forms_them_from(name, kind):
     family = BY_NAME[name]
     model = family.build()
-    model = attach(model, max_text_states=3)
+    # Without a cap X of the token sequence is the same wherever the prompt is said to end.
+    model = attach(model, max_text_states=3) if kind == "short" else attach(model, long_input="tokens")
     inputs = make_inputs(family, model, ROWS[:1])
-    out = generate(model, inputs, n=16, memory=forced([{4: "short"}]))
+    out = generate(model, inputs, n=16, memory=forced([{4: kind}]))
     [[invocation]] = out.invocations
     prompt = inputs["input_ids"].shape[1]
     text = with_continuation(inputs, out.sequences[:, prompt : invocation.position])
     moment = look(VisMemBranch.of(model), text)
+    if kind == "long":  # the warm start writes the token of short-term memory for both types
+        own = moment.formations[0]
+        sequences = [torch.cat([f.sight.prompt, f.tokens])[:-1] for f in (own, invocation.formation)]
+        torch.testing.assert_close(*sequences, rtol=0, atol=3e-5)
+        assert torch.isfinite(VisMemBranch.of(model).formers().form("long", [own])).all()
+        return
     torch.testing.assert_close(moment.formations[0].text, invocation.formation.text, rtol=0, atol=3e-5)
     torch.testing.assert_close(moment.formations[0].sight.visual, invocation.formation.sight.visual, rtol=0, atol=3e-5)
     formed = VisMemBranch.of(model).formers().form("short", moment.formations)[0]

@@ -11,7 +11,8 @@ from vismem_helpers import BY_NAME, CLOSE, ROWS, attach, built, forced, generate
 
 from keepsight.backbone import Backbone
 from keepsight.compat import enable_checkpointing
-from keepsight.vismem import VisMemBranch, VisMemConfig, scope
+from keepsight.errors import KeepsightError
+from keepsight.vismem import VisMemBranch, VisMemConfig, scope, splice
 from keepsight.vismem.formers import Formers
 from keepsight.vismem.memory import Formation, Sight
 from keepsight.vismem.module import match_rms
@@ -443,3 +444,47 @@ def test_pad_is_left_and_masked():
     stacked, valid = pad([torch.ones(2, 3), torch.ones(4, 3)])
     assert valid.tolist() == [[False, False, True, True], [True] * 4]
     assert stacked[0, :2].abs().max() == 0
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_long_memory_of_the_token_sequence_equals_its_definition(name, limit):
+    """X is what the decoder was given: prompt, question, image, text and earlier memories, padding left out."""
+    plans = [{0: "long", 4: "long"}, {0: "short", 4: "long"}, {4: "long"}]
+    model, inputs, out = formed(name, ROWS, plans, long_input="tokens", max_text_states=limit)
+    branch = VisMemBranch.of(model)
+    backbone, memory, formers = branch.backbone, branch.active, branch.formers()
+    start = inputs["input_ids"].shape[1]
+    whole = with_continuation(inputs, out.sequences[:, start:])
+    given = []
+    handle = backbone.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad(), splice(model, out.sequences, out.invocations):
+        model(**whole, use_cache=False)
+    handle.remove()
+    for row, invocations in enumerate(out.invocations):
+        for invocation in (i for i in invocations if i.kind == "long"):
+            formation = invocation.formation
+            prompt = given[0][row, :start][inputs["attention_mask"][row].bool()]
+            text = given[0][row, start : invocation.position + 1]
+            sequence = torch.cat([prompt, text if limit is None else text[-limit:]])[None]
+            visual, thought = formation.sight.visual[None], formation.text[None]
+            seen, known = (torch.ones(1, t.shape[1], dtype=torch.bool) for t in (visual, thought))
+            with torch.no_grad(), scope.base_only():
+                queries = match_rms(memory.builder(visual, seen, thought, known), memory.embedding_rms)
+                x = torch.cat([sequence, queries, memory.long_slots[None]], 1)
+                states = formers._decode(x, torch.ones(1, x.shape[1], dtype=torch.bool))
+                expected = memory.as_embeddings(states[:, -branch.config.num_long :], short=False)[0]
+            torch.testing.assert_close(invocation.latents, expected, **CLOSE)
+    _, _, states = formed(name, ROWS, plans, max_text_states=limit)
+    assert not torch.allclose(states.invocations[2][0].latents, out.invocations[2][0].latents)
+
+
+def test_a_token_sequence_that_was_not_kept_is_an_error():
+    model, _, out = formed("qwen3_vl")
+    branch = VisMemBranch.of(model)
+    branch.config.long_input = "tokens"
+    with pytest.raises(KeepsightError, match="were not kept here"):
+        branch.formers().form("long", [out.invocations[0][1].formation])
+    with pytest.raises(ValueError, match="literal"):
+        VisMemConfig(long_input="tokens", form="incremental")

@@ -4,7 +4,7 @@ The language model is frozen (but for `sft`) and adapters go on by PEFT's public
 model that answers. Every method sees the same batches in the same order; what differs is what its parameters can reach:
 
     pvm         a branch that attends to the image alone, trained with keepsight's blindfold (not in the paper)
-    pvm_plain   the same branch without the blindfold: the paper's recipe
+    pvm_plain   the same branch and learning rates without the blindfold (the paper's rates are lower)
     lora        low-rank changes of the language model's own linear maps
     mlp         a parallel feed-forward branch of PVM's size at PVM's layers, which sees no image (the paper's control)
     lora_long   LoRA trained at the length it is asked at

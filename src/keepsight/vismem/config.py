@@ -54,8 +54,13 @@ class VisMemConfig(MemoryConfig):
             "incremental": patches, and what was written so far, do not attend to the appended positions, so their keys
             and values under the adapter are computed once per image, and an invocation costs only its own positions.
             The two are different functions: train and use a memory in the same form.
+        long_input: X, what the long-term former runs on. "states": H, the last hidden states of the image and of the
+            text since the last memory. "tokens": the paper's words, "the token sequence of the language model": its
+            input embeddings of everything so far, prompt and question, image, text and earlier memories, in order. It
+            needs `form="literal"`. Why "states" is the default, with figures: docs/vismem.md.
         slot_layout: where the short-term memory's positions lie: "strip", under the image; or "grid", spread over it.
         max_text_states: how many of the latest text states the memory is formed from; None: all since the last memory.
+            With `long_input="tokens"` also how many tokens behind the prompt.
         policy: when memory is invoked, unless `generate(memory=...)` says otherwise: "free" (the model decides),
             "off", "random", "only_short", "only_long" or "reversed"; see `MemoryPolicy`.
         max_invocations: guard against invocation loops: at most so many per sequence.
@@ -89,6 +94,7 @@ class VisMemConfig(MemoryConfig):
     long_dropout: float = field(default=0.1)
     long_targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
     form: Literal["literal", "incremental"] = field(default="literal")
+    long_input: Literal["states", "tokens"] = field(default="states")
     slot_layout: Literal["strip", "grid"] = field(default="strip")
     max_text_states: int | None = field(default=None)
     policy: PolicyName = field(default="free")
@@ -137,6 +143,12 @@ class VisMemConfig(MemoryConfig):
             if wrong or not getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected some of {', '.join(PROJECTIONS)}.")
         _one_of("form", self.form, ("literal", "incremental"))
+        _one_of("long_input", self.long_input, ("states", "tokens"))
+        if self.long_input == "tokens" and self.form == "incremental":
+            raise ValueError(
+                "long_input='tokens' reads everything again for each memory, and form='incremental' keeps what it "
+                "read. Choose form='literal', or long_input='states'."
+            )
         _one_of("slot_layout", self.slot_layout, ("strip", "grid"))
         if self.policy == "forced":
             raise ValueError(

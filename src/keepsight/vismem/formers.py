@@ -1,7 +1,8 @@
 """The two memory formers: the base model, run on what was seen and thought, under a low-rank adapter.
 
     short   vision encoder:   [patches | to_vision(Q) | M_init]  -> last positions -> the model's own projector
-    long    language model:   [H | Q | M_init]                   -> last positions
+    long    language model:   [H | Q | M_init]                   -> last positions   (long_input="tokens": the input
+                              embeddings of everything so far in place of H)
 
 In both forms the queries Q come from the query builder. The incremental form keeps, per image: keys and values of the
 visual states in the query builder, of the patches in the vision encoder, and of the visual states in the language
@@ -60,7 +61,11 @@ class Formers:
             text, text_valid = self._texts(formations)
             queries = self._queries(formations, text, text_valid)
             formed = (
-                self._short(formations, queries) if kind == SHORT else self._long(formations, text, text_valid, queries)
+                self._short(formations, queries)
+                if kind == SHORT
+                else self._long(formations, text, text_valid, queries)
+                if self.config.long_input == "states"
+                else self._long_of_tokens(formations, queries)
             )
         latents = self.memory.as_embeddings(formed.to(self.memory.dtype), kind == SHORT)
         change = calls.here.change
@@ -170,6 +175,24 @@ class Formers:
                 cache.update(*states, layer)
         valid = torch.cat([valid, text_valid, text_valid.new_ones(own.shape[:2])], 1)
         return self._decode(torch.cat([self._as_input(text), own], 1), valid, cache)[:, -count:]
+
+    def _long_of_tokens(self, formations: Sequence[Formation], queries: torch.Tensor) -> torch.Tensor:
+        """The same with the token sequence as X: input embeddings, which are not rescaled."""
+        limit, sequences = self.config.max_text_states, []
+        for formation in formations:
+            prompt, tokens = formation.sight.prompt, formation.tokens
+            if prompt is None or tokens is None:
+                raise KeepsightError(
+                    "long_input='tokens' forms a long-term memory from the language model's input embeddings, and they "
+                    "were not kept here. Use model.generate, keepsight serve or keepsight train; or "
+                    "long_input='states'."
+                )
+            sequences.append(torch.cat([prompt, tokens if limit is None else tokens[-limit:]]))
+        seen, valid = pad(sequences)
+        slots = self.memory.long_slots.expand(len(formations), -1, -1)
+        own = torch.cat([self._as_input(queries), slots.to(self._dtype)], 1)
+        valid = torch.cat([valid, valid.new_ones(own.shape[:2])], 1)
+        return self._decode(torch.cat([seen.to(self._dtype), own], 1), valid)[:, -self.config.num_long :]
 
     @staticmethod
     def _stacked(prefixes: list[Any], layer: int, which: int, longest: int) -> torch.Tensor:

@@ -58,7 +58,7 @@ class VisMemRoute:
             embedding.register_forward_pre_hook(self._hide_ids),
             embedding.register_forward_hook(self._write_rows),
             head.register_forward_hook(self._write_logits),
-            backbone.decoder.register_forward_hook(_note_hidden),
+            backbone.decoder.register_forward_hook(_note_hidden, with_kwargs=True),
         ]
         for index, block in enumerate(backbone.vision_blocks):
             note = functools.partial(_note_vision, index)
@@ -178,10 +178,10 @@ class VisMemRoute:
         return active.rows.score(args[0], output, self.branch.config.token_ids)
 
 
-def _note_hidden(decoder: Any, args: tuple, output: Any) -> None:
+def _note_hidden(decoder: Any, args: tuple, kwargs: dict, output: Any) -> None:
     watch = scope.current_watch()
     if watch is not None:
-        watch.hidden = output.last_hidden_state
+        watch.hidden, watch.embedded = output.last_hidden_state, kwargs.get("inputs_embeds")
 
 
 def _note_coordinates(rotary: Any, args: tuple, kwargs: dict) -> None:

@@ -27,6 +27,7 @@ class Sight:
         visual: last hidden states of the language model at visual positions [M, D] (M may be 0).
         patches: the images' patches as they enter the vision encoder; None without an image, and then there is no
             short-term memory.
+        prompt: input embeddings of the prompt [P, D], padding left out: for `long_input="tokens"`.
         query_states: incremental form: keys and values of `visual` in the query builder.
         patch_states: incremental form: keys and values of `patches` under the short-term former's adapter.
         prefix_states: incremental form: keys and values of `visual` under the long-term former's adapter, per layer,
@@ -35,6 +36,7 @@ class Sight:
 
     visual: torch.Tensor
     patches: Patches | None = None
+    prompt: torch.Tensor | None = field(default=None, repr=False)
     query_states: list[KeysValues] | None = field(default=None, repr=False)
     patch_states: list[BlockStates | None] | None = field(default=None, repr=False)
     prefix_states: list[tuple[torch.Tensor, torch.Tensor]] | None = field(default=None, repr=False)
@@ -47,10 +49,23 @@ class Formation:
     Attributes:
         sight: what the row sees.
         text: text states [Z, D], oldest first, the invocation token's included.
+        tokens: input embeddings [n, D] of all that came after the prompt, earlier memories included: for
+            `long_input="tokens"`.
     """
 
     sight: Sight
     text: torch.Tensor
+    tokens: torch.Tensor | None = field(default=None, repr=False)
+
+    def detach(self) -> Formation:
+        """The same as constants, with nothing kept."""
+
+        def constant(states: torch.Tensor | None) -> Any:
+            return None if states is None else states.detach()
+
+        patches = None if self.sight.patches is None else self.sight.patches.detach()
+        sight = Sight(self.sight.visual.detach(), patches, constant(self.sight.prompt))
+        return Formation(sight, self.text.detach(), constant(self.tokens))
 
 
 @dataclass
@@ -99,6 +114,7 @@ def read_sights(
     hidden: torch.Tensor,
     arguments: dict[str, Any],
     copies: int = 1,
+    embedded: torch.Tensor | None = None,
 ) -> list[Sight]:
     """What every row of a prompt sees.
 
@@ -109,6 +125,7 @@ def read_sights(
         hidden: the decoder's last hidden states [B, T, D].
         arguments: what `generate` was given besides: pixels and their sizes.
         copies: `num_return_sequences`.
+        embedded: the decoder's input embeddings [B, T, D], where memories are formed from them.
 
     Raises:
         KeepsightError: if the visual tokens of the prompt do not match what the vision encoder saw.
@@ -146,7 +163,11 @@ def read_sights(
             sights.append(sights[-1])
             continue
         seen = Patches.cat(per_row[row]) if per_row[row] else None
-        sights.append(Sight(hidden[row][visual_mask[row]].detach(), seen))
+        prompt = None
+        if embedded is not None:
+            valid = arguments.get("attention_mask")
+            prompt = embedded[row].detach() if valid is None else embedded[row][valid[row // copies].bool()].detach()
+        sights.append(Sight(hidden[row][visual_mask[row]].detach(), seen, prompt))
     return sights
 
 

@@ -44,10 +44,12 @@ class Watch:
 
     Attributes:
         hidden: the decoder's last hidden states [B, T, D] of the latest call, after the final norm.
+        embedded: what the decoder was given in that call: input embeddings [B, T, D].
         vision_calls: arguments of the vision encoder's blocks, one dict per call of the encoder.
     """
 
     hidden: torch.Tensor | None = None
+    embedded: torch.Tensor | None = None
     vision_calls: list[dict[str, Any]] = field(default_factory=list)
 
     def take_hidden(self) -> torch.Tensor:

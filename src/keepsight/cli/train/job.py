@@ -165,6 +165,12 @@ class VisMemOptions:
     form: Literal["literal", "incremental"] = setting(
         "literal", "literal: as published. incremental: an invocation costs only its own positions.", MEMORY
     )
+    long_input: Literal["states", "tokens"] = setting(
+        "states",
+        "What a long-term memory is formed from. states: hidden states of the image and the latest text. tokens: the "
+        "paper's words, the input embeddings of everything so far.",
+        MEMORY,
+    )
     max_text_states: int | None = setting(
         None,
         "Form memories from the latest so many text states only. Default: all, as the paper; with long outputs the "

@@ -120,10 +120,17 @@ class Probe:
             seen = watch_layout.take()
             hidden = watch.hidden
             assert hidden is not None
-            sights = read_sights(backbone, watch.vision_calls, inputs["input_ids"], hidden[:, :prompt], inputs)
+            whole = watch.embedded if memory.branch.config.long_input == "tokens" else None
+            first = None if whole is None else whole[:, :prompt]
+            sights = read_sights(
+                backbone, watch.vision_calls, inputs["input_ids"], hidden[:, :prompt], inputs, embedded=first
+            )
             if kind == SHORT and any(sight.patches is None for sight in sights):
                 continue
-            formations = [Formation(s, hidden[i, prompt:]) for i, s in enumerate(sights)]
+            formations = [
+                Formation(s, hidden[i, prompt:], None if whole is None else whole[i, prompt:])
+                for i, s in enumerate(sights)
+            ]
             latents = memory.branch.formers().form(kind, formations).float().cpu()
             found = self._found.setdefault(kind, _Collected())
             embeddings = embedded.rows(longer["input_ids"])

@@ -182,10 +182,15 @@ class VisMemHandle:
             with vismem_scope.watching() as watch, self._spliced(longer, [latents for _, latents in found]):
                 self.model(**longer, use_cache=False, logits_to_keep=1)
             assert watch.hidden is not None
+            whole = watch.embedded if self.branch.config.long_input == "tokens" else None
             if sight is None:
                 hidden = watch.hidden[:, :prompt]
-                sight = read_sights(self.backbone, watch.vision_calls, inputs["input_ids"], hidden, inputs)[0]
-            formation = Formation(sight, watch.hidden[0, prompt + since :])
+                embedded = None if whole is None else whole[:, :prompt]
+                sight = read_sights(
+                    self.backbone, watch.vision_calls, inputs["input_ids"], hidden, inputs, embedded=embedded
+                )[0]
+            tokens = None if whole is None else whole[0, prompt:]
+            formation = Formation(sight, watch.hidden[0, prompt + since :], tokens)
             latents = self.branch.formers().form(kind, [formation]).to(watch.hidden.dtype)
             found.append((formation, latents))
             since = start + self.sizes[kind] + 2

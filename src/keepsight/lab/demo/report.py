@@ -30,7 +30,7 @@ WHAT = {
     "pvm": "Two small branches that look at the image alone, with a softmax of their own. Text cannot crowd it out.",
     "lora": "Low-rank changes of the model's own attention: the usual way to fine-tune.",
     "mlp": "Two branches of the same size in the same places that look at nothing: is it just the extra parameters?",
-    "pvm_plain": "The paper's recipe: the same memory, trained without keepsight's blindfold.",
+    "pvm_plain": "The same memory and learning rates without keepsight's blindfold, which the paper does not have.",
     "lora_long": "LoRA trained on outputs as long as the longest asked here.",
 }
 

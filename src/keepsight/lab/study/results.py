@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Finding = Literal["holds", "does not hold", "cannot be tested at this scale", "not run"]
+Finding = Literal["holds", "does not hold", "cannot be tested here", "not run"]
 
 ENOUGH = 3
 """Seeds without which no verdict is given."""

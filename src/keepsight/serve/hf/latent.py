@@ -57,7 +57,8 @@ class LatentMemories:
         """The state of one row [1, T] whose prompt has just been read, inside `watching`."""
         assert self._watch is not None
         calls, hidden = self._watch.vision_calls, self._watch.take_hidden()
-        (sight,) = read_sights(self.writer.branch.backbone, calls, input_ids, hidden, inputs)
+        embedded = self.writer.embedded(self._watch)
+        (sight,) = read_sights(self.writer.branch.backbone, calls, input_ids, hidden, inputs, embedded=embedded)
         calls.clear()
         return RowState(sight, plan=dict(self.policy.plan(0)))
 
@@ -69,7 +70,7 @@ class LatentMemories:
     @staticmethod
     def copy(state: RowState) -> RowState:
         """The same for another answer to the same prompt, which shares what was seen."""
-        return replace(state, queue=[], text=[], invocations=[], plan={})
+        return replace(state, queue=[], text=[], tokens=[], invocations=[], plan={})
 
     def is_memory(self, token: int) -> bool:
         """Whether an id stands for memory and not for text."""
@@ -134,4 +135,4 @@ class LatentMemories:
     def remember(self, rows: list[Row], ids: list[list[int]], latents: list[list[Any]]) -> None:
         """Collect the text states of what has just been fed. Call it inside `watching`."""
         assert self._watch is not None
-        self.writer.remember([row.latent for row in rows], ids, latents, self._watch.take_hidden())
+        self.writer.remember([row.latent for row in rows], ids, latents, self._watch)

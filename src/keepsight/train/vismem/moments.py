@@ -49,16 +49,21 @@ def look(branch: Any, inputs: Mapping[str, Any], max_text_states: int | None = N
         backbone.vlm(**arguments, use_cache=False)
         hidden = watch.hidden
         assert hidden is not None
-        sights: list[Sight] = read_sights(backbone, watch.vision_calls, ids, hidden, arguments)
+        embedded = watch.embedded if branch.config.long_input == "tokens" else None
+        sights: list[Sight] = read_sights(backbone, watch.vision_calls, ids, hidden, arguments, embedded=embedded)
     visual = backbone.visual_mask(ids)
     limit = branch.config.max_text_states if max_text_states is None else max_text_states
     formations, embeddings = [], []
     for row, (sight, own) in enumerate(zip(sights, seen.rows(ids), strict=True)):
         if sight.patches is None or not len(sight.visual):
             continue
-        text = hidden[row, int(visual[row].nonzero().max()) + 1 :]
-        text = text[valid[row, -len(text) :]]
-        formations.append(Formation(sight, text if limit is None else text[-limit:]))
+        first = int(visual[row].nonzero().max()) + 1
+        text = hidden[row, first:][valid[row, first:]]
+        tokens = None
+        if embedded is not None:  # what stands behind the image is not twice in X
+            tokens = embedded[row, first:][valid[row, first:]]
+            sight.prompt = embedded[row, :first][valid[row, :first]]
+        formations.append(Formation(sight, text if limit is None else text[-limit:], tokens))
         embeddings.append(own)
     return Moment(len(ids), formations, embeddings)
 

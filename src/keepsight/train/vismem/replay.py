@@ -23,7 +23,6 @@ from keepsight.train.vismem.grpo import token_log_probs
 from keepsight.train.vismem.prompts import Prompt, is_tokenwise, padding_id, stack_prompts
 from keepsight.train.vismem.rollout import Trajectory, banned_ids
 from keepsight.vismem import VisMemBranch, splice
-from keepsight.vismem.memory import Formation, Sight
 from keepsight.vismem.sequences import pad_left, pad_right
 from keepsight.vismem.tokens import TYPES
 
@@ -42,17 +41,11 @@ def formed_latents(model: Any, trajectories: Sequence[Trajectory]) -> torch.Tens
     for kind in TYPES:
         where = [n for n, i in enumerate(invocations) if i.kind == kind]
         if where:
-            formed = formers.form(kind, [_constants(invocations[n].formation) for n in where])
+            formed = formers.form(kind, [invocations[n].formation.detach() for n in where])
             for n, memory in zip(where, formed, strict=True):
                 latents[n] = memory
     found = [memory for memory in latents if memory is not None]
     return torch.cat(found) if found else _nothing(model)
-
-
-def _constants(formation: Formation) -> Formation:
-    sight = formation.sight
-    patches = None if sight.patches is None else sight.patches.detach()
-    return Formation(Sight(sight.visual.detach(), patches), formation.text.detach())
 
 
 def _nothing(model: Any) -> torch.Tensor:

@@ -206,13 +206,15 @@ class MemoryDecoder:
         copies = self.config.num_return_sequences or 1
         self.writer.policy.check_rows(len(self.input_ids) * self.copies)
         self._read(copies)
+        valid = self.model_kwargs.get("attention_mask")
         sights = read_sights(
             self.writer.branch.backbone,
             self.watch.vision_calls,
             self.input_ids,
             self.watch.take_hidden(),
-            self.arguments,
+            self.arguments if valid is None else {**self.arguments, "attention_mask": valid[::copies]},
             copies,
+            self.writer.embedded(self.watch),
         )
         self.watch.vision_calls.clear()
         policy = self.writer.policy
@@ -279,7 +281,7 @@ class MemoryDecoder:
         inputs = model.prepare_inputs_for_generation(self.input_ids, next_sequence_length=count, **self.model_kwargs)
         with self.writer.feeding(step.ids, step.latents, self.input_ids.device):
             self.output = model(**inputs, return_dict=True)
-        self.writer.remember(self.rows, step.ids, step.latents, self.watch.take_hidden())
+        self.writer.remember(self.rows, step.ids, step.latents, self.watch)
 
     def _output(self) -> VisMemOutput:
         return VisMemOutput(

@@ -40,6 +40,7 @@ class RowState:
         plan: forced places that are still to come.
         queue: (id, latent or None) that must come next.
         text: hidden states [n, D] since the last memory.
+        tokens: input embeddings [n, D] since the prompt, where memories are formed from them.
         words: text tokens written.
         since: of them, since the last memory.
         size: positions of the last memory after its invocation token.
@@ -57,6 +58,7 @@ class RowState:
     plan: dict[int, str] = field(default_factory=dict)
     queue: list[tuple[int, torch.Tensor | None]] = field(default_factory=list)
     text: list[torch.Tensor] = field(default_factory=list)
+    tokens: list[torch.Tensor] = field(default_factory=list)
     words: int = 0
     since: int = 0
     size: int = 0
@@ -96,7 +98,10 @@ class MemoryWriter:
             ready = [i for i, row in enumerate(rows) if row.waiting == kind and not row.is_done]
             if not ready:
                 continue
-            formations = [Formation(rows[i].sight, torch.cat(rows[i].text)) for i in ready]
+            formations = [
+                Formation(row.sight, torch.cat(row.text), torch.cat(row.tokens) if row.tokens else None)
+                for row in (rows[i] for i in ready)
+            ]
             memories = self.formers.form(kind, formations)
             end = self.tokens.end[kind]
             for i, formation, latents in zip(ready, formations, memories, strict=True):
@@ -235,7 +240,7 @@ class MemoryWriter:
         return scope.only_words()
 
     def remember(
-        self, rows: Sequence[RowState], ids: list[list[int]], latents: list[list[Any]], hidden: torch.Tensor
+        self, rows: Sequence[RowState], ids: list[list[int]], latents: list[list[Any]], watch: scope.Watch
     ) -> None:
         """Collect the text states of what was just fed; memory positions and end tokens are no text.
 
@@ -243,12 +248,17 @@ class MemoryWriter:
             rows: B rows.
             ids: fed [B][c].
             latents: likewise.
-            hidden: the decoder's last hidden states [B, c, D].
+            watch: what passed by: the decoder's last hidden states [B, c, D], and what it was given.
         """
+        hidden, embedded = watch.take_hidden(), self.embedded(watch)
         limit, ends = self.branch.config.max_text_states, self.tokens.end.values()
-        for row, states, tokens, values in zip(rows, hidden, ids, latents, strict=True):
+        for index, (row, states, tokens, values) in enumerate(zip(rows, hidden, ids, latents, strict=True)):
             if row.is_done or (row.count >= self.limit and row.waiting is None):  # nothing will be formed from it
                 continue
+            if embedded is not None:
+                row.tokens.append(embedded[index])
+                if limit is not None:
+                    row.tokens = row.tokens[-limit:]
             # An end token closes the memory before it, latents and all: H restarts there.
             last = max((i for i, token in enumerate(tokens) if token in ends), default=-1)
             if last >= 0:
@@ -260,6 +270,10 @@ class MemoryWriter:
                 row.text.append(states[torch.tensor(text, device=states.device)])
             if limit is not None and len(row.text) > limit:
                 row.text = row.text[-limit:]
+
+    def embedded(self, watch: scope.Watch) -> torch.Tensor | None:
+        """What the decoder was given, where memories are formed from it."""
+        return watch.embedded if self.branch.config.long_input == "tokens" else None
 
     def _count(self, row: RowState, token: int) -> None:
         """One more position is written."""
