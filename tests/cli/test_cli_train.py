@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from command_line import Trained, corrupt, files_of, keepsight_cli, message
-from tiny_training import FLAGS, read_rows, write_rows
+from tiny_training import FLAGS, make_data, read_rows, write_rows
 
 
 def test_train_pvm(tiny_vlm: Path, data: Path, tmp_path: Path, image: Path) -> None:
@@ -33,6 +34,32 @@ def test_train_pvm(tiny_vlm: Path, data: Path, tmp_path: Path, image: Path) -> N
     assert f"{facts['parameters']:,} parameters" in result.stdout
     used = keepsight_cli("generate", out, "-i", image, "-p", "describe", "--max-new-tokens", 2)
     assert used.exit_code == 0, used.output
+
+
+def test_a_mix_is_saved_checked_and_resumed(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    """Two datasets with weights go through --save-config, --config, the check and a resumed run."""
+    other = make_data(tmp_path / "other", 4)
+    out, file, small = tmp_path / "out", tmp_path / "run.yaml", tmp_path / "small.yaml"
+    mix = [f"{data}=1", f"{other}=3"]
+    told = (
+        f"mix: {data} 25.0% (16 samples, each once); {other} 75.0% (4 samples, each 12 times): an epoch of 64 samples"
+    )
+    checked = keepsight_cli("data", "check", *mix)
+    assert checked.exit_code == 0
+    assert told in checked.stderr
+    flags = [*FLAGS, "--max-steps", 2, "--save-steps", 1, "--save-config", file]
+    first = keepsight_cli("train", "pvm", tiny_vlm, "-d", mix[0], "-d", mix[1], "-o", out, *flags)
+    assert first.exit_code == 0, first.output
+    assert told in first.stderr
+    assert "train.jsonl 25.0%; train.jsonl 75.0%" in (out / "README.md").read_text()
+    resumed = keepsight_cli("train", "pvm", "--config", file, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    changed = message(keepsight_cli("train", "pvm", "--config", file, "--resume", "-d", mix[0], "-d", f"{other}=2"))
+    assert "weights of the datasets was [1.0, 3.0], now [1.0, 2.0]" in changed
+    small.write_text(yaml.safe_dump({"source": str(tiny_vlm), "data": {str(data): 1, str(other): 3}}))
+    assert keepsight_cli("train", "pvm", "--config", small, "--dry-run").exit_code == 0
+    small.write_text(yaml.safe_dump({"source": str(tiny_vlm), "data": [{"path": str(data), "weight": 3}]}))
+    assert "expected words, or NAME: VALUE" in message(keepsight_cli("train", "pvm", "--config", small, "-o", out))
 
 
 def broken_image(data: Path) -> None:

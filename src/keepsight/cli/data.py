@@ -13,7 +13,8 @@ import typer
 from keepsight.cli.console import out, quiet, say, with_examples
 from keepsight.cli.options import Command
 from keepsight.cli.progress import Progress
-from keepsight.data.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP, reading_of
+from keepsight.data.mixture import load_sources, mixture_of_words
+from keepsight.data.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP
 from keepsight.errors import KeepsightError
 
 data_app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, no_args_is_help=True)
@@ -34,11 +35,16 @@ def _data() -> None:
         "other names of columns, pictures in another folder",
         "keepsight data check rows.csv --columns question=query --columns answer=reply --image-folder photos",
     ),
+    ("several datasets, and what share of an epoch each is", "keepsight data check photos.jsonl=3 charts.jsonl=1"),
     ("questions for reinforcement learning: prompt, answer, image", "keepsight data check questions.jsonl --for grpo"),
 )
 def check(
     dataset: Annotated[
-        str, typer.Argument(help="A .jsonl, .json, .csv, .tsv or .parquet file, a dataset folder, or a hub id.")
+        list[str],
+        typer.Argument(
+            help="A .jsonl, .json, .csv, .tsv or .parquet file, a dataset folder, or a hub id; several, also with "
+            "weights (photos.jsonl=3), as training takes them."
+        ),
     ],
     model: Annotated[
         str | None, typer.Option(help="Rehearse the first batch with the processor of this VLM, and count tokens.")
@@ -62,26 +68,29 @@ def check(
     Ends with exit status 1 if any sample could not be trained on as it is; the same checks run before every training.
     """
     quiet()
-    from keepsight.data.check import check_dataset, load_dataset_any
+    from keepsight.data.check import check_dataset
+    from keepsight.data.mixing import MixedData
 
     if max_length is not None and model is None:
         raise KeepsightError("--max-length counts tokens, and every model makes other ones: name it with --model.")
-    reading = reading_of(dataset, columns or (), ignore or (), image_folder)
-    rehearsal = _rehearsal(model, purpose == "sft", reading.ignore)
-    source = load_dataset_any(reading, split)
+    sources, weights = load_sources(mixture_of_words(dataset, columns or (), ignore or (), image_folder), split)
     decoded = images == "full" or model is not None
-    with Progress("the check", transient=True) as bars:
-        found = check_dataset(
-            source,
-            kind="chat" if purpose == "sft" else "prompt",
-            text_only="keep",
-            decode=decoded,
-            rehearse=rehearsal,
-            max_length=max_length,
-            need_answer=purpose == "grpo",
-            progress=partial(bars, "checking samples"),
-        )
-    out.print(_table(found, len(source.rows), decoded, max_length), markup=False)
+    several = []
+    for source in sources:
+        with Progress("the check", transient=True) as bars:
+            one = check_dataset(
+                source,
+                kind="chat" if purpose == "sft" else "prompt",
+                text_only="keep",
+                decode=decoded,
+                rehearse=_rehearsal(model, purpose == "sft", source.reading.ignore),
+                max_length=max_length,
+                need_answer=purpose == "grpo",
+                progress=partial(bars, "checking samples"),
+            )
+        out.print(_table(one, len(source.rows), decoded, max_length), markup=False)
+        several.append(one)
+    found = several[0] if len(several) == 1 else MixedData.of(several, weights)
     for where, what in found.problems[:show]:
         say(f"{where}, {what}")
     if len(found.problems) > show:
@@ -94,6 +103,9 @@ def check(
         say("Training stops at samples without an image unless told: --text-only skip or --text-only keep.")
     if found.problems or found.text_only == found.rows:
         raise typer.Exit(1)
+    mix = found.good().mix()
+    if mix is not None:
+        say(f"mix: {mix}")
     say("Good for training with one of these." if found.text_only else "Good for training.")
 
 

@@ -143,10 +143,11 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
     if not isinstance(read, dict):
         raise KeepsightError(f"--config {path}: expected settings, one a line, such as `lr: 0.0001`.")
     options = {parameter.name: parameter for parameter in context.command.params}
+    spelled = {word: parameter.name for parameter in context.command.params for word in parameter.opts}
     values = {}
     for key, value in read.items():
         word = f"--{str(key).replace('_', '-')}"
-        name = (word if str(key) in options else FORMER.get(word, word))[2:].replace("-", "_")
+        name = str(key) if str(key) in options else spelled.get(FORMER.get(word, word), word[2:].replace("-", "_"))
         if name not in options or name in _HERE:
             near = difflib.get_close_matches(name, options, 1)
             raise KeepsightError(
@@ -156,15 +157,27 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
         several = options[name].multiple if hasattr(options[name], "multiple") else False
         if value is None and options[name].default is not None:
             raise KeepsightError(f"--config {path}: {key} has no value. Leave the line out for the default.")
-        if several and isinstance(value, dict):
-            value = [f"{ours}={theirs}" for ours, theirs in value.items()]  # columns: {question: query}
-        elif several and not isinstance(value, list):
-            value = [value]
+        if several:
+            listed = value if isinstance(value, list) else [value]
+            value = [word for one in listed for word in _words(path, key, one, one is value)]
         elif isinstance(value, list) and not several:
             value = ",".join(str(part) for part in value)  # layers: [8, 16]
         values[name] = value
     context.default_map = {**(context.default_map or {}), **values}
     return path
+
+
+def _words(path: Path, key: Any, value: Any, alone: bool) -> list[str]:
+    """An entry of a setting of several as the words of the command line: `columns: {question: query}`."""
+    plain = isinstance(value, dict) and not any(isinstance(one, (dict, list)) or one is None for one in value.values())
+    if plain and (alone or len(value) == 1):  # a list of mappings with several keys is another tool's form
+        return [f"{ours}={theirs}" for ours, theirs in value.items()]
+    if isinstance(value, (dict, list)) or value is None:
+        raise KeepsightError(
+            f"--config {path}: {key} holds {str(value)[:60]!r}; expected words, or NAME: VALUE for what is written "
+            "NAME=VALUE on the command line."
+        )
+    return [str(value)]
 
 
 def recipe_of(recipes: dict[str, dict[str, Any]]) -> Callable[[typer.Context, str], str]:

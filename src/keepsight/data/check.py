@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -99,11 +99,23 @@ class CheckedData:
         """A `datasets.Dataset` with the columns `messages`, `images` and `columns`, for `read_sample`."""
         return as_dataset(self.kept)
 
-    def select(self, indices: list[int]) -> CheckedData:
+    def select(self, indices: Sequence[int]) -> CheckedData:
         """Some of the samples."""
         counts = tuple(self.image_counts[index] for index in indices)
         kept = [self.kept[index] for index in indices]
         return CheckedData(self.source, kept, self.formats, told=self.told, image_counts=counts)
+
+    def mixed(self) -> CheckedData:
+        """An epoch: itself, unless it is of several datasets with weights (`keepsight.data.mixing`)."""
+        return self
+
+    def mix(self, full: bool = True) -> str | None:
+        """What share of an epoch each dataset has; None for one dataset."""
+        return None
+
+    def agreed(self) -> dict[str, Any]:
+        """What a resumed run must find as it was."""
+        return {"digest of the data": self.digest}
 
     def good(self) -> CheckedData:
         """Itself, if every sample can be used.

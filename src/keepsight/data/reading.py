@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,10 @@ class Source:
         """What the row's relative image paths may be relative to."""
         given = self.reading.image_folder
         return self._part(row).folders if given is None else (given,)
+
+    def at(self, row: int) -> tuple[dict[str, Any], Source]:
+        """A row, and the source that says how it is read."""
+        return self.rows[row], self
 
     def _part(self, row: int) -> Part:
         return self.parts[bisect.bisect_right(self.parts, row, key=lambda part: part.start) - 1]
@@ -158,26 +163,28 @@ def _together(rows: list[Any]) -> Any:
         datasets = import_datasets()
         if all(one.features == rows[0].features for one in rows):
             return datasets.concatenate_datasets(rows)
-    return _Chain(rows)
+    return Rows(rows)
 
 
-class _Chain(Sequence):
-    """Rows of several tables, one table after the other."""
+class Rows(Sequence):
+    """Rows of several tables, one table after the other.
+
+    Attributes:
+        starts: the row with which each table begins.
+    """
 
     def __init__(self, tables: list[Any]):
-        self.tables, self.ends, end = tables, [], 0
-        for table in tables:
-            end += len(table)
-            self.ends.append(end)
+        *self.starts, self._length = accumulate((len(table) for table in tables), initial=0)
+        self._tables = tables
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return self._length
 
     def __getitem__(self, row: Any) -> Any:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        table = bisect.bisect_right(self.ends, row)
-        return self.tables[table][row - (self.ends[table - 1] if table else 0)]
+        table = bisect.bisect_right(self.starts, row) - 1
+        return self._tables[table][row - self.starts[table]]
 
 
 def _of_hub(name: str, split: str, reading: Reading) -> Source:

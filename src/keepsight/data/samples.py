@@ -306,7 +306,7 @@ def read_sample(row: dict[str, Any], source: Source) -> dict[str, Any]:
         if item is None:
             place = cell["row"]
             if place not in stored:
-                stored[place] = images_in(source.rows[place], source)
+                stored[place] = images_in(*source.at(place))
             item = stored[place][cell["index"]]
         images.append(open_image(item))
     return {**json.loads(row.get("columns") or "{}"), "messages": json.loads(row["messages"]), "images": images}

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from keepsight.cli.console import UsageError, first_of_all, warn
 from keepsight.cli.options import is_default
-from keepsight.data.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP, Reading, reading_of
+from keepsight.data.mixture import Mixture, for_evaluation, mixture_of_words
+from keepsight.data.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP
 from keepsight.errors import KeepsightError
 from keepsight.train.rewards import DEFAULT_REWARDS
 from keepsight.train.run.fields import DATA, MEMORY, REWARD, RUN, setting
@@ -19,9 +20,10 @@ from keepsight.train.run.settings import REWARDS_HELP
 class Job:
     """What to train on, and where to."""
 
-    dataset: str | None = setting(
-        None,
-        "A .jsonl, .json, .csv, .tsv or .parquet file, a dataset folder, or a hub id.",
+    dataset: tuple[str, ...] = setting(
+        (),
+        "A .jsonl, .json, .csv, .tsv or .parquet file, a dataset folder, or a hub id; repeat for several. With a "
+        "weight behind each, they are mixed in these shares: -d photos.jsonl=3 -d charts.jsonl=1.",
         DATA,
         "--data",
         "--dataset",
@@ -30,7 +32,7 @@ class Job:
     columns: tuple[str, ...] = setting((), COLUMNS_HELP, DATA)
     ignore: tuple[str, ...] = setting((), IGNORE_HELP, DATA)
     image_folder: Path | None = setting(None, IMAGE_FOLDER_HELP, DATA)
-    eval_dataset: str | None = setting(None, "Data for evaluation.", DATA)
+    eval_dataset: tuple[str, ...] = setting((), "Data for evaluation; repeat for several.", DATA)
     eval_split: str | None = setting(None, "Which split of --eval-dataset. Default: as --split.", DATA)
     split: str = setting("train", "Which split of the dataset, if it has several.", DATA)
     check: Literal["full", "quick"] = setting(
@@ -66,29 +68,35 @@ class Job:
         if not self.dry_run:
             self.checked()  # before anything slow is imported
 
-    def checked(self) -> tuple[Reading, Path]:
+    def checked(self) -> tuple[Mixture, Path]:
         """Data and folder; refuses what contradicts itself or is missing."""
         if self.resume and self.overwrite:
             raise KeepsightError("--resume goes on with a run and --overwrite starts anew; give one of them.")
-        if self.dataset is None or self.output_dir is None:
+        if not self.dataset or self.output_dir is None:
             asked = (("--data", self.dataset), ("--output-dir", self.output_dir))
-            missing = " and ".join(name for name, value in asked if value is None)
+            missing = " and ".join(name for name, value in asked if not value)
             raise UsageError(f"Missing option {missing}; only --dry-run does without")
-        return self.reading(self.dataset), self.output_dir
+        self.held_out()
+        return self.data(), self.output_dir
 
-    def reading(self, dataset: str) -> Reading:
-        """A dataset with what was said of its columns."""
-        return reading_of(dataset, self.columns, self.ignore, self.image_folder)
+    def data(self) -> Mixture:
+        """The data to train on, with what was said of their columns."""
+        return mixture_of_words(self.dataset, self.columns, self.ignore, self.image_folder)
+
+    def held_out(self) -> Mixture | None:
+        """The data for evaluation; None where none are given."""
+        if not self.eval_dataset:
+            return None
+        return for_evaluation(mixture_of_words(self.eval_dataset, self.columns, self.ignore, self.image_folder))
 
     def named(self) -> dict[str, Any]:
         """What training functions take under the same name."""
         names = ("split", "eval_split", "check", "resume", "overwrite")
-        held_out = None if self.eval_dataset is None else self.reading(self.eval_dataset)
-        return {"eval_dataset": held_out, **{name: getattr(self, name) for name in names}}
+        return {"eval_dataset": self.held_out(), **{name: getattr(self, name) for name in names}}
 
     def warn_of_idle(self, settings: Any) -> None:
         """Warn of options that have no effect as the others are."""
-        evaluates = self.eval_dataset is not None
+        evaluates = bool(self.eval_dataset)
         idle = {
             "--tokens": not self.dry_run and self.tokens is not None and "without --dry-run",
             "--control": self.dry_run and self.control and "with --dry-run, which is of the memory's own run",

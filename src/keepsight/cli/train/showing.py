@@ -31,9 +31,9 @@ def show_dry_run(source: str, settings: Any, memory: Any, job: Job, policy: str 
         pvm = config_from_adapter(PvmConfig, found.config)
     plan = plan_memory(base, pvm)
     length, visual = job.tokens, None
-    if length is None and job.dataset is not None:
+    if length is None and job.dataset:
         answers = not isinstance(settings, GrpoSettings)
-        length, visual = dry_run.measured(base, job.reading(job.dataset), job.split, answers=answers)
+        length, visual = dry_run.measured(base, job.data(), job.split, answers=answers)
         say(f"the longest of the samples looked at: {length:,} tokens, {visual:,} of them visual")
     if length is None:
         length = settings.max_length or dry_run.DEFAULT_TOKENS
@@ -51,8 +51,8 @@ def show_vismem_dry_run(source: str, settings: Any, config: Any, job: Job) -> No
     from keepsight.train.vismem.dry_run import dry_run_vismem
 
     length, visual = job.tokens or DEFAULT_TOKENS, None
-    if job.tokens is None and job.dataset is not None:
-        length, visual = measured(source, job.reading(job.dataset), job.split, answers=False)
+    if job.tokens is None and job.dataset:
+        length, visual = measured(source, job.data(), job.split, answers=False)
     found = dry_run_vismem(source, settings, config, length=length, visual=visual)
     out.print(print_dry_run(found), markup=False)
 
@@ -124,6 +124,8 @@ def print_report(report: Any, source: str) -> None:
     """What a run did, in a table; then its controls beside it."""
     from rich.table import Table
 
+    from keepsight.data.check import counted
+
     table = Table(title=f"A memory for {source}", title_justify="left", title_style="bold", show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
@@ -144,7 +146,7 @@ def print_report(report: Any, source: str) -> None:
     table.add_row("frozen", f"{report.frozen:,} parameters; {same[report.base_unchanged]}")
     table.add_row("gates", ", ".join(f"layer {layer}: {gate:+.4f}" for layer, gate in report.gates.items()))
     if report.data.skipped:
-        table.add_row("skipped", f"{len(report.data.skipped)} of {report.data.rows + len(report.data.skipped)} samples")
+        table.add_row("skipped", counted(len(report.data.skipped), "sample"))
     if report.cost is not None:
         peak = f"{report.cost.peak_memory / 2**30:.2f} GiB on the {report.cost.device}"
         table.add_row("cost", f"{report.cost.flops / 1e15:.4g} PFLOP by its shapes, at most {peak}")
@@ -177,6 +179,8 @@ def print_vismem_report(report: Any, source: str) -> None:
     """What a stage did, in a table; then its controls beside it."""
     from rich.table import Table
 
+    from keepsight.data.check import counted
+
     table = Table(title=f"VisMem, {report.stage}", title_justify="left", title_style="bold", show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
@@ -192,7 +196,7 @@ def print_vismem_report(report: Any, source: str) -> None:
         table.add_row(name.replace("_", " "), f"{value:.4f}")
     table.add_row("cost", f"{report.cost.flops / 1e15:.4g} PFLOP by its shapes")
     if report.data.skipped:
-        table.add_row("skipped", f"{len(report.data.skipped)} of {report.data.rows + len(report.data.skipped)} samples")
+        table.add_row("skipped", counted(len(report.data.skipped), "sample"))
     table.add_row("adapter", str(report.output_dir))
     following = {
         "formation": f"keepsight train vismem-invocation {report.output_dir} -d ... -o ...",

@@ -73,29 +73,29 @@ def measured(source: str | Path, dataset: Any, split: str = "train", answers: bo
 
     Args:
         source: the base, with its processor.
-        dataset: whatever `load_dataset_any` reads.
+        dataset: whatever `load_dataset_any` reads, or several of them (`keepsight.data.mixture.mixture_of`).
         split: of hub datasets.
         answers: measure prompt and answer; otherwise the prompt.
-        most: how many samples to look at.
+        most: how many samples of each dataset to look at.
     """
-    from keepsight.data.check import load_dataset_any
     from keepsight.data.collate import ConversationCollator
+    from keepsight.data.mixture import load_sources
     from keepsight.data.samples import check_images, sample_reader
     from keepsight.train.run import preflight
 
     collator = ConversationCollator(preflight.load_processor(source))
-    data = load_dataset_any(dataset, split)
-    read = sample_reader(data, "chat" if answers else "prompt")
     longest = (0, 0)
-    for index in range(0, len(data.rows), max(1, len(data.rows) // most)):
-        sample = read(data.rows[index]).sample
-        images = check_images(sample, data.folders(index), True) or []
-        if answers:
-            batch = collator([{**sample, "images": images}])
-            visual = len(collator.visual_positions(batch["input_ids"][0]))
-            longest = max(longest, (batch["input_ids"].shape[1], visual))
-        else:
-            longest = max(longest, collator.prompt_tokens(sample["messages"], images))
+    for data in load_sources(dataset, split)[0]:
+        read = sample_reader(data, "chat" if answers else "prompt")
+        for index in range(0, len(data.rows), max(1, len(data.rows) // most)):
+            sample = read(data.rows[index]).sample
+            images = check_images(sample, data.folders(index), True) or []
+            if answers:
+                batch = collator([{**sample, "images": images}])
+                visual = len(collator.visual_positions(batch["input_ids"][0]))
+                longest = max(longest, (batch["input_ids"].shape[1], visual))
+            else:
+                longest = max(longest, collator.prompt_tokens(sample["messages"], images))
     return longest
 
 

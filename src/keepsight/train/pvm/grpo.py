@@ -21,6 +21,7 @@ from keepsight.checkpoints.adapters import CONFIG, AdapterInfo
 from keepsight.checkpoints.sources import check_sources
 from keepsight.data.check import CheckedData
 from keepsight.data.collate import ConversationCollator
+from keepsight.data.mixture import for_evaluation
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.peft_method import config_from_adapter
 from keepsight.pvm import PvmConfig
@@ -33,7 +34,7 @@ from keepsight.train.run.engines import Engine, check_engine, current_engine
 from keepsight.train.run.four_bit import check_four_bit
 from keepsight.train.run.learner import Learner, PolicyChoice, ranked_lora
 from keepsight.train.run.plan import MemoryPlan, plan_memory
-from keepsight.train.run.report import TrainReport, base_lines, memory_lines, result_card
+from keepsight.train.run.report import TrainReport, base_lines, memory_lines, mix_lines, result_card
 from keepsight.train.run.run import Run, execute, load_learner
 from keepsight.train.run.settings import GrpoSettings
 from keepsight.train.run.trainer import OnLog
@@ -72,6 +73,7 @@ def train_pvm_grpo(
     Args:
         source: a trained memory (an adapter's folder or hub id), the paper's way; or a plain VLM, which gets a new one.
         dataset: prompts: "prompt", "answer" and "image", or "messages" and "images"; other columns go to the rewards.
+            Or a list of such data, each alone or as (dataset, weight), to be mixed in the shares of their weights.
         output_dir: gets checkpoints and the result.
         policy: what of the language model learns beside the memory.
         lora_rank: of policy="lora", on all linear maps of the decoder.
@@ -129,7 +131,7 @@ def train_pvm_grpo(
 
     data, held_out = checked(dataset, split, on_check), None
     if eval_dataset is not None:
-        held_out = checked(eval_dataset, eval_split or split, None)
+        held_out = checked(for_evaluation(eval_dataset), eval_split or split, None)
     elif controls:
         data, held_out = hold_out(data)
         kept = "no prompts can be held out" if held_out is None else f"{held_out.rows:,} prompts are held out"
@@ -150,6 +152,7 @@ def train_pvm_grpo(
         checkpointing=settings.checkpoints_gradients,
     )
     preflight.say_data(data, "prompts", base, settings.max_length, say)
+    data = data.mixed()
     scaled = {"group": "within their group", "batch": "over the batch", "none": "not at all"}[settings.scale_rewards]
     say(f"GRPO: loss {settings.loss_type}, clip {settings.clip:g}, KL {settings.kl:g}, advantages scaled {scaled}")
     say(about_rule(plan.pvm))
@@ -298,7 +301,7 @@ class _Job:
             "source": self.source,
             "base": self.base,
             "prompts": self.data.rows,
-            "digest of the data": self.data.digest,
+            **self.data.agreed(),
             **learner_record(learner, self.plan),
             **record_of(settings),
         }
@@ -359,6 +362,7 @@ class _Job:
             *memory_lines(trainer),
             ("language model", where),
             ("training", f"GRPO, {state.global_step} steps on {self.data.rows:,} prompts; seed {settings.seed}"),
+            *mix_lines(self.data),
             ("rewards", ", ".join(f"{reward.name} ({reward.weight:g})" for reward in self.rewards)),
             ("mean reward", told),
             ("learning rate", f"{settings.lr:g}"),

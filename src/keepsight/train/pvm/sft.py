@@ -21,6 +21,7 @@ from keepsight.checkpoints.adapters import find_adapter
 from keepsight.checkpoints.bases import check_weights
 from keepsight.data.check import CheckedData
 from keepsight.data.collate import ConversationCollator
+from keepsight.data.mixture import for_evaluation
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.pvm import PvmConfig
 from keepsight.train.pvm.blindfold import BlindfoldError, BlindfoldSchedule, why_not_blindfold
@@ -31,7 +32,7 @@ from keepsight.train.run.engines import Engine, check_engine, current_engine
 from keepsight.train.run.four_bit import check_four_bit
 from keepsight.train.run.learner import Learner, lora_size
 from keepsight.train.run.plan import MemoryPlan, plan_memory
-from keepsight.train.run.report import TrainReport, base_lines, memory_lines, result_card
+from keepsight.train.run.report import TrainReport, base_lines, memory_lines, mix_lines, result_card
 from keepsight.train.run.run import Run, execute, load_learner
 from keepsight.train.run.settings import SftSettings
 from keepsight.train.run.trainer import OnLog, TrainingDivergedError
@@ -64,7 +65,8 @@ def train_pvm(
 
     Args:
         source: the base VLM: a folder, a hub id, or "keepsight/reference". Recorded in the adapter as given.
-        dataset: whatever `keepsight.data.check.load_dataset_any` reads.
+        dataset: whatever `keepsight.data.check.load_dataset_any` reads; or a list of such, each alone or as (dataset,
+            weight), to be mixed in the shares of their weights.
         output_dir: gets checkpoints, and at the end the adapter and the processor, so that
             `keepsight.load(output_dir)` works.
         pvm: the memory; default: `PvmConfig()`.
@@ -121,7 +123,7 @@ def train_pvm(
 
     data, held_out = checked(dataset, split, on_check), None
     if eval_dataset is not None:
-        held_out = checked(eval_dataset, eval_split or split, None)
+        held_out = checked(for_evaluation(eval_dataset), eval_split or split, None)
     elif controls:
         data, held_out = hold_out(data)
         say(_about_evaluation(data, held_out))
@@ -134,6 +136,7 @@ def train_pvm(
         checkpointing=settings.checkpoints_gradients,
     )
     preflight.say_data(data, "samples", str(source), settings.max_length, say)
+    data = data.mixed()
     steps = preflight.total_steps(settings, _steps_per_epoch(data, settings, engine))
     schedule = BlindfoldSchedule.of(chosen, steps)
     if 0 < steps <= schedule.steps:
@@ -235,7 +238,7 @@ class _Job:
         return {
             "base": self.base,
             "samples": self.data.rows,
-            "digest of the data": self.data.digest,
+            **self.data.agreed(),
             **learner_record(learner, self.plan),
             **record_of(settings),
         }
@@ -255,6 +258,7 @@ class _Job:
         rows = [
             *memory,
             ("training", f"{state.global_step} steps on {self.data.rows:,} samples"),
+            *mix_lines(self.data),
             ("peak learning rate", f"{rates}; seed {settings.seed}"),
             ("training loss", loss),
             ("blindfolded steps", str(BlindfoldSchedule.of(settings, state.global_step))),

@@ -12,8 +12,10 @@ from typing import Any, Literal
 import torch
 
 from keepsight.checkpoints.attention import check_attention
-from keepsight.data.check import CheckedData, check_dataset, load_dataset_any
+from keepsight.data.check import CheckedData, check_dataset
 from keepsight.data.collate import ConversationCollator
+from keepsight.data.mixing import check_sources
+from keepsight.data.reading import Source
 from keepsight.data.rehearsal import Rehearsal
 from keepsight.errors import KeepsightError
 from keepsight.installed import MissingExtraError
@@ -123,16 +125,19 @@ def check_chats(
     on_check: Callable[[int, int], None] | None = None,
 ) -> CheckedData:
     """Read and check data for supervised training: columns, images, chat template, lengths."""
-    source = load_dataset_any(dataset, split)
-    return check_dataset(
-        source,
-        text_only=text_only,
-        decode=decode or max_length is not None,
-        rehearse=Rehearsal(collator, count=max_length is not None, ignore=source.reading.ignore),
-        max_length=max_length,
-        over_long=over_long,
-        progress=on_check,
-    ).good()
+
+    def check(source: Source) -> CheckedData:
+        return check_dataset(
+            source,
+            text_only=text_only,
+            decode=decode or max_length is not None,
+            rehearse=Rehearsal(collator, count=max_length is not None, ignore=source.reading.ignore),
+            max_length=max_length,
+            over_long=over_long,
+            progress=on_check,
+        )
+
+    return check_sources(dataset, split, check).good()
 
 
 def check_prompts(
@@ -148,18 +153,21 @@ def check_prompts(
     on_check: Callable[[int, int], None] | None = None,
 ) -> CheckedData:
     """Read and check data for reinforcement learning: columns, images, answers, lengths of prompts."""
-    source = load_dataset_any(dataset, split)
-    return check_dataset(
-        source,
-        kind="prompt",
-        text_only=text_only,
-        decode=decode or max_length is not None,
-        rehearse=Rehearsal(collator, False, count=max_length is not None, ignore=source.reading.ignore),
-        max_length=max_length,
-        over_long=over_long,
-        need_answer=need_answer,
-        progress=on_check,
-    ).good()
+
+    def check(source: Source) -> CheckedData:
+        return check_dataset(
+            source,
+            kind="prompt",
+            text_only=text_only,
+            decode=decode or max_length is not None,
+            rehearse=Rehearsal(collator, False, count=max_length is not None, ignore=source.reading.ignore),
+            max_length=max_length,
+            over_long=over_long,
+            need_answer=need_answer,
+            progress=on_check,
+        )
+
+    return check_sources(dataset, split, check).good()
 
 
 def say_data(data: CheckedData, what: str, loading: str, limit: int | None, say: Say) -> None:
@@ -172,6 +180,9 @@ def say_data(data: CheckedData, what: str, loading: str, limit: int | None, say:
         say(f"skipped {len(data.skipped)} {what} in all")
     longest = f", the longest of {data.longest} tokens" if data.longest else ""
     cut = f", {data.cut:,} with answers to be cut at {limit}" if data.cut else ""
+    mix = data.mix()
+    if mix is not None:
+        say(f"mix: {mix}")
     say(f"{data.rows:,} {what} are good{longest}{cut}; loading {loading}")
 
 

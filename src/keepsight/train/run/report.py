@@ -176,6 +176,12 @@ def base_lines(settings: Any) -> list[tuple[str, str]]:
     return [("base in training", "four bits (NF4), not in the paper")] if settings.load_in_4bit else []
 
 
+def mix_lines(data: CheckedData) -> list[tuple[str, str]]:
+    """Rows of a result's README that tell in what shares several datasets were learned from."""
+    mix = data.mix(full=False)
+    return [] if mix is None else [("data", mix)]
+
+
 def result_card(
     base: str,
     title: str,

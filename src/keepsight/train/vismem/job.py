@@ -17,7 +17,7 @@ from keepsight.train.run import output, preflight
 from keepsight.train.run.accounting import RunCost
 from keepsight.train.run.controls import WHAT, Comparison, Control, Outcome, control_folder
 from keepsight.train.run.engines import Engine
-from keepsight.train.run.report import TrainReport, base_lines, result_card
+from keepsight.train.run.report import TrainReport, base_lines, mix_lines, result_card
 from keepsight.train.run.run import Run, execute
 from keepsight.train.run.trainer import OnLog
 from keepsight.train.vismem.loading import LoadedStage, load_control, plan_vismem
@@ -182,7 +182,7 @@ class StageJob:
             "stage": self.name,
             "base": self.source,
             "samples": self.data.rows,
-            "digest of the data": self.data.digest,
+            **self.data.agreed(),
             "rewards": [f"{reward.name}={reward.weight:g}" for reward in self.rewards],
             **({} if self.config is None else {name: getattr(self.config, name) for name in names}),
             **{name: value for name, value in asdict(self.settings).items() if name not in free},
@@ -225,6 +225,7 @@ class StageJob:
                 "training",
                 f"{state.global_step} steps, {settings.batch_size} prompts x {settings.group_size} trajectories",
             ),
+            *mix_lines(self.data),
             ("rewards", ", ".join(f"{reward.weight:g} x {reward.name}" for reward in self.rewards)),
             ("mean reward", f"{first:.4f} at first, {last:.4f} at last"),
             ("KL against", stage.reference_name),

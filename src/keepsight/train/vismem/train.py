@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from keepsight.checkpoints.adapters import find_adapter
-from keepsight.data.check import CheckedData, check_dataset, load_dataset_any
+from keepsight.data.check import CheckedData, check_dataset
 from keepsight.data.collate import ConversationCollator
+from keepsight.data.mixing import check_sources
+from keepsight.data.mixture import for_evaluation
+from keepsight.data.reading import Source
 from keepsight.data.rehearsal import Rehearsal
 from keepsight.errors import KeepsightError
 from keepsight.train.rewards.rewards import DEFAULT_REWARDS, Reward, load_rewards
@@ -66,7 +69,8 @@ def train_vismem_formation(
 
     Args:
         source: a plain VLM (a folder, a hub id, or "keepsight/reference"), or a VisMem adapter to go on from.
-        dataset: what `load_dataset_any` reads: questions with images, and the columns that the rewards want.
+        dataset: what `load_dataset_any` reads: questions with images, and the columns that the rewards want. Or a list
+            of such, each alone or as (dataset, weight), to be mixed in the shares of their weights.
         output_dir: gets checkpoints, and at the end adapter and processor, so that `keepsight.load(output_dir)` works.
         vismem: the memory; default: `VisMemConfig()`. Not for an adapter, which has its own.
         rewards: names ("format", "answer", "package.module:function"), or functions f(prompts, completions, **columns).
@@ -102,7 +106,7 @@ def train_vismem_formation(
     say(f"{stage.title}: rewards {stage.objective_name}; KL against {stage.reference_name}{warm}")
     read = partial(_questions, base=base, rewards=scored, text_only=text_only, check=check)
     data = read(dataset, split, on_check=on_check)
-    held_out = None if eval_dataset is None else read(eval_dataset, eval_split or split)
+    held_out = None if eval_dataset is None else read(for_evaluation(eval_dataset), eval_split or split)
     data, held_out = _set_apart(data, held_out, controls, say)
     job = StageJob(
         name=stage.name,
@@ -185,7 +189,7 @@ def train_vismem_invocation(
         say("invocation_cost is 0, as in the paper: a memory that never harms may end up invoked always")
     read = partial(_questions, base=base, rewards=scored, text_only=text_only, check=check)
     data = read(dataset, split, on_check=on_check)
-    held_out = None if eval_dataset is None else read(eval_dataset, eval_split or split)
+    held_out = None if eval_dataset is None else read(for_evaluation(eval_dataset), eval_split or split)
     data, held_out = _set_apart(data, held_out, controls, say)
     job = StageJob(
         name=stage.name,
@@ -251,17 +255,20 @@ def _questions(
     on_check: Callable[[int, int], None] | None = None,
 ) -> CheckedData:
     """Read and check questions: columns, images, chat template, answers where a reward needs them."""
-    source = load_dataset_any(dataset, split)
     collator = ConversationCollator(preflight.load_processor(base))
-    return check_dataset(
-        source,
-        kind="prompt",
-        text_only=text_only,
-        decode=check == "full",
-        rehearse=Rehearsal(collator, False, ignore=source.reading.ignore),
-        need_answer=any(reward.name in ("answer", "match") for reward in rewards),
-        progress=on_check,
-    ).good()
+
+    def checked(source: Source) -> CheckedData:
+        return check_dataset(
+            source,
+            kind="prompt",
+            text_only=text_only,
+            decode=check == "full",
+            rehearse=Rehearsal(collator, False, ignore=source.reading.ignore),
+            need_answer=any(reward.name in ("answer", "match") for reward in rewards),
+            progress=on_check,
+        )
+
+    return check_sources(dataset, split, checked).good()
 
 
 def _set_apart(
@@ -275,5 +282,8 @@ def _set_apart(
     for where, why in data.skipped[:5]:
         say(f"skipped {where}: {why}")
     more = f", {held_out.rows:,} are held out" if held_out is not None else ""
+    mix = data.mix()
+    if mix is not None:
+        say(f"mix: {mix}")
     say(f"{data.rows:,} questions are good{more}; loading the model")
-    return data, held_out
+    return data.mixed(), held_out
