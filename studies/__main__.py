@@ -1,4 +1,4 @@
-"""`python -m studies run` and `python -m studies list`: the papers' claims, asked again in small."""
+"""`python -m studies run`, `list` and `eye`: the papers' claims, asked again in small."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from keepsight.cli.console import Interrupted, debugging, error_border, fail, out, quiet, say, with_examples
 from keepsight.cli.progress import Progress
 from keepsight.errors import KeepsightError
+from studies.eye.command import app as eye
 
 _RAW = Path("studies/results")
 _PAGE = Path("docs/evidence.md")
@@ -26,6 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(eye, name="eye")
 
 
 @app.callback()
