@@ -76,5 +76,13 @@ def test_no_memory_is_the_base(adapter: Path, image: Path) -> None:
     without = keepsight_cli("generate", adapter, *words, "--no-memory")
     base = keepsight_cli("generate", "keepsight/reference", *words)
     assert without.stdout == base.stdout
+    assert "no effect" not in without.stderr
     warned = keepsight_cli("generate", "keepsight/reference", *words, "--show-memory")
     assert "--show-memory has no effect" in warned.stderr
+
+
+@pytest.mark.parametrize("typed", ["<|image_pad|>", "<|long_memory|>", "<|/short_memory|>"])
+def test_what_stands_for_images_and_memories_cannot_be_typed(adapter: Path, image: Path, typed: str) -> None:
+    result = keepsight_cli("generate", adapter, "-i", image, "-p", f"read {typed}{typed}")
+    assert result.exit_code == 1
+    assert f"--prompt holds {typed}" in result.stderr

@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +179,93 @@ def test_values_beyond_the_usual_ranges() -> None:
         open_image(Image.fromarray(np.full((SIDE, SIDE), np.nan, np.float32)))
     with pytest.raises(ImageError, match="no pixels"):
         open_image(Image.new("RGB", (0, 3)))
+
+
+def tiff(picture: Image.Image, **tags: int) -> bytes:
+    """A TIFF as Pillow writes it, with other values of its tags: `t258=12`."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "TIFF")
+    content = bytearray(buffer.getvalue())
+    start = struct.unpack_from("<I", content, 4)[0]
+    for entry in range(start + 2, start + 2 + 12 * struct.unpack_from("<H", content, start)[0], 12):
+        value = tags.get(f"t{struct.unpack_from('<H', content, entry)[0]}")
+        if value is not None:
+            struct.pack_into("<H", content, entry + 8, value)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "F"])
+def test_a_tiff_in_which_zero_is_white(mode: str) -> None:
+    ramp = np.linspace(0, 1, SIDE).repeat(SIDE).reshape(SIDE, SIDE)
+    scale, kind = {"L": (255, np.uint8), "I;16": (65535, np.uint16), "F": (1, np.float32)}[mode]
+    picture = Image.fromarray((ramp * scale).astype(kind))
+    plain, turned = (np.asarray(open_image(tiff(picture, t262=value))).astype(int) for value in (1, 0))
+    assert (plain[0, 0, 0], plain[-1, 0, 0]) == (0, 255)
+    assert abs(255 - plain - turned).max() <= 1
+
+
+def test_a_tiff_of_twelve_bits() -> None:
+    """Pillow reads its values into sixteen bits as they are."""
+    row = b"".join(bytes([v >> 4, (v & 15) << 4 | v >> 8, v & 255]) for v in (4095,) * (SIDE // 2))
+    sixteen = tiff(Image.new("I;16", (SIDE, SIDE)))
+    content = bytearray(tiff(Image.new("I;16", (SIDE, SIDE)), t258=12))
+    with Image.open(io.BytesIO(sixteen)) as image:
+        offset = image.tile[0].offset
+    content[offset : offset + len(row) * SIDE] = row * SIDE
+    with Image.open(io.BytesIO(bytes(content))) as image:
+        assert image.tile[0].args[0] == "I;12"
+    assert np.asarray(open_image(bytes(content))).min() == 255
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_transparent_grey_of_few_bits(bits: int) -> None:
+    """Optimized PNGs: Pillow scales the pixels to eight bits and leaves the transparent value as it is."""
+    clear, other = 0, 2**bits - 1 if bits == 1 else 1
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    def row(value: int) -> bytes:
+        return bytes([0] + [sum(value << shift for shift in range(0, 8, bits))] * (SIDE * bits // 8))
+
+    for transparent, seen in ((clear, [255, other * 255 // (2**bits - 1)]), (other, [0, 255])):
+        content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, bits, 0, 0, 0, 0))
+        content += chunk(b"tRNS", struct.pack(">H", transparent))
+        content += chunk(b"IDAT", zlib.compress(row(clear) * (SIDE // 2) + row(other) * (SIDE // 2)))
+        content += chunk(b"IEND", b"")
+        for source in (content, Image.open(io.BytesIO(content))):
+            assert quarters(open_image(source))[:, 0, 0].tolist() == seen
+        assert quarters(decode_image(content, Limits(), "image"))[:, 0, 0].tolist() == seen
+
+
+def lesson(source: object) -> str | None:
+    try:
+        open_image(source)
+    except ImageError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "moving GIF"])
+def test_a_damaged_file_is_a_lesson_wherever_it_ends(name: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (2, SIDE, SIDE, 3), dtype=np.uint8)
+    first, second = (Image.fromarray(one) for one in noise)
+    buffer, more = io.BytesIO(), {"save_all": True, "append_images": [second]} if "moving" in name else {}
+    first.save(buffer, name.split()[-1], **more)
+    whole = buffer.getvalue()
+    for length in range(1, len(whole), max(1, len(whole) // 50)):
+        cut = whole[:length]
+        told = lesson(cut)
+        if told is None:  # nothing was missing but the end
+            assert np.array_equal(np.asarray(open_image(cut)), np.asarray(open_image(whole)))
+        else:
+            assert told.startswith(f"these {length} bytes: ")
+        try:
+            opened = Image.open(io.BytesIO(cut))
+        except Exception:
+            continue  # Pillow's own words
+        told = lesson(opened)
+        assert told is None or told.startswith("this PIL image: ")
 
 
 @pytest.mark.parametrize("name", ["GIF", "WEBP", "TIFF", "PNG"])

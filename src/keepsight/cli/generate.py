@@ -90,13 +90,25 @@ def generate(
     with Waiting(f"loading {base_name}"):
         model, processor = load_checked(base_name, infos, dtype=dtype, device=device, attn_implementation=attention)
     require_chat_template(processor)
-    latent: dict[str, Any] = {}
-    if has_latent and no_memory:
-        latent["memory"] = "off"
-    elif has_latent and show_memory:
-        latent["return_dict_in_generate"] = True
+    _refuse_typed(model, processor, prompt)
+    latent = {"return_dict_in_generate": True} if has_latent and show_memory and not no_memory else {}
     with memory_off(model) if no_memory else nullcontext():
         _answer(model, processor, images, prompt, max_new_tokens, temperature, seed, latent)
+
+
+def _refuse_typed(model: Any, processor: Any, prompt: str) -> None:
+    """Raise if the words hold a token that is none to this model."""
+    from keepsight.data.collate import ConversationCollator
+    from keepsight.vismem import VisMemBranch
+
+    branch = VisMemBranch.find(model)
+    names = () if branch is None else branch.config.token_names
+    typed = next((token for token in (*ConversationCollator(processor).placeholders, *names) if token in prompt), None)
+    if typed is not None:
+        raise KeepsightError(
+            f"--prompt holds {typed}, which stands for an image or a memory to this model. Give images by --image; a "
+            "memory comes by itself. Leave the token out of the words."
+        )
 
 
 def _answer(

@@ -6,6 +6,8 @@ import base64
 import binascii
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -32,9 +34,10 @@ def open_image(source: Any, folder: Path | None = None) -> Any:
         ImageError: for a missing file, something that is no image, a truncated or damaged one, several frames, and
             one whose size is that of a decompression bomb.
     """
-    Image, UnidentifiedImageError = _pillow()
+    Image, _ = _pillow()
     if isinstance(source, Image.Image):
-        return _seen(source, "this PIL image")
+        with _as_lessons("this PIL image"):  # its file may be read only now
+            return as_seen(source)
     if isinstance(source, dict) and (source.get("bytes") or source.get("path")):
         source = source.get("bytes") or source["path"]
     if is_base64(source):
@@ -49,14 +52,20 @@ def open_image(source: Any, folder: Path | None = None) -> Any:
             f"{type(source).__name__} is not something an image can be read from; expected a path, the bytes of an "
             "image file, or a PIL image."
         )
+    with _as_lessons(name, content), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(content) as image:
+            return as_seen(image)
+
+
+@contextmanager
+def _as_lessons(name: str, content: Any = None) -> Iterator[None]:
+    """Whatever goes wrong while an image is read becomes an `ImageError` that names it."""
+    Image, UnidentifiedImageError = _pillow()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(content) as image:
-                image.load()
-                return _seen(image, name)
-    except ImageError:
-        raise
+        yield
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from None
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image that Pillow can read{_what_it_is(content)}.") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -64,15 +73,9 @@ def open_image(source: Any, folder: Path | None = None) -> Any:
             f"{name}: too large to open safely; it claims more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels. "
             "Make it smaller; a model would shrink it anyway."
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise for damaged files
-        raise ImageError(f"{name}: the image is damaged or cut off ({error}). Copy or export it again.") from error
-
-
-def _seen(image: Any, name: str) -> Any:
-    try:
-        return as_seen(image)
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from None
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged files
+        what = str(error) or type(error).__name__
+        raise ImageError(f"{name}: the image is damaged or cut off ({what}). Copy or export it again.") from error
 
 
 def is_base64(source: Any) -> bool:
@@ -142,6 +145,12 @@ def _what_it_is(content: Any) -> str:
         return "; it is a PDF, so convert its page to PNG first"
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "; it is a web page"
+    if head.lstrip().lower().startswith((b"<svg", b"<?xml")):
+        return "; it is a drawing (SVG), so export it as PNG first"
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+        return "; it is HEIC, a phone's format, so save it as JPEG first"
+    if head[4:8] == b"ftyp":
+        return "; it is a video, so give the frame you mean"
     return ""
 
 

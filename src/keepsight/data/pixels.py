@@ -14,6 +14,8 @@ from keepsight.errors import KeepsightError
 
 #: Formats whose further frames are other views of one picture (a phone's depth map, a document's layers).
 _ONE_PICTURE = ("MPO", "PSD")
+#: TIFF's BitsPerSample and PhotometricInterpretation.
+_BITS, _PHOTOMETRIC = 258, 262
 
 
 class ImageError(KeepsightError):
@@ -25,9 +27,9 @@ def as_seen(image: Any) -> Any:
 
     - Turned upright as its EXIF data say.
     - Transparency, of any kind (an alpha channel, a transparent colour, a palette with either), lies on white.
-    - Greyscale of more than eight bits is scaled to eight: 16-bit modes by their range; whole numbers and floats by
-      the smallest usual range that holds them (0 to 1 for floats, 0 to 255, 0 to 65,535), else from their lowest value
-      to their highest.
+    - Greyscale of more than eight bits is scaled to eight: 16-bit modes by their range (that of the file, which may
+      have 12 bits); whole numbers and floats by the smallest usual range that holds them (0 to 1 for floats, 0 to 255,
+      0 to 65,535), else from their lowest value to their highest. Where a TIFF says that zero is white, it is.
 
     Args:
         image: a PIL image of any mode.
@@ -48,10 +50,12 @@ def as_seen(image: Any) -> Any:
         )
     if 0 in image.size:
         raise ImageError(f"it has no pixels ({image.width} x {image.height}).")
-    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    white, zero_is_white, clear = _told_by_the_file(image)
     image = ImageOps.exif_transpose(image)
+    if clear is not None:
+        image.info["transparency"] = clear
     if image.mode.startswith("I") or image.mode == "F":
-        image = _eight_bits(image, sixteen)
+        image = _eight_bits(image, white, zero_is_white)
     if image.mode == "LAB":
         image = _from_lab(image)
     if image.has_transparency_data:
@@ -61,7 +65,25 @@ def as_seen(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def _eight_bits(image: Any, sixteen: bool) -> Any:
+def _told_by_the_file(image: Any) -> tuple[float | None, bool, int | None]:
+    """What Pillow's pixels do not say; to be asked before they are read.
+
+    Returns:
+        The value of white, if it is known; whether zero is white and Pillow leaves it so; and the transparent grey of
+        a PNG of two or four bits, whose pixels Pillow scales to eight, and this not.
+    """
+    tags, info = getattr(image, "tag_v2", {}), image.info  # a TIFF's
+    white, grey = None, info.get("transparency")
+    if image.mode.startswith("I;16"):
+        white = 2.0 ** int(tags.get(_BITS, (16,))[0]) - 1
+    elif image.mode == "I" and image.format in ("PNG", "PPM"):
+        white = 65535.0
+    raw = next((tile[3] for tile in getattr(image, "tile", ())), None) if image.format == "PNG" else None
+    step = {"L;2": 85, "L;4": 17}.get(raw) if isinstance(raw, str) and isinstance(grey, int) else None
+    return white, tags.get(_PHOTOMETRIC) == 0, None if step is None else grey * step
+
+
+def _eight_bits(image: Any, white: float | None, zero_is_white: bool) -> Any:
     """Greyscale of whole numbers or floats as L, or LA where a value stands for "transparent"."""
     from PIL import Image
 
@@ -69,14 +91,14 @@ def _eight_bits(image: Any, sixteen: bool) -> Any:
     if not np.isfinite(values).all():
         raise ImageError("it holds values that are no numbers (NaN or infinite). Replace them before saving it.")
     low, high = float(values.min()), float(values.max())
-    if sixteen:
-        white = 65535.0
+    if white is not None:
+        pass
     elif low >= 0 and high <= 1 and image.mode == "F":
         white = 1.0
     else:
         white = next((limit for limit in (255.0, 65535.0) if low >= 0 and high <= limit), 0.0)
-    shown = values / white if white else (values - low) / ((high - low) or 1.0)
-    grey = Image.fromarray((shown * 255).round().astype(np.uint8))
+    shown = (values / white).clip(0, 1) if white else (values - low) / ((high - low) or 1.0)
+    grey = Image.fromarray(((1 - shown if zero_is_white else shown) * 255).round().astype(np.uint8))
     clear = image.info.get("transparency")
     if clear is None:
         return grey

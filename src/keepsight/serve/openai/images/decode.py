@@ -49,7 +49,6 @@ def decode_image(content: bytes, limits: Limits, param: str, left: int | None = 
                     param,
                     "images_too_large",
                 )
-            image.load()
             return as_seen(image)
     except UnidentifiedImageError:
         raise bad(f"Not an image that can be read; expected {', '.join(FORMATS)}.", param, "invalid_image") from None
