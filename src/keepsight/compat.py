@@ -137,3 +137,31 @@ def why_transformers_refuses_peft() -> str | None:
         "save_pretrained after load_adapter: use PeftModel.from_pretrained or keepsight.load instead, which need no "
         "newer PEFT."
     )
+
+
+#: What transformers' `load_adapter` calls on the model, and what that returns first says which names found no place.
+_LOADING = "_load_pretrained_model"
+
+
+def when_loaded(model: Any, check: Callable[[list[str]], None]) -> None:
+    """Let `check` see, once, which names of a file transformers' own `load_adapter` found no place for.
+
+    Args:
+        model: a transformers model, of which an adapter is being made; others have no such method.
+        check: a function that can be pickled; may raise.
+    """
+    if hasattr(type(model), _LOADING):
+        vars(model)[_LOADING] = functools.partial(_checked_loading, check)
+
+
+def not_loaded(model: Any) -> None:
+    """Nothing is to be looked at any more."""
+    vars(model).pop(_LOADING, None)
+
+
+def _checked_loading(check: Callable[[list[str]], None], *args: Any, **kwargs: Any) -> Any:
+    model = kwargs["model"] if "model" in kwargs else args[0]
+    not_loaded(model)
+    found = getattr(model, _LOADING)(*args, **kwargs)
+    check(sorted(found[0].unexpected_keys))
+    return found

@@ -121,6 +121,23 @@ def check_stored(
     check_tensors(stored, {**own, **embeddings}, f"The file of the adapter {adapter_name!r}")
 
 
+def check_placed(extra: Sequence[str], own: Mapping[str, torch.Tensor], fresh: set[str], adapter_name: str) -> None:
+    """Refuse what transformers' `load_adapter` has made of a file, unless it is a memory's in full.
+
+    Args:
+        extra: names in the file that found no place.
+        own: the memory's tensors, as its file names them.
+        fresh: those of them that were not written to.
+        adapter_name: for errors.
+
+    Raises:
+        BrokenAdapterError: as `check_tensors`.
+    """
+    stored = {name: tensor for name, tensor in own.items() if name not in fresh}
+    nothing = torch.empty(0, device="meta")
+    check_tensors(stored | dict.fromkeys(extra, nothing), own, f"The file of the adapter {adapter_name!r}")
+
+
 def remember_fresh(memory: nn.Module) -> None:
     """Remember that a memory holds the random weights it was made with."""
     vars(memory)[_MADE] = {name: _state(parameter) for name, parameter in memory.named_parameters()}

@@ -6,8 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 
-from keepsight import card, loading
+from keepsight import card, compat, loading
 from keepsight.errors import AdapterMismatchError, KeepsightError, MergeError
 from keepsight.tested import warn_of_untested
 from keepsight.threads import PerThread
@@ -208,22 +207,25 @@ class MemoryTuner(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Add an adapter; with a `state_dict`, where its names say, as PEFT does for every method.
+        """Add an adapter as its config says; a `state_dict` must be its memory's, in full.
 
-        PEFT takes what stands before the method's prefix for the module that is adapted. Of a memory that is the
-        branch, which does not exist yet; its place is the module that it hangs beside.
+        PEFT lets the names of a state dict say which modules are adapted. Of a memory the config says it, so that a
+        part of one is seen to be a part.
+
+        Raises:
+            BrokenAdapterError: naming one missing and one expected tensor of the `state_dict`.
         """
-        if state_dict is not None:
-            branch = re.compile(rf"\.[^.]+\.{self.container}\.")
-            state_dict = {
-                branch.sub(f".{self.container}.", name.removeprefix("base_model.model.")): tensor
-                for name, tensor in state_dict.items()
-            }
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        config = self.peft_config[adapter_name]
+        from_file = config.inference_mode or getattr(config, "base_hidden_size", None) is not None
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         memories = [memory for _, memory in self._memories(model, adapter_name)]
         for memory in memories:
             loading.remember_fresh(memory)
-        if self.peft_config[adapter_name].inference_mode:
+        if state_dict is not None:
+            self._refuse_unfit(model, adapter_name, state_dict)
+        elif from_file:
+            compat.when_loaded(model, functools.partial(self._check_placed, model, adapter_name))
+        if config.inference_mode:
             loading.expect_weights(model, memories)
 
     @contextlib.contextmanager
@@ -295,20 +297,50 @@ class MemoryTuner(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """PEFT's own, for tensors that are all there and nothing else."""
-        present, mark = model.state_dict(), f".{cls.container}.{adapter_name}."
-        own = {cls._remove_adapter_name_from_key(n, adapter_name): t for n, t in present.items() if mark in n}
-        memories = cls._memories(model, adapter_name)
+        compat.not_loaded(model)
+        cls._refuse_unfit(model, adapter_name, state_dict)
+        for _, memory in cls._memories(model, adapter_name):
+            loading.forget_fresh(memory)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _own(cls, present: Mapping[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
+        """The memory's among the tensors of a model, as its file names them."""
+        mark = f".{cls.container}.{adapter_name}."
+        return {cls._remove_adapter_name_from_key(n, adapter_name): t for n, t in present.items() if mark in n}
+
+    @classmethod
+    def _refuse_unfit(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+        """Raise if a state dict is not that of an adapter's memory, in full."""
+        present = model.state_dict()
+        with cls._nobody_goes_on(model, adapter_name):
+            loading.check_stored(state_dict, cls._own(present, adapter_name), present, adapter_name)
+
+    @classmethod
+    def _check_placed(cls, model: nn.Module, adapter_name: str, extra: list[str]) -> None:
+        """Raise if transformers' own loading left names over, or parts of a memory random."""
+        present = dict(model.named_parameters())
+        memories = [memory for _, memory in cls._memories(model, adapter_name)]
+        fresh = {id(memory.get_parameter(name)) for memory in memories for name in loading.fresh_parameters(memory)}
+        own = cls._own(present, adapter_name)
+        with cls._nobody_goes_on(model, adapter_name, in_part=True):
+            loading.check_placed(extra, own, {n for n, p in own.items() if id(p) in fresh}, adapter_name)
+
+    @classmethod
+    @contextlib.contextmanager
+    def _nobody_goes_on(cls, model: nn.Module, adapter_name: str, in_part: bool = False) -> Iterator[None]:
+        """Where weights do not fit, what was made for them is taken away, also where it was loaded `in_part`; a memory
+        that had its weights stays."""
         try:
-            loading.check_stored(state_dict, own, present, adapter_name)
+            yield
         except KeepsightError:
-            for branch, memory in memories:  # nobody shall go on with what was made for these weights
-                if len(loading.fresh_parameters(memory)) == len(list(memory.parameters())):
+            memories = cls._memories(model, adapter_name)
+            new = [m for _, m in memories if len(loading.fresh_parameters(m)) == len(list(m.parameters()))]
+            for branch, memory in memories:
+                loading.forget_fresh(memory)
+                if in_part or memory in new:
                     branch.delete_adapter(adapter_name)
             raise
-        finally:
-            for _, memory in memories:
-                loading.forget_fresh(memory)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @classmethod
     def _get_adapter_state_dict(

@@ -12,7 +12,7 @@ import torch
 from damage import ADAPTER, BASE, spoil
 from families import BY_NAME, FAMILIES, make_inputs
 from helpers import MIXED_ROWS, attach, logits
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 
 import keepsight
@@ -110,15 +110,93 @@ def test_peft_does_not_leave_a_memory_random(
     assert torch.equal(logits(good, inputs), with_memory)  # one that was loaded stays
 
 
-@pytest.mark.parametrize("damage", ["another layout", "one missing"])
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava_onevision"])
+@pytest.mark.parametrize("damage", ["", "another layout", "one missing", "one too many", "fewer layers"])
 def test_transformers_does_not_leave_a_memory_random(
-    damage: str, bases: dict[str, Path], adapters: dict[tuple[str, str], Path], tmp_path: Path
+    damage: str,
+    name: str,
+    trainable: bool,
+    bases: dict[str, Path],
+    adapters: dict[tuple[str, str], Path],
+    tmp_path: Path,
 ) -> None:
-    family = BY_NAME["qwen3_vl"]
-    model = read_base(bases["qwen3_vl"], dtype=torch.float32).eval()
-    model.load_adapter(str(spoil(adapters["qwen3_vl", "pvm"], tmp_path / "pvm", ADAPTER[damage])))
-    with pytest.raises(keepsight.BrokenAdapterError, match="no weights came"):
-        logits(model, make_inputs(family, model, MIXED_ROWS[:1]))
+    """Its own `load_adapter` draws the line where PEFT's and `keepsight.load` draw it."""
+    model = read_base(bases[name], dtype=torch.float32).eval()
+    inputs = make_inputs(BY_NAME[name], model, MIXED_ROWS[:1])
+    before = logits(model, inputs)
+    folder = spoil(adapters[name, "pvm"], tmp_path / "pvm", ADAPTER.get(damage, lambda tensors: tensors))
+    if damage == "fewer layers":
+        file = folder / "adapter_config.json"
+        saved = json.loads(file.read_text())
+        file.write_text(json.dumps(saved | {"layers": saved["layers"][:1]}))
+    if damage:
+        with pytest.raises(keepsight.BrokenAdapterError, match=r"stored is.*expected is|expected is.*stored is|Stored"):
+            model.load_adapter(str(folder), is_trainable=trainable)
+        assert torch.equal(logits(model, inputs), before)
+        return
+    model.load_adapter(str(folder), is_trainable=trainable)
+    whole = PeftModel.from_pretrained(read_base(bases[name], dtype=torch.float32), folder).eval()
+    assert torch.equal(logits(model.eval(), inputs), logits(whole, inputs))
+    assert not torch.equal(logits(model, inputs), before)
+
+
+@pytest.mark.parametrize("method", ["pvm", "vismem"])
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_a_memory_is_injected_from_all_of_its_state_dict(
+    prefix: str, method: str, bases: dict[str, Path], adapters: dict[tuple[str, str], Path]
+) -> None:
+    stored = load_file(adapters["qwen3_vl", method] / "adapter_model.safetensors")
+    stored = {prefix + name.removeprefix("base_model.model."): tensor for name, tensor in stored.items()}
+    whole = inject_adapter_in_model(METHODS[method](read_base(bases["qwen3_vl"])).peft_config["default"], _base(bases))
+    config = whole.peft_config["default"]
+    assert inject_adapter_in_model(config, _base(bases), state_dict=stored).peft_config
+    half = dict(list(stored.items())[: len(stored) // 2])
+    for given in (half, stored | {"one.more": torch.ones(2)}):
+        model = _base(bases)
+        names = [name for name, _ in model.named_parameters()]
+        with pytest.raises(keepsight.BrokenAdapterError, match=r"expected is|holds 1 tensors"):
+            inject_adapter_in_model(config, model, state_dict=given)
+        assert [name for name, _ in model.named_parameters()] == names
+
+
+def _base(bases: dict[str, Path]) -> Any:
+    return read_base(bases["qwen3_vl"], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("said", METHODS)
+@pytest.mark.parametrize("held", METHODS)
+def test_tensors_of_another_method_than_the_config_names(
+    said: str, held: str, adapters: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapters["qwen3_vl", held], folder)
+    shutil.copy(adapters["qwen3_vl", said] / "adapter_config.json", folder)
+    if said == held:
+        inspect_adapter(folder)
+        return
+    with pytest.raises(keepsight.BrokenAdapterError, match=r"belong to different adapters|memory's"):
+        inspect_adapter(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["all", "one tensor", "one value"])
+def test_a_base_that_is_not_finite(where: str, value: float, bases: dict[str, Path], tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        name = max(tensors, key=lambda n: tensors[n].numel())
+        spoilt = tensors if where == "all" else {name: tensors[name]}
+        found = {n: torch.full_like(t, value) for n, t in spoilt.items()}
+        if where == "one value":
+            found[name] = tensors[name].clone()
+            found[name].view(-1)[-1] = value
+        return tensors | found
+
+    folder = spoil(bases["qwen3_vl"], tmp_path / "base", change)
+    with pytest.raises(keepsight.KeepsightError, match=r"weight holds values that are NaN or infinite|NaN or infinite"):
+        read_base(folder)
+    if where != "one value":  # which only the weights themselves can tell
+        with pytest.raises(keepsight.KeepsightError, match="NaN or infinite"):
+            check_weights(folder)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -106,6 +106,7 @@ def inspect_adapter(path: str | Path) -> AdapterInfo:
         )
     tensors, gates = _read_weights(path / WEIGHTS)
     info = AdapterInfo(path, method, config.get("base_model_name_or_path"), config, tensors, gates)
+    _check_method(info)
     if method in MEMORIES:
         _check_memory(info)
     whole = [name for name, tensor in tensors.items() if method == "LORA" and not tensor.is_floating_point()]
@@ -115,6 +116,31 @@ def inspect_adapter(path: str | Path) -> AdapterInfo:
             "fractions, of 16 or 32 bits. Write it with save_pretrained."
         )
     return info
+
+
+def _check_method(info: AdapterInfo) -> None:
+    """Refuse tensors of another method than the configuration names."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    from keepsight.pvm.tuner import PvmModel
+    from keepsight.vismem.tuner import VisMemModel
+
+    marks = {"PVM": f".{PvmModel.container}.", "VISMEM": f".{VisMemModel.container}."}
+    for method, mark in marks.items():
+        theirs = sorted(name for name in info.tensors if mark in name)
+        if theirs and method != info.method:
+            raise BrokenAdapterError(
+                f"{info.path / CONFIG} names the method {info.method}, and {info.path / WEIGHTS} holds tensors of "
+                f"{method}: {theirs[0]}. The two belong to different adapters: copy both again."
+            )
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType[info.method])
+    if prefix and info.method not in MEMORIES and not any(prefix in name for name in info.tensors):
+        example = min(info.tensors, default="nothing")
+        raise BrokenAdapterError(
+            f"{info.path / CONFIG} names the method {info.method}, and {info.path / WEIGHTS} holds no tensor of it: "
+            f"stored is, for example, {example}; expected is a name with {prefix}. The two belong to different "
+            "adapters: copy both again."
+        )
 
 
 def _read_weights(file: Path) -> tuple[dict[str, torch.Tensor], dict[int, float]]:

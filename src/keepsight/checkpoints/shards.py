@@ -62,6 +62,17 @@ class StoredTensor:
                 left -= len(data)
                 yield data
 
+    def begins_finite(self, values: int = 4096) -> bool:
+        """Whether its first values are numbers (asked of floats of 16 bits and more): a tensor that is lost throughout
+        is found without being read."""
+        dtype = _CHECKED.get(self.dtype)
+        if dtype is None or not self.size:
+            return True
+        with open(self.file, "rb") as source:
+            source.seek(self.start)
+            data = source.read(min(values * dtype.itemsize, self.size))
+        return bool(torch.isfinite(torch.frombuffer(bytearray(data), dtype=dtype)).all())
+
     def count_not_finite(self, advance: Advance = lambda done: None) -> int:
         """How many values are NaN or infinite (0 for integers and 8-bit floats, which are not looked at)."""
         dtype, bad = _CHECKED.get(self.dtype), 0
