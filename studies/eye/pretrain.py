@@ -1,0 +1,140 @@
+"""Stage (a): the tower alone learns to say what it sees in the language model's word embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from studies.eye import brush
+from studies.eye.pictures import SIDE, Pictures
+from studies.eye.sizes import Size
+from studies.eye.stages import generator
+
+_WRITING = 0.15
+"""Share of the cells that hold writing."""
+
+
+class Pretraining(nn.Module):
+    """The tower with heads that are thrown away.
+
+    The average of a picture's tokens is compared, by cosine, with the embeddings of all names; linear heads tell
+    colour of the paper, drawing style, place in a grid, and the digits of a written number.
+
+    Args:
+        tower: Qwen2.5-VL's.
+        pictures: all drawings.
+        words: `[names, D]`, the embedding of every name in `names`.
+        names: concepts first, then all others that are drawn.
+        size: of the eye.
+    """
+
+    mean: torch.Tensor
+    words: torch.Tensor
+    length: torch.Tensor
+
+    def __init__(self, tower: nn.Module, pictures: Pictures, words: torch.Tensor, names: list[str], size: Size):
+        super().__init__()
+        self.tower, self.size, self.pictures = tower, size, pictures
+        self.names = {name: number for number, name in enumerate(names)}
+        self.short = [word for word in pictures.concepts if len(word) <= 5]
+        self.register_buffer("mean", words.mean(0), persistent=False)
+        self.register_buffer("words", F.normalize(words - words.mean(0), dim=-1), persistent=False)
+        self.register_buffer("length", words.norm(dim=-1).mean(), persistent=False)
+        self.styles = sorted(set(pictures.styles) - set(pictures.held_out))
+        seen = [number for number, style in enumerate(pictures.styles) if style in self.styles]
+        self.known = [number for number in seen if self.names[pictures.names[number]] < len(pictures.concepts)]
+        self.others = [number for number in seen if self.names[pictures.names[number]] >= len(pictures.concepts)]
+        sides = max(size.sides)
+        wide = words.shape[1]
+        self.scale = nn.Parameter(torch.tensor(2.7))
+        outputs = {"colour": len(brush.COLOURS), "style": len(self.styles) + 1, "row": sides, "column": sides}
+        outputs |= {"tens": 10, "ones": 10}
+        self.heads = nn.ModuleDict({name: nn.Linear(wide, count) for name, count in outputs.items()})
+
+    def cells(self, images: torch.Tensor, side: int) -> torch.Tensor:
+        """`[B, 3, S, S]` -> `[B * side * side, D]`, the average token of every picture."""
+        return average_tokens(self.tower, images, side, self.size)
+
+    def batch(self, step: int) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
+        """Images, pictures along their side, and what each picture is; drawn anew from the step's number."""
+        size, draws = self.size, generator(self.size.seed, 1, step)
+        side = size.sides[step % len(size.sides)]
+        count = size.pretrain_batch // side**2 * side**2
+        drawn, targets = self.sample(count, draws)
+        cells = brush.draw(drawn, targets["ink"], targets["colour"], size.cell, 1.0, draws)
+        if side > 1:
+            place = torch.arange(count) % side**2
+            targets |= {"row": place // side, "column": place % side}
+        return brush.arrange(cells, side) if side > 1 else cells, side, targets
+
+    def loss(self, batch: tuple[torch.Tensor, int, dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Of one batch."""
+        images, side, targets = batch
+        device = self.scale.device
+        found = self.cells(images.to(device), side)
+        targets = {key: value.to(device) for key, value in targets.items()}
+        named = targets["name"] >= 0
+        cosine = F.normalize(found - self.mean, dim=-1) @ self.words.T
+        total = F.cross_entropy(cosine[named] * self.scale.exp(), targets["name"][named], label_smoothing=0.1)
+        total = total + 0.1 * (found.norm(dim=-1) / self.length - 1).pow(2).mean()
+        for name, head in self.heads.items():
+            if name in targets and bool((targets[name] >= 0).any()):
+                logits = head(found / self.length)
+                total = total + 0.3 * F.cross_entropy(logits, targets[name], ignore_index=-1)
+        return total
+
+    def sample(self, count: int, draws: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Drawings `[count, 64, 64, 4]` and what they are: -1 where a head has nothing to say."""
+
+        def whole(below: int) -> int:
+            return int(torch.randint(below, (1,), generator=draws))
+
+        drawn = torch.zeros(count, SIDE, SIDE, 4, dtype=torch.uint8)
+        keys = ("name", "style", "tens", "ones")
+        targets = {key: torch.full((count,), -1) for key in keys}
+        targets["colour"] = torch.randint(len(brush.COLOURS), (count,), generator=draws)
+        targets["ink"] = torch.rand(count, generator=draws) < _WRITING
+        other = torch.rand(count, generator=draws) < self.size.others
+        for place in range(count):
+            if targets["ink"][place]:
+                targets["style"][place] = len(self.styles)
+                if whole(2):
+                    number = whole(100)
+                    text = str(number)
+                    targets["tens"][place], targets["ones"][place] = number // 10, number % 10
+                else:
+                    text = self.short[whole(len(self.short))]
+                    targets["name"][place] = self.names[text]
+                drawn[place, ..., 3] = brush.written(text, brush.FONTS[whole(len(brush.FONTS))])
+            else:
+                among = self.others if other[place] and self.others else self.known
+                number = among[whole(len(among))]
+                drawn[place] = self.pictures.pixels[number]
+                targets["name"][place] = self.names[self.pictures.names[number]]
+                targets["style"][place] = self.styles.index(self.pictures.styles[number])
+        return drawn, targets
+
+    @torch.no_grad()
+    def reads(self, style: str) -> tuple[int, int]:
+        """How many of a style's concepts the tower alone names (of all concepts), and of how many."""
+        found = self.pictures.of(style)
+        drawn = self.pictures.pixels[list(found.values())]
+        papers = torch.zeros(len(drawn), dtype=torch.long)
+        plain = torch.zeros(len(drawn), dtype=torch.bool)
+        cells = brush.draw(drawn, plain, papers, self.size.cell, 0.0, generator(0)).to(self.scale.device)
+        known = self.words[: len(self.pictures.concepts)]
+        best = (F.normalize(self.cells(cells, 1) - self.mean, dim=-1) @ known.T).argmax(-1).cpu()
+        return sum(self.names[name] == int(number) for name, number in zip(found, best, strict=True)), len(found)
+
+
+def average_tokens(tower: Any, images: torch.Tensor, side: int, size: Size) -> torch.Tensor:
+    """`[B, 3, S, S]` -> `[B * side * side, D]`, the average token of every picture, row by row."""
+    rows, grids = brush.patches(images, size.patch, size.merge)
+    with torch.autocast(images.device.type, dtype=torch.bfloat16):
+        tokens = tower(rows, grid_thw=grids.to(images.device)).pooler_output
+    along = size.tokens
+    laid = tokens.float().view(len(images), side, along, side, along, -1)
+    return laid.mean((2, 4)).reshape(len(images) * side**2, -1)

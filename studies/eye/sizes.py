@@ -1,0 +1,89 @@
+"""Two sizes of the same recipe: one for two CPU cores, one for a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is made and how long it is trained.
+
+    Args:
+        cell: side of one picture in pixels, a multiple of `patch * merge`.
+        patch: side of a patch in pixels.
+        merge: patches along a side that become one token.
+        width, depth, heads: the tower's.
+        sides: pictures along the side of an image; 1 is a single picture.
+        pretrain_steps, pretrain_batch, pretrain_lr: the tower alone; the batch counts pictures.
+        others: share of the tower's pictures that show something else than the words to be named.
+        align_steps, align_batch, align_lr: through the language model; the batch counts images.
+        questions: questions about each image.
+        tower_lr: share of `align_lr` for the blocks of the tower.
+        top: how many of the tower's last blocks learn through the language model, besides the projector.
+        lora: rank of a LoRA on the language model, merged in at the end; 0 leaves it frozen.
+        max_gap: largest distance, in positions, put between image and question in training.
+        dtype: of the language model while it trains.
+    """
+
+    cell: int = 48
+    patch: int = 8
+    merge: int = 2
+    width: int = 192
+    depth: int = 6
+    heads: int = 6
+    sides: tuple[int, ...] = (1, 2)
+    pretrain_steps: int = 12000
+    pretrain_batch: int = 64
+    pretrain_lr: float = 1.5e-3
+    others: float = 0.3
+    align_steps: int = 1500
+    align_batch: int = 8
+    align_lr: float = 1e-3
+    questions: int = 4
+    tower_lr: float = 0.2
+    top: int = 2
+    lora: int = 16
+    max_gap: int = 2304
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens along the side of one picture."""
+        return self.cell // (self.patch * self.merge)
+
+    def settings(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return asdict(self) | {"sides": list(self.sides)}
+
+
+CPU = Size()
+"""About three core-hours."""
+
+QUICK = replace(CPU, pretrain_steps=1200, others=0.1, align_steps=150)
+"""A tenth of it: what a busy machine could run."""
+
+GPU = replace(
+    CPU,
+    cell=64,
+    width=320,
+    depth=10,
+    heads=10,
+    sides=(1, 2, 3),
+    pretrain_steps=20000,
+    pretrain_batch=256,
+    pretrain_lr=1e-3,
+    align_steps=4700,
+    align_batch=64,
+    align_lr=7e-4,
+)
+"""About 300,000 questions more than the CPU's; 64 px, 4 x 4 tokens a picture. It has not been run yet."""
+
+TINY = replace(
+    CPU, width=32, depth=2, heads=2, pretrain_steps=4, pretrain_batch=8, align_steps=3, align_batch=2, lora=2
+)
+"""For tests."""
+
+SIZES = {"cpu": CPU, "quick": QUICK, "gpu": GPU, "tiny": TINY}

@@ -1,0 +1,218 @@
+"""The eye: a language model that stays itself, distance as positions, stages that go on, and a gate that can say no."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from keepsight.errors import KeepsightError
+from studies.eye import brush, gate, sequences, windows
+from studies.eye.align import answers
+from studies.eye.language import text_difference, with_eye
+from studies.eye.make import made_model, make
+from studies.eye.pictures import Pictures
+from studies.eye.questions import TASKS, Question, ask, tasks_of
+from studies.eye.scenes import Scenes
+from studies.eye.stages import generator
+from tests.studies.eye.tiny_eye import CONCEPTS, SIZE, drawings, language, tokenizer
+
+EXACT = dataclasses.replace(SIZE, dtype="float32")
+QUESTIONS = [
+    Question("name", "What is here?", "A cat."),
+    Question("colour", "Which colour is the paper?", "It is red."),
+    Question("read", "What is written?", "It says 47."),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    return with_eye(language(), tokenizer(), EXACT)
+
+
+def image(side=1):
+    return Scenes(drawings(), ["round"]).image(side, SIZE.cell, 0.0, generator(5))[0]
+
+
+@torch.no_grad()
+def logits_of(model, parts, side=1):
+    """Logits of the answers of one sequence."""
+    return answers(model, tokenizer(), image(side), [parts], side, EXACT)[1]
+
+
+def test_on_text_the_language_model_is_the_original(model):
+    assert text_difference(model, language(), tokenizer()) == 0.0
+
+
+def test_another_language_model_is_noticed(model):
+    other = language()
+    other.model.layers[1].mlp.up_proj.weight.data[0] += 0.1
+    assert text_difference(model, other, tokenizer()) > 0
+
+
+@pytest.mark.parametrize("side", [1, 2])
+def test_the_layout_is_the_models_own(model, side):
+    """One question that follows at once: transformers' positions, mask and placing of the image give the same."""
+    part = sequences.part(QUESTIONS[0], tokenizer())
+    batch = sequences.lay_out([[part]], side * SIZE.tokens, model, tokenizer())
+    pixels, grids = brush.patches(image(side), SIZE.patch, SIZE.merge)
+    with torch.no_grad():
+        whole = model(
+            input_ids=batch.ids, pixel_values=pixels, image_grid_thw=grids, mm_token_type_ids=batch.image.int()
+        ).logits
+    found = logits_of(model, [part], side)
+    torch.testing.assert_close(found, whole[batch.labels >= 0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("words", [1, 40])
+def test_a_hidden_narration_leaves_its_length_and_nothing_else(model, words):
+    told = sequences.narration("Once upon a time. " * words, tokenizer())
+    far = sequences.part(QUESTIONS[0], tokenizer(), gap=len(told.ids))
+    hidden = logits_of(model, [told, far])
+    torch.testing.assert_close(hidden, logits_of(model, [far]), atol=1e-5, rtol=1e-5)
+    near = logits_of(model, [sequences.part(QUESTIONS[0], tokenizer())])
+    assert (hidden - near).abs().max() > 1e-4  # the distance itself is felt
+
+
+def test_questions_do_not_see_each_other(model):
+    parts = [sequences.part(one, tokenizer(), gap) for one, gap in zip(QUESTIONS, (0, 100, 2048), strict=True)]
+    together = logits_of(model, parts)
+    alone = torch.cat([logits_of(model, [part]) for part in parts])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_exact_is_what_greedy_decoding_writes(model):
+    batch = sequences.lay_out([[sequences.part(one, tokenizer()) for one in QUESTIONS]], 3, model, tokenizer())
+    targets = batch.labels[batch.labels >= 0]
+    logits = torch.nn.functional.one_hot(targets, len(tokenizer())).float()
+    assert sequences.exact(batch, logits) == [[True, True, True]]
+    logits[-1] = logits[-1].roll(1)
+    assert sequences.exact(batch, logits) == [[True, True, False]]
+
+
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_answers_follow_from_the_cells(side):
+    scenes = Scenes(drawings(), ["round", "flat"])
+    asked = set()
+    for number in range(40):
+        draws = generator(number)
+        _, cells = scenes.image(side, 24, 1.0, draws)
+        shown = {cell.name for cell in cells if not cell.text}
+        for task in tasks_of(cells, side):
+            question = ask(task, cells, side, draws)
+            asked.add(task)
+            said = question.answer.rstrip(".").split()[-1]
+            if task == "name":
+                assert said in shown
+            if task == "read":
+                assert said in {cell.text for cell in cells}
+            if task == "colour":
+                assert said in {list(brush.COLOURS)[cell.colour] for cell in cells}
+            if task == "compare" and said == "Yes":
+                assert len(shown) < sum(not cell.text for cell in cells)
+    assert asked == (set(TASKS) if side > 1 else {"name", "colour", "style", "read"})
+
+
+def test_held_out_styles_are_drawn_only_when_asked_for():
+    assert set(drawings().styles) > set(drawings().held_out)
+    scenes = Scenes(drawings(), ["round", "flat"])
+    seen = {cell.style for number in range(30) for cell in scenes.image(2, 24, 1.0, generator(number))[1]}
+    assert seen == {"round", "flat", ""}
+
+
+def test_drawings_survive_their_file(tmp_path):
+    drawings().save(tmp_path / "pictures.safetensors")
+    again = Pictures.load(tmp_path / "pictures.safetensors")
+    assert torch.equal(again.pixels, drawings().pixels)
+    assert again.names == drawings().names
+    assert again.of("round").keys() == set(CONCEPTS)
+
+
+def going_on(folder, steps, size=SIZE):
+    """Calls of `make` of so many steps each, until it is done."""
+    for _ in range(20):
+        left = iter([False] * steps)
+        made = make(language(), tokenizer(), drawings(), size, folder, lambda left=left: next(left, True))
+        if made.done:
+            return made
+    raise AssertionError("never done")
+
+
+def test_a_making_that_was_stopped_comes_to_the_same_eye(tmp_path):
+    going_on(tmp_path / "once", 100)
+    going_on(tmp_path / "often", 2)
+    once, about = made_model(language(), tokenizer(), SIZE, tmp_path / "once")
+    often, _ = made_model(language(), tokenizer(), SIZE, tmp_path / "often")
+    assert about["align_step"] == SIZE.align_steps
+    assert all(torch.equal(one, other) for one, other in zip(once.parameters(), often.parameters(), strict=True))
+    fresh = with_eye(language(), tokenizer(), SIZE)
+    moved = {name for name, value in once.named_parameters() if not torch.equal(value, fresh.get_parameter(name))}
+    assert any(".visual." in name for name in moved)
+    assert any("language_model" in name for name in moved)  # the LoRA
+
+
+def test_without_a_lora_the_language_model_stays_as_it_was(tmp_path):
+    frozen = dataclasses.replace(SIZE, lora=0)
+    going_on(tmp_path, 100, frozen)
+    model, _ = made_model(language(), tokenizer(), frozen, tmp_path)
+    assert text_difference(model, language(), tokenizer()) == 0.0
+    with pytest.raises(KeepsightError, match="other settings"):
+        going_on(tmp_path, 1, dataclasses.replace(frozen, align_lr=1.0))
+    with pytest.raises(KeepsightError, match="other settings"):
+        made_model(language(), tokenizer(), SIZE, tmp_path)
+
+
+def test_no_eye_yet_says_what_to_do(tmp_path):
+    with pytest.raises(KeepsightError, match="studies eye make"):
+        made_model(language(), tokenizer(), SIZE, tmp_path)
+
+
+def test_a_random_eye_does_not_pass(model):
+    found = gate.measure(model, tokenizer(), drawings(), EXACT, grids=4)
+    assert not found["gate"]["holds"]
+    told = gate.lines(found)
+    assert told[-1].startswith("The gate does not hold")
+    assert any("the encoder alone, emojione-v1 (n = 6)" in line for line in told)
+    assert {row["task"] for row in found["rows"]} <= set(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("style", "grids", "holds"),
+    [
+        ([81, 80, 79], [90, 88, 85], True),
+        ([79, 79, 79], [90, 88, 85], False),
+        ([81, 80, 79], [90, 88, 84], False),
+        ([81, 70, 81], [90, 90, 90], False),
+    ],
+)
+def test_the_verdict_follows_from_the_rows(style, grids, holds):
+    rows = [
+        {"style": gate.STYLE, "image": "single pictures", "task": "name", "n": 100, "right": style},
+        {"style": "seen styles", "image": "grids 2 x 2", "task": "name", "n": 100, "right": grids},
+    ]
+    assert gate.verdict(rows)["holds"] is holds
+
+
+def test_intervals_hold_their_share_and_stay_within_bounds():
+    for right in range(0, 41):
+        low, high = gate.interval(right, 40)
+        assert -1e-9 <= low <= 100 * right / 40 + 1e-9
+        assert 100 * right / 40 - 1e-9 <= high <= 100 + 1e-9
+
+
+def test_batches_are_the_same_from_workers(tmp_path):
+    for folder, workers in (("here", 0), ("ahead", 2)):
+        make(language(), tokenizer(), drawings(), SIZE, tmp_path / folder, lambda: False, workers=workers)
+    here, ahead = (made_model(language(), tokenizer(), SIZE, tmp_path / one)[0] for one in ("here", "ahead"))
+    assert all(torch.equal(one, other) for one, other in zip(here.parameters(), ahead.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("side", [1, 2])
+def test_windows_at_once_are_windows_one_by_one(side):
+    tower = with_eye(language(), tokenizer(), SIZE).model.visual
+    pixels, grids = brush.patches(torch.cat([image(side), image(side).flip(-1)]), SIZE.patch, SIZE.merge)
+    with torch.no_grad():
+        one_by_one = tower(pixels, grid_thw=grids).pooler_output
+        windows.use(tower)
+        at_once = tower(pixels, grid_thw=grids).pooler_output
+    torch.testing.assert_close(at_once, one_by_one, atol=1e-6, rtol=1e-5)
