@@ -71,7 +71,8 @@ def make(
     torch.manual_seed(size.seed)
     model = with_eye(language, tokenizer, size).to(device)
     windows.use(model.model.visual)
-    names = [*pictures.concepts, *sorted(set(pictures.names) - set(pictures.concepts))]
+    others = sorted(set(pictures.names) - set(pictures.concepts)) if size.others else []
+    names = [*pictures.concepts, *others]
     words = word_embeddings(language, tokenizer, names)
     learner = Pretraining(model.model.visual, pictures, words, names, size).to(device)
     own = {key: value for key, value in size.settings().items() if not key.startswith(_OF_ALIGNING)}

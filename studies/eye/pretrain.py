@@ -15,6 +15,8 @@ from studies.eye.stages import generator
 
 _WRITING = 0.15
 """Share of the cells that hold writing."""
+_WHITE = 0.4
+"""Share of the cells on white paper, besides those that draw it."""
 
 
 class Pretraining(nn.Module):
@@ -45,8 +47,9 @@ class Pretraining(nn.Module):
         self.register_buffer("length", words.norm(dim=-1).mean(), persistent=False)
         self.styles = sorted(set(pictures.styles) - set(pictures.held_out))
         seen = [number for number, style in enumerate(pictures.styles) if style in self.styles]
-        self.known = [number for number in seen if self.names[pictures.names[number]] < len(pictures.concepts)]
-        self.others = [number for number in seen if self.names[pictures.names[number]] >= len(pictures.concepts)]
+        self.known = [number for number in seen if pictures.names[number] in pictures.concepts]
+        left = set(seen) - set(self.known)
+        self.others = sorted(left) if size.others else []
         sides = max(size.sides)
         wide = words.shape[1]
         self.scale = nn.Parameter(torch.tensor(2.7))
@@ -64,7 +67,8 @@ class Pretraining(nn.Module):
         side = size.sides[step % len(size.sides)]
         count = size.pretrain_batch // side**2 * side**2
         drawn, targets = self.sample(count, draws)
-        cells = brush.draw(drawn, targets["ink"], targets["colour"], size.cell, 1.0, draws)
+        vary = min(1.0, 2 * step / size.pretrain_steps)  # from the easy to the varied, or it begins with colours alone
+        cells = brush.draw(drawn, targets["ink"], targets["colour"], size.cell, vary, draws)
         if side > 1:
             place = torch.arange(count) % side**2
             targets |= {"row": place // side, "column": place % side}
@@ -96,6 +100,7 @@ class Pretraining(nn.Module):
         keys = ("name", "style", "tens", "ones")
         targets = {key: torch.full((count,), -1) for key in keys}
         targets["colour"] = torch.randint(len(brush.COLOURS), (count,), generator=draws)
+        targets["colour"][torch.rand(count, generator=draws) < _WHITE] = 0
         targets["ink"] = torch.rand(count, generator=draws) < _WRITING
         other = torch.rand(count, generator=draws) < self.size.others
         for place in range(count):

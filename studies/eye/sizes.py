@@ -36,7 +36,7 @@ class Size:
     sides: tuple[int, ...] = (1, 2)
     pretrain_steps: int = 12000
     pretrain_batch: int = 64
-    pretrain_lr: float = 1.5e-3
+    pretrain_lr: float = 6e-4
     others: float = 0.3
     align_steps: int = 1500
     align_batch: int = 8
@@ -62,7 +62,7 @@ class Size:
 CPU = Size()
 """About three core-hours."""
 
-QUICK = replace(CPU, pretrain_steps=1200, others=0.1, align_steps=150)
+QUICK = replace(CPU, pretrain_steps=1500, others=0.0, align_steps=150)
 """A tenth of it: what a busy machine could run."""
 
 GPU = replace(

@@ -107,7 +107,7 @@ class Stage:
         while not self.done and not stop():
             share = self.step / self.steps
             rate = (
-                self.lr * min(1.0, (self.step + 1) / (0.04 * self.steps + 1)) * (0.5 + 0.5 * math.cos(math.pi * share))
+                self.lr * min(1.0, (self.step + 1) / (0.08 * self.steps + 1)) * (0.5 + 0.5 * math.cos(math.pi * share))
             )
             for group, of in zip(self.optimizer.param_groups, self.shares, strict=True):
                 group["lr"] = rate * of
