@@ -13,29 +13,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from keepsight.checkpoints.adapters import CONFIG, AdapterInfo
 from keepsight.checkpoints.sources import check_sources
-from keepsight.data.check import CheckedData
 from keepsight.data.collate import ConversationCollator
-from keepsight.data.mixture import for_evaluation
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.peft_method import config_from_adapter
 from keepsight.pvm import PvmConfig
 from keepsight.train.pvm.grpo_trainer import make_grpo_trainer
-from keepsight.train.pvm.sft import about_rule, learner_record, record_of, sizes
+from keepsight.train.pvm.job import PvmJob, about_rule, check_pvm_engine
 from keepsight.train.rewards.rewards import BUILT_IN, Reward, load_rewards
 from keepsight.train.run import output, preflight
-from keepsight.train.run.controls import WHAT, Comparison, Control, Outcome, control_folder, control_learner, hold_out
-from keepsight.train.run.engines import Engine, check_engine, current_engine
+from keepsight.train.run.controls import Control, control_folder, control_learner
+from keepsight.train.run.engines import Engine, current_engine
 from keepsight.train.run.four_bit import check_four_bit
 from keepsight.train.run.learner import Learner, PolicyChoice, ranked_lora
 from keepsight.train.run.plan import MemoryPlan, plan_memory
-from keepsight.train.run.report import TrainReport, base_lines, memory_lines, mix_lines, result_card
-from keepsight.train.run.run import Run, execute, load_learner
+from keepsight.train.run.report import TrainReport, memory_lines, mix_lines
 from keepsight.train.run.settings import GrpoSettings
 from keepsight.train.run.trainer import OnLog
 
@@ -113,29 +109,20 @@ def train_pvm_grpo(
     learners = [(control, _control(control, learner, plan, adapters)) for control in controls]
     checkpoint = preflight.find_checkpoint(folder, say) if resume and not overwrite else None
     processor = preflight.load_processor(base)
-    collator = ConversationCollator(processor)
-    need_answer = any(reward.function is BUILT_IN[name][0] for reward in rewards for name in _NEEDS_ANSWER)
-
-    def checked(prompts: Any, which: str, progress: Callable[[int, int], None] | None) -> CheckedData:
-        return preflight.check_prompts(
-            prompts,
-            which,
-            collator,
-            text_only=settings.text_only,
-            max_length=settings.max_length,
-            over_long=settings.over_long,
-            decode=check == "full",
-            need_answer=need_answer,
-            on_check=progress,
-        )
-
-    data, held_out = checked(dataset, split, on_check), None
-    if eval_dataset is not None:
-        held_out = checked(for_evaluation(eval_dataset), eval_split or split, None)
-    elif controls:
-        data, held_out = hold_out(data)
-        kept = "no prompts can be held out" if held_out is None else f"{held_out.rows:,} prompts are held out"
-        say(f"{kept} for the comparison with the controls; {data.rows:,} train")
+    data, held_out = preflight.check_data(
+        (dataset, split),
+        None if eval_dataset is None else (eval_dataset, eval_split or split),
+        ConversationCollator(processor),
+        kind="prompt",
+        text_only=settings.text_only,
+        max_length=settings.max_length,
+        over_long=settings.over_long,
+        decode=check == "full",
+        need_answer=any(reward.function is BUILT_IN[name][0] for reward in rewards for name in _NEEDS_ANSWER),
+        hold=bool(controls),
+        say=say,
+        on_check=on_check,
+    )
     needed = settings.rollouts * engine.processes // settings.group_size
     if data.rows < needed:
         raise KeepsightError(
@@ -143,45 +130,38 @@ def train_pvm_grpo(
             f"completions on each of {engine.processes} devices, {settings.group_size} per prompt). Lower "
             "--batch-size, --grad-accum or --rows-per-rollout."
         )
-    check_engine(
-        engine,
-        "pvm",
-        on_gpu=settings.on_gpu,
-        text_only=data.text_only + (held_out.text_only if held_out else 0),
-        reentrant_works=plan.pvm.detach_visual,
-        checkpointing=settings.checkpoints_gradients,
-    )
+    check_pvm_engine(engine, settings, plan, data, held_out)
     preflight.say_data(data, "prompts", base, settings.max_length, say)
     data = data.mixed()
     scaled = {"group": "within their group", "batch": "over the batch", "none": "not at all"}[settings.scale_rewards]
     say(f"GRPO: loss {settings.loss_type}, clip {settings.clip:g}, KL {settings.kl:g}, advantages scaled {scaled}")
     say(about_rule(plan.pvm))
-    job = _Job(str(source), base, plan, data, held_out, processor, rewards, engine, on_log, callbacks or [], say)
-    report = job.train("pvm-grpo", learner, folder, settings, checkpoint, resume, overwrite)
-    if not controls:
-        return report
-
-    beside = {"full": " and the language model", "lora": " and a LoRA", "none": ""}[policy]
-    outcomes = [Outcome.of("pvm-grpo", f"the memory{beside}", report, settings.lr)]
-    for control, other in learners:
-        changed = replace(settings, lr=control.rate(settings.lr, whole_model_too=True))
-        where = control_folder(folder, control)
-        last = output.last_checkpoint(where)[0] if resume and other.learns else None
-        started = replace(job, base=_start(control, base, adapters))
-        say(f"control {control.name} in {where}, from {started.base}")
-        result = started.train(f"control {control.name}", other, where, changed, last, resume, False)
-        more = beside if control.name == "mlp" else ""
-        outcomes.append(Outcome.of(control.name, WHAT[control.name] + more, result, changed.lr))
-    judged = "the evaluation data" if eval_dataset is not None else "prompts held out of the training data"
-    comparison = Comparison(
-        tuple(outcomes),
-        f"Rewards are means over {settings.group_size} completions of every prompt, on "
-        f"{judged if held_out is not None else 'the training data alone'}. Same data, order of data, steps and seed "
-        f"({settings.seed}) for all.",
+    job = GrpoJob(
+        name=GrpoJob.stage,
+        source=str(source),
+        adapters=adapters,
+        base=base,
+        learner=learner,
+        plan=plan,
+        settings=settings,
+        folder=folder,
+        data=data,
+        held_out=held_out,
+        processor=processor,
+        rewards=rewards,
+        engine=engine,
+        checkpoint=checkpoint,
+        resume=resume,
+        overwrite=overwrite,
+        say=say,
+        on_log=on_log,
+        callbacks=callbacks or [],
     )
-    if engine.is_main:
-        comparison.write(folder)
-    return replace(report, comparison=comparison)
+    what = {"full": "the memory and the language model", "lora": "the memory and a LoRA", "none": "the memory"}[policy]
+    judged = "the evaluation data" if eval_dataset is not None else "prompts held out of the training data"
+    where = judged if held_out is not None else "the training data alone"
+    note = f"Rewards are means over {settings.group_size} completions of every prompt, on {where}."
+    return job.beside(job.train(), what, learners, note)
 
 
 def _what_learns(
@@ -259,114 +239,68 @@ def _control(control: Control, learner: Learner, plan: MemoryPlan, adapters: lis
     return made
 
 
-def _start(control: Control, base: str, adapters: list[AdapterInfo]) -> str:
-    """What a control of this stage starts on: the language model that its own first stage has tuned, or `base`."""
-    before = _first_stage(control, adapters)
-    return str(before) if control.name == "sft" and before is not None and (before / "config.json").is_file() else base
-
-
 def _first_stage(control: Control, adapters: list[AdapterInfo]) -> Path | None:
     """Where the control of the same name beside the memory's first stage is, or would be."""
     memory = next((info for info in adapters if info.method == "PVM"), None)
     return None if memory is None else control_folder(memory.path, control)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What the memory and its controls have in common."""
+@dataclass(frozen=True, kw_only=True)
+class GrpoJob(PvmJob[GrpoSettings]):
+    """Reinforcement learning of a memory and its policy, or of a control."""
+
+    stage = "pvm-grpo"
 
     source: str
-    base: str
-    plan: MemoryPlan
-    data: CheckedData
-    held_out: CheckedData | None
-    processor: Any
+    adapters: list[AdapterInfo]
     rewards: list[Reward]
-    engine: Engine
-    on_log: OnLog | None
-    callbacks: list[Any]
-    say: preflight.Say
 
-    def train(
-        self,
-        name: str,
-        learner: Learner,
-        folder: Path,
-        settings: GrpoSettings,
-        checkpoint: Path | None,
-        resume: bool,
-        overwrite: bool,
-    ) -> TrainReport:
-        record = {
+    def trainer(self, model: Any, learner: Learner) -> Any:
+        return make_grpo_trainer(
+            model,
+            self.processor,
+            learner,
+            self.settings,
+            self.rewards,
+            self.folder,
+            self.data,
+            self.held_out,
+            self.on_log,
+            self.callbacks,
+        )
+
+    def record(self) -> dict[str, Any]:
+        return {
             "source": self.source,
             "base": self.base,
             "prompts": self.data.rows,
             **self.data.agreed(),
-            **learner_record(learner, self.plan),
-            **record_of(settings),
         }
-        if checkpoint is not None:
-            output.check_record(folder, record)
-        if self.engine.is_main and learner.learns:
-            self._check_space(learner, folder, settings, checkpoint)
 
-        def build(loaded: tuple[Any, Learner]) -> Any:
-            model, now = loaded
-            return make_grpo_trainer(
-                model,
-                self.processor,
-                now,
-                settings,
-                self.rewards,
-                folder,
-                self.data,
-                self.held_out,
-                self.on_log,
-                self.callbacks,
-            )
+    def steps_per_epoch(self) -> int:
+        settings, processes = self.settings, self.engine.processes
+        together = settings.rollouts * processes // settings.group_size
+        per_step = settings.batch_size * settings.grad_accum * processes // settings.group_size
+        return max(1, self.data.rows // together * together // per_step)
 
-        def card(trainer: Any) -> str:
-            return self._card(trainer, name, learner, settings)
+    def control_settings(self, control: Control) -> GrpoSettings:
+        return replace(self.settings, lr=control.rate(self.settings.lr, whole_model_too=True))
 
-        run = Run(
-            name=name,
-            folder=folder,
-            data=self.data,
-            processor=self.processor,
-            record=record,
-            engine=self.engine,
-            load=partial(load_learner, self.base, learner, settings, self.plan, self.engine),
-            build=build,
-            card=card,
-            learns=learner.learns,
-            evaluates=self.held_out is not None,
-            resume=resume,
-            overwrite=overwrite,
-        )
-        return execute(run, checkpoint, self.say)
+    def control_base(self, control: Control) -> str:
+        """The language model that the control's own first stage has tuned, if there is one."""
+        before = _first_stage(control, self.adapters) if control.name == "sft" else None
+        return str(before) if before is not None and (before / "config.json").is_file() else self.base
 
-    def _check_space(self, learner: Learner, folder: Path, settings: GrpoSettings, checkpoint: Path | None) -> None:
-        together = settings.rollouts * self.engine.processes // settings.group_size
-        per_step = settings.batch_size * settings.grad_accum * self.engine.processes // settings.group_size
-        steps = preflight.total_steps(settings, max(1, self.data.rows // together * together // per_step))
-        there = len(list(folder.glob("checkpoint-*"))) if checkpoint is not None else 0
-        preflight.check_space(folder, *sizes(learner, self.plan), steps, settings, there)
-
-    def _card(self, trainer: Any, name: str, learner: Learner, settings: GrpoSettings) -> str:
-        state = trainer.state
+    def told(self, trainer: Any) -> list[tuple[str, str]]:
+        settings, state = self.settings, trainer.state
         rewards = [entry["reward"] for entry in state.log_history if entry.get("reward") is not None]
-        told = f"{rewards[0]:.4f} at first, {rewards[-1]:.4f} at last" if rewards else "not logged"
         policy = {"none": "frozen", "lora": "trained by a LoRA, in policy/", "full": "trained, in policy/"}
-        where = policy[learner.policy] if learner.memory is not None else "trained"
-        rows = [
+        return [
             *memory_lines(trainer),
-            ("language model", where),
+            ("language model", policy[self.learner.policy] if self.learner.memory is not None else "trained"),
             ("training", f"GRPO, {state.global_step} steps on {self.data.rows:,} prompts; seed {settings.seed}"),
             *mix_lines(self.data),
             ("rewards", ", ".join(f"{reward.name} ({reward.weight:g})" for reward in self.rewards)),
-            ("mean reward", told),
+            ("mean reward", f"{rewards[0]:.4f} at first, {rewards[-1]:.4f} at last" if rewards else "not logged"),
             ("learning rate", f"{settings.lr:g}"),
-            *base_lines(settings),
         ]
-        title = "A persistent visual memory (PVM)" if name == "pvm-grpo" else f"The {name} of a visual memory"
-        return result_card(self.base, f"{title} for {self.base}", rows, trainer)

@@ -7,14 +7,15 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from keepsight.checkpoints.attention import check_attention
-from keepsight.data.check import CheckedData, check_dataset
+from keepsight.data.check import CheckedData, Kind, OverLong, Policy, Progress, check_dataset
 from keepsight.data.collate import ConversationCollator
 from keepsight.data.mixing import check_sources
+from keepsight.data.mixture import for_evaluation
 from keepsight.data.reading import Source
 from keepsight.data.rehearsal import Rehearsal
 from keepsight.errors import KeepsightError
@@ -22,9 +23,10 @@ from keepsight.installed import MissingExtraError
 from keepsight.shipped import resolve_base
 from keepsight.tested import warn_of_untested
 from keepsight.train.run import output
+from keepsight.train.run.controls import hold_out
 from keepsight.train.run.engines import Engine
 from keepsight.train.run.plan import MemoryPlan
-from keepsight.train.run.settings import RunSettings
+from keepsight.train.run.settings import CommonSettings, RunSettings
 
 _PACKAGES = {"azure_ml": "azureml-mlflow", "flyte": "flytekit"}  # where the tracker's own name is another package's
 Say = Callable[[str], None]
@@ -44,7 +46,7 @@ def require_trl() -> None:
     warn_of_untested("trl")
 
 
-def check_settings(settings: RunSettings) -> None:
+def check_settings(settings: CommonSettings) -> None:
     """Refuse schedules, trackers and devices that are not there.
 
     Raises:
@@ -74,11 +76,11 @@ def check_settings(settings: RunSettings) -> None:
         raise ValueError("device='cuda', but torch finds no GPU.")
 
 
-def check_kernel(settings: Any, base: str | Path) -> None:
+def check_kernel(settings: CommonSettings, base: str | Path) -> None:
     """Refuse an attention kernel with which the run could not train (see `check_attention`).
 
     Args:
-        settings: of any run, with `attention`, `device`, `dtype`; `uses_bf16` where matrices may be multiplied in it.
+        settings: of any run; with `uses_bf16` where matrices may be multiplied in it.
         base: the plain base.
     """
     check_attention(base, settings.attention, settings.device, settings.dtype, getattr(settings, "uses_bf16", False))
@@ -113,61 +115,61 @@ def load_processor(source: str | Path) -> Any:
         ) from error
 
 
-def check_chats(
-    dataset: Any,
-    split: str,
+def check_data(
+    given: tuple[Any, str],
+    evaluated: tuple[Any, str] | None,
     collator: ConversationCollator,
     *,
-    text_only: Literal["error", "skip", "keep"],
-    max_length: int | None,
-    over_long: Literal["error", "skip", "truncate"],
+    kind: Kind,
+    text_only: Policy,
     decode: bool,
-    on_check: Callable[[int, int], None] | None = None,
-) -> CheckedData:
-    """Read and check data for supervised training: columns, images, chat template, lengths."""
+    hold: bool,
+    say: Say,
+    max_length: int | None = None,
+    over_long: OverLong = "error",
+    need_answer: bool = False,
+    on_check: Progress | None = None,
+) -> tuple[CheckedData, CheckedData | None]:
+    """Read and check data: columns, images, chat template, lengths, answers where a reward compares with them.
 
-    def check(source: Source) -> CheckedData:
-        return check_dataset(
-            source,
-            text_only=text_only,
-            decode=decode or max_length is not None,
-            rehearse=Rehearsal(collator, count=max_length is not None, ignore=source.reading.ignore),
-            max_length=max_length,
-            over_long=over_long,
-            progress=on_check,
-        )
+    Args:
+        given: training data and their split.
+        evaluated: data to evaluate on and their split, if there are any.
+        collator: of the base's processor.
+        hold: without `evaluated`, whether a tenth of the data is held out for the comparison with controls.
+        say: receives lines for the user.
+        on_check: called after every sample of the training data.
+        kind, text_only, decode, max_length, over_long, need_answer: as in `check_dataset`.
 
-    return check_sources(dataset, split, check).good()
+    Returns:
+        (for training, for evaluation)
+    """
 
+    def read(dataset: Any, split: str, progress: Progress | None = None) -> CheckedData:
+        def checked(source: Source) -> CheckedData:
+            counts, ignore = max_length is not None, source.reading.ignore
+            return check_dataset(
+                source,
+                kind=kind,
+                text_only=text_only,
+                decode=decode or counts,
+                rehearse=Rehearsal(collator, kind == "chat", count=counts, ignore=ignore),
+                max_length=max_length,
+                over_long=over_long,
+                need_answer=need_answer,
+                progress=progress,
+            )
 
-def check_prompts(
-    dataset: Any,
-    split: str,
-    collator: ConversationCollator,
-    *,
-    text_only: Literal["error", "skip", "keep"],
-    max_length: int | None,
-    over_long: Literal["error", "skip"],
-    decode: bool,
-    need_answer: bool,
-    on_check: Callable[[int, int], None] | None = None,
-) -> CheckedData:
-    """Read and check data for reinforcement learning: columns, images, answers, lengths of prompts."""
+        return check_sources(dataset, split, checked).good()
 
-    def check(source: Source) -> CheckedData:
-        return check_dataset(
-            source,
-            kind="prompt",
-            text_only=text_only,
-            decode=decode or max_length is not None,
-            rehearse=Rehearsal(collator, False, count=max_length is not None, ignore=source.reading.ignore),
-            max_length=max_length,
-            over_long=over_long,
-            need_answer=need_answer,
-            progress=on_check,
-        )
-
-    return check_sources(dataset, split, check).good()
+    data, held_out = read(*given, on_check), None
+    if evaluated is not None:
+        held_out = read(for_evaluation(evaluated[0]), evaluated[1])
+    elif hold:
+        data, held_out = hold_out(data)
+        many = "too few samples to hold any out" if held_out is None else f"{held_out.rows:,} samples are held out"
+        say(f"{many} for the comparison with the controls; {data.rows:,} train")
+    return data, held_out
 
 
 def say_data(data: CheckedData, what: str, loading: str, limit: int | None, say: Say) -> None:
@@ -186,12 +188,12 @@ def say_data(data: CheckedData, what: str, loading: str, limit: int | None, say:
     say(f"{data.rows:,} {what} are good{longest}{cut}; loading {loading}")
 
 
-def total_steps(settings: RunSettings, per_epoch: int) -> int:
+def total_steps(settings: CommonSettings, per_epoch: int) -> int:
     """Optimiser steps of a run whose epoch has so many."""
     return settings.max_steps or math.ceil(settings.epochs * per_epoch)
 
 
-def check_space(folder: Path, trained: int, saved: int, steps: int, settings: RunSettings, there: int) -> None:
+def check_space(folder: Path, trained: int, saved: int, steps: int, settings: CommonSettings, there: int) -> None:
     """Make sure that the disk holds what the run will save.
 
     Args:
@@ -219,7 +221,7 @@ def base_dtype(settings: RunSettings, plan: MemoryPlan) -> str:
     return "bfloat16" if settings.on_gpu and torch.cuda.is_bf16_supported() else "float32"
 
 
-def base_device(settings: RunSettings, engine: Engine) -> str:
+def base_device(settings: CommonSettings, engine: Engine) -> str:
     """Where the base is read to. Weights that will be sharded need not fit on one GPU."""
     on_gpu = settings.on_gpu and not engine.shards_weights
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from keepsight.checkpoints.attention import Attention
@@ -27,19 +27,69 @@ PAPER_SFT: dict[str, Any] = {"blindfold_steps": 0, "gate_lr_multiplier": 1.0}
 
 @documented
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """What supervised training and reinforcement learning have in common."""
+class CommonSettings:
+    """What every way of training has."""
 
     epochs: float = setting(1.0, "Passes over the data.", STEPS)
     max_steps: int | None = setting(None, "Optimiser steps; overrides --epochs.", STEPS)
     batch_size: int = setting(1, "Samples per device and forward.", STEPS)
-    grad_accum: int = setting(8, "Forwards per step.", STEPS)
     lr: float = setting(1e-4, "Peak learning rate.", STEPS)
-    gate_lr_multiplier: float = setting(10.0, "The gates learn so many times faster. Not in the paper.", STEPS)
     warmup_ratio: float = setting(0.1, "Share of the steps with a rising rate.", STEPS)
     scheduler: str = setting("cosine", "cosine, linear, constant, ...", STEPS)
     weight_decay: float = setting(0.0, "Of matrices.", STEPS)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", STEPS)
+    gradient_checkpointing: bool | None = setting(None, "Less memory, more time. Default: on a GPU.", RUN)
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "Of the base.", RUN)
+    attention: Attention | None = setting(None, ATTENTION_HELP, RUN)
+    load_in_4bit: bool = setting(False, FOUR_BIT_HELP, RUN, "--load-in-4bit")
+    device: Literal["cpu", "cuda"] | None = setting(None, "Default: the GPU if there is one.", RUN)
+    seed: int = setting(0, "Of initialisation, data order and sampling.", STEPS)
+    logging_steps: int = setting(10, "A line every so many steps.", RUN)
+    save_steps: int = setting(200, "A checkpoint every so many steps.", RUN)
+    keep_checkpoints: int | None = setting(None, "How many checkpoints to keep. Default: all.", RUN)
+    report_to: tuple[str, ...] = setting((), TRACKERS_HELP, RUN)
+
+    def __post_init__(self) -> None:
+        self._whole("batch_size", "logging_steps", "save_steps", "max_steps", "keep_checkpoints")
+        self._positive("epochs", "lr", "max_grad_norm")
+        self._not_negative("weight_decay")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio={self.warmup_ratio}: expected a share of the steps, from 0 to below 1.")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether training will run on a GPU."""
+        import torch
+
+        return self.device != "cpu" and torch.cuda.is_available()
+
+    def _whole(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                optional = next(item.default for item in fields(self) if item.name == name) is None
+                more = ", or leave it out" if optional else ""
+                raise ValueError(f"{name}={value}: expected a whole number of at least 1{more}.")
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0.")
+
+    def _not_negative(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name}={value}: expected a number of at least 0.")
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(CommonSettings):
+    """What PVM's supervised training and reinforcement learning have in common."""
+
+    grad_accum: int = setting(8, "Forwards per step.", STEPS)
+    gate_lr_multiplier: float = setting(10.0, "The gates learn so many times faster. Not in the paper.", STEPS)
     max_length: int | None = setting(
         None,
         "Longest sample in tokens, images included. Default: no limit.",
@@ -49,41 +99,14 @@ class RunSettings:
         "error", "What to do with samples without an image: they teach a memory nothing.", DATA
     )
     bf16: bool | None = setting(None, "Default: on a GPU that has it.", RUN)
-    gradient_checkpointing: bool | None = setting(None, "Less memory, more time. Default: on a GPU.", RUN)
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "Of the base.", RUN)
-    attention: Attention | None = setting(None, ATTENTION_HELP, RUN)
-    load_in_4bit: bool = setting(False, FOUR_BIT_HELP, RUN, "--load-in-4bit")
-    device: Literal["cpu", "cuda"] | None = setting(None, "Default: the GPU if there is one.", RUN)
-    seed: int = setting(0, "Of initialisation, data order and sampling.", STEPS)
-    logging_steps: int = setting(10, "A line every so many steps.", RUN)
-    save_steps: int = setting(200, "A checkpoint every so many steps.", RUN)
     eval_steps: int | None = setting(None, "Evaluate every so many steps. Default: as --save-steps.", RUN)
-    keep_checkpoints: int | None = setting(None, "How many checkpoints to keep. Default: all.", RUN)
     workers: int = setting(0, "Processes that read images.", RUN)
-    report_to: tuple[str, ...] = setting((), TRACKERS_HELP, RUN)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "grad_accum", "logging_steps", "save_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number of at least 1.")
-        for name in ("max_steps", "max_length", "eval_steps", "keep_checkpoints"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected a whole number of at least 1, or leave it out.")
-        for name in ("epochs", "lr", "gate_lr_multiplier", "max_grad_norm"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0.")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio={self.warmup_ratio}: expected a share of the steps, from 0 to below 1.")
-        if self.workers < 0 or self.weight_decay < 0:
-            raise ValueError("workers and weight_decay cannot be negative.")
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether training will run on a GPU."""
-        import torch
-
-        return self.device != "cpu" and torch.cuda.is_available()
+        super().__post_init__()
+        self._whole("grad_accum", "max_length", "eval_steps")
+        self._positive("gate_lr_multiplier")
+        self._not_negative("workers")
 
     @property
     def checkpoints_gradients(self) -> bool:
@@ -198,8 +221,7 @@ class GrpoSettings(RunSettings):
         super().__post_init__()
         if self.group_size < 2:
             raise ValueError(f"group_size={self.group_size}: GRPO compares at least 2 completions of a prompt.")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens}: expected a whole number of at least 1.")
+        self._whole("max_new_tokens")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature={self.temperature}: expected a number above 0; GRPO needs differences.")
         if not 0 < self.top_p <= 1:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftConfig
 
@@ -55,7 +55,7 @@ class VisMemReport(TrainReport):
         return int(self.last.get("tokens_trained", 0))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StageJob:
     """A stage that is about to be trained, or one of its controls.
 
@@ -190,7 +190,7 @@ class StageJob:
 
     def _check_space(self, loaded: LoadedStage) -> None:
         """A checkpoint holds the memory, and the trained tensors with AdamW's two moments, in float32."""
-        settings = cast(Any, self.settings)
+        settings = self.settings
         steps = preflight.total_steps(settings, math.ceil(self.data.rows / settings.batch_size))
         trained = sum(p.numel() for p in loaded.stage.trained().values())
         memory = sum(p.numel() for p in loaded.stage.memory.parameters())

@@ -173,7 +173,7 @@ def load_control(
 
 def _load(source: str, base: str, settings: RlSettings, trainable: bool = False) -> tuple[Any, Any]:
     """(model, processor) of a base, or of an adapter on it, where this process trains."""
-    device = base_device(settings, current_engine())  # type: ignore[arg-type]
+    device = base_device(settings, current_engine())
     return load_base(source, base, settings, settings.dtype, device, trainable)
 
 

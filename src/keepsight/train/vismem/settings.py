@@ -7,17 +7,16 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-from keepsight.checkpoints.attention import Attention
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.train.run.fields import MEMORY, REWARD, RUN, STEPS, documented, setting
-from keepsight.train.run.settings import ATTENTION_HELP, FOUR_BIT_HELP, TRACKERS_HELP
+from keepsight.train.run.settings import CommonSettings
 
 SCHEDULES = ("cosine", "linear", "constant")
 
 
 @documented
 @dataclass(frozen=True, kw_only=True)
-class RlSettings:
+class RlSettings(CommonSettings):
     """What both stages share. Defaults are the paper's where it names them; "ours" marks what it does not.
 
     Gradients are checkpointed by default on a GPU, but not where an incremental memory is formed, whose kept keys and
@@ -26,7 +25,6 @@ class RlSettings:
     """
 
     epochs: float = setting(2.0, "Passes over the data.", STEPS)
-    max_steps: int | None = setting(None, "Optimiser steps; overrides --epochs.", STEPS)
     batch_size: int = setting(8, "Questions per step, all processes together.", STEPS)
     group_size: int = setting(16, "G, trajectories per question.", REWARD)
     iterations: int = setting(1, "Optimiser steps per batch of trajectories.", STEPS)
@@ -35,7 +33,6 @@ class RlSettings:
     warmup_ratio: float = setting(0.2, "Share of the steps with a rising rate.", STEPS)
     scheduler: Literal["cosine", "linear", "constant"] = setting("cosine", "How the rate falls.", STEPS)
     weight_decay: float = setting(0.0, "Of everything that is trained.", STEPS)
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", STEPS)
     clip: float = setting(0.2, "How far the ratio may move.", STEPS)
     kl: float = setting(0.015, "Coefficient of the KL penalty; 0 for none.", STEPS)
     target_kl: float | None = setting(
@@ -58,53 +55,25 @@ class RlSettings:
     )
     rows_per_rollout: int = setting(32, "Trajectories written at once by one process.", RUN)
     rows_per_forward: int = setting(4, "Trajectories in one forward and backward: memory, not results.", RUN)
-    gradient_checkpointing: bool | None = setting(None, "Less memory, more time. Default: on a GPU.", RUN)
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "Of the base.", RUN)
-    attention: Attention | None = setting(None, ATTENTION_HELP, RUN)
-    load_in_4bit: bool = setting(False, FOUR_BIT_HELP, RUN, "--load-in-4bit")
-    device: Literal["cpu", "cuda"] | None = setting(None, "Default: the GPU if there is one.", RUN)
-    seed: int = setting(0, "Of initialisation, data order and sampling.", STEPS)
     logging_steps: int = setting(1, "A line every so many steps.", RUN)
     save_steps: int = setting(20, "A checkpoint every so many steps.", RUN)
-    keep_checkpoints: int | None = setting(None, "How many checkpoints to keep. Default: all.", RUN)
-    report_to: tuple[str, ...] = setting((), TRACKERS_HELP, RUN)
 
     def __post_init__(self) -> None:
-        whole = ("batch_size", "iterations", "max_new_tokens", "rows_per_rollout", "rows_per_forward")
-        for name in (*whole, "logging_steps", "save_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number of at least 1.")
+        super().__post_init__()
+        self._whole("iterations", "max_new_tokens", "rows_per_rollout", "rows_per_forward", "max_invocations")
         if self.group_size < 2:
             raise ValueError(
                 f"group_size={self.group_size}: expected at least 2; a trajectory is judged against others of its "
                 "prompt, and alone it would never be better or worse."
             )
-        for name in ("max_steps", "keep_checkpoints", "max_invocations"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected a whole number of at least 1, or leave it out.")
-        for name in ("epochs", "lr", "max_grad_norm", "temperature", "clip"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0.")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio={self.warmup_ratio}: expected a share of the steps, from 0 to below 1.")
-        for name in ("weight_decay", "kl", "end_lr", "target_kl"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name}={value}: expected a number of at least 0.")
+        self._positive("temperature", "clip")
+        self._not_negative("kl", "end_lr", "target_kl")
         if self.target_kl == 0:
             raise ValueError("target_kl=0: expected a number above 0, or None for a coefficient that stays.")
         if self.scheduler not in SCHEDULES:
             raise ValueError(f"scheduler={self.scheduler!r}: expected one of {', '.join(SCHEDULES)}.")
         if self.gain not in ("replay", "score"):
             raise ValueError(f"gain={self.gain!r}: expected 'replay' or 'score'.")
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether training will run on a GPU."""
-        import torch
-
-        return self.device != "cpu" and torch.cuda.is_available()
 
     def _probability(self, *names: str) -> None:
         for name in names:
@@ -182,9 +151,7 @@ class InvocationSettings(RlSettings):
             raise ValueError(f"train={self.train!r}: expected 'tokens' or 'lora'.")
         if self.lora_rank < 1 or not self.lora_alpha > 0:
             raise ValueError("lora_rank and lora_alpha: expected positive numbers.")
-        for name in ("alpha", "invocation_cost"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a number of at least 0.")
+        self._not_negative("alpha", "invocation_cost")
         if not math.isfinite(self.start_bias):
             raise ValueError(f"start_bias={self.start_bias}: expected a number.")
 

@@ -7,21 +7,18 @@ of the paper does not hold this pipeline.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from keepsight.checkpoints.adapters import find_adapter
-from keepsight.data.check import CheckedData, check_dataset
+from keepsight.data.check import CheckedData
 from keepsight.data.collate import ConversationCollator
-from keepsight.data.mixing import check_sources
-from keepsight.data.mixture import for_evaluation
-from keepsight.data.reading import Source
-from keepsight.data.rehearsal import Rehearsal
 from keepsight.errors import KeepsightError
 from keepsight.train.rewards.rewards import DEFAULT_REWARDS, Reward, load_rewards
 from keepsight.train.run import output, preflight
-from keepsight.train.run.controls import Control, hold_out
+from keepsight.train.run.controls import Control
 from keepsight.train.run.engines import Engine, check_engine, current_engine
 from keepsight.train.run.four_bit import check_four_bit
 from keepsight.train.run.preflight import Say, silent
@@ -29,7 +26,7 @@ from keepsight.train.run.trainer import OnLog
 from keepsight.train.vismem.job import StageJob, VisMemReport
 from keepsight.train.vismem.loading import adapter_config, load_formed, load_invoking, load_new, plan_vismem
 from keepsight.train.vismem.settings import FormationSettings, InvocationSettings, RlSettings, uses_checkpointing
-from keepsight.train.vismem.stages import FormationStage, InvocationStage
+from keepsight.train.vismem.stages import FormationStage, InvocationStage, Stage
 from keepsight.vismem import VisMemConfig
 
 __all__ = [
@@ -93,8 +90,9 @@ def train_vismem_formation(
         RewardError: naming a reward that fails.
         TrainingDivergedError: if a loss or gradient is not finite; earlier checkpoints stay.
     """
-    settings, folder, stage = settings or FormationSettings(), Path(output_dir), FormationStage
-    scored = _rewards_of(rewards)
+    settings = settings or FormationSettings()
+    folder, scored = Path(output_dir), _rewards_of(rewards)
+    questions = _Questions(dataset, split, eval_dataset, eval_split, text_only, check, on_check)
     goes_on = find_adapter(source) is not None
     if goes_on and vismem is not None:
         raise KeepsightError(f"{source} is an adapter with a configuration of its own; leave `vismem` out.")
@@ -103,30 +101,12 @@ def train_vismem_formation(
     _check_base(base, settings, engine, controls)
     uses_checkpointing(settings, config.form, settings.on_gpu)
     warm = f", after {settings.warm_start_steps} steps of warm start (ours)" if settings.warm_start_steps else ""
-    say(f"{stage.title}: rewards {stage.objective_name}; KL against {stage.reference_name}{warm}")
-    read = partial(_questions, base=base, rewards=scored, text_only=text_only, check=check)
-    data = read(dataset, split, on_check=on_check)
-    held_out = None if eval_dataset is None else read(for_evaluation(eval_dataset), eval_split or split)
-    data, held_out = _set_apart(data, held_out, controls, say)
-    job = StageJob(
-        name=stage.name,
-        source=str(source),
-        base=base,
-        config=config,
-        folder=folder,
-        settings=settings,
-        rewards=scored,
-        data=data,
-        held_out=held_out,
-        engine=engine,
-        resume=resume,
-        overwrite=overwrite,
-        say=say,
-        on_log=on_log,
-    )
-    formed = partial(load_formed, job.source, base, settings, say)
-    report = job.train(formed if goes_on else partial(load_new, base, vismem, settings, say))
-    return job.beside(report, controls)
+    say(f"{_about(FormationStage)}{warm}")
+    data, held_out = questions.read(base, scored, bool(controls), say)
+    what = (FormationStage.name, str(source), base, config, folder, settings, scored, data, held_out)
+    job = StageJob(*what, engine, resume, overwrite, say, on_log)
+    new, formed = partial(load_new, base, vismem), partial(load_formed, job.source, base)
+    return job.beside(job.train(partial(formed if goes_on else new, settings, say)), controls)
 
 
 def train_vismem_invocation(
@@ -174,8 +154,9 @@ def train_vismem_invocation(
     Raises:
         KeepsightError, FileNotFoundError, RewardError, TrainingDivergedError: as in `train_vismem_formation`.
     """
-    settings, folder, stage = settings or InvocationSettings(), Path(output_dir), InvocationStage
-    scored = _rewards_of(rewards)
+    settings = settings or InvocationSettings()
+    folder, scored = Path(output_dir), _rewards_of(rewards)
+    questions = _Questions(dataset, split, eval_dataset, eval_split, text_only, check, on_check)
     if find_adapter(source) is None:
         raise KeepsightError(
             f"{source} is no adapter. Stage II teaches when to invoke a memory that stage I has formed: name the "
@@ -184,40 +165,43 @@ def train_vismem_invocation(
     engine = _check_run(settings, folder, resume, overwrite, controls)
     config, base = adapter_config(source)
     _check_base(base, settings, engine, controls)
-    say(f"{stage.title}: rewards {stage.objective_name}; KL against {stage.reference_name}")
+    say(_about(InvocationStage))
     if not settings.invocation_cost:
         say("invocation_cost is 0, as in the paper: a memory that never harms may end up invoked always")
-    read = partial(_questions, base=base, rewards=scored, text_only=text_only, check=check)
-    data = read(dataset, split, on_check=on_check)
-    held_out = None if eval_dataset is None else read(for_evaluation(eval_dataset), eval_split or split)
-    data, held_out = _set_apart(data, held_out, controls, say)
-    job = StageJob(
-        name=stage.name,
-        source=str(source),
-        base=base,
-        config=config,
-        folder=folder,
-        settings=settings,
-        rewards=scored,
-        data=data,
-        held_out=held_out,
-        engine=engine,
-        resume=resume,
-        overwrite=overwrite,
-        say=say,
-        on_log=on_log,
-    )
+    data, held_out = questions.read(base, scored, bool(controls), say)
+    what = (InvocationStage.name, str(source), base, config, folder, settings, scored, data, held_out)
+    job = StageJob(*what, engine, resume, overwrite, say, on_log)
     return job.beside(job.train(partial(load_invoking, job.source, base, settings, say)), controls)
 
 
-def _rewards_of(given: Sequence[str | Reward | Callable[..., Any]]) -> list[Reward]:
-    """Rewards by name, as they are, or made of functions f(prompts, completions, **columns)."""
-    given = [given] if isinstance(given, str) else list(given)
-    names = [one for one in given if isinstance(one, str)]
-    ready = [one for one in given if isinstance(one, Reward)]
-    functions = [one for one in given if not isinstance(one, (str, Reward))]
-    made = [Reward(getattr(one, "__name__", type(one).__name__), 1.0, one) for one in functions]
-    return [*(load_rewards(names) if names or not given else []), *ready, *made]
+@dataclass(frozen=True)
+class _Questions:
+    """What is read; the functions above tell what each of it means."""
+
+    dataset: Any
+    split: str
+    eval_dataset: Any
+    eval_split: str | None
+    text_only: Literal["error", "skip", "keep"]
+    check: Literal["full", "quick"]
+    on_check: Callable[[int, int], None] | None
+
+    def read(self, base: str, rewards: list[Reward], hold: bool, say: Say) -> tuple[CheckedData, CheckedData | None]:
+        """(to train on, to evaluate on): read, checked and told about."""
+        data, held_out = preflight.check_data(
+            (self.dataset, self.split),
+            None if self.eval_dataset is None else (self.eval_dataset, self.eval_split or self.split),
+            ConversationCollator(preflight.load_processor(base)),
+            kind="prompt",
+            text_only=self.text_only,
+            decode=self.check == "full",
+            need_answer=any(reward.name in ("answer", "match") for reward in rewards),
+            hold=hold,
+            say=say,
+            on_check=self.on_check,
+        )
+        preflight.say_data(data, "questions", base, None, say)
+        return data.mixed(), held_out
 
 
 def _check_run(
@@ -226,7 +210,7 @@ def _check_run(
     """Refuse engines, trackers, devices, output folders and controls that cannot be used; returns the engine."""
     engine = current_engine()
     check_engine(engine, "vismem", on_gpu=settings.on_gpu)
-    preflight.check_settings(cast(Any, settings))  # scheduler, trackers and device, which all settings have
+    preflight.check_settings(settings)
     if resume and overwrite:
         raise KeepsightError("resume goes on with a run and overwrite starts anew; choose one of them.")
     if engine.is_main:
@@ -245,45 +229,15 @@ def _check_base(base: str, settings: RlSettings, engine: Engine, controls: Seque
     check_four_bit(base, settings.load_in_4bit, engine, controls=tuple(control.name for control in controls))
 
 
-def _questions(
-    dataset: Any,
-    split: str,
-    base: str,
-    rewards: list[Reward],
-    text_only: Literal["error", "skip", "keep"],
-    check: Literal["full", "quick"],
-    on_check: Callable[[int, int], None] | None = None,
-) -> CheckedData:
-    """Read and check questions: columns, images, chat template, answers where a reward needs them."""
-    collator = ConversationCollator(preflight.load_processor(base))
-
-    def checked(source: Source) -> CheckedData:
-        return check_dataset(
-            source,
-            kind="prompt",
-            text_only=text_only,
-            decode=check == "full",
-            rehearse=Rehearsal(collator, False, ignore=source.reading.ignore),
-            need_answer=any(reward.name in ("answer", "match") for reward in rewards),
-            progress=on_check,
-        )
-
-    return check_sources(dataset, split, checked).good()
+def _about(stage: type[Stage]) -> str:
+    return f"{stage.title}: rewards {stage.objective_name}; KL against {stage.reference_name}"
 
 
-def _set_apart(
-    data: CheckedData, held_out: CheckedData | None, controls: Sequence[Control], say: Say
-) -> tuple[CheckedData, CheckedData | None]:
-    """(for training, held out): with controls and no evaluation data, a tenth of the questions. Says what there is."""
-    if held_out is None and controls:
-        data, held_out = hold_out(data)
-    for subject, words in data.told_lines():
-        say(f"{subject}: {words}")
-    for where, why in data.skipped[:5]:
-        say(f"skipped {where}: {why}")
-    more = f", {held_out.rows:,} are held out" if held_out is not None else ""
-    mix = data.mix()
-    if mix is not None:
-        say(f"mix: {mix}")
-    say(f"{data.rows:,} questions are good{more}; loading the model")
-    return data.mixed(), held_out
+def _rewards_of(given: Sequence[str | Reward | Callable[..., Any]]) -> list[Reward]:
+    """Rewards by name, as they are, or made of functions f(prompts, completions, **columns)."""
+    given = [given] if isinstance(given, str) else list(given)
+    names = [one for one in given if isinstance(one, str)]
+    ready = [one for one in given if isinstance(one, Reward)]
+    functions = [one for one in given if not isinstance(one, (str, Reward))]
+    made = [Reward(getattr(one, "__name__", type(one).__name__), 1.0, one) for one in functions]
+    return [*(load_rewards(names) if names or not given else []), *ready, *made]
