@@ -173,12 +173,14 @@ class MemoryTuner(BaseTuner):
 
     Attributes:
         config_cls: the method's config.
+        place: the branch's name in the module that it hangs beside.
         container: the branch's ModuleDict of adapters.
         no_merge: why it cannot be merged.
     """
 
     target_module_mapping = {}  # noqa: RUF012 - an instance variable to PEFT
     config_cls: ClassVar[type]
+    place: ClassVar[str]
     container: ClassVar[str]
     no_merge: ClassVar[str]
 
@@ -232,6 +234,29 @@ class MemoryTuner(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         refuse_adapter_names(kwargs, self.active_adapters[0])
         yield
+
+    def _make_branch(self, target: Any, target_name: str) -> Any:
+        """A branch for a module of the model."""
+        raise NotImplementedError
+
+    def _attach(self, branch: Any) -> None:
+        """Hook a new branch, which hangs in its place, into the model."""
+        raise NotImplementedError
+
+    def _add_memory(self, branch: Any, adapter_name: str, config: Any) -> None:
+        """Give a branch the memory of one adapter."""
+        raise NotImplementedError
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: Any, target_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        branch = getattr(target, self.place, None)
+        if branch is None:
+            branch = self._make_branch(target, target_name)
+            branch._active_adapter = self.active_adapter
+            target.add_module(self.place, branch)
+            self._attach(branch)
+        self._add_memory(branch, adapter_name, peft_config)
 
     def _detach(self) -> None:
         """Take the method's branches and hooks off the model."""

@@ -26,6 +26,7 @@ class PvmModel(MemoryTuner):
     prefix = "pvm_"
     tuner_layer_cls = PvmBranch
     config_cls = PvmConfig
+    place = BRANCH
     container = "pvm_blocks"
     no_merge = (
         "A persistent visual memory cannot be merged: it is a branch with an attention of its own, not a change of the "
@@ -40,24 +41,14 @@ class PvmModel(MemoryTuner):
         if not hasattr(backbone.decoder, _ROUTE):
             setattr(backbone.decoder, _ROUTE, PvmRoute(backbone))
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: Any,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        branch = getattr(target, BRANCH, None)
-        if branch is None:
-            backbone = Backbone.of(self.model)
-            branch = PvmBranch(int(target_name), Backbone.norm(target), backbone.text_config)
-            branch._active_adapter = self.active_adapter
-            target.add_module(BRANCH, branch)
-            getattr(backbone.decoder, _ROUTE).add(int(target_name), branch)
-        branch.add_block(adapter_name, peft_config)
+    def _make_branch(self, target: Any, target_name: str) -> PvmBranch:
+        return PvmBranch(int(target_name), Backbone.norm(target), Backbone.of(self.model).text_config)
+
+    def _attach(self, branch: Any) -> None:
+        getattr(Backbone.of(self.model).decoder, _ROUTE).add(branch.index, branch)
+
+    def _add_memory(self, branch: Any, adapter_name: str, config: PvmConfig) -> None:
+        branch.add_block(adapter_name, config)
 
     def _detach(self) -> None:
         decoder = Backbone.of(self.model).decoder

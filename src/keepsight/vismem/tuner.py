@@ -23,6 +23,7 @@ class VisMemModel(MemoryTuner):
     prefix = "vismem_"
     tuner_layer_cls = VisMemBranch
     config_cls = VisMemConfig
+    place = BRANCH
     container = CONTAINER
     no_merge = (
         "A latent vision memory cannot be merged: its adapters work only while a memory is formed, and its tokens are "
@@ -34,29 +35,20 @@ class VisMemModel(MemoryTuner):
         peft_config.resolve(backbone)
         peft_config.target_modules = rf"^{re.escape(backbone.decoder_path)}$"
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: Any,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        branch = getattr(target, BRANCH, None)
-        if branch is None:
-            branch = VisMemBranch(Backbone.of(self.model))
-            branch._active_adapter = self.active_adapter
-            target.add_module(BRANCH, branch)
-            MergeGuard.put(self.model)
-            # Any wrapper's generate (PEFT's of either method, TRL's) ends in the model's own.
-            self.model.generate = MethodType(generate, branch)
-            self.model.loss_function = branch.loss
-        branch.add_memory(adapter_name, peft_config)
+    def _make_branch(self, target: Any, target_name: str) -> VisMemBranch:
+        return VisMemBranch(Backbone.of(self.model))
+
+    def _attach(self, branch: Any) -> None:
+        MergeGuard.put(self.model)
+        # Any wrapper's generate (PEFT's of either method, TRL's) ends in the model's own.
+        self.model.generate = MethodType(generate, branch)
+        self.model.loss_function = branch.loss
+
+    def _add_memory(self, branch: Any, adapter_name: str, config: VisMemConfig) -> None:
+        branch.add_memory(adapter_name, config)
         bound = next((c for c in branch.configs.values() if c.has_bound_tokens), None)
-        if bound is not None and not peft_config.has_bound_tokens and bound.token_names == peft_config.token_names:
-            peft_config.token_ids, peft_config.delimiter_ids = bound.token_ids, bound.delimiter_ids
+        if bound is not None and not config.has_bound_tokens and bound.token_names == config.token_names:
+            config.token_ids, config.delimiter_ids = bound.token_ids, bound.delimiter_ids
 
     def _detach(self) -> None:
         decoder = Backbone.of(self.model).decoder
