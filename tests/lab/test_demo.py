@@ -96,7 +96,7 @@ class Page(HTMLParser):
         values = dict(attrs)
         self.ids.add(values.get("id"))
         self.fetches += [values[name] for name in ("src", "srcset") if name in values]
-        self.links += [values["href"]] if "href" in values else []
+        self.links += [values["href"]] if tag == "a" else []
         if tag not in ("meta", "img", "source", "br", "link"):
             self.open.append(tag)
         assert tag != "script"
