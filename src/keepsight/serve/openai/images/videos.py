@@ -5,15 +5,14 @@ Nothing here decodes film (MP4 and the like), whose decoders are large, external
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from keepsight.data.pixels import ImageError, as_seen
-from keepsight.serve.errors import ApiError, bad, too_large
-from keepsight.serve.openai.images.decode import FORMATS, check_bytes, decode_image
+from keepsight.data.pixels import as_seen
+from keepsight.serve.errors import bad, too_large
+from keepsight.serve.openai.images.decode import check_bytes, decode_image, opened
 from keepsight.serve.openai.settings import Limits
 
 #: Frames per second where neither the client nor the file says: what Qwen's processors sample.
@@ -72,38 +71,26 @@ def decode_video(files: list[bytes], limits: Limits, param: str, left: int, fps:
 
 
 def _animation(content: bytes, limits: Limits, param: str, left: int, fps: float | None) -> Clip:
-    from PIL import Image, ImageSequence, UnidentifiedImageError
+    from PIL import ImageSequence
 
     check_bytes(len(content), limits, param)
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > min(left, limits.max_image_pixels):
-                raise too_large(f"A frame has {width} x {height} pixels, which is too many.", param, "image_too_large")
-            count = getattr(image, "n_frames", 1)
-            _check_count(count, limits, param)
-            if count * width * height > left:
-                raise too_large("The video has too many pixels for one request.", param, "images_too_large")
-            frames, seconds = [], 0.0
-            for frame in ImageSequence.Iterator(image):
-                frames.append(as_seen(frame.copy()))
-                seconds += frame.info.get("duration", 0) / 1000
-            return Clip(frames, fps or (len(frames) / seconds if seconds else USUAL_FPS))
-    except UnidentifiedImageError:
-        raise bad(
-            "Not a video that can be read here. Send its frames, as data:video/jpeg;base64,FRAME,FRAME,... (each a "
-            "JPEG, PNG or WebP file), or an animated GIF, WebP or PNG.",
-            param,
-            "invalid_video",
-        ) from None
-    except Image.DecompressionBombError:
-        raise too_large("The video claims an enormous size.", param, "image_too_large") from None
-    except ApiError:
-        raise
-    except ImageError as error:
-        raise bad(f"The video cannot be used: {error}", param, "invalid_video") from None
-    except Exception as error:  # as in `decode_image`
-        raise bad(f"The video is damaged or cut off ({type(error).__name__}).", param, "invalid_video") from None
+    unreadable = (
+        "Not a video that can be read here. Send its frames, as data:video/jpeg;base64,FRAME,FRAME,... (each a "
+        "JPEG, PNG or WebP file), or an animated GIF, WebP or PNG."
+    )
+    with opened(content, "video", unreadable, param) as image:
+        width, height = image.size
+        if width * height > min(left, limits.max_image_pixels):
+            raise too_large(f"A frame has {width} x {height} pixels, which is too many.", param, "image_too_large")
+        count = getattr(image, "n_frames", 1)
+        _check_count(count, limits, param)
+        if count * width * height > left:
+            raise too_large("The video has too many pixels for one request.", param, "images_too_large")
+        frames, seconds = [], 0.0
+        for frame in ImageSequence.Iterator(image):
+            frames.append(as_seen(frame.copy()))
+            seconds += frame.info.get("duration", 0) / 1000
+        return Clip(frames, fps or (len(frames) / seconds if seconds else USUAL_FPS))
 
 
 def _check_count(count: int, limits: Limits, param: str) -> None:
