@@ -82,7 +82,6 @@ def test_weights_are_what_the_block_attends_with(family: TinyFamily) -> None:
             weights = torch.from_numpy(trace.weights[step, row])
             torch.testing.assert_close(block.o_proj(weights @ values), output, rtol=0, atol=1e-4)
     assert (trace.update > 0).all()
-    assert (trace.sharpness <= visual + 0.001).all()
 
 
 def test_maps_put_weights_on_their_images() -> None:

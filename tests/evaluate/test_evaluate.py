@@ -32,10 +32,15 @@ def loaded(request):
     return get_peft_model(model, keepsight.PvmConfig(init_gate=3.0)), processor
 
 
+def read_off(*images):
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": "read"}]
+    return Question([{"role": "user", "content": content}], images)
+
+
 def test_off_is_the_base_and_a_batch_is_its_rows(loaded, grids):
     images, _ = grids
-    asked = [Question.of("read", [image]) for image in images]
-    asked += [Question.of("read", images[:2]), Question.of("read")]
+    asked = [read_off(image) for image in images]
+    asked += [read_off(*images[:2]), read_off()]
     base = Answerer(*keepsight.load("keepsight/reference")).answers(asked, 16)
     model, processor = loaded
     assert [a.text for a in Answerer(model, processor, "off").answers(asked, 16)] == [a.text for a in base]

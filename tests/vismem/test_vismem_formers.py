@@ -390,7 +390,7 @@ def test_no_adapter_is_active_after_an_exception_in_mid_formation(name):
     for kind in TYPES:
         with pytest.raises(RuntimeError, match="in the middle"):
             generate(model, inputs, memory=forced([{1: kind}, {}, {}]))
-        assert scope.current_bank() is None
+        assert scope.calls.here.bank is None
         assert not scope.is_base_only()
         assert scope.current_splice() is scope.current_watch() is None
     for handle in handles:

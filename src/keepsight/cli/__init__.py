@@ -17,33 +17,21 @@ from typer.core import TyperCommand, TyperGroup
 
 #: command -> (module, attribute, one line of help, panel)
 COMMANDS = {
-    "demo": (
-        "keepsight.cli.demo",
-        "demo",
-        "See a VLM lose its image and get it back: measured here, in minutes.",
-        "Start",
-    ),
-    "generate": ("keepsight.cli.generate", "generate", "Ask a model about images, with or without its memory.", "Use"),
-    "chat": ("keepsight.cli.chat", "chat", "A page to try a model on, memory on and off side by side.", "Use"),
-    "serve": ("keepsight.cli.serve", "serve", "Answer OpenAI clients, images and streaming included.", "Use"),
-    "diagnose": (
-        "keepsight.cli.diagnose",
-        "diagnose",
-        "Does a model lose its image? Is its memory really used?",
-        "Use",
-    ),
-    "eval": ("keepsight.cli.eval", "evaluate", "Questions with known answers: memory on and off side by side.", "Use"),
-    "info": ("keepsight.cli.info", "info", "What is in an adapter, or what memory a model would get.", "Use"),
-    "data": ("keepsight.cli.data", "data_app", "Is a dataset good for training? What is wrong with it?", "Make"),
-    "train": ("keepsight.cli.train", "train_app", "Teach a memory on your images and conversations.", "Make"),
-    "convert": (
-        "keepsight.cli.convert",
-        "convert",
-        "Turn a checkpoint in the PVM authors' layout into base + adapter.",
-        "Make",
-    ),
-    "export": ("keepsight.cli.export", "export_app", "Make a folder that vLLM serves, memory and all.", "Serve"),
-    "lab": ("keepsight.cli.lab", "lab_app", "The small reference VLM that the demo runs on, from nothing.", "Make"),
+    name: (f"keepsight.cli.{name}", attribute, line, panel)
+    for name, attribute, line, panel in (
+        ("demo", "demo", "See a VLM lose its image and get it back: measured here, in minutes.", "Start"),
+        ("generate", "generate", "Ask a model about images, with or without its memory.", "Use"),
+        ("chat", "chat", "A page to try a model on, memory on and off side by side.", "Use"),
+        ("serve", "serve", "Answer OpenAI clients, images and streaming included.", "Use"),
+        ("diagnose", "diagnose", "Does a model lose its image? Is its memory really used?", "Use"),
+        ("eval", "evaluate", "Questions with known answers: memory on and off side by side.", "Use"),
+        ("info", "info", "What is in an adapter, or what memory a model would get.", "Use"),
+        ("data", "data_app", "Is a dataset good for training? What is wrong with it?", "Make"),
+        ("train", "train_app", "Teach a memory on your images and conversations.", "Make"),
+        ("convert", "convert", "Turn a checkpoint in the PVM authors' layout into base + adapter.", "Make"),
+        ("export", "export_app", "Make a folder that vLLM serves, memory and all.", "Serve"),
+        ("lab", "lab_app", "The small reference VLM that the demo runs on, from nothing.", "Make"),
+    )
 }
 
 HELP = """[bold]keepsight gives a vision-language model a memory for what it sees.[/bold]

@@ -101,13 +101,9 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
     from keepsight.lab.demo.seeds import in_words
 
     lengths, limit = results["lengths"], results["train_length"]
-    table = Table(
-        title=f"Digits read correctly, by generated tokens before the answer (trained up to {limit}; * beyond)",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-    )
+    look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "pad_edge": False}
+    title = f"Digits read correctly, by generated tokens before the answer (trained up to {limit}; * beyond)"
+    table = Table(title=title, **look)
     table.add_column("")
     for length in lengths:
         table.add_column(f"{length}{'*' if length > limit else ''}", justify="right")
@@ -129,14 +125,7 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
     out.print()
     out.print(table)
     causal = results["pvm"]["causal"]
-    battery = Table(
-        title=f"Is the memory used? PVM after {causal['length']:,} tokens",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        show_header=False,
-    )
+    battery = Table(title=f"Is the memory used? PVM after {causal['length']:,} tokens", show_header=False, **look)
     for key, label in (
         ("on", "memory on"),
         ("gate_off", "gate off"),

@@ -36,13 +36,6 @@ class Question:
     images: tuple[Any, ...] = ()
     videos: tuple[Any, ...] = ()
 
-    @staticmethod
-    def of(prompt: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Question:
-        """Images, videos and a text in one turn."""
-        content: list[dict[str, Any]] = [{"type": "image"} for _ in images] + [{"type": "video"} for _ in videos]
-        content.append({"type": "text", "text": prompt})
-        return Question([{"role": "user", "content": content}], tuple(images), tuple(videos))
-
 
 @dataclass(frozen=True)
 class Answer:

@@ -174,11 +174,6 @@ def is_base_only() -> bool:
     return calls.here.base_only
 
 
-def current_bank() -> LowRankBank | None:
-    """The low-rank updates in force, or None (always, outside a formation)."""
-    return calls.here.bank
-
-
 def current_splice() -> Splice | None:
     """The latents waiting for the input embedding."""
     return calls.here.splice

@@ -43,13 +43,6 @@ class RetrievalTrace:
         """One heat map per image or video: [S, L, frames, height, width] (see `VisualLayout.maps`)."""
         return self.layout.maps(self.weights)
 
-    @property
-    def sharpness(self) -> np.ndarray:
-        """How many visual tokens the retrieval is spread over [S, L]: exp of the entropy, 1 to M."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            entropy = -np.where(self.weights > 0, self.weights * np.log(self.weights), 0).sum(-1)
-        return np.exp(entropy)
-
 
 class RetrievalMeter:
     """Records what the PVM blocks of a model retrieve inside the `with` block, for the first row of the batch.
