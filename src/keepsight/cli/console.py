@@ -11,12 +11,13 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from keepsight.installed import MissingExtraError, install_line
 
@@ -63,6 +64,16 @@ def say(line: str, label: str = "", style: str = "") -> None:
     if label:
         console.print(f"{label}: ", style=style, end="", highlight=False)
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def facts_table(title: str, rows: Iterable[tuple[str, str]] = ()) -> Table:
+    """A table of names and their values."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def warn(message: str) -> None:

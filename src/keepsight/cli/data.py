@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import out, quiet, say, with_examples
+from keepsight.cli.console import facts_table, out, quiet, say, with_examples
 from keepsight.cli.options import Command
 from keepsight.cli.progress import Progress
 from keepsight.data.mixture import load_sources, mixture_of_words
@@ -125,13 +125,9 @@ def _rehearsal(model: str | None, answered: bool, ignore: tuple[str, ...]) -> An
 
 
 def _table(found: Any, total: int, decoded: bool, max_length: int | None) -> Any:
-    from rich.table import Table
-
     from keepsight.data.check import counted
 
-    table = Table(title=found.source.name, title_justify="left", title_style="bold", show_header=False)
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = facts_table(found.source.name)
     good = found.rows
     table.add_row("samples", f"{good:,} of {total:,} are good{'' if good < total else ', all of them'}")
     table.add_row("columns", ", ".join(found.source.columns))

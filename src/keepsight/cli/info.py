@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keepsight.cli.console import out, quiet, with_examples
+from keepsight.cli.console import facts_table, out, quiet, with_examples
 
 if TYPE_CHECKING:
     from keepsight.checkpoints.adapters import AdapterInfo
@@ -134,14 +134,8 @@ def model_facts(source: str) -> dict[str, Any]:
 
 
 def _show(source: str, facts: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(title=source, title_justify="left", show_header=False, title_style="bold")
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in _adapter_rows(facts) if facts["kind"] == "adapter" else _model_rows(facts):
-        table.add_row(name, value)
-    out.print(table, markup=False)
+    rows = _adapter_rows(facts) if facts["kind"] == "adapter" else _model_rows(facts)
+    out.print(facts_table(source, rows), markup=False)
 
 
 def _adapter_rows(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:

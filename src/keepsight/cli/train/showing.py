@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from keepsight.cli.console import Interrupted, first_of_all, out, say, warn
+from keepsight.cli.console import Interrupted, facts_table, first_of_all, out, say, warn
 from keepsight.cli.progress import Progress
 from keepsight.cli.train.job import Job
 from keepsight.train.run.settings import GrpoSettings
@@ -42,19 +42,24 @@ def show_dry_run(source: str, settings: Any, memory: Any, job: Job, policy: str 
     beside = {"full": " and the language model", "lora": f" and a LoRA of rank {lora_rank}", "none": ""}[policy]
     learner = Learner(memory=pvm or PvmConfig(), policy=policy, lora=lora)  # type: ignore[arg-type]
     result = dry_run.dry_run(base, learner, settings, length=length, visual=visual, what=f"the memory{beside}")
-    out.print(dry_run.print_dry_run(result), markup=False)
+    _print_dry_run(result)
 
 
 def show_vismem_dry_run(source: str, settings: Any, config: Any, job: Job) -> None:
     """Print what a VisMem's run would need."""
-    from keepsight.train.estimate.dry_run import DEFAULT_TOKENS, measured, print_dry_run
+    from keepsight.train.estimate.dry_run import DEFAULT_TOKENS, measured
     from keepsight.train.vismem.dry_run import dry_run_vismem
 
     length, visual = job.tokens or DEFAULT_TOKENS, None
     if job.tokens is None and job.dataset:
         length, visual = measured(source, job.data(), job.split, answers=False)
     found = dry_run_vismem(source, settings, config, length=length, visual=visual)
-    out.print(print_dry_run(found), markup=False)
+    _print_dry_run(found)
+
+
+def _print_dry_run(found: Any) -> None:
+    title = f"Dry run on {found.source} (estimates; no weights were read)"
+    out.print(facts_table(title, found.rows_of_table()), markup=False)
 
 
 def run_and_report(
@@ -122,13 +127,9 @@ def _how_to_go_on(folder: Path) -> str:
 
 def print_report(report: Any, source: str) -> None:
     """What a run did, in a table; then its controls beside it."""
-    from rich.table import Table
-
     from keepsight.data.check import counted
 
-    table = Table(title=f"A memory for {source}", title_justify="left", title_style="bold", show_header=False)
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = facts_table(f"A memory for {source}")
     resumed = f", resumed at {report.resumed_from}" if report.resumed_from else ""
     table.add_row("steps", f"{report.steps}{resumed}, {report.seconds:.1f} s, {report.tokens:,} tokens")
     if report.first_loss is not None:
@@ -177,13 +178,9 @@ def print_vismem_log(values: dict[str, float], step: int, total: int) -> None:
 
 def print_vismem_report(report: Any, source: str) -> None:
     """What a stage did, in a table; then its controls beside it."""
-    from rich.table import Table
-
     from keepsight.data.check import counted
 
-    table = Table(title=f"VisMem, {report.stage}", title_justify="left", title_style="bold", show_header=False)
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = facts_table(f"VisMem, {report.stage}")
     resumed = f", resumed at {report.resumed_from}" if report.resumed_from is not None else ""
     table.add_row("steps", f"{report.steps}{resumed}, {report.seconds:.1f} s")
     table.add_row("tokens", f"{report.tokens_generated:,} written, {report.tokens_trained:,} trained on")

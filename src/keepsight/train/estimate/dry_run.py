@@ -107,16 +107,3 @@ def _stored(source: str | Path, settings: RunSettings, learner: Learner, engine:
         return 4
     recorded = str(getattr(base_config(source), "dtype", None)).removeprefix("torch.")
     return 2 if recorded in ("bfloat16", "float16") else 4
-
-
-def print_dry_run(found: DryRun) -> Any:
-    """A `rich` table of a dry run."""
-    from rich.table import Table
-
-    title = f"Dry run on {found.source} (estimates; no weights were read)"
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in found.rows_of_table():
-        table.add_row(name, value)
-    return table

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -229,20 +229,30 @@ def cost_rows(costs: Sequence[RunCost]) -> list[tuple[str, ...]]:
 
 def table(runs: Sequence[str | Path]) -> Any:
     """Runs side by side, as a `rich` table to print. Arguments as `read_costs`."""
-    from rich.table import Table
-
-    result = Table(title="What it cost", title_justify="left", title_style="bold")
-    for index, name in enumerate(_HEADER):
-        result.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
-    for row in cost_rows(read_costs(runs)):
-        result.add_row(*row)
-    return result
+    return as_table("What it cost", _HEADER, cost_rows(read_costs(runs)))
 
 
 def markdown(runs: Sequence[str | Path]) -> str:
     """Runs side by side, as a markdown table. Arguments as `read_costs`."""
-    rows = [_HEADER, ("---", *["---:"] * (len(_HEADER) - 1)), *cost_rows(read_costs(runs))]
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    return as_markdown(_HEADER, cost_rows(read_costs(runs)))
+
+
+def as_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Any:
+    """Words and, right of them, numbers, as a `rich` table."""
+    from rich.table import Table
+
+    result = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
+    for index, name in enumerate(head):
+        result.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def as_markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The same in markdown."""
+    lines = [head, ("---", *["---:"] * (len(head) - 1)), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def duration(seconds: float) -> str:

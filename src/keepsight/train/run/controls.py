@@ -22,7 +22,7 @@ from keepsight.checkpoints.atomic import write_text
 from keepsight.data.check import CheckedData
 from keepsight.errors import KeepsightError
 from keepsight.pvm import PvmConfig
-from keepsight.train.run.accounting import RunCost, duration
+from keepsight.train.run.accounting import RunCost, as_markdown, as_table, duration
 from keepsight.train.run.learner import Learner, matched_lora
 from keepsight.train.run.plan import MemoryPlan
 
@@ -217,21 +217,11 @@ class Comparison:
 
     def markdown(self) -> str:
         """The table, with what must be known of it."""
-        head = self.columns()
-        lines = [head, ["---", *["---:"] * (len(head) - 1)], *self.rows()]
-        return "".join("| " + " | ".join(line) + " |\n" for line in lines) + f"\n{self.note}\n"
+        return f"{as_markdown(self.columns(), self.rows())}\n{self.note}\n"
 
     def table(self) -> Any:
         """The table for a terminal."""
-        from rich.table import Table
-
-        result = Table(title="Beside its controls", title_justify="left", title_style="bold", caption=self.note)
-        result.caption_justify = "left"
-        for index, name in enumerate(self.columns()):
-            result.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
-        for row in self.rows():
-            result.add_row(*row)
-        return result
+        return as_table("Beside its controls", self.columns(), self.rows(), self.note)
 
     def write(self, folder: Path) -> None:
         """Write comparison.json and comparison.md into `folder`, each in one step."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -25,6 +24,7 @@ from keepsight.train.estimate.tracing import meta_model, trace
 from keepsight.train.run.engines import Engine, current_engine
 from keepsight.train.run.flops import ModelShape
 from keepsight.train.run.four_bit import packed_weights
+from keepsight.train.run.learner import lora_targets
 from keepsight.train.vismem.settings import InvocationSettings, RlSettings, uses_checkpointing
 from keepsight.vismem import VisMemBranch, VisMemConfig
 
@@ -83,7 +83,7 @@ def dry_run_vismem(
     what = "the special tokens' rows" if is_second else "the memory (query builder, both formers, M_init, gains)"
     if isinstance(settings, InvocationSettings) and settings.train == "lora":
         what += " and a LoRA on the policy"
-        trained += _lora_size(backbone, settings.lora_rank)
+        trained += settings.lora_rank * sum(lora_targets(backbone, ("q_proj", "v_proj")).values())
     memory_size = sum(p.numel() for p in memory.parameters())
     frozen = sum(p.numel() for p in model.parameters()) - memory_size
 
@@ -145,13 +145,3 @@ def _base_and_memory(source: str | Path, vismem: VisMemConfig | None) -> tuple[s
     if infos[0].method != "VISMEM":
         raise KeepsightError(f"{source} is a {infos[0].method} adapter; expected a VisMem adapter.")
     return base, VisMemConfig.from_pretrained(str(infos[0].path))
-
-
-def _lora_size(backbone: Backbone, rank: int) -> int:
-    total = 0
-    for layer in backbone.layers:
-        if Backbone.has_softmax_attention(layer):
-            for name in ("q_proj", "v_proj"):
-                projection: Any = getattr(Backbone.mixer(layer), name)
-                total += rank * (projection.in_features + projection.out_features)
-    return total
