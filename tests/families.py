@@ -220,6 +220,7 @@ class TinyFamily:
         by_row: whether pixels come as [B, images, ...], with zeros for no image (Idefics).
         pixel_dim: along which images of pixel_values are put together.
         token_types: ids [B, T] -> further text arguments.
+        several: whether transformers repeats rows that have several images as they are, for beams and samples.
         count: (model, pixel arguments) -> visual tokens of each image; default: as the model makes them.
     """
 
@@ -231,6 +232,7 @@ class TinyFamily:
     hybrid: bool = False
     by_row: bool = False
     pixel_dim: int = 0
+    several: bool = True
     token_types: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None
     count: Callable[..., list[int]] | None = None
     processor_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -340,7 +342,10 @@ def make_inputs(family: TinyFamily, model: Any, rows: Sequence[Row]) -> dict[str
 @torch.no_grad()
 def count_visual_tokens(model: Any, arguments: dict[str, torch.Tensor]) -> list[int]:
     """Visual tokens of each image, as the model itself makes them."""
-    given = {name: value.to(model.device) for name, value in arguments.items()}
+    given = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in arguments.items()
+    }
     output = model.get_image_features(**given, return_dict=True)
     return [image.flatten(0, -2).shape[0] for image in output.pooler_output]
 

@@ -1,4 +1,4 @@
-"""The essential properties on every further family: the tests of the shared table that touch what differs between them.
+"""The shared table of tests on every further family.
 
 The long tests (training stages, processes, servers) run on the families of tests/families.py only.
 """
@@ -10,19 +10,40 @@ import torch
 from families import IMAGE, TinyFamily, make_inputs
 from helpers import LAYERS, MIXED_ROWS, attach, built
 from more_families import MORE
-from peft import PeftModel
 from test_cache import (  # noqa: F401
+    test_a_static_cache_serves_a_second_request,
+    test_assisted_decoding_equals_greedy,
     test_batch_equals_its_rows,
+    test_beam_search_equals_uncached_beams,
     test_cached_equals_uncached,
+    test_continued_conversation_with_a_second_image,
+    test_generated_batch_equals_its_rows,
+    test_images_are_projected_once,
     test_interleaved_requests_never_see_each_others_image,
+    test_published_rule_cached_equals_uncached,
+    test_sampling_several_sequences,
+    test_static_cache_equals_dynamic,
 )
 from test_identity import (  # noqa: F401
+    test_base_names_and_weights_stay,
     test_gate_zero_equals_base,
+    test_gate_zero_equals_base_in_bfloat16,
     test_off_and_unloaded_equal_base,
     test_only_text_after_an_image_is_updated,
+    test_published_rule_also_updates_text_before_the_image,
+    test_text_only_call_is_untouched,
 )
 from test_never_silent import MUTATIONS, RIGHT, results
-from test_training import test_gradient_checkpointing_changes_nothing  # noqa: F401
+from test_peft import (  # noqa: F401
+    test_merge_is_refused,
+    test_save_then_load_equals_before,
+    test_transformers_load_adapter_equals_peft,
+)
+from test_training import (  # noqa: F401
+    test_a_batch_without_images_gives_zero_gradients_not_none,
+    test_gradient_checkpointing_changes_nothing,
+    test_only_the_memory_trains,
+)
 
 import keepsight
 from keepsight.backbone import Backbone
@@ -32,14 +53,6 @@ from keepsight.pvm.branch import PvmBranch
 @pytest.fixture(params=MORE, ids=lambda family: family.name)
 def family(request: pytest.FixtureRequest) -> TinyFamily:
     return request.param
-
-
-def test_saved_and_loaded(family, tmp_path):
-    model, inputs = built(family)
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(family.build(), tmp_path).eval()
-    with torch.no_grad():
-        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
 def test_the_update_is_added_as_it_is(family):

@@ -44,6 +44,10 @@ def test_transformers_load_adapter_equals_peft(family, tmp_path):
     model.save_pretrained(tmp_path)
     plain = family.build()
     plain.load_adapter(str(tmp_path))
+    if family.name == "kimi_k25":  # transformers renames "blocks" in every name that it loads into this family
+        with pytest.raises(keepsight.KeepsightError, match="no weights came"):
+            logits(plain, inputs)
+        return
     assert torch.equal(logits(plain, inputs), before)
     if why_transformers_refuses_peft() is None:
         plain.disable_adapters()
