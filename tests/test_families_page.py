@@ -5,9 +5,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import transformers
+from families import BY_NAME
 from families import FAMILIES as TINY
 from more_families import MORE, ROWS
+from peft import get_peft_model
 
+import keepsight
 from keepsight.backbone import FAMILIES, UNFIT, family_of
 from keepsight.errors import UnsupportedModelError
 
@@ -36,3 +41,48 @@ def test_a_family_without_a_place_for_a_memory_is_told_why(model_type):
         family_of(SimpleNamespace(model_type=model_type))
     assert UNFIT[model_type] in str(error.value)
     assert "open an issue" in str(error.value)
+
+
+def tiny(kind):
+    """Models that can have no memory, as people try them."""
+    text = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    llama = transformers.LlamaConfig(**text, num_attention_heads=2)
+    if kind == "language model":
+        return transformers.LlamaForCausalLM(llama)
+    if kind == "encoder-decoder":
+        config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        return transformers.T5ForConditionalGeneration(config)
+    if kind == "part":
+        return BY_NAME["qwen3_vl"].build().model.language_model
+    if kind == "another VLM":
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision |= {"image_size": 8, "patch_size": 4, "model_type": "clip_vision_model"}
+        return transformers.VipLlavaForConditionalGeneration(
+            transformers.VipLlavaConfig(vision_config=vision, text_config=llama, vision_feature_layers=[0, 1])
+        )
+    return torch.nn.Linear(2, 2)
+
+
+WHY = {
+    "language model": "takes no images",
+    "encoder-decoder": "is an encoder-decoder",
+    "part": r"is a part of Qwen3-VL \(qwen3_vl\)",
+    "another VLM": "takes images, and is none of the model families",
+    "module": "is no model of transformers",
+}
+
+
+@pytest.mark.parametrize("config", [keepsight.PvmConfig, keepsight.VisMemConfig])
+@pytest.mark.parametrize("kind", WHY)
+def test_a_model_outside_the_list_is_told_why_what_is_supported_and_how_to_ask(kind, config):
+    model = tiny(kind)
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(UnsupportedModelError, match=WHY[kind]) as error:
+        get_peft_model(model, config())
+    said = str(error.value)
+    assert "Qwen3-VL, " in said
+    assert "LLaVA-NeXT" in said
+    assert kind == "module" or "open an issue" in said
+    assert "tests/" not in said
+    assert len(said) < 1200
+    assert [name for name, _ in model.named_modules()] == before

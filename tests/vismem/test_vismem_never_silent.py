@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import Row
 from transformers import Cache
-from vismem_helpers import built, forced, generate
+from vismem_helpers import BY_NAME, attach, built, forced, generate
 
 import keepsight
 from keepsight.vismem import VisMemBranch, VisMemOutput, scope
@@ -82,6 +82,11 @@ def test_a_broken_route_is_an_error(name, mutation):
     with pytest.raises(IndexError if base_fails else keepsight.KeepsightError):
         generate(model, inputs, memory=plan)
     assert not scope.is_base_only()
+
+
+def test_a_model_without_a_head_is_told_so():
+    with pytest.raises(keepsight.UnsupportedModelError, match="has no head"):
+        attach(BY_NAME["qwen3_vl"].build().model)
 
 
 def test_an_incremental_memory_needs_its_cache():

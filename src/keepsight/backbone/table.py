@@ -41,12 +41,35 @@ def family_of(config: Any, name: str = "The model") -> Family:
         UnsupportedModelError: if no row of `FAMILIES` describes it.
     """
     model_type = getattr(config, "model_type", None)
-    if model_type not in FAMILIES:
-        reason = UNFIT.get(str(model_type), "It is not among the model families that keepsight supports.")
-        supported = ", ".join(f"{family.name} ({model_type})" for model_type, family in FAMILIES.items())
+    if not isinstance(model_type, str):
         raise UnsupportedModelError(
-            f"{name} (model_type {model_type!r}) cannot be given a visual memory. {reason} Supported: {supported}. "
-            "Take one of these, or ask for yours: open an issue at keepsight's repository that names the model "
-            "(docs/families.md says what a family must have, and what each of them can do)."
+            f"{name} cannot be given a visual memory: it is no model of transformers (it has no config.model_type). "
+            f"Load a vision-language model, for example by keepsight.load. Supported: {_names()}."
+        )
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{name} (model_type {model_type!r}) cannot be given a visual memory. {_reason(config, model_type)} "
+            f"Supported: {_names()} (docs/families.md has their model_types). Take one of these; or ask for yours: "
+            "open an issue at keepsight's repository that names the model and its model_type."
         )
     return FAMILIES[model_type]
+
+
+def _names() -> str:
+    return ", ".join(family.name for family in FAMILIES.values())
+
+
+def _reason(config: Any, model_type: str) -> str:
+    """Why a model of transformers is none of the families, as sentences."""
+    if model_type in UNFIT:
+        return UNFIT[model_type]
+    whole = next((t for t in FAMILIES if model_type.startswith(f"{t}_")), None)
+    if whole is not None and not hasattr(config, "vision_config"):
+        return f"It is a part of {FAMILIES[whole].name} ({whole}): give the whole model, vision encoder and all."
+    if getattr(config, "is_encoder_decoder", False):
+        return (
+            "It is an encoder-decoder; a memory stands beside the layers of a decoder that reads images and text alike."
+        )
+    if not any(hasattr(config, part) for part in ("vision_config", "vision_tower", "visual", "vq_config")):
+        return "It takes no images, as far as its configuration tells (no vision_config): a language model, perhaps."
+    return "It takes images, and is none of the model families that keepsight knows."

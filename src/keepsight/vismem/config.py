@@ -177,6 +177,11 @@ class VisMemConfig(MemoryConfig):
         found = self.check_base(backbone.model.config)
         for name, value in found.items():
             setattr(self, name, value)
+        if backbone.model.get_output_embeddings() is None:
+            raise UnsupportedModelError(
+                f"A {type(backbone.model).__name__} has no head, and writes no text into which latent memories could "
+                "be spliced. Load the class that generates, with a name that ends in ForConditionalGeneration."
+            )
         softmax = [layer for layer in backbone.layers if backbone.has_softmax_attention(layer)]
         for mixer in map(backbone.mixer, softmax):
             missing = [name for name in self.long_targets if not hasattr(mixer, name)]
