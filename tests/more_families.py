@@ -411,10 +411,10 @@ def _row(name: str, config: Any, model_class: str, images: Any = _squares, **mor
 
 ROWS = [
     _row("qwen2_vl", qwen2_vl, "Qwen2VL", _qwen_images, marks=True),
-    _row("qwen2_5_omni_thinker", qwen2_5_omni, "Qwen2_5OmniThinker", _omni_images, marks=True),
-    _row("qwen3_omni_moe_thinker", qwen3_omni, "Qwen3OmniMoeThinker", _omni_images, marks=True),
-    _row("gemma3", gemma3, "Gemma3", token_types=_image_types, marks=True),
-    _row("gemma4", gemma4, "Gemma4", _gemma4_images, token_types=_modality_types, marks=True),
+    _row("qwen2_5_omni_thinker", qwen2_5_omni, "Qwen2_5OmniThinker", _omni_images, marks=True, packed=True),
+    _row("qwen3_omni_moe_thinker", qwen3_omni, "Qwen3OmniMoeThinker", _omni_images, marks=True, packed=True),
+    _row("gemma3", gemma3, "Gemma3", token_types=_image_types, marks=True, several=False),
+    _row("gemma4", gemma4, "Gemma4", _gemma4_images, token_types=_modality_types, marks=True, several=False),
     _row("paligemma", paligemma, "PaliGemma", token_types=_prefix_types),
     _row("llava", llava, "Llava"),
     _row("pixtral", pixtral, "Llava", _sized),
@@ -427,8 +427,8 @@ ROWS = [
     _row("glm4v_moe", glm4v_moe, "Glm4vMoe", _qwen_images, marks=True, several=False),
     _row("glm46v", glm46v, "Glm46V", _qwen_images, marks=True, several=False),
     _row("ovis2", ovis2, "Ovis2"),
-    _row("kimi_k25", kimi, "Kimi_K25", _kimi_images, marks=True),
-    _row("minicpmv4_6", minicpmv, "MiniCPMV4_6", _minicpm_images, hybrid=True, pixel_dim=-1),
+    _row("kimi_k25", kimi, "Kimi_K25", _kimi_images, marks=True, packed=True),
+    _row("minicpmv4_6", minicpmv, "MiniCPMV4_6", _minicpm_images, hybrid=True, pixel_dim=-1, packed=True),
     _row("deepseek_vl", deepseek_vl, "DeepseekVL", count=lambda model, given: [16] * len(given["pixel_values"])),
 ]
 

@@ -306,10 +306,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "video": ({"video": "a.mp4"}, "video: a video", "video"),
     "audio": ({"audio": "a.wav"}, "audio: sound", "audio"),
     "video mark": ({"messages": [{**U, "content": "<image><video>read"}, A]}, "<video> in the text", ""),
-    "video part": ({"messages": [{**U, "content": [{"type": "image"}, VIDEO]}, A]}, "expected parts", "video"),
+    "video part": (
+        {"messages": [{**U, "content": [{"type": "image"}, VIDEO]}, A]},
+        "a part of type video; training",
+        "video",
+    ),
     "audio part": (
         {"messages": [{**U, "content": [{"type": "image"}, {"type": "input_audio", "data": ""}]}, A]},
-        "expected parts",
+        "a part of type input_audio; training",
         "input_audio",
     ),
     "tools": ({"tools": CALL}, "tools: tools, which this model's chat template does not write", "tools"),

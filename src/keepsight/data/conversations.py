@@ -24,6 +24,7 @@ _ROLE_OF = {
 _MARK = re.compile(r"<image(?:[ _]?(\d+))?>")
 """Where an image stands in plain text; with a number, which one."""
 _OTHER_MARKS = ("<video>", "<audio>")
+_OTHER_PARTS = ("video", "video_url", "input_video", "audio", "audio_url", "input_audio")
 TEMPLATE_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 """Keys of a message that some chat templates write."""
 _WEIGHTS = ("weight", "train")
@@ -152,7 +153,7 @@ class _Reader:
             if isinstance(part, str):
                 part = {"type": "text", "text": part}
             part = {key: v for key, v in part.items() if v is not None} if isinstance(part, dict) else {}
-            kind = part.get("type") or next((key for key in ("text", "image") if key in part), None)
+            kind = part.get("type") or next((key for key in ("text", "image", "video") if key in part), None)
             if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
                 self.ignored |= {f"{key} of text parts" for key in part if key not in ("type", "text")}
                 yield {"type": "text", "text": part["text"]}
@@ -161,6 +162,11 @@ class _Reader:
                 yield {"type": "image"}
             elif kind in self.ignore:
                 self.ignored.add(f"parts of type {kind}")
+            elif kind in _OTHER_PARTS:
+                raise DataError(
+                    f"messages[{index}]: a part of type {kind}; training reads pictures only",
+                    f"Give frames as images, where the model takes videos too; or leave it out: --ignore {kind}.",
+                )
             else:
                 raise DataError(
                     f'messages[{index}]: expected parts {{"type": "text", "text": ...}} or {{"type": "image"}}, '
