@@ -22,6 +22,7 @@ from transformers import DynamicCache, StaticCache
 
 from keepsight.backbone import Backbone
 from keepsight.compat import cache_argument, find_output_cache
+from keepsight.errors import KeepsightError
 from keepsight.pvm.cache import VisualCache
 from keepsight.pvm.module import PvmBlock
 
@@ -313,6 +314,23 @@ def test_a_compiled_model_that_reads_images_equals_the_eager_one(name):
     assert len(found) > 10
     for key, value in found.items():
         torch.testing.assert_close(value, eager[key], rtol=0, atol=1e-5)
+
+
+def test_layers_that_share_a_compiled_graph_are_an_error_or_right():
+    """torch.compile takes one layer's graph for the next, hooks unseen, where nothing else tells them apart."""
+    model, inputs = built(BY_NAME["qwen3_vl"], [Row((2, 2), 4, seed=61)])
+    base = model.get_base_model()
+    eager, forward = model(**inputs, use_cache=False).logits, base.forward
+    base.forward = torch.compile(forward, backend="eager")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        torch.testing.assert_close(model(**inputs, use_cache=False).logits, eager, **CLOSE)
+    torch._dynamo.reset()
+    try:
+        torch.testing.assert_close(model(**inputs, use_cache=False).logits, eager, **CLOSE)
+    except KeepsightError as error:
+        told = str(error)
+        assert "skip_nnmodule_hook_guards" in told
 
 
 def test_memory_lives_and_dies_with_the_cache():

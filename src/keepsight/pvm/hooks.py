@@ -305,10 +305,14 @@ class PvmRoute:
             raise KeepsightError(
                 f"Decoder layer {index} ran without its visual memory, which {found}: looked for calls, as modules, of "
                 f"{type(Backbone.mixer(layer)).__name__}, {parts.enter} and {parts.leave} inside "
-                f"{type(layer).__name__}. " + _ASK
+                f"{type(layer).__name__}. " + _COMPILED + _ASK
             )
 
 
+_COMPILED = (
+    "If the model is compiled, set torch._dynamo.config.skip_nnmodule_hook_guards = False before: torch.compile runs "
+    "one layer's graph for the next, and by default does not look at their hooks. "
+)
 _ASK = (
     "This release of transformers, or a change to the model, takes another way than keepsight knows: install a release "
     "that keepsight was tested with (docs/compatibility.md), or switch the memory off (keepsight.pvm.memory_off)."
