@@ -13,6 +13,7 @@ from pathlib import Path
 from keepsight.lab.study.results import Interval, Judgement, Results
 from keepsight.lab.study.runs import read_results
 from keepsight.lab.study.study import Claim, Column, Study, TableRow
+from studies.overhead import costs, section
 
 WRITTEN = "<!-- written by `python -m studies run` from the raw results; do not edit -->"
 
@@ -31,6 +32,9 @@ computed from the raw numbers.
 "does not hold" includes "no difference could be shown", and "cannot be tested here" stands where no control shows that
 the task could have shown it. An interval over five seeds is wide, and a verdict is about
 this lab only.
+
+**What was not asked.** Video: no study has a temporal task (what changed, which came first) or a growing number of
+frames, so nothing here says what either memory does for videos. No study has a pretrained language model.
 """
 
 
@@ -89,7 +93,13 @@ def render(studies: Mapping[str, Study], folder: Path, out: Path, raw: str) -> l
             (out.parent / picture).write_bytes(draw(study, results[name]))
         page = _page(study, results[name], verdicts[name], picture and f"../{picture}", f"../{raw}")
         (pages / f"{name}.md").write_text(page.replace("@@", f"../{out.name}"), encoding="utf-8")
-    parts = [INTRODUCTION, _cost(studies, results), _summary(everything, pages.name), _list(studies, pages.name)]
+    parts = [
+        INTRODUCTION,
+        _cost(studies, results),
+        _summary(everything, pages.name),
+        section(costs(), "performance.md"),
+        _list(studies, pages.name),
+    ]
     out.write_text("\n".join(parts), encoding="utf-8")
     return everything
 
@@ -106,7 +116,7 @@ def _cost(studies: Mapping[str, Study], results: Mapping[str, Results]) -> str:
         f"{seconds / 60:.0f} CPU minutes on one thread each{made}. A base of narrations that was not there yet costs a "
         "cell about 65 CPU seconds more, a base of five tasks about 155; most were made before and are not counted. "
         "`python -m studies run` runs what is missing, and may be killed at any time: it goes on where it was. No GPU "
-        "was used.\n"
+        "was used for them.\n"
     )
 
 

@@ -15,6 +15,8 @@ MODULES = (
     "studies.vismem.ablations",
     "studies.tasks.memory",
     "studies.tasks.transfer",
+    "studies.tasks.hallucination",
+    "studies.tasks.forgetting",
 )
 """Modules with a tuple `STUDIES`, in the order of the report."""
 

@@ -68,11 +68,11 @@ def with_memory(bench: Bench, settings: dict[str, Any], seed: int) -> tuple[Any,
     folder = bench.keep(name_of("memory", config, plan.as_dict(), seed), make)
     memory = _load(model, folder)
     if "pvm" in settings:
-        _put_pvm_beside(bench, settings["pvm"], model, seed)
+        put_pvm_beside(bench, settings["pvm"], model, seed)
     return memory, processor, json.loads((folder / FACTS).read_text(encoding="utf-8"))
 
 
-def _put_pvm_beside(bench: Bench, plan: dict[str, Any], model: Any, seed: int) -> None:
+def put_pvm_beside(bench: Bench, plan: dict[str, Any], model: Any, seed: int) -> Any:
     """Train a PVM on the seed's base, if it is not there, and put it on `model`, another copy of that base."""
 
     def make(folder: Path) -> None:
@@ -81,7 +81,7 @@ def _put_pvm_beside(bench: Bench, plan: dict[str, Any], model: Any, seed: int) -
         trained.model.save_pretrained(str(folder), save_embedding_layers=False)
 
     folder = bench.keep(name_of("pvm", {}, plan, seed), make)
-    PeftModel.from_pretrained(model, str(folder), adapter_name="pvm").eval()
+    return PeftModel.from_pretrained(model, str(folder), adapter_name="pvm").eval()
 
 
 def read_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measured:

@@ -157,6 +157,19 @@ class Reading:
         self.invoke(kind)
         self.splice(kind, self.form(kind))
 
+    def write(
+        self, count: int, temperature: float, generator: torch.Generator, banned: tuple[int, ...] = ()
+    ) -> torch.Tensor:
+        """Write `count` words freely, in place of the batch's text: ids [B, count]."""
+        written = []
+        for _ in range(count):
+            logits = self.logits(self.last)
+            logits[:, list(banned)] = -torch.inf
+            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            written.append(chosen)
+            self.text = torch.cat([self.text, self._run(self.backbone.model.get_input_embeddings()(chosen))], 1)
+        return torch.cat(written, 1)
+
     def predict(self, answers: torch.Tensor) -> torch.Tensor:
         """Read through the last of `answers` (columns of digits); the base's logits [B, len(answers), V] for them."""
         first = self.column

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from keepsight.lab.study.results import Judgement, Results, judged
+from keepsight.lab.study.results import Judgement, Results, interval, judged
 from keepsight.lab.study.study import Claim, Column, Plot, Study, TableRow
 from studies.pvm.studies import LENGTHS, READING, length_columns
 from studies.vismem.cells import policy_cell, read_cell
@@ -45,6 +45,33 @@ def _better_than_the_best(results: Results) -> Judgement:
     best = results.best(("sft", "lora_long"), "mean")
     gap = results.difference("long", best, "mean")
     return judged(gap.low > 0, f"Long minus {best}, the best fine-tuning here: {gap.points()}.")
+
+
+def _reinforcement_pays(results: Results) -> Judgement:
+    """Points at 1,024 tokens for 100 seconds of training, from each seed's own clock."""
+
+    def rate(row: str, over: str, clock: str) -> dict[int, float]:
+        seconds, mine, theirs = results.fact(row, clock), results.values(row, FAR), results.values(over, FAR)
+        shared = sorted(seconds.keys() & mine.keys() & theirs.keys())
+        return {seed: (mine[seed] - theirs[seed]) / float(seconds[seed]) * 100 for seed in shared}
+
+    stage = rate("long", "warm_long", "stage_one_seconds")
+    others = {
+        "the warm start, which is supervised": rate("warm_long", "base", "warm_seconds"),
+        "LoRA at the target length": rate("lora_long", "base", "training_seconds"),
+        "SFT on short texts": rate("sft", "base", "training_seconds"),
+    }
+    if not stage or not all(others.values()):
+        return Judgement("cannot be tested here", "The results do not say how long training took.")
+    words = ", ".join(f"{name} {interval(list(found.values())).points()}" for name, found in others.items())
+    best = others["LoRA at the target length"]
+    gap = interval([stage[seed] - best[seed] for seed in sorted(stage.keys() & best.keys())])
+    return judged(
+        gap.low > 0,
+        f"Gained at 1,024 tokens for 100 seconds by the clock: stage I on top of the warm start "
+        f"{interval(list(stage.values())).points()}, {words}; stage I minus LoRA {gap.points()}. Seconds of one thread "
+        "on a machine that others used.",
+    )
 
 
 def _scratch(results: Results) -> Judgement:
@@ -184,6 +211,12 @@ MEMORY = Study(
             "ours (the reader's question)",
             ("long", "sft", "lora_long"),
             _better_than_the_best,
+        ),
+        Claim(
+            "Reinforcement pays: for the time it takes, stage I brings more than supervised LoRA on such lengths.",
+            "ours (the reader's question)",
+            ("base", "sft", "lora_long", "warm_long", "long"),
+            _reinforcement_pays,
         ),
         Claim(
             "Stage I learns to form memories from rewards alone.",
