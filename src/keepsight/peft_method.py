@@ -142,6 +142,27 @@ class MemoryBranch(BaseTunerLayer):
     """
 
     @property
+    def beside(self) -> Any:
+        """A module of the base, whose device and dtype new memories get."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What PEFT takes device and dtype of new adapters from."""
+        return self.beside.weight
+
+    @property
+    def place(self) -> torch.device:
+        """Where a memory belongs: where its module computes, also where accelerate keeps the module's weight elsewhere
+        (on the CPU, on disk) and brings it for each call. A memory is small, and stays."""
+        if not self.weight.is_meta:
+            return self.weight.device
+        return torch.device(getattr(getattr(self.beside, "_hf_hook", None), "execution_device", None) or "meta")
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device or self.place)
+
+    @property
     def is_off(self) -> bool:
         """Whether no adapter of this branch may act in the current thread."""
         return self.disable_adapters or self in _switches.here.off
@@ -163,6 +184,25 @@ def refuse_adapter_names(kwargs: dict[str, Any], active: str) -> None:
             f"active adapter. Call model.set_adapter({active!r}) and leave adapter_names out, one call for each "
             "adapter."
         )
+
+
+def offloaded(model: Any) -> bool:
+    """Whether parts of a model's weights wait on the CPU or on disk, from where accelerate brings them."""
+    return bool({"cpu", "disk"} & set((getattr(model, "hf_device_map", None) or {}).values()))
+
+
+def _refuse_unhooked(model: Any) -> None:
+    """Raise if PEFT has taken off what brings a model's offloaded weights, to divide the model anew."""
+    if offloaded(model) and any(p.is_meta and not hasattr(m, "_hf_hook") for m in model.modules() for p in _own(m)):
+        raise KeepsightError(
+            "The model's weights are partly on the CPU or on disk (device_map), and PEFT divides such a model anew as "
+            "it loads an adapter, which loses weights that are on disk. Write keepsight.load(ADAPTER, device_map=..., "
+            "offload_folder=...), which leaves the model where it is; or load the base without offloading."
+        )
+
+
+def _own(module: nn.Module) -> Iterator[torch.Tensor]:
+    return module.parameters(recurse=False)
 
 
 class MemoryTuner(BaseTuner):
@@ -217,6 +257,7 @@ class MemoryTuner(BaseTuner):
         Raises:
             BrokenAdapterError: naming one missing and one expected tensor of the `state_dict`.
         """
+        _refuse_unhooked(model)
         config = self.peft_config[adapter_name]
         from_file = config.inference_mode or getattr(config, "base_hidden_size", None) is not None
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

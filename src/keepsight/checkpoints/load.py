@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoProcessor
 
-from keepsight.checkpoints.adapters import AdapterInfo
+from keepsight.checkpoints.adapters import MEMORIES, AdapterInfo
 from keepsight.checkpoints.attention import check_attention
 from keepsight.checkpoints.bases import read_base
 from keepsight.checkpoints.sources import check_sources
@@ -173,11 +174,24 @@ def attach(model: Any, adapters: list[AdapterInfo], trainable: bool = False) -> 
         if info.method in taken.values():
             result.load_adapter(info.path, name, is_trainable=trainable, autocast_adapter_dtype=False)
         else:
-            result = PeftModel.from_pretrained(
-                model, info.path, adapter_name=name, is_trainable=trainable, autocast_adapter_dtype=False
-            )
+            with _left_where_it_is(model) if info.method in MEMORIES else contextlib.nullcontext():
+                result = PeftModel.from_pretrained(
+                    model, info.path, adapter_name=name, is_trainable=trainable, autocast_adapter_dtype=False
+                )
         taken[name] = info.method
     return result
+
+
+@contextlib.contextmanager
+def _left_where_it_is(model: Any) -> Iterator[None]:
+    """PEFT divides a model that is partly offloaded anew, for the sake of adapters that wrap its layers; a memory hangs
+    beside them, and needs none of it."""
+    place = vars(model).pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if place is not None:
+            model.hf_device_map = place
 
 
 def _has_processor(path: Path) -> bool:

@@ -81,15 +81,15 @@ class PvmBranch(nn.Module, MemoryBranch):
         self.merged_adapters: list[str] = []
 
     @property
-    def weight(self) -> torch.Tensor:
-        """What PEFT takes device and dtype of new adapters from: a weight of the decoder layer."""
-        return self._norm[0].weight
+    def beside(self) -> Any:
+        """The norm."""
+        return self._norm[0]
 
     def add_block(self, adapter_name: str, config: PvmConfig) -> None:
         """Add a block for `adapter_name`, on the device and in the dtype of the decoder layer."""
         block = make_block(config)
         if not next(block.parameters()).is_meta:  # low_cpu_mem_usage builds on meta; the weights come when loading
-            block = block.to(self.weight.device, self.weight.dtype)
+            block = block.to(self.place, self.weight.dtype)
         others = self.pvm_blocks.keys() - {adapter_name}
         self.pvm_blocks[adapter_name] = block
         self.set_adapter(self.active_adapters if others else adapter_name, inference_mode=config.inference_mode)

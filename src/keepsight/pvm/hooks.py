@@ -220,7 +220,8 @@ class PvmRoute:
     def _told_mask(self, call: Given | None, kwargs: dict, start: Any, embeds: torch.Tensor) -> torch.Tensor | None:
         """Where the caller says that images stand [B, T] in finished embeddings [B, T, D]; None without images."""
         if not positions_given():
-            if self._reads:
+            ours = call is None and any(name.startswith("keepsight_") for name in kwargs)  # a VisMem forms a memory
+            if self._reads and not ours:
                 warnings.warn(
                     "inputs_embeds were given and no pixels: if images are in them, the visual memory cannot know, and "
                     "is without them. Say where they stand: `with keepsight.pvm.visual_positions(mask):` around the "

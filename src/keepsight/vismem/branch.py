@@ -119,16 +119,21 @@ class VisMemBranch(nn.Module, MemoryBranch):
         return branch
 
     @property
-    def weight(self) -> torch.Tensor:
-        """What PEFT takes device and dtype of new adapters from: the embedding table."""
-        return self.backbone.model.get_input_embeddings().weight
+    def beside(self) -> Any:
+        """The embedding table."""
+        return self.backbone.model.get_input_embeddings()
 
     def add_memory(self, adapter_name: str, config: VisMemConfig) -> None:
         """Add the memory of one adapter, on the device of the decoder's input and in its dtype."""
-        memory = make_memory(config, self.backbone)
         like = self.weight
+        if like.is_meta and self.place.type != "meta":
+            raise KeepsightError(
+                "The input embedding is offloaded (device_map has it on the CPU or on disk), and a VisMem begins with "
+                "rows of it. Keep embed_tokens and lm_head where the model computes; layers may be offloaded."
+            )
+        memory = make_memory(config, self.backbone)
         if not memory.short_slots.is_meta:  # low_cpu_mem_usage builds on meta; the weights come when loading
-            memory = memory.to(like.device, like.dtype if like.is_floating_point() else None)
+            memory = memory.to(self.place, like.dtype if like.is_floating_point() else None)
         others = self.vismem_memory.keys() - {adapter_name}
         self.vismem_memory[adapter_name] = memory
         self.configs[adapter_name] = config
