@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import string
+from pathlib import Path
 from typing import Any
 
 import transformers
+from families import TinyFamily
 
-from keepsight.lab.reference import build_tokenizer
+from keepsight.lab.narration import VOCABULARY
+from keepsight.lab.reference import build_processor, build_tokenizer
 
 TEMPLATE = (
     "{{- bos_token -}}{%- for m in messages -%}{%- if m['role']=='assistant' -%}{{' : '}}{%- endif -%}"
@@ -52,3 +56,21 @@ def llava_onevision() -> Any:
         vision_feature_select_strategy="full",
         chat_template=TEMPLATE.replace("IMAGE", "<image>"),
     )
+
+
+#: The tokenizer class of some families, which transformers chooses by the model's type, spells words by their letters.
+WORDS_AND_LETTERS = [*VOCABULARY, *(letter for letter in ("Ġ", *string.ascii_lowercase) if letter not in VOCABULARY)]
+
+
+def family_folder(family: TinyFamily, folder: Path) -> Path:
+    """A tiny model of a family with a processor of that family, saved as any VLM is."""
+    makers = {"internvl_qwen2": internvl, "internvl_qwen3": internvl, "llava_onevision": llava_onevision}
+    processor = makers[family.name]() if family.name in makers else build_processor(WORDS_AND_LETTERS)
+    tokens = {name: getattr(processor, name, None) for name in ("image_token_id", "image_ids", "video_token_id")}
+    if family.marks:
+        for name in ("vision_start", "vision_end"):
+            tokens[f"{name}_token_id"] = processor.tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+    model = family.build(**{name: token for name, token in tokens.items() if isinstance(token, int)})
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from families import BY_NAME, TinyFamily
+from family_processors import family_folder
 from safetensors.torch import load_file
 from tiny_training import make_data, read_rows, write_rows
 
@@ -47,6 +49,9 @@ def same(completions, **columns):
 
 def dots(completions, **columns):
     return [one[0]["content"].split().count(".") / 4 for one in completions]
+
+def ids(completions, completion_ids, **columns):
+    return [one[0] % 7 / 7 for one in completion_ids]
 
 def bad(completions, **columns):
     return [float("nan")] * len(completions)
@@ -215,6 +220,22 @@ def test_a_damaged_policy_spoils_a_checkpoint(trained: tuple[Path, TrainReport],
     found, broken = last_checkpoint(out)
     assert found == out / "checkpoint-2"
     assert "cut off or damaged" in broken[0]
+
+
+def test_every_family_is_refined(family: TinyFamily, prompts: Path, tmp_path: Path) -> None:
+    base = family_folder(family, tmp_path / "base")
+    pvm = keepsight.PvmConfig(layers=[1, 3], width=32)
+    now = settings(max_steps=1, gate_lr_multiplier=100.0, batch_size=8, grad_accum=1, rewards=("rl_rewards:ids",))
+    report = train_pvm_grpo(base, prompts, tmp_path / "out", pvm=pvm, policy="none", settings=now)
+    assert report.base_unchanged is True
+    assert any(report.gates.values())  # the rewards have reached it
+
+
+def test_several_images_where_trl_loses_their_number_are_refused(prompts: Path, tmp_path: Path) -> None:
+    base = family_folder(BY_NAME["llava_onevision"], tmp_path / "base")
+    two = [{**row, "images": [row["image"]] * 2, "image": None} for row in read_rows(prompts)]
+    with pytest.raises(KeepsightError, match=r"2 images.*give every prompt one image"):
+        train_pvm_grpo(base, write_rows(prompts, two), tmp_path / "out", policy="none", settings=settings())
 
 
 def test_the_policy_learns_in_float32_whatever_the_base_is_stored_in(

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import time
@@ -16,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from families import BY_NAME, TinyFamily
+from family_processors import family_folder
 from safetensors.torch import load_file, save_file
 from tiny_training import FLAGS, QUICK, draw_digit, make_data, read_rows, write_rows
 
 import keepsight
 from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.lab.narration import VOCABULARY
 from keepsight.train.pvm.blindfold import BlindfoldError, BlindfoldSchedule
 from keepsight.train.pvm.sft import SftSettings, TrainingDivergedError, TrainReport, train_pvm
 from keepsight.train.run import run
@@ -63,28 +62,6 @@ def test_the_loss_falls_and_only_the_memory_learns(
     for name, tensor in model.get_base_model().state_dict().items():
         if "pvm_" not in name and name in on_disk:
             assert torch.equal(tensor, on_disk[name].to(tensor.dtype)), name
-
-
-#: The tokenizer class of some families, which transformers chooses by the model's type, spells words by their letters.
-WORDS_AND_LETTERS = [*VOCABULARY, *(letter for letter in ("Ġ", *string.ascii_lowercase) if letter not in VOCABULARY)]
-
-
-def family_folder(family: TinyFamily, folder: Path) -> Path:
-    """A tiny model of a family with a processor of that family, saved as any VLM is."""
-    from family_processors import internvl, llava_onevision
-
-    from keepsight.lab.reference import build_processor
-
-    makers = {"internvl_qwen2": internvl, "internvl_qwen3": internvl, "llava_onevision": llava_onevision}
-    processor = makers[family.name]() if family.name in makers else build_processor(WORDS_AND_LETTERS)
-    tokens = {name: getattr(processor, name, None) for name in ("image_token_id", "image_ids", "video_token_id")}
-    if family.marks:
-        for name in ("vision_start", "vision_end"):
-            tokens[f"{name}_token_id"] = processor.tokenizer.convert_tokens_to_ids(f"<|{name}|>")
-    model = family.build(**{name: token for name, token in tokens.items() if isinstance(token, int)})
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 def test_every_family_trains(family: TinyFamily, data: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from keepsight.cli.options import is_default
 from keepsight.cli.train.job import Job, PvmOptions
 from keepsight.cli.train.showing import print_log, print_report, run_and_report, show_dry_run
 from keepsight.errors import KeepsightError
+from keepsight.serve.vllm.rollouts import VllmRollouts
 from keepsight.train.run.fields import MEMORY, setting
 from keepsight.train.run.settings import GrpoSettings
 
@@ -52,6 +53,7 @@ def pvm_grpo(
     job: Job,
     memory: Learning,
     settings: GrpoSettings,
+    rollouts: VllmRollouts,
 ) -> None:
     """Refine a persistent visual memory and its language model by GRPO (through TRL).
 
@@ -62,6 +64,9 @@ def pvm_grpo(
     quiet()
     if memory.policy != "lora" and not is_default(memory, "lora_rank"):
         raise KeepsightError(f"--lora-rank has no effect with --policy {memory.policy}; it is for --policy lora.")
+    idle = [name for name in ("vllm_mode", "vllm_server", "vllm_gpu_memory") if not is_default(rollouts, name)]
+    if idle and not rollouts.use_vllm:
+        raise KeepsightError(f"--{idle[0].replace('_', '-')} has no effect without --use-vllm.")
     config = memory.given()
     job.warn_of_idle(settings)
     if job.dry_run:
@@ -69,4 +74,6 @@ def pvm_grpo(
     from keepsight.train.pvm.grpo import train_pvm_grpo
 
     train = partial(train_pvm_grpo, pvm=config, policy=memory.policy, lora_rank=memory.lora_rank, settings=settings)
+    if rollouts.use_vllm:
+        train = partial(train, writer=rollouts)
     return run_and_report(train, source, job, print_log, print_report)

@@ -7,6 +7,7 @@ memory.py      one block of `keepsight.pvm.module`, with its cache in vLLM's han
 model.py       what a VLM of vLLM needs to carry such blocks
 families.py    the architectures
 export.py      the folder that vLLM serves
+rollouts.py    completions of GRPO, written by vLLM beside the trainer
 
 And, an experiment, VisMem with vLLM as the writer:
 

@@ -26,6 +26,7 @@ class Served:
         base: vLLM's architecture, as `architectures` of the base's config.json names it.
         module: where vLLM keeps its class.
         class_name: that class, where it is called otherwise.
+        frames_images: whether vLLM writes the tokens around an image as well, where it finds the image's own.
         rename: (pattern, replacement) for names of weights that transformers 5 saves and vLLM does not know.
     """
 
@@ -33,6 +34,7 @@ class Served:
     base: str
     module: str
     class_name: str = ""
+    frames_images: bool = False
     rename: tuple[str, str] | None = None
 
     @property
@@ -54,7 +56,11 @@ SERVED: dict[str, Served] = {
     "qwen2_5_vl": Served("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", _MODELS + "qwen2_5_vl"),
     "qwen3_5": Served("Qwen3.5", "Qwen3_5ForConditionalGeneration", _MODELS + "qwen3_5"),
     "internvl": Served(
-        "InternVL", "InternVLForConditionalGeneration", _MODELS + "interns1", "InternS1ForConditionalGeneration"
+        "InternVL",
+        "InternVLForConditionalGeneration",
+        _MODELS + "interns1",
+        "InternS1ForConditionalGeneration",
+        frames_images=True,
     ),
     "llava_onevision": Served(
         "LLaVA-OneVision",

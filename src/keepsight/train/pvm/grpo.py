@@ -18,12 +18,14 @@ from typing import Any, Literal
 
 from keepsight.checkpoints.adapters import CONFIG, AdapterInfo
 from keepsight.checkpoints.sources import check_sources
+from keepsight.data.check import CheckedData
 from keepsight.data.collate import ConversationCollator
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.peft_method import config_from_adapter
 from keepsight.pvm import PvmConfig
 from keepsight.train.pvm.grpo_trainer import make_grpo_trainer
 from keepsight.train.pvm.job import PvmJob, about_rule, check_pvm_engine
+from keepsight.train.pvm.writer import Writer
 from keepsight.train.rewards.rewards import BUILT_IN, Reward, load_rewards
 from keepsight.train.run import output, preflight
 from keepsight.train.run.controls import Control, control_folder, control_learner
@@ -56,6 +58,7 @@ def train_pvm_grpo(
     overwrite: bool = False,
     check: Literal["full", "quick"] = "full",
     controls: Sequence[Control] = (),
+    writer: Writer | None = None,
     say: preflight.Say = preflight.silent,
     on_log: OnLog | None = None,
     on_check: Callable[[int, int], None] | None = None,
@@ -83,6 +86,8 @@ def train_pvm_grpo(
         check: "full" decodes every image before training; "quick" only looks whether the files are there.
         controls: what to train after the memory, for comparison. They start where the memory started: from the same
             base; or, where the memory's folder holds its own control of that name, from that.
+        writer: of the completions, where that is not transformers: `keepsight.serve.vllm.rollouts.VllmRollouts`.
+            Completions of controls are written by transformers in any case.
         say: receives lines for the user.
         on_log: called as `on_log(values, step, total steps)` at every logging step.
         on_check: called as `on_check(done, total)` while samples are checked.
@@ -106,6 +111,8 @@ def train_pvm_grpo(
     check_four_bit(base, settings.load_in_4bit, engine, policy, tuple(control.name for control in controls))
     _check_kl(learner, settings)
     _check_groups(settings, engine)
+    if writer is not None:
+        writer.check(base, plan.pvm, learner, settings, engine)
     learners = [(control, _control(control, learner, plan, adapters)) for control in controls]
     checkpoint = preflight.find_checkpoint(folder, say) if resume and not overwrite else None
     processor = preflight.load_processor(base)
@@ -123,6 +130,8 @@ def train_pvm_grpo(
         say=say,
         on_check=on_check,
     )
+    for prompts in (data, held_out):
+        _check_images(processor, prompts)
     needed = settings.rollouts * engine.processes // settings.group_size
     if data.rows < needed:
         raise KeepsightError(
@@ -136,6 +145,8 @@ def train_pvm_grpo(
     scaled = {"group": "within their group", "batch": "over the batch", "none": "not at all"}[settings.scale_rewards]
     say(f"GRPO: loss {settings.loss_type}, clip {settings.clip:g}, KL {settings.kl:g}, advantages scaled {scaled}")
     say(about_rule(plan.pvm))
+    if writer is not None:
+        say(f"completions are written by {writer}{'; those of controls by transformers' if learners else ''}")
     job = GrpoJob(
         name=GrpoJob.stage,
         source=str(source),
@@ -149,6 +160,7 @@ def train_pvm_grpo(
         held_out=held_out,
         processor=processor,
         rewards=rewards,
+        writer=writer,
         engine=engine,
         checkpoint=checkpoint,
         resume=resume,
@@ -227,6 +239,18 @@ def _check_groups(settings: GrpoSettings, engine: Engine) -> None:
         )
 
 
+def _check_images(processor: Any, prompts: CheckedData | None) -> None:
+    """Refuse several images a prompt where the base must be told how many there are, which TRL's GRPO does not."""
+    if prompts is None or "batch_num_images" not in getattr(processor.image_processor, "model_input_names", ()):
+        return
+    most = max((len(images) for images in prompts.dataset["images"]), default=0)
+    if most > 1:
+        raise KeepsightError(
+            f"A prompt has {most} images. This base cuts a lone image into tiles and several not, and TRL's GRPO does "
+            "not hand on how many there are: give every prompt one image."
+        )
+
+
 def _control(control: Control, learner: Learner, plan: MemoryPlan, adapters: list[AdapterInfo]) -> Learner:
     """A control of this stage, from where its own first stage left it, if the memory's folder holds that."""
     made, before = control_learner(control, learner, plan), _first_stage(control, adapters)
@@ -254,9 +278,10 @@ class GrpoJob(PvmJob[GrpoSettings]):
     source: str
     adapters: list[AdapterInfo]
     rewards: list[Reward]
+    writer: Writer | None
 
     def trainer(self, model: Any, learner: Learner) -> Any:
-        return make_grpo_trainer(
+        trainer = make_grpo_trainer(
             model,
             self.processor,
             learner,
@@ -268,6 +293,9 @@ class GrpoJob(PvmJob[GrpoSettings]):
             self.on_log,
             self.callbacks,
         )
+        if self.writer is not None and self.name == self.stage:  # controls are no models that it knows
+            self.writer.attach(trainer, self.base)
+        return trainer
 
     def record(self) -> dict[str, Any]:
         return {
@@ -275,6 +303,7 @@ class GrpoJob(PvmJob[GrpoSettings]):
             "base": self.base,
             "prompts": self.data.rows,
             **self.data.agreed(),
+            **({} if self.writer is None else {"writer": str(self.writer)}),
         }
 
     def steps_per_epoch(self) -> int:

@@ -92,6 +92,10 @@ def make_grpo_trainer(
                         meter.read(rows, prompt + new, patches=patches)
             return batch
 
+        def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs.pop("batch_num_images", None)  # LLaVA-OneVision's, which TRL does not know: 1 (`_check_images`)
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
         def _compute_loss(self, model: Any, inputs: Any) -> Any:
             meter = self.setup.meter
             if meter is not None:
