@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from keepsight.shipped import REFERENCE_NAME, VISMEM_NAME
+from keepsight.shipped import REFERENCE_NAME, VISMEM_NAME, portable_name
 
 CARD = "README.md"
 _TEMPLATES = "# Model Card for Model ID"  # stands in PEFT's
@@ -56,9 +56,10 @@ def finish(folder: Path, config: Any) -> None:
 
 
 def _card(config: Any) -> str:
-    base = hub_name(config.base_model_name_or_path)
+    recorded = portable_name(config.base_model_name_or_path)
+    base = hub_name(recorded)
     named = base or f"a model of type {config.base_model_type}"
-    if config.base_model_name_or_path == REFERENCE_NAME:
+    if recorded == REFERENCE_NAME:
         named = f"{REFERENCE_NAME}, which comes with keepsight"
     more = "" if base or REFERENCE_NAME in named else ", base=FOLDER"
     known = {

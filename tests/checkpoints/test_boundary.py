@@ -339,6 +339,17 @@ def test_the_card_beside_a_memory(method: str, bases: dict[str, Path], tmp_path:
     assert "base_model: owner/name\n" in (tmp_path / "other" / "README.md").read_text()
 
 
+def test_the_card_names_the_base_that_the_adapter_records(tmp_path: Path) -> None:
+    """The built-in base by its name, when first saved as when saved again: a folder of this machine nowhere."""
+    first = attach(keepsight.load("keepsight/reference")[0])
+    first.save_pretrained(tmp_path / "first")
+    keepsight.load(tmp_path / "first")[0].save_pretrained(tmp_path / "again")
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("first", "again")]
+    assert cards[0] == cards[1]
+    assert "| base | keepsight/reference, which comes with keepsight |" in cards[0]
+    assert "base=FOLDER" not in cards[0]
+
+
 def test_the_card_of_an_adapter_with_a_name(bases: dict[str, Path], tmp_path: Path) -> None:
     model = attach(read_base(bases["qwen3_vl"], dtype=torch.float32), adapter_name="memory")
     model.save_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,20 @@ def test_one_sample_gets_stand_ins_and_smaller_units(with_memory: tuple[Any, Any
     assert result.verdict.figure.n == 4
     few = run(Battery(reader, samples=[sample], steps=20))
     assert few.verdict.word == "not enough data"
+
+
+def test_questions_that_nobody_answers_tell_nothing(with_memory: tuple[Any, Any]) -> None:
+    """Where no answer is right with the right image either, no score can fall: that is no proof of disuse."""
+    reader = Reader(*with_memory)
+    cases = []
+    for case in lab_cases(reader.processor, 3, 64):
+        text = case.text.clone()
+        for start, end in case.scored:
+            text[start:end] = reader.processor.tokenizer.convert_tokens_to_ids("read")
+        cases.append(replace(case, text=text))
+    verdict = run(Battery(reader, cases=cases)).verdict
+    assert verdict.word == "not enough data"
+    assert "no answer is right" in verdict.rule
 
 
 def test_stopping_leaves_whole_samples_only(with_memory: tuple[Any, Any]) -> None:

@@ -1,6 +1,7 @@
 """`keepsight eval`: off is the base, a batch is its rows, the table follows from the answers, bad input is refused."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -63,6 +64,16 @@ def test_table_follows_from_the_answers(grids):
     assert whole.difference.value == pytest.approx(4 / 7)
     assert whole.difference.low <= whole.difference.value <= whole.difference.high
     assert sum(s.n * s.difference.value for s in strata) == pytest.approx(whole.n * whole.difference.value)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sizes"), [([8] * 6, [6]), ([8, 8, 8, 8, 8, 9], [6]), ([1, 2, 2, 2, 3, 4], [1, 3, 2])]
+)
+def test_answers_of_one_length_stay_together(lengths, sizes):
+    found = Evaluation(EvalSettings(strata=3, match="exact"), ["x"] * 6, [Answer("x", n, 5) for n in lengths])
+    strata, _ = found.table()
+    assert [s.n for s in strata] == sizes
+    assert all(one.longest < other.shortest for one, other in pairwise(strata))
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_the_page_is_only_there_where_it_is_offered(live):
 
 @pytest.mark.parametrize("width", [1200, 390])
 def test_in_a_browser(live, tmp_path, width):
-    image = tmp_path / "digits.png"
+    image = tmp_path / "a_photo_with_a_name_that_is_longer_than_a_phone_is_wide.png"
     example_image().save(image)
     with chromium() as window:
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -147,4 +147,11 @@ def test_in_a_browser(live, tmp_path, width):
         assert "of the model's attention" in window.find_element("id", "now").text
         wide = window.execute_script("return document.documentElement.scrollWidth")
         assert wide <= width
+        rights = "return [...document.querySelectorAll('main *, #bar *')].map(n => n.getBoundingClientRect().right)"
+        assert max(window.execute_script(rights)) <= width
+        window.find_element("id", "long").click()
+        window.find_element("id", "clear").click()  # while it writes: what comes late belongs to nothing
+        wait_for(lambda: window.find_element("id", "send").is_enabled(), 60)
+        assert window.find_element("id", "talk").text == ""
+        assert window.execute_script("return columns.map(column => column.messages.length)") == [0, 0]
         assert [line for line in window.get_log("browser") if "favicon" not in line["message"]] == []

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import check_device, out, quiet, refuse_twins, say, with_examples
+from keepsight.cli.console import check_device, out, quiet, refuse_twins, say, warn, with_examples
 from keepsight.cli.model import BUILT_IN, Adapters, Base, Device, Dtype, Source
 from keepsight.cli.progress import Progress, Waiting
 from keepsight.data.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP, reading_of
@@ -107,6 +107,11 @@ def _show(found: Any) -> None:
             row += [f"{one.on.value:.1%}", f"{100 * gain.value:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"]
         table.add_row(*row, style="bold" if name == "all" else None)
     out.print(table)
+    most = found.settings.max_new_tokens
+    full = sum(answer.tokens >= most for answer in (*found.off, *(found.on or ())))
+    if full:
+        all_of_them = len(found.off) + len(found.on or ())
+        warn(f"{full:,} of {all_of_them:,} answers reached the {most:,} of --max-new-tokens, and may be cut.")
     if not compared:
         say("This model carries no memory, so there is nothing to compare.")
         return

@@ -29,8 +29,8 @@ class EvalSettings:
         memory: what "on" means: "on", or a policy of a VisMem.
         max_new_tokens: the longest answer.
         batch_size: questions at a time.
-        strata: into how many groups of equal size the questions are cut, by the length of their answers (paper PVM,
-            section 5: quartiles).
+        strata: into how many groups of about equal size the questions are cut, by the length of their answers (paper
+            PVM, section 5: quartiles); answers of one length stay together.
         match: when an answer is right, see `scoring.RULES`.
         seed: of the bootstrap.
     """
@@ -93,7 +93,10 @@ class Evaluation:
         off = self.right(OFF).astype(float)
         on = None if self.on is None else self.right(ON).astype(float)
         order = np.argsort(lengths, kind="stable")
-        groups = [g for g in np.array_split(order, min(self.settings.strata, len(order))) if len(g)]
+        ordered = lengths[order]
+        cuts = [part[0] for part in np.array_split(np.arange(len(order)), self.settings.strata)[1:] if len(part)]
+        starts = sorted({int(np.searchsorted(ordered, ordered[cut])) for cut in cuts} - {0})  # one length, one group
+        groups = np.split(order, starts)
 
         def stratum(rows: np.ndarray) -> Stratum:
             seed, span = self.settings.seed, (int(lengths[rows].min()), int(lengths[rows].max()))

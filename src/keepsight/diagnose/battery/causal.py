@@ -336,7 +336,10 @@ class Battery:
         measure, enough = "of task score", ENOUGH_SCORE
         figure = paired(self._score, "other image")
         if figure is not None:
-            figure = Estimate(-figure.value, -figure.high, -figure.low, figure.n)
+            if not np.concatenate([*self._score["intact"], *self._score["other image"]]).any():
+                rule = "no answer is right, whichever image is in memory; ask what the model can answer"
+                return Verdict("not enough data", None, "", rule)
+            figure = Estimate(0.0 - figure.value, 0.0 - figure.high, 0.0 - figure.low, figure.n)  # 0, never -0
         elif self._blind:
             measure, enough = "nats per token of text written without the memory", ENOUGH_LOGPROB
             sighted = [a - b for a, b in zip(self._content["intact"], self._content["other image"], strict=True)]
