@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import datasets
 import pytest
 from tiny_training import draw_digit, write_rows
 
+import keepsight
 from keepsight.data.check import DataError, Reading, check_dataset, load_dataset_any
 
 
@@ -90,6 +92,33 @@ def test_a_readme_may_say_which_files_are_a_split(tmp_path: Path) -> None:
     header += "  - split: held_out\n    path: 'o*.jsonl'\n"
     (tmp_path / "README.md").write_text(f"---\n{header}---\n# Digits\n")
     assert (asked(tmp_path), asked(tmp_path, "held_out")) == (["read 2"], ["read 1"])
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "configs: [{",
+        "configs: 3",
+        "configs:\n- data_files:\n  - split: train\n",
+        "configs:\n- data_files: ../elsewhere/[\n",
+        "configs:\n- data_files:\n  - split: train\n    path: no.jsonl\n",
+        "a line of text",
+    ],
+)
+def test_a_header_that_cannot_be_used_is_named(header: str, tmp_path: Path) -> None:
+    put(tmp_path / "one.jsonl", row(1))
+    (tmp_path / "README.md").write_text(f"---\n{header}\n---\n# Digits\n")
+    with pytest.warns(keepsight.KeepsightWarning, match=r"README\.md cannot be read as the hub's.*data_files"):
+        assert asked(tmp_path) == ["read 1"]
+
+
+@pytest.mark.parametrize("header", ["license: mit", "license: mit\nconfigs: []", ""])
+def test_a_header_that_says_nothing_of_files_is_no_fault(header: str, tmp_path: Path) -> None:
+    put(tmp_path / "one.jsonl", row(1))
+    (tmp_path / "README.md").write_text(f"---\n{header}\n---\n# Digits\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", keepsight.KeepsightWarning)
+        assert asked(tmp_path) == ["read 1"]
 
 
 def test_shards_are_told_apart_and_each_finds_its_pictures(tmp_path: Path) -> None:

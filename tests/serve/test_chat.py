@@ -1,7 +1,9 @@
 """The page to try a model on, and what it shows: where an answer looked, without disturbing anybody else's."""
 
+import asyncio
 import base64
 import io
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -92,6 +94,28 @@ def test_a_look_disturbs_nobody(live):
         assert {one.result()[0] for one in answers} == {alone}
         assert len({one.result().text for one in looks}) == 1
     assert answered(live, asked)[0] == answer
+
+
+def test_a_look_waits_for_its_turn_to_decode(live, monkeypatch):
+    """As every request: no more pictures are in memory at a time than the server was told."""
+    asked = request()
+    answer, told = answered(live, asked)
+    monkeypatch.setattr(live.api, "prepared", asyncio.Semaphore(1))
+    (kind,) = {type(offer.prompts) for offer in live.api.offers.values()}
+    decode, at_a_time, most = kind.decode, [], []
+
+    def spy(*args):
+        at_a_time.append(None)
+        most.append(len(at_a_time))
+        time.sleep(0.05)
+        at_a_time.pop()
+        return decode(*args)
+
+    monkeypatch.setattr(kind, "decode", spy)
+    with ThreadPoolExecutor() as pool:
+        looks = [pool.submit(looked, live, asked, answer, told) for _ in range(4)]
+        assert all(one.result().status_code == 200 for one in looks)
+    assert most == [1] * 4
 
 
 def test_wrong_looks_are_refused(live):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 from keepsight.data.conversations import DataError
 from keepsight.data.files import SUFFIXES, kind_of, some
+from keepsight.errors import KeepsightWarning
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -133,9 +135,18 @@ def _declared(folder: Path) -> dict[str, list[Path]]:
             paths = {path for pattern in patterns for path in folder.glob(pattern) if kind_of(path)}
             if paths:
                 found[str(entry.get("split", "train"))] = sorted(paths)
+        if not found:
+            raise ValueError(f"no file is there of {some(str(entry['path']) for entry in entries)}")
         return found
-    except (yaml.YAMLError, AttributeError, KeyError, IndexError, TypeError, ValueError, NotImplementedError):
-        return {}  # a header of another kind
+    except (yaml.YAMLError, AttributeError, KeyError, IndexError, TypeError, ValueError, NotImplementedError) as error:
+        warnings.warn(
+            f"The header of {readme} cannot be read as the hub's ({' '.join(str(error).split())[:120]}), so what "
+            "it says of splits and files is not used; they are told by their names. Expected is, between two lines of "
+            "---: configs: [{config_name: default, data_files: [{split: train, path: data/train-*.parquet}]}].",
+            KeepsightWarning,
+            stacklevel=2,
+        )
+        return {}
 
 
 def _nothing(name: str, found: list[Path]) -> str:

@@ -73,7 +73,7 @@ class Api:
         self.offers = {settings.name: Offer(settings.name, "", served, limits, sources, self.engine.takes_videos)}
         self.offers |= {name: Offer(name, name, other, limits, sources) for name, other in others.items()}
         self._open = 0
-        self._prepared = asyncio.Semaphore(limits.max_prepared)
+        self.prepared = asyncio.Semaphore(limits.max_prepared)
         self._workers = ThreadPoolExecutor(limits.max_batch + limits.max_queue, thread_name_prefix="keepsight-worker")
 
     def app(self) -> Any:
@@ -158,7 +158,7 @@ class Api:
             offer = self.offer(asked.model, "model")
             self._check(asked, offer.served)
             files = await self.in_thread(offer.prompts.collect, asked)
-            turn = Turn(self._prepared, self.metrics)
+            turn = Turn(self.prepared, self.metrics)
             stack.callback(turn.end)
             await turn.wait(gone)
             events = Events(asked.stream, gone)
@@ -262,7 +262,7 @@ class Api:
                 if file is None or isinstance(file, str):
                     raise bad("There is no file in the form.", "file", "missing_file")
                 content = await file.read()
-                async with self._prepared:
+                async with self.prepared:
                     await self.in_thread(decode_image, content, limits, "file")
                 return self.uploads.add(content, str(file.filename or "image")[:256]).describe(limits.upload_seconds)
             finally:

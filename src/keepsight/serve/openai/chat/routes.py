@@ -61,12 +61,14 @@ class ChatPage:
             asked = parse(json.dumps(given.request).encode())
             offer = api.offer(asked.model, "request.model")
 
+            sent = await api.in_thread(offer.prompts.collect, asked)
+
             def prepare() -> dict[str, Any]:
-                sent = offer.prompts.collect(asked)
                 media = offer.prompts.decode(sent)
                 return offer.prompts.encode(asked, media, [one.place for one in sent])[1]
 
-            inputs = await api.in_thread(prepare)
-            memory = offer.served.has_memory and asked.keepsight.memory is not False
-            found = api.engine.aside(lambda: look(offer.served, inputs, given, memory))
-            return JSONResponse(await asyncio.wrap_future(found))
+            async with api.prepared:  # as every request, until its images have been read
+                inputs = await api.in_thread(prepare)
+                memory = offer.served.has_memory and asked.keepsight.memory is not False
+                found = api.engine.aside(lambda: look(offer.served, inputs, given, memory))
+                return JSONResponse(await asyncio.wrap_future(found))
