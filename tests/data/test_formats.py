@@ -229,7 +229,9 @@ def test_formats_may_be_mixed_in_one_file(folder: Path) -> None:
     assert samples(found) == EXPECTED
     assert len(found.formats) == COUNT
     rows = [FORMATS["vqa"][1]("0 ü.png", 0), {"picture": "0 ü.png", "words": "x"}]
-    assert look(jsonl(rows, folder)).problems == (("line 2", "no format that keepsight knows; it has: picture, words"),)
+    assert look(jsonl(rows, folder)).problems == (
+        ("line 2", "format: none that keepsight knows; it has picture, words"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -318,13 +320,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "tools": ({"tools": CALL}, "tools: tools, which this model's chat template does not write", "tools"),
     "tool_calls": ({"messages": [U, {**A, "tool_calls": CALL}]}, "messages[1]: tool_calls, which", "tool_calls"),
-    "function_call": ({"messages": [U, {**A, "function_call": {"name": "f"}}]}, "function_call", "function_call"),
+    "function_call": ({"messages": [U, {**A, "function_call": {"name": "f"}}]}, "tool_calls, which", "tool_calls"),
     "reasoning": (
         {"messages": [U, {**A, "reasoning_content": "I see"}]},
         "reasoning_content, which",
         "reasoning_content",
     ),
     "system": ({"system": "Answer in French."}, "messages[0]: the model cannot read 'Answer'", "system"),
+    "system's message": (
+        {"messages": [{"role": "system", "content": "Answer in French."}, U, A]},
+        "messages[0]: the model cannot read 'Answer'",
+        "system",
+    ),
+    "system under another name": ({"system_prompt": "read"}, "--columns system=system_prompt", "system_prompt"),
+    "loss": ({"messages": [U, {**A, "loss": False}, U, {**A, "loss": 0.5}]}, "messages[3]: loss 0.5", "loss"),
     "weight 0": ({"messages": [U, {**A, "weight": 0}]}, "the weight of every answer is 0", "weight"),
     "weight .5": ({"messages": [U, {**A, "weight": 0.5}]}, "weight 0.5; a message is learned (1) or not", "weight"),
     "sample weight": ({"weight": 2}, "weight: a weight; samples count alike", "weight"),
@@ -334,10 +343,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "a second picture",
         "depth",
     ),
+    "a second file": ({"mask": "2.png"}, "a second picture", "mask"),
+    "a second number": ({"image2": "2.png"}, "a second picture", "image2"),
     "options": ({"options": ["a", "b"]}, "the options of the question", "options"),
+    "options by letter": ({"A": "cat", "B": "dog", "C": ""}, "A to B: the options of the question", "A,B"),
 }
 IGNORED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown columns": ({"id": 7, "source": "web"}, "id"),
+    "many columns": ({f"c{i}": i + 1 for i in range(20)}, "c19"),
+    "another name of the same file": ({"file": "photos/0 ü.png"}, "file"),
+    "a file of no picture": ({"notes": "2.txt"}, "notes"),
+    "ids of calls": (
+        {"messages": [U, A, {"role": "tool", "content": "read", "tool_call_id": "7"}, A]},
+        "tool_call_id of messages",
+    ),
     "keys of messages": ({"messages": [{**U, "timestamp": 1}, A]}, "timestamp of messages"),
     "names": ({"messages": [{**U, "name": "Ann"}, A]}, "name of messages"),
     "keys of text parts": (
@@ -363,13 +382,13 @@ def test_what_would_be_lost_is_refused_by_name_unless_it_is_to_be_ignored(name: 
     path = jsonl([{"images": ["0 ü.png"], "messages": [U, A], **more}], folder)
     found = rehearsed(path)
     assert lesson in found.problems[0][1]
-    if name != "system":
+    if not name.startswith("system"):
         assert f"--ignore {way_out}" in found.hints[0]
     if not way_out:  # the built-in model does not know the word either
         return
-    found = rehearsed(Reading(path, ignore=(way_out,)))
+    found = rehearsed(Reading(path, ignore=tuple(way_out.split(","))))
     assert found.good().rows == 1
-    assert any(way_out in word for word in found.told.get("ignored", (0, {}))[1])
+    assert all(any(one in word for word in found.told.get("ignored", (0, {}))[1]) for one in way_out.split(","))
 
 
 @pytest.mark.parametrize("name", IGNORED)
@@ -396,6 +415,53 @@ def test_what_the_chat_template_writes_is_used(folder: Path) -> None:
     sample = read_sample(found.dataset[0], found.source)
     text = "".join(text for text, _ in ConversationCollator(processor).segments(sample["messages"], sample["tools"]))
     assert text == "tools 1 system read user <|image_pad|>read assistant reada1 1 .crop"
+
+
+def test_calls_of_functions_are_the_same_in_every_form(folder: Path) -> None:
+    """OpenAI's tool_calls, its older function_call, and ShareGPT's, with tools described or only named."""
+    arguments = {"x": 1}
+    call = {"type": "function", "function": {"name": "crop", "arguments": arguments}}
+    told = {"name": "crop", "parameters": {"type": "object"}}
+    old = {"name": "crop", "arguments": json.dumps(arguments)}
+    asked, written = {"from": "human", "value": "<image>read"}, {"from": "gpt", "value": "a1 1 ."}
+    rows = [
+        {
+            "messages": [U, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "seen"}, A],
+            "tools": [{"type": "function", "function": told}],
+        },
+        {
+            "messages": [U, {"role": "assistant", "function_call": old}, {"role": "function", "content": "seen"}, A],
+            "tools": [told],
+        },
+        {
+            "conversations": [
+                asked,
+                {"from": "function_call", "value": json.dumps({"name": "crop", "arguments": arguments})},
+                {"from": "observation", "value": "seen"},
+                written,
+            ],
+            "tools": json.dumps([told]),
+        },
+    ]
+    found = look(jsonl([{"images": ["0 ü.png"], **row} for row in rows], folder)).good()
+    first, *others = [read_sample(row, found.source) for row in found.dataset]
+    for sample in others:
+        assert [sample[name] for name in ("messages", "tools")] == [first[name] for name in ("messages", "tools")]
+    row = {"conversations": [asked, {"from": "function_call", "value": "crop(1)"}, written]}
+    ((_, what),) = look(jsonl([{"images": ["0 ü.png"], **row}], folder)).problems
+    assert what.startswith("messages[1]: expected a list, found text that is not JSON")
+
+
+@pytest.mark.parametrize("answer", [float("nan"), float("inf"), None, "", []])
+def test_a_cell_without_an_answer_is_never_learned(answer: Any, folder: Path) -> None:
+    ((_, what),) = look(jsonl([{"image": "0 ü.png", "question": "read", "answer": answer}], folder)).problems
+    assert what.startswith("answer: ")
+
+
+def test_a_text_cut_within_a_character_is_named(folder: Path) -> None:
+    for row in ({"question": "\ud83d", "answer": "a1"}, {"question": "read", "answer": "a1 \ude00"}):
+        ((_, what),) = look(jsonl([{"image": "0 ü.png", **row}], folder)).problems
+        assert "half of a character" in what
 
 
 def test_a_message_of_weight_0_is_read_and_not_learned(folder: Path) -> None:

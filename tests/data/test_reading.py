@@ -150,6 +150,19 @@ FILES: dict[str, tuple[str, bytes, Any]] = {
     ),
     "an object over several lines": ("a.jsonl", b'{\n"q": 1\n}\n', "One object over several lines is .json"),
     "cut off": ("a.jsonl", b'{"q": 1}\n{"q": ', "line 2: .* The file seems to be cut off here"),
+    "no objects, line by line": ("a.json", b"[\n{},\n2\n]", "line 3: expected an object with columns, found int"),
+    "UTF-16 without a mark": ("a.jsonl", '{"question": "x"}\n{"question": "é"}'.encode("utf-16-le"), 2),
+    "UTF-32": ("a.jsonl", '{"question": "é"}'.encode("utf-32"), 1),
+    "lines of an old Mac": ("a.jsonl", b'{"question": "x"}\r{"question": "y"}\r', 2),
+    "Windows-1252": ("a.jsonl", b'{"q": "\x93"}\n', "line 1: not UTF-8 text .*iconv -f cp1252"),
+    "a key twice": ("a.jsonl", b'{"q": 1}\n{"q": 1, "q": 2}\n', "line 2: the key 'q' is there twice"),
+    "a key twice, in a list": ("a.json", b'[{"q": 1},{"m": {"q": 1, "q": 2}}]', "row 1: the key 'q' is there twice"),
+    "a key twice, in the first": ("a.json", b'[{"q": 1, "q": 2}]', "row 0: the key 'q' is there twice"),
+    "nested too deeply": ("a.jsonl", b"{}\n" + b'{"q":' + b"[" * 9999 + b"]" * 9999 + b"}", "line 2: .* too deeply"),
+    "too many digits": ("a.jsonl", b'{"q": ' + b"9" * 5000 + b"}", "line 1: .*4300 digits"),
+    "no comma in a list": ("a.json", b'[{"q": 1}\n{"q": 2}]', "line 2: not valid JSON"),
+    "half a list": ("a.json", b'[{"q": 1},\n{"q": ', "line 2: not valid JSON"),
+    "more behind a list": ("a.json", b'[{"q": 1}]\n[]', "line 2: not valid JSON .Extra data"),
     "no objects": ("a.jsonl", b"[1, 2]", "row 0: expected an object with columns, found int"),
     "a number": ("a.json", b"3", "holds one JSON int"),
     "columns of a frame": ("a.json", b'{"q": {"0": 1}}', "df.to_json"),
@@ -212,6 +225,35 @@ def test_a_misspelt_file_and_a_picture_in_another_folder_are_recognised(tmp_path
     assert (
         check_dataset(load_dataset_any(Reading(tmp_path / "train.jsonl", image_folder=tmp_path / "images"))).rows == 1
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("é a.png", True),
+        ("e\u0301 a.png", True),  # macOS's way
+        (".\\é a.png", True),  # Windows'
+        ("É A.PNG", False),
+        ("%C3%A9%20a.png", False),
+        ("é a.png ", False),
+    ],
+)
+def test_one_file_written_in_other_ways_is_found_or_named(name: str, there: bool, tmp_path: Path) -> None:
+    draw_digit(1).save(tmp_path / "é a.png")
+    found = check_dataset(load_dataset_any(put(tmp_path / "a.jsonl", {**row(0), "image": name})))
+    if there:
+        assert found.good().rows == 1
+    else:
+        ((_, what),) = found.problems
+        assert f"There is {tmp_path / 'é a.png'}" in what
+
+
+def test_a_saved_dataset_one_folder_below_is_named(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list([row(0)]).save_to_disk(str(tmp_path / "inner"))
+    with pytest.raises(DataError, match=r"name its folder, .*inner"):
+        load_dataset_any(tmp_path)
 
 
 @pytest.mark.parametrize(

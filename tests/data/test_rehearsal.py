@@ -120,7 +120,7 @@ class Breaks(ConversationCollator):
 def test_any_exception_is_a_problem_of_its_row(data: Path) -> None:
     spoilt(data, 4, messages=chat("read"))
     found = rehearsed(data, Breaks(build_processor()))
-    assert found.problems == (("line 5", "training would stop here (ZeroDivisionError: image grid)"),)
+    assert found.problems == (("line 5", "processing: training would stop here (ZeroDivisionError: image grid)"),)
 
 
 @pytest.mark.parametrize("kind", ["chat", "prompt"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from keepsight.diagnose.report import render_report, save_charts
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.lab.cases import DigitGrids, lab_cases
 from keepsight.lab.narration import DIGITS, TOKEN
+from keepsight.lab.reference import build_processor
 
 QUICK = Settings(steps=24, causal_steps=16, samples=2)
 
@@ -155,6 +157,8 @@ TWO = [{"role": role, "content": "read"} for role in ("user", "assistant", "user
 
 def test_dataset(tmp_path: Path) -> None:
     picture(8, 8).save(tmp_path / "a.png")
+    picture(2048, 9).save(tmp_path / "long.png")
+    (tmp_path / "bad.png").write_bytes(b"x")
     lines = [{"image": "a.png", "prompt": "read", "answer": 7}, {"images": ["a.png", "a.png"], "prompt": "read"}]
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
@@ -164,7 +168,7 @@ def test_dataset(tmp_path: Path) -> None:
         "messages": [{"role": "user", "content": "is <image> like <image>?"}, {"role": "assistant", "content": "no"}]
     }
     path.write_text(json.dumps({"images": ["a.png", "a.png"], "reply": "it is", "level": 3, **words}))
-    with pytest.warns(KeepsightWarning, match="not used by the diagnosis: level"):
+    with pytest.warns(KeepsightWarning, match="not used: level"):
         (sample,) = read_dataset(path)
     assert (sample.prompt, sample.before, sample.answer, sample.reply) == ("?", ("is", "like"), "no", "it is")
     kinds = [part.get("text", part["type"]) for part in sample.content]
@@ -177,12 +181,49 @@ def test_dataset(tmp_path: Path) -> None:
             r"line 1, messages\[0\]: the token <.image_pad.> in the words",
         ),
         ('{"image": "a.png", "prompt": "x", "videos": ["a.mp4"]}', "line 1, videos: videos"),
-        (json.dumps({"images": ["a.png"], "messages": TWO}), "user, assistant, user; the diagnosis asks one question"),
+        ('{"image": "a.png", "prompt": "read", "answer": "<|image_pad|>"}', "line 1, answer: the token <.image_pad.>"),
+        ('{"image": "bad.png", "prompt": "x"}', r"line 1, images\[0\]: .* not an image that Pillow can read"),
+        ('{"image": "long.png", "prompt": "read"}', r"line 1, images\[0\]: 2048 x 9 pixels"),
         ("", "no samples"),
     ):
         path.write_text(line)
-        with pytest.raises(KeepsightError, match=lesson):
-            read_dataset(path)
+        for processor in (None, build_processor()):
+            with pytest.raises(KeepsightError, match=lesson):
+                read_dataset(path, processor=processor)
+
+
+def test_conversations_are_asked_as_they_are(tmp_path: Path, reference: tuple[Any, Any]) -> None:
+    """The words before the question, pictures among them, are what the chat template would write of the data."""
+    reader = Reader(*reference)
+    for name in ("a.png", "b.png"):
+        picture(8, 8).save(tmp_path / name)
+    messages = [{"role": "system", "content": "read"}, *TWO[:2], *TWO[2:]]
+    messages[3] = {"role": "user", "content": "read <image> <image>"}  # no words behind them
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"images": ["a.png", "b.png"], "messages": messages}))
+    (sample,) = read_dataset(path, processor=reader.processor)
+    assert [message["role"] for message in sample.messages] == ["system", "user", "assistant", "user"]
+    assert (sample.answer, sample.prompt, len(sample.images)) == ("read", "", 2)
+    written = reader.processor.apply_chat_template(sample.messages, tokenize=False, add_generation_prompt=True)
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert written == f"<bos> read read :  read<eos> read{image}{image} :"
+    for images in ((), sample.images[:1], sample.images):  # another sample's pictures are never too few
+        assert reader.inputs(replace(sample, images=images))["input_ids"].shape[0] == 1
+
+
+def test_pictures_of_earlier_turns(tmp_path: Path, reference: tuple[Any, Any]) -> None:
+    reader = Reader(*reference)
+    picture(8, 8).save(tmp_path / "a.png")
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"images": ["a.png"], "messages": TWO}))
+    (sample,) = read_dataset(path, processor=reader.processor)
+    assert [[part["type"] for part in message["content"]] for message in sample.messages] == [
+        ["image", "text"],
+        ["text"],
+        ["text"],
+    ]
+    blind = reader.inputs(replace(sample, images=()))["input_ids"]
+    assert blind.shape[1] < reader.inputs(sample)["input_ids"].shape[1]
 
 
 def test_results_of_another_version_are_refused(tmp_path: Path) -> None:

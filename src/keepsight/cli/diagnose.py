@@ -107,8 +107,8 @@ def diagnose(
     if not dataset and (columns or ignore or image_folder or split != "train"):
         raise KeepsightError("--columns, --ignore, --image-folder and --split say how --data is read; name some.")
     readings = [reading_of(name, columns or (), ignore or (), image_folder) for name in dataset or []]
-    given = _samples(image or [], video, prompt, readings, split)
     base_name, infos = check_sources(source, adapter or [], base)
+    given = _samples(image or [], video, prompt, readings, split, base_name)
     refuse_twins(infos, "Leave one of them out.")
     with Waiting(f"loading {base_name}"):
         options: dict[str, Any] = {"dtype": dtype, "device": device, "attn_implementation": attention}
@@ -167,12 +167,17 @@ def _writable(name: str) -> Path:
     return folder
 
 
-def _samples(images: list[str], video: str | None, prompt: str | None, datasets: list[Any], split: str) -> list[Any]:
+def _samples(
+    images: list[str], video: str | None, prompt: str | None, datasets: list[Any], split: str, base: str
+) -> list[Any]:
     from keepsight.data.images import open_image
     from keepsight.diagnose.cases import LONG_PROMPT, Sample, read_dataset
 
     if datasets:
-        parts = [read_dataset(dataset, split) for dataset in datasets]
+        from keepsight.train.run.preflight import load_processor
+
+        processor = load_processor(base)
+        parts = [read_dataset(dataset, split, processor) for dataset in datasets]
         # in turn, so that --samples takes as many of each
         return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
     if not images and video is None and prompt is None:

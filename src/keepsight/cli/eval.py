@@ -60,6 +60,7 @@ def evaluate(
     from keepsight.diagnose.cases import read_dataset
     from keepsight.evaluate.run import EvalSettings
     from keepsight.evaluate.run import evaluate as ask
+    from keepsight.train.run.preflight import load_processor
 
     check_device(device)
     settings = EvalSettings(memory, max_new_tokens, batch_size, strata, match, seed)
@@ -69,11 +70,12 @@ def evaluate(
         raise KeepsightError(f"--output {output} is a folder; name a JSON file.")
     quiet()
     readings = [reading_of(name, columns or (), ignore or (), image_folder) for name in data]
-    asked = [sample for reading in readings for sample in read_dataset(reading, split)][:samples]
+    base_name, infos = check_sources(source, adapter or [], base)
+    processor = load_processor(base_name)
+    asked = [sample for reading in readings for sample in read_dataset(reading, split, processor)][:samples]
     unanswered = sum(sample.answer is None for sample in asked)
     if unanswered or not asked:
         raise KeepsightError(f"{unanswered} of {len(asked)} questions have no answer to compare with.")
-    base_name, infos = check_sources(source, adapter or [], base)
     refuse_twins(infos, "Leave one of them out.")
     methods = {info.method for info in infos}
     if memory != "on" and "VISMEM" not in methods:

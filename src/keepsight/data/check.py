@@ -142,8 +142,9 @@ class CheckedData:
         )
         lines = [("format", formats or "none")] + [("read as", note) for note in self.source.notes]
         for subject, (samples, words) in self.told.items():
-            few = ", ".join(word if count == samples else f"{word} ({count:,})" for word, count in words.most_common(8))
-            more = f" and {len(words) - 8} more" if len(words) > 8 else ""
+            shown = len(words) if subject == "ignored" else 8  # of all columns that are dropped, the names
+            few = ", ".join(w if count == samples else f"{w} ({count:,})" for w, count in words.most_common(shown))
+            more = f" and {len(words) - shown} more" if len(words) > shown else ""
             lines.append((subject, f"{few}{more}; in {counted(samples, 'sample')}"))
         return lines
 
@@ -230,7 +231,7 @@ def check_dataset(
             found.fail(where, str(error), getattr(error, "hint", ""))
             found.formats.update(filter(None, [getattr(error, "format", "")]))
         except Exception as error:  # of a processor, a template, a decoder: whose fault it is, the row is known
-            found.fail(where, f"training would stop here ({short(error)})", "")
+            found.fail(where, f"processing: training would stop here ({short(error)})", "")
         if progress is not None:
             progress(row + 1, total)
     return CheckedData(

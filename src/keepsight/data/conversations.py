@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from keepsight.data.json_values import UnusableError, value_of
 from keepsight.errors import KeepsightError
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -18,6 +19,8 @@ _ROLE_OF = {
     "model": "assistant",
     "bot": "assistant",
     "observation": "tool",
+    "function": "tool",
+    "function_call": "assistant",
     "developer": "system",
 }
 """Other formats' names of the roles."""
@@ -27,8 +30,8 @@ _OTHER_MARKS = ("<video>", "<audio>")
 _OTHER_PARTS = ("video", "video_url", "input_video", "audio", "audio_url", "input_audio")
 TEMPLATE_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 """Keys of a message that some chat templates write."""
-_WEIGHTS = ("weight", "train")
-_MEANT = ("function_call", "audio", "images", "videos", "image", "video", "refusal")
+_WEIGHTS = ("weight", "train", "loss", "loss_weight", "loss_scale")
+_MEANT = ("audio", "images", "videos", "image", "video", "refusal")
 """Keys of a message whose loss would change what it says."""
 
 
@@ -91,7 +94,9 @@ def read_chat(messages: Any, images: Sequence[Any], answered: bool = True, ignor
     if not isinstance(messages, (list, tuple)) or not messages:
         raise DataError(f"messages: {'empty' if not messages else f'expected a list, found {messages!r:.60}'}")
     reader = _Reader(ignore)
-    result = [reader.message(index, message) for index, message in enumerate(messages)]
+    kept = [(index, message) for index, message in enumerate(messages) if not reader.left_out(message)]
+    messages = [message for _, message in kept]
+    result = [reader.message(index, message) for index, message in kept]
     _check_turns(result, answered)
     return Chat(result, reader.placed(result, list(images), messages), reader.ignored)
 
@@ -103,16 +108,26 @@ class _Reader:
         self.ignore, self.ignored = ignore, set[str]()
         self.held: list[Any] = []  # an image inside the messages, or None for a part that only marks one
 
+    def left_out(self, message: Any) -> bool:
+        """Whether it is the system's, and these are to be ignored."""
+        said = (message.get("role") or message.get("from")) if isinstance(message, dict) else None
+        out = "system" in self.ignore and _ROLE_OF.get(str(said), said) == "system"
+        self.ignored |= {"messages of the system"} if out else set()
+        return out
+
     def message(self, index: int, message: Any) -> dict[str, Any]:
         role_key, content_key = ("from", "value") if isinstance(message, dict) and "from" in message else _NATIVE
         found = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+        if found.get(role_key) == "function_call":  # ShareGPT's form of a call, as text
+            found |= {content_key: "", "function_call": as_json(found.get(content_key), f"messages[{index}]")}
+        if "function_call" in found and "function_call" not in self.ignore:  # OpenAI's first form of one
+            found["tool_calls"] = _calls(found.pop("function_call"), index)
         if role_key not in found or (content_key not in found and not found.get("tool_calls")):
             raise DataError(f'messages[{index}]: expected {{"role": ..., "content": ...}}, found {message!r:.60}')
         said = str(found[role_key])
         role = _ROLE_OF.get(said, said)
         if role not in _ROLES:
-            calls = '; calls of functions are "tool_calls" of an assistant\'s message' if "function" in said else ""
-            raise DataError(f"messages[{index}]: role {said!r}; expected one of {', '.join(_ROLES)}{calls}")
+            raise DataError(f"messages[{index}]: role {said!r}; expected one of {', '.join(_ROLES)}")
         content = list(self._parts(found.get(content_key, ""), index, role))
         return {"role": role, "content": content, **self._more(found, index, role, (role_key, content_key))}
 
@@ -246,6 +261,8 @@ class _Reader:
 
 
 _NATIVE = ("role", "content")
+_HALF = re.compile("[\ud800-\udfff]")
+"""Of characters that JSON writes as two escapes; one alone is none."""
 
 
 def _content(message: dict[str, Any]) -> Any:
@@ -265,6 +282,13 @@ def _check_turns(result: list[dict[str, Any]], answered: bool) -> None:
             "teaches"
         )
     for index, message in enumerate(result):
+        for part in message["content"]:
+            half = _HALF.search(part.get("text", ""))
+            if half:
+                raise DataError(
+                    f"messages[{index}]: half of a character (\\u{ord(half[0]):04x}) in the text",
+                    "Write such characters whole; a text was cut within one.",
+                )
         if any(part["type"] == "image" for part in message["content"]) and message["role"] != "user":
             raise DataError(f"messages[{index}]: an image in the {message['role']}'s message; models answer in text")
         says = message.get("tool_calls") or any(part["text"].strip() for part in message["content"] if "text" in part)
@@ -273,8 +297,20 @@ def _check_turns(result: list[dict[str, Any]], answered: bool) -> None:
     if answered and all(message.get("weight", 1) == 0 for message in result if message["role"] == "assistant"):
         raise DataError(
             "messages: the weight of every answer is 0, so there is nothing to learn",
-            "To learn them all the same: --ignore weight.",
+            "To learn them all the same: --ignore weight (or train, loss: the key that says so).",
         )
+
+
+def _calls(found: Any, index: int) -> list[dict[str, Any]]:
+    """Calls of functions as chat templates take them, of {"name", "arguments"} or a list of these."""
+    calls = []
+    for call in found if isinstance(found, (list, tuple)) else [found]:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            raise DataError(f'messages[{index}]: expected a call {{"name": ..., "arguments": ...}}, found {call!r:.60}')
+        asked = call.get("arguments")
+        asked = as_json(asked, f"messages[{index}]: arguments") if isinstance(asked, str) and asked else asked
+        calls.append({"type": "function", "function": {"name": call["name"], "arguments": asked or {}}})
+    return calls
 
 
 def _without_none(value: Any) -> Any:
@@ -295,7 +331,9 @@ def as_json(cell: Any, column: str) -> Any:
     import ast
 
     try:
-        return json.loads(cell)
+        return value_of(cell)
+    except UnusableError as error:
+        raise DataError(f"{column}: {error}") from error
     except json.JSONDecodeError as error:
         try:
             return ast.literal_eval(cell.strip())  # what pandas and `str` write: single quotes

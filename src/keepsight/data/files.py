@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.data.conversations import DataError
+from keepsight.data.json_values import UnusableError, elements_of, value_of
 from keepsight.errors import KeepsightError
 from keepsight.installed import MissingExtraError
 
@@ -133,18 +135,20 @@ def short(error: BaseException) -> str:
 
 
 def _text(path: Path, name: str) -> str:
-    """A file's text: UTF-8, or UTF-16 with the mark that says so (Excel and PowerShell write it)."""
+    """A file's text: UTF-8, or what its first bytes show: Excel and PowerShell write UTF-16, with a mark or without."""
     content = path.read_bytes()
     unpack = _PACKED.get(path.suffix.lower())
     content = content if unpack is None else unpack(content)
-    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    encoding = json.detect_encoding(content)
     try:
-        return content.decode(encoding)
+        return content.decode("utf-8-sig" if encoding == "utf-8" else encoding)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
+        western = "cp1252" if re.search(rb"[\x80-\x9f]", content) else "latin1"  # which differ in these
         raise DataError(
-            f"{name}, line {line}: not UTF-8 text (byte 0x{content[error.start]:02x}). Save the file as UTF-8; if it "
-            f"is Latin-1: iconv -f latin1 -t utf-8 {path.name} > utf8-{path.name}"
+            f"{name}, line {line}: not {encoding.removesuffix('-sig').upper()} text (byte "
+            f"0x{content[error.start]:02x}). Save the file as UTF-8; if it is western European: iconv -f {western} -t "
+            f"utf-8 {path.name} > utf8-{path.name}"
         ) from error
 
 
@@ -154,13 +158,13 @@ def _json(text: str, name: str, whole: bool) -> Table:
     if begins == "[" or (whole and not _is_lines(text)):
         return _one_value(text, name)
     rows, numbers = [], []
-    lines = text.split("\n")
+    lines = text.split("\n" if "\n" in text else "\r")
     last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            rows.append(value_of(line))
         except json.JSONDecodeError as error:
             more = ""
             if _is_object(line.rstrip().removesuffix(",")):
@@ -173,6 +177,8 @@ def _json(text: str, name: str, whole: bool) -> Table:
                 f"{name}, line {number}: not valid JSON ({error.msg} at column {error.colno}); expected one JSON "
                 f"object per line{_begins(text) if number == 1 else ''}.{more}"
             ) from error
+        except UnusableError as error:
+            raise DataError(f"{name}, line {number}: {error}.") from error
         numbers.append(number)
     return _objects(rows, name, numbers)
 
@@ -185,9 +191,11 @@ def _begins(text: str) -> str:
 
 def _is_object(text: str) -> bool:
     try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
+        return isinstance(value_of(text), dict)
+    except json.JSONDecodeError:
         return False
+    except UnusableError:
+        return text.startswith("{")
 
 
 def _is_lines(text: str) -> bool:
@@ -197,10 +205,21 @@ def _is_lines(text: str) -> bool:
 
 
 def _one_value(text: str, name: str) -> Table:
+    found: Any = None
+    rows: list[Any] = []
+    lines: list[int] = []
     try:
-        found = json.loads(text)
+        if text.lstrip().startswith("["):
+            for line, row in elements_of(text):
+                lines.append(line)
+                rows.append(row)
+            return _objects(rows, name, lines if len(set(lines)) == len(lines) else None)
+        found = value_of(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{name}, line {error.lineno}: not valid JSON ({error.msg}){_begins(text)}.") from error
+    except UnusableError as error:
+        place = f", row {len(rows)}" if text.lstrip().startswith("[") else ""
+        raise DataError(f"{name}{place}: {error}.") from error
     notes: tuple[str, ...] = ()
     if isinstance(found, dict):
         lists = [

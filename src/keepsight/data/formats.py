@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -64,7 +65,9 @@ def first(row: Row, names: tuple[str, ...]) -> str | None:
 
 
 def filled(value: Any) -> bool:
-    """Whether a cell holds anything."""
+    """Whether a cell holds anything; a number that is none (NaN) is how pandas writes that it does not."""
+    if isinstance(value, float) and math.isnan(value):
+        return False
     return value is not None and not (isinstance(value, (str, list, tuple, dict)) and len(value) == 0)
 
 
@@ -263,11 +266,13 @@ def said(answer: Any) -> tuple[str, str]:
         if not texts:
             return "", ""
         return Counter(texts).most_common(1)[0][0], "of several answers, the most frequent" if len(texts) > 1 else ""
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+    if not filled(answer):
+        return "", ""
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
         return str(answer), ""
-    if answer is not None and not isinstance(answer, str):
+    if not isinstance(answer, str):
         raise DataError(f"answer: expected text, found {answer!r:.60}")
-    return answer or "", ""
+    return answer, ""
 
 
 _LOOKS_LIKE = (
@@ -289,7 +294,7 @@ class UnknownFormatError(DataError):
         in_row: the same in short, where other rows are of a known format.
     """
 
-    in_row = "of no format that keepsight knows"
+    in_row = "format: none that keepsight knows"
 
 
 def unknown(name: str, columns: tuple[str, ...], sample: Row, answered: bool) -> UnknownFormatError:
@@ -317,14 +322,19 @@ def unknown(name: str, columns: tuple[str, ...], sample: Row, answered: bool) ->
         "the formats."
     )
     here = ", ".join(column for column in columns if filled(sample.get(column))) or "nothing"
-    error.in_row = f"no format that keepsight knows; it has: {here}"
+    error.in_row = f"format: none that keepsight knows; it has {here}"
     return error
 
 
 _NO_WORDS = ("id", *IMAGES, *QUESTION, *ANSWER)
 
 
+def is_picture_name(text: str) -> bool:
+    """Whether it ends as names of pictures do."""
+    return len(text) < 1024 and text.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"))
+
+
 def _names_a_picture(cell: Any) -> bool:
     if isinstance(cell, str):
-        return cell.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")) or is_base64(cell)
+        return is_picture_name(cell) or is_base64(cell)
     return isinstance(cell, dict) and bool(cell.get("bytes") or cell.get("path"))

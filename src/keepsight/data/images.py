@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import re
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -97,13 +100,12 @@ def find_image(source: str | Path, *folders: Path | None) -> Path:
     Raises:
         ImageError: if there is none.
     """
-    if str(source).startswith(("http://", "https://")):
-        raise ImageError(f"{source} is a web address. Download the image first and give the file.")
     text = str(source)
+    if re.match(r"(?!file:)[a-z][a-z0-9+]+://", text):
+        raise ImageError(f"{source} is a web address. Download the image first and give the file.")
     path = Path(unquote(text[7:]) if text.startswith("file://") else text).expanduser()
-    if not path.is_absolute():
-        places = [folder / path for folder in folders if folder is not None] or [path]
-        path = next((place for place in places if _is_there(place)), places[0])
+    places = [folder / path for folder in folders if folder is not None] or [path]  # an absolute path stays as it is
+    path = next((as_is for place in places for as_is in _spellings(place) if _is_there(as_is)), places[0])
     if not _is_there(path):
         shown = str(path) if len(str(path)) < 300 else f"{str(path)[:64]}..."
         raise ImageError(f"{shown}: no such image file.{_near(path, folders)}")
@@ -119,6 +121,13 @@ def find_image(source: str | Path, *folders: Path | None) -> Path:
     return path
 
 
+def _spellings(path: Path) -> Iterator[Path]:
+    """The path, and how other systems write the same: Windows with backslashes, macOS with accents apart."""
+    yield path
+    for text in (str(path), str(path).replace("\\", "/")):
+        yield from (Path(unicodedata.normalize(form, text)) for form in ("NFC", "NFD"))
+
+
 def _is_there(path: Path) -> bool:
     try:
         return path.exists()
@@ -127,7 +136,11 @@ def _is_there(path: Path) -> bool:
 
 
 def _near(path: Path, folders: tuple[Path | None, ...]) -> str:
-    """Where the picture seems to be, if a folder was left out or named twice."""
+    """Where the picture seems to be, if a folder was left out or named twice, or its name is written otherwise."""
+    meant = _plain(path.name)
+    same = next((name for name in _names_in(path.parent) if _plain(name) == meant), None)
+    if same is not None:
+        return f" There is {path.parent / same}: write its name as it is."
     for folder in folders:
         if folder is not None:
             beside = [folder / path.name, *(folder / name / path.name for name in ("images", "image", "data", "imgs"))]
@@ -135,6 +148,18 @@ def _near(path: Path, folders: tuple[Path | None, ...]) -> str:
             if found is not None:
                 return f" There is {found}: say where pictures are by --image-folder, or write that path."
     return ""
+
+
+@lru_cache(maxsize=16)
+def _names_in(folder: Path) -> tuple[str, ...]:
+    try:
+        return tuple(sorted(one.name for one in folder.iterdir()))
+    except (OSError, ValueError):
+        return ()
+
+
+def _plain(name: str) -> str:
+    return unquote(unicodedata.normalize("NFC", name)).strip().casefold()
 
 
 def _what_it_is(content: Any) -> str:

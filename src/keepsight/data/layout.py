@@ -156,6 +156,10 @@ def _nothing(name: str, found: list[Path]) -> str:
             f"{name} holds no dataset: {len(pictures):,} pictures and no words to them. Write a metadata.csv beside "
             "them, with the columns file_name,question,answer."
         )
+    saved = [path.parent for path in found if path.name in ("dataset_dict.json", "state.json")]
+    if saved:
+        outer = min(saved, key=lambda one: len(one.parts))
+        return f"{name} holds a dataset that Dataset.save_to_disk wrote: name its folder, {outer}."
     packed = [path.name for path in found if path.suffix.lower() in (".tar", ".zip", ".tgz", ".zst", ".arrow")]
     return (
         f"{name} holds no dataset: neither what Dataset.save_to_disk writes, nor metadata.jsonl beside images, nor a "

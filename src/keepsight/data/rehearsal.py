@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from keepsight.data.conversations import TEMPLATE_KEYS, DataError
@@ -80,6 +81,8 @@ class Rehearsal:
         ignored = self._unused(sample)
         self._check_words(sample)
         told = self._check_vocabulary(sample)
+        special = self._special(sample)
+        told |= {"special tokens in the words, read as such": special} if special else {}
         for index, image in enumerate(images or ()):
             self._check_size(index, image)
         if self.collator is None:
@@ -133,7 +136,7 @@ class Rehearsal:
         return unused
 
     def _may_ignore(self, key: str, where: str) -> None:
-        if key not in self.ignore and key != "name":
+        if key not in self.ignore and key not in ("name", "tool_call_id"):  # which say who, not what
             raise DataError(
                 f"{where}: {key}, which this model's chat template does not write, so nobody would see it",
                 f"To do without: --ignore {key}.",
@@ -146,7 +149,7 @@ class Rehearsal:
             if said and said not in self._written(messages, tools):
                 raise DataError(
                     "messages[0]: the system's message, which this model's chat template does not write",
-                    "To do without: --ignore system (of a column), or put its words into the question.",
+                    "To do without: --ignore system. Or put its words into the question.",
                 )
 
     def _texts(self, sample: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
@@ -158,15 +161,29 @@ class Rehearsal:
 
     def _check_words(self, sample: dict[str, Any]) -> None:
         """Placeholder tokens in words would be taken for pictures."""
-        for index, _, text in self._texts(sample):
+        answers = sample.get("answer")
+        answers = answers if isinstance(answers, (list, tuple)) else [answers]
+        texts = [(f"messages[{index}]", text) for index, _, text in self._texts(sample)]
+        for where, text in (*texts, *(("answer", one) for one in answers if isinstance(one, str))):
             found = _PLACEHOLDERS.search(text) if self.collator is None else None
             token = found[0] if found else self._placeholder(text)
             if token:
                 raise DataError(
-                    f"messages[{index}]: the token {token} in the words; the model takes it for a picture",
+                    f"{where}: the token {token} in the words; the model takes it for a picture",
                     'Pictures are marked by {"type": "image"} (or <image> in a question). Write the token in another '
                     "way, or leave the sample out.",
                 )
+
+    def _special(self, sample: dict[str, Any]) -> tuple[str, ...]:
+        """Special tokens that stand in the words: a tokenizer makes one token of them, as if a template had put it."""
+        texts = [text for _, _, text in self._texts(sample)]
+        return tuple(token for token in self._specials if any(token in text for text in texts))
+
+    @cached_property
+    def _specials(self) -> tuple[str, ...]:
+        if self.collator is None:
+            return ()
+        return tuple(str(token) for token in self.collator.tokenizer.added_tokens_decoder.values() if token.special)
 
     def _placeholder(self, text: str) -> str | None:
         """A token of the text that stands for a picture to this processor."""

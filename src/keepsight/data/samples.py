@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from keepsight.data.conversations import DataError, as_json, read_chat
@@ -28,6 +28,7 @@ from keepsight.data.formats import (
     filled,
     first,
     images_of,
+    is_picture_name,
     numbered,
     recognise,
     said,
@@ -61,6 +62,7 @@ _MEANT = {  # columns whose loss would change what a sample says
     "weight": "a weight; samples count alike: repeat rows, or leave some out",
     "choices": "the choices of the question, which nobody would see: write them into the question",
     "options": "the options of the question, which nobody would see: write them into the question",
+    "system_prompt": "a system message; --columns system=system_prompt uses it",
 }
 
 
@@ -114,10 +116,10 @@ def sample_reader(source: Source, kind: Kind = "chat", extra: tuple[str, ...] = 
         messages, tools = _with_system(messages, row, used), None
         chat = read_chat(messages, pictures, answered, source.reading.ignore)
         if filled(row.get("tools")) and answered:
-            tools = as_json(row["tools"], "tools")
+            tools = _described(as_json(row["tools"], "tools"))
             used.add("tools")
         rest = {name: value for name, value in row.items() if name not in used and filled(value)}
-        _refuse_what_is_meant(rest, answered)
+        _refuse_what_is_meant(rest, chat.images, answered)
         kept = {name: value for name, value in rest.items() if not answered or name in extra}
         kept = {name: value for name, value in kept.items() if is_plain(value)}
         left |= {name for name in rest if name not in kept} | chat.ignored
@@ -189,6 +191,7 @@ def _with_answer(turns: Turns, used: set[str], answered: bool) -> tuple[Any, Any
                 raise DataError(f"{turns.answer_column}: empty")
             messages, notes = [*messages, {"role": "assistant", "content": text}], (note,) if note else ()
         return messages, None, notes
+    right = right if filled(right) else None
     if turns.answer_column is not None:
         used.add(turns.answer_column)
     if replies:
@@ -210,13 +213,25 @@ def _with_system(messages: Any, row: dict[str, Any], used: set[str]) -> Any:
     return [{"role": "system", "content": system}, *messages]
 
 
-def _refuse_what_is_meant(rest: dict[str, Any], answered: bool) -> None:
+def _described(tools: Any) -> Any:
+    """Tools as chat templates take them; ShareGPT's data name the functions only."""
+    if not isinstance(tools, (list, tuple)):
+        return tools
+    return [{"type": "function", "function": one} if isinstance(one, dict) and "name" in one else one for one in tools]
+
+
+def _refuse_what_is_meant(rest: dict[str, Any], images: list[Any], answered: bool) -> None:
     """Raise for columns that hold a part of the sample that would be lost."""
+    letters = [name for name in "ABCDEFGHIJ" if name in rest]
+    if letters[:2] == ["A", "B"]:  # VLMEvalKit's and MMBench's tables
+        raise DataError(
+            f"{letters[0]} to {letters[-1]}: {_MEANT['options']}", f"To do without: --ignore {','.join(letters)}."
+        )
     for name, value in rest.items():
         what = _MEANT.get(name)
         if name == "tools" and not answered:
             what = "tools; prompts of reinforcement learning are written without"
-        if what is None and _is_picture(value):
+        if what is None and (_is_picture(value) or _is_another_file(value, images)):
             what = "a second picture, which nobody would see; --columns images=FIRST+SECOND gives several"
         if what is not None:
             raise DataError(f"{name}: {what}", f"To do without {name}: --ignore {name}.")
@@ -228,6 +243,16 @@ def _is_picture(value: Any) -> bool:
     if isinstance(value, dict):
         return isinstance(value.get("bytes"), bytes)
     return isinstance(value, bytes) or hasattr(value, "getexif") or is_base64(value)
+
+
+def _is_another_file(value: Any, images: list[Any]) -> bool:
+    """Whether it names the file of a picture that is none of the sample's."""
+    files = [item.get("path") if isinstance(item, dict) and not item.get("bytes") else item for item in images]
+    if not files or not all(isinstance(file, str) and not is_base64(file) for file in files):
+        return False
+    names = {PurePosixPath(str(file)).name for file in files}
+    another = isinstance(value, str) and is_picture_name(value) and "://" not in value
+    return another and PurePosixPath(value).name not in names
 
 
 def _text(content: Any) -> Any:

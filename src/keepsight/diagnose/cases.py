@@ -34,6 +34,7 @@ class Sample:
         reply: how the reply begins; the answer follows it. It makes an answer stand at any length of output.
         dataset: the name of the data it comes from; invocations are told apart by it.
         before: the words that stand before each image, where not all images come first.
+        earlier: messages before the question, their contents as parts; their images are the first of `images`.
     """
 
     prompt: str
@@ -43,6 +44,7 @@ class Sample:
     reply: str = ""
     dataset: str = ""
     before: tuple[str, ...] = ()
+    earlier: tuple[dict[str, Any], ...] = ()
 
     @property
     def sees(self) -> bool:
@@ -52,13 +54,27 @@ class Sample:
     @property
     def content(self) -> list[dict[str, str]]:
         """The user's message in parts, as chat templates take it."""
-        parts = []
-        for index in range(max(len(self.images), len(self.before))):
+        parts, shown = [], max(0, len(self.images) - sum(map(_images_in, self.earlier)))
+        for index in range(max(shown, len(self.before))):
             if index < len(self.before) and self.before[index]:
                 parts.append({"type": "text", "text": self.before[index]})
-            if index < len(self.images):
+            if index < shown:
                 parts.append({"type": "image"})
-        return [*parts, *({"type": "video"} for _ in self.videos), {"type": "text", "text": self.prompt}]
+        words = [{"type": "text", "text": self.prompt}] if self.prompt or not any(self.before) else []
+        return [*parts, *({"type": "video"} for _ in self.videos), *words]
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation up to the answer, as chat templates take it."""
+        left = iter(self.images)  # another sample's images may be fewer
+        earlier = [
+            {
+                **message,
+                "content": [p for p in message["content"] if p["type"] != "image" or next(left, None) is not None],
+            }
+            for message in self.earlier
+        ]
+        return [*earlier, {"role": "user", "content": self.content}]
 
 
 @dataclass
@@ -89,7 +105,7 @@ class Case:
         if self.asked is not None and other.facts is not None:
             return other.facts[self.asked].tolist()
         mine, theirs = self.sample, other.sample
-        same = (mine.before, mine.prompt, mine.reply) == (theirs.before, theirs.prompt, theirs.reply)
+        same = all(getattr(mine, name) == getattr(theirs, name) for name in ("earlier", "before", "prompt", "reply"))
         if same and len(self.scored) == len(other.scored) == 1:
             return [int(other.text[other.scored[0][0]])]
         return None
@@ -100,71 +116,77 @@ def without_images(sample: Sample) -> Sample:
     return replace(sample, images=(), videos=())
 
 
-def read_dataset(source: Any, split: str = "train") -> list[Sample]:
-    """Samples of whatever `keepsight.data.check.load_dataset_any` reads: one question each, with pictures.
+def read_dataset(source: Any, split: str = "train", processor: Any = None) -> list[Sample]:
+    """Questions about pictures, of whatever `keepsight.data.check.load_dataset_any` reads, as training reads them.
 
-    An "answer" (or the assistant's message) is the reference, "reply" how the reply begins, and "dataset" names the
-    data that a sample comes from; default: the file's name.
+    An "answer" (or the last message of the assistant) is the reference, "reply" how the reply begins, and "dataset"
+    names the data that a sample comes from; default: the file's name.
+
+    Args:
+        source: the data, or a `Reading` of them.
+        split: which split, where there are several.
+        processor: of the model that will be asked; with it, what it cannot read is an error here.
 
     Raises:
         KeepsightError: naming file and line of what cannot be used.
     """
     from keepsight.data.check import check_dataset, load_dataset_any, read_sample
+    from keepsight.data.collate import ConversationCollator
     from keepsight.data.formats import said
+    from keepsight.data.rehearsal import Rehearsal
 
     data = load_dataset_any(source, split)
-    # pictures are opened below, one by one
-    checked = check_dataset(data, kind="prompt", text_only="keep", decode=False, rehearse=_one_question).good()
+    collator = None if processor is None else ConversationCollator(processor)
+    rehearsal = Rehearsal(collator, answered=False, ignore=data.reading.ignore)
+    checked = check_dataset(data, kind="prompt", text_only="keep", rehearse=_asked(rehearsal)).good()
     own = Path(data.name).stem
-    samples, unused = [], dict[str, None]()
+    samples, unused, decided = [], dict[str, None](), dict[str, None]()
     for kept in checked.kept:
         sample = read_sample(kept, data)
         unused |= dict.fromkeys(name for name in sample if name not in _USED)
-        before, words = _laid_out(sample["messages"][-1]["content"])
-        answer = sample["answer"]
+        *earlier, question = sample["messages"]
+        before, words = _laid_out(question["content"])
+        answer, note = said(sample["answer"])
+        decided |= {note: None} if note else {}
         samples.append(
             Sample(
                 prompt=words,
                 images=tuple(sample["images"]),
-                answer=None if answer is None else said(answer)[0],
+                answer=answer or None,
                 reply=str(sample.get("reply") or ""),
                 dataset=str(sample.get("dataset") or own),
                 before=before,
+                earlier=tuple(earlier),
             )
         )
-    _, ignored = checked.told.get("ignored", (0, {}))
-    if unused or ignored:
-        names = ", ".join((*unused, *ignored))
-        warnings.warn(f"{data.name}: not used by the diagnosis: {names}.", KeepsightWarning, stacklevel=2)
+    told = {subject: list(words) for subject, (_, words) in checked.told.items()}
+    told["not used"] = [*unused, *told.pop("ignored", [])]
+    told["decided"] = [*told.pop("decided", []), *decided]
+    for subject, found in told.items():
+        if found:
+            warnings.warn(f"{data.name}: {subject}: {', '.join(found)}.", KeepsightWarning, stacklevel=2)
     return samples
 
 
 _USED = ("messages", "images", "answer", "reply", "dataset", "id")
 
 
-@dataclass(frozen=True)
-class _Nothing:
-    """What `check_dataset` asks of a rehearsal, with nothing to tell."""
+def _asked(rehearse: Any) -> Any:
+    """A rehearsal that also wants a question."""
 
-    length: None = None
-    told: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
+    def check(sample: dict[str, Any], images: list[Any] | None) -> Any:
+        from keepsight.data.conversations import DataError
+
+        before, words = _laid_out(sample["messages"][-1]["content"])
+        if not any(text.strip() for text in (*before, words)):
+            raise DataError(f"messages[{len(sample['messages']) - 1}]: no words, so nothing is asked")
+        return rehearse(sample, images)
+
+    return check
 
 
-def _one_question(sample: dict[str, Any], images: list[Any] | None) -> _Nothing:
-    from keepsight.data.conversations import DataError
-    from keepsight.data.rehearsal import Rehearsal
-
-    roles = [message["role"] for message in sample["messages"]]
-    if roles != ["user"]:
-        raise DataError(
-            f"messages: {', '.join(roles)}; the diagnosis asks one question and reads one answer",
-            "Give it conversations of one question; a system message can be left out: --ignore system.",
-        )
-    if not _laid_out(sample["messages"][0]["content"])[1].strip():
-        raise DataError("messages[0]: no words behind the pictures; the diagnosis asks a question about them")
-    Rehearsal(None, answered=False)(sample, images)
-    return _Nothing()
+def _images_in(message: dict[str, Any]) -> int:
+    return sum(part["type"] == "image" for part in message["content"])
 
 
 def _laid_out(content: list[dict[str, Any]]) -> tuple[tuple[str, ...], str]:

@@ -57,9 +57,7 @@ class Reader:
         Raises:
             KeepsightError: if the processor cannot read the images (it says why).
         """
-        prompt = self.processor.apply_chat_template(
-            [{"role": "user", "content": sample.content}], tokenize=False, add_generation_prompt=True
-        )
+        prompt = self.processor.apply_chat_template(sample.messages, tokenize=False, add_generation_prompt=True)
         given: dict[str, Any] = {"text": [prompt], "add_special_tokens": False, "return_tensors": "pt"}
         if sample.images:
             given["images"] = [list(sample.images)]

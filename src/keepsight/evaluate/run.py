@@ -156,7 +156,7 @@ def evaluate(
         if sample.answer is None or sample.reply:
             what = "has no answer to compare with" if sample.answer is None else "begins the reply, which this cannot"
             raise KeepsightError(f"Question {number} ({sample.prompt[:40]!r}) {what}.")
-    questions = [Question([{"role": "user", "content": s.content}], s.images, s.videos) for s in samples]
+    questions = [Question(s.messages, s.images, s.videos) for s in samples]
 
     def ask(memory: str, stage: str) -> list[Answer]:
         answerer, found = Answerer(model, processor, memory), []

@@ -185,7 +185,8 @@ def say_data(data: CheckedData, what: str, loading: str, limit: int | None, say:
     mix = data.mix()
     if mix is not None:
         say(f"mix: {mix}")
-    say(f"{data.rows:,} {what} are good{longest}{cut}; loading {loading}")
+    are = f"{what.removesuffix('s')} is" if data.rows == 1 else f"{what} are"
+    say(f"{data.rows:,} {are} good{longest}{cut}; loading {loading}")
 
 
 def total_steps(settings: CommonSettings, per_epoch: int) -> int:
