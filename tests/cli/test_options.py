@@ -128,6 +128,7 @@ def test_files_as_people_write_them(text: str, expected: Baking, tmp_path: Path)
     ("text", "lesson"),
     [
         ("grop_size: 3", "has no setting 'grop_size'. Did you mean 'group_size'?"),
+        ("num_generations: 3", "has no setting 'num_generations'. Did you mean 'group_size'?"),
         ("unasked: 3", "has no setting 'unasked'"),
         ("config: other.yaml", "has no setting 'config'"),
         ("- lr", "expected settings, one a line"),
@@ -177,6 +178,7 @@ def test_options_of_a_memory_have_its_configs_defaults(options: Any, config: Any
         ("generate --imgae x", "--image"),
         ("train pvm x --learning-rate 1", "--lr"),
         ("train pvm x --learning-rate=1", "--lr"),
+        ("train pvm x --lerning-rate 1", "--lr"),
         ("generate -p x --max-tokens 4", "--max-new-tokens"),
         ("demo --outptu x", "--output-dir"),
         ("train pvm x --gradient-accumulation-steps 1", "--grad-accum"),

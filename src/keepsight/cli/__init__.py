@@ -106,7 +106,7 @@ def _asked(error: Any) -> str:
     near = getattr(error, "possibilities", None)
     if near and "Did you mean" not in error.message:
         return f"{error.message.rstrip('.')}. Did you mean {' or '.join(near)}?"
-    sentence = error.format_message().rstrip(".")
+    sentence = error.format_message().rstrip(".").replace("Value error, ", "")
     return sentence if sentence.endswith("?") else f"{sentence}."
 
 

@@ -149,7 +149,8 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
         word = f"--{str(key).replace('_', '-')}"
         name = str(key) if str(key) in options else spelled.get(FORMER.get(word, word), word[2:].replace("-", "_"))
         if name not in options or name in _HERE:
-            near = difflib.get_close_matches(name, options, 1)
+            elsewhere = ELSEWHERE.get(f"--{name.replace('_', '-')}", "")[2:].replace("-", "_")
+            near = [elsewhere] if elsewhere in options else difflib.get_close_matches(name, options, 1)
             raise KeepsightError(
                 f"--config {path}: {context.command_path} has no setting {str(key)!r}."
                 + (f" Did you mean {near[0]!r}?" if near else f" They are listed in {context.command_path} --help.")
@@ -239,12 +240,17 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, words)
         except UsageError as error:
-            meant = self._ours(ELSEWHERE).get(getattr(error, "option_name", ""))
+            elsewhere, given = self._ours(ELSEWHERE), getattr(error, "option_name", "")
+            near = difflib.get_close_matches(given, [*elsewhere, *former, *self._options()], 1, 0.8)
+            meant = next((elsewhere.get(name, former.get(name, name)) for name in near), None)
             if meant is not None and hasattr(error, "possibilities"):
                 error.possibilities = [meant]
             raise
 
+    def _options(self) -> set[str]:
+        return {name for parameter in self.params for name in parameter.opts if name.startswith("--")}
+
     def _ours(self, names: dict[str, str]) -> dict[str, str]:
         """Those of the names that mean an option of this command, and are none."""
-        options = {name for parameter in self.params for name in parameter.opts}
+        options = self._options()
         return {other: ours for other, ours in names.items() if ours in options and other not in options}

@@ -230,7 +230,7 @@ def _refuse_what_is_meant(rest: dict[str, Any], images: list[Any], answered: boo
     for name, value in rest.items():
         what = _MEANT.get(name)
         if name == "tools" and not answered:
-            what = "tools; prompts of reinforcement learning are written without"
+            what = "tools; a prompt is written without them here (reinforcement learning, diagnose, eval)"
         if what is None and (_is_picture(value) or _is_another_file(value, images)):
             what = "a second picture, which nobody would see; --columns images=FIRST+SECOND gives several"
         if what is not None:

@@ -9,6 +9,7 @@ _LEAVE_OUT = "leave it out"
 #: Parameter -> (values that switch it off, which are accepted; what to do instead).
 UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((), "it answers in text"),
+    "extra_body": ((), "it is an argument of the Python client; what it holds stands beside the other parameters"),
     "function_call": (("none",), "send tools and tool_choice, which replaced it"),
     "functions": (([],), "send tools, which replaced it"),
     "guided_json": ((), "send response_format, with type json_schema"),
