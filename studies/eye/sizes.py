@@ -79,7 +79,7 @@ GPU = replace(
     align_batch=64,
     align_lr=7e-4,
 )
-"""About 300,000 questions more than the CPU's; 64 px, 4 x 4 tokens a picture. It has not been run yet."""
+"""About 300,000 images, each with four questions; 64 px, 4 x 4 tokens a picture. It has not been run yet."""
 
 TINY = replace(
     CPU, width=32, depth=2, heads=2, pretrain_steps=4, pretrain_batch=8, align_steps=3, align_batch=2, lora=2
