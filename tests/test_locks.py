@@ -27,13 +27,15 @@ PARTS = {
     "data": {"train"},
     "diagnose": {"lab"},
     "lab": {"lab"},
-    "serve": {"serve", "vllm"},
+    "serve": {"serve", "vllm", "train"},  # train: serve/vllm/rollouts.py, which training alone imports
     "train": {"train", "4bit"},
 }
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 #: Asked for by the user's own accelerate config, and refused by name where it is missing; and what stands in
 #: evaluate/lmms*.py, which only lmms-eval imports, in its environment.
 UNDECLARED = {"deepspeed", "lmms-eval", "av"}
+#: What one study alone needs, which asks for it by name (docs/eye.md).
+OF_A_STUDY = {"resvg-py", "gguf"}
 
 
 def load_tool(name):
@@ -136,7 +138,7 @@ def test_every_import_of_the_tests_is_declared():
     for folder in folders:
         for module, files in imports(ROOT / folder).items():
             name = canonicalize_name(DISTRIBUTIONS.get(module, module))
-            assert module in ours | set(folders) or name in declared, f"{files[0].relative_to(ROOT)} imports {module}"
+            assert module in ours | set(folders) or name in declared | OF_A_STUDY, f"{files[0].relative_to(ROOT)} imports {module}"
 
 
 @pytest.mark.parametrize(
@@ -179,3 +181,23 @@ def test_a_page_keeps_the_rows_of_what_was_not_run_again():
     assert "2030-01-08" in again
     assert "a::b" not in again
     assert compatibility.page_with(again, nothing) == again
+
+
+def test_pips_own_constraints_hold_for_uv_as_well() -> None:
+    options = install.uv_options(Path("python"), {"constraint": "a.txt b.txt", "no-index": "1"})
+    assert options[4:] == ["--no-index", "--constraints", "a.txt", "--constraints", "b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"no-index": "true"}, "PIP_NO_INDEX"),
+        ({"index-url": "http://user:secret@127.0.0.1:9/simple"}, r"http://127\.0\.0\.1:9/simple, cannot be reached"),
+        ({"proxy": "http://127.0.0.1:9"}, "^$"),
+    ],
+)
+def test_an_index_that_cannot_be_reached_is_named(
+    settings: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install, "pip_settings", lambda python: settings)
+    assert re.search(said, install.why_unreachable(Path("python")))

@@ -16,9 +16,12 @@ import os
 import platform
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,8 +111,15 @@ def environment(settings: dict[str, str], more_indexes: bool = True) -> dict[str
 
 def uv_options(python: Path, settings: dict[str, str]) -> list[str]:
     """What follows `uv` in a command that installs into an environment."""
-    no_index = settings.get("no-index", "").lower() in ("1", "true", "yes", "on")
-    return ["pip", "install", "--python", str(python), *(["--no-index"] if no_index else [])]
+    options = ["--no-index"] if without_index(settings) else []
+    for file in settings.get("constraint", "").split():  # of pip's configuration, or PIP_CONSTRAINT
+        options += ["--constraints", file]
+    return ["pip", "install", "--python", str(python), *options]
+
+
+def without_index(settings: dict[str, str]) -> bool:
+    """Whether pip was told to look in no index (PIP_NO_INDEX)."""
+    return settings.get("no-index", "").lower() in ("1", "true", "yes", "on")
 
 
 def install_with_uv(uv: list[str], command: list[str], lock: Path | None, variables: dict[str, str]) -> None:
@@ -141,7 +151,38 @@ def run(command: list[str], variables: dict[str, str]) -> None:
     """Run a command that has to work; its own words are the error."""
     if subprocess.run(command, env=variables).returncode:
         hint = "" if command[2] == "pip" else " To try it with pip alone: make test INSTALLER=pip"
-        sys.exit(f"The installation failed; the lines above say why.{hint}")
+        sys.exit(f"The installation failed; the lines above say why.{hint}{why_unreachable(Path(command[0]))}")
+
+
+def why_unreachable(python: Path) -> str:
+    """A line where the index is the likely reason: none is to be asked, or that in use does not answer; or nothing."""
+    settings = pip_settings(python)
+    if without_index(settings):
+        return (
+            "\npip is set up to ask no index (PIP_NO_INDEX, or no-index in its configuration), and not all is at hand."
+        )
+    if settings.get("proxy"):
+        return ""  # which this does not ask through
+    index = settings.get("index-url") or "https://pypi.org/simple"
+    request = urllib.request.Request(index.rstrip("/") + "/pip/", headers={"User-Agent": "pip"})
+    try:
+        urllib.request.urlopen(
+            request, timeout=20, context=ssl.create_default_context(cafile=settings.get("cert"))
+        ).close()
+    except urllib.error.HTTPError as error:
+        return f"\nThe package index in use, {named(index)}, answers {error.code}."
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        return (
+            f"\nThe package index in use, {named(index)}, cannot be reached from here ({reason}): is there a "
+            "network, and is pip's index-url right?"
+        )
+    return ""
+
+
+def named(index: str) -> str:
+    """An index's address without the password that may stand in it."""
+    return re.sub(r"//[^/@]*@", "//", index)
 
 
 def wants_cpu_build() -> bool:
