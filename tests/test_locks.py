@@ -138,7 +138,9 @@ def test_every_import_of_the_tests_is_declared():
     for folder in folders:
         for module, files in imports(ROOT / folder).items():
             name = canonicalize_name(DISTRIBUTIONS.get(module, module))
-            assert module in ours | set(folders) or name in declared | OF_A_STUDY, f"{files[0].relative_to(ROOT)} imports {module}"
+            assert module in ours | set(folders) or name in declared | OF_A_STUDY, (
+                f"{files[0].relative_to(ROOT)} imports {module}"
+            )
 
 
 @pytest.mark.parametrize(
