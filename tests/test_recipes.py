@@ -51,7 +51,7 @@ def context_of(recipe: Any) -> Any:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.path.stem)
 def test_every_flag_is_one_of_the_command_lines(recipe: Any) -> None:
     given = parse(recipe)
-    assert given["dataset"] == "$DATA"
+    assert given["dataset"] == ["$DATA"]
     assert str(given["output_dir"]) == "$OUT"
     assert recipe.path.stat().st_mode & 0o100, "a script is executable"
     if shutil.which("bash"):
@@ -73,7 +73,7 @@ def test_every_recipe_gets_as_far_as_its_run(recipe: Any, monkeypatch: pytest.Mo
     ((train, source, job),) = reached
     assert source in (recipe.base, "$MEMORY", "$STAGE1")
     data, out = job.checked()
-    assert (data.source, out) == ("$DATA", Path("$OUT"))
+    assert ([reading.source for reading in data.readings], out) == (["$DATA"], Path("$OUT"))
     settings = train.keywords["settings"]
     if recipe.kind == "sft":
         published = recipe.path.stem.endswith("as-published")

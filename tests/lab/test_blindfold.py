@@ -160,6 +160,7 @@ def test_sliding_windows_are_refused():
     model = BY_NAME["qwen2_5_vl"].build()
     text = Backbone.of(model).text_config
     text.layer_types = ["full_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    text.sliding_window = 4
     with pytest.raises(BlindfoldError, match="sliding windows"), blindfold(model):
         pass
 

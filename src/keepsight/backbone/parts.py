@@ -54,6 +54,10 @@ class VisionParts:
     project: Project = in_a_row
 
 
+def _one(config: Any) -> int:
+    return 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """What differs between VLM families. Names are attributes of the module that holds the vision encoder.
@@ -79,7 +83,7 @@ class Family:
     vision_tower: str
     projector: str
     visual_tokens: tuple[tuple[str, str], ...] = (("image", "image_token_id"), ("video", "video_token_id"))
-    merge_side: Callable[[Any], int] = lambda config: 1
+    merge_side: Callable[[Any], int] = _one
     sees_both_ways: str | None = None
     vision: VisionParts | Mapping[str, VisionParts] | None = None
     no_vismem: str = "its vision encoder is not described in keepsight yet"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -71,12 +72,16 @@ def _next_tiles(backbone: Any, input_ids: torch.Tensor, arguments: Mapping[str, 
     return tiles
 
 
+def _shuffled_side(config: Any) -> int:
+    return round(1 / config.downsample_ratio)
+
+
 ROWS: dict[str, Family] = {
     "internvl": Family(
         name="InternVL",
         **_STYLE,
         visual_tokens=_IMAGES,
-        merge_side=lambda config: round(1 / config.downsample_ratio),
+        merge_side=_shuffled_side,
         vision=VisionParts(
             blocks="encoder.layer",
             norms=("layernorm_before", "layernorm_after"),
@@ -102,14 +107,14 @@ ROWS: dict[str, Family] = {
         name="Mistral 3",
         **_STYLE,
         visual_tokens=_IMAGES,
-        merge_side=lambda config: config.spatial_merge_size,
+        merge_side=attrgetter("spatial_merge_size"),
         vision={"pixtral": replace(PIXTRAL, project=as_sized_images)},
     ),
     "aya_vision": Family(
         name="Aya Vision",
         **_STYLE,
         visual_tokens=_IMAGES,
-        merge_side=lambda config: config.downsample_factor,
+        merge_side=attrgetter("downsample_factor"),
         vision={"siglip_vision_model": SIGLIP_LAYERS},
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 from keepsight.backbone.parts import Family, VisionParts
@@ -14,7 +15,7 @@ _IDEFICS: dict[str, Any] = {
     "vision_tower": "vision_model",
     "projector": "connector",
     "visual_tokens": _IMAGES,
-    "merge_side": lambda config: config.scale_factor,
+    "merge_side": attrgetter("scale_factor"),
     "vision": replace(SIGLIP, padding="patch_attention_mask"),
 }
 # GLM marks the frames of a video with the images' token.
@@ -22,7 +23,7 @@ _GLM: dict[str, Any] = {
     "vision_tower": "visual",
     "projector": "visual.merger",
     "visual_tokens": (("image", "image_token_id"), ("video", "image_token_id")),
-    "merge_side": lambda config: config.vision_config.spatial_merge_size,
+    "merge_side": attrgetter("vision_config.spatial_merge_size"),
     "vision": VisionParts(
         position_table="embeddings.position_embedding.weight", final_norm="post_layernorm", project=downsampled
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from keepsight.backbone.parts import Family, VisionParts
@@ -9,7 +10,7 @@ from keepsight.backbone.parts import Family, VisionParts
 _STYLE: dict[str, Any] = {
     "vision_tower": "visual",
     "projector": "visual.merger",
-    "merge_side": lambda config: config.vision_config.spatial_merge_size,
+    "merge_side": attrgetter("vision_config.spatial_merge_size"),
     "vision": VisionParts(position_table="pos_embed.weight"),
 }
 _NO_TABLE = _STYLE | {"vision": VisionParts()}
