@@ -133,7 +133,7 @@ def test_a_base_with_broken_weights(
 
 def base_with_norm(tiny_vlm: Path, folder: Path, value: float) -> Path:
     shutil.copytree(tiny_vlm, folder)
-    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
     tensors["model.language_model.norm.weight"][:] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -145,3 +145,14 @@ def test_a_base_that_holds_no_numbers(tiny_vlm: Path, data: Path, image: Path, t
     train = ("train", "pvm", base, "-d", data, "-o", tmp_path / "out", *FLAGS)
     for command in (("generate", base, "-i", image, "-p", "x"), train, ("info", base)):
         assert "model.language_model.norm.weight holds val" in message(keepsight_cli(*command))
+
+
+def test_a_base_that_computes_nan(tiny_vlm: Path, data: Path, image: Path, tmp_path: Path) -> None:
+    """Of numbers that are finite: nothing in the files tells of it."""
+    base = base_with_norm(tiny_vlm, tmp_path / "nan", 3e38)
+    result = keepsight_cli("generate", base, "-i", image, "-p", "x", "--dtype", "float32")
+    assert result.exit_code == 1
+    assert "The model computes NaN" in result.stderr
+    result = keepsight_cli("train", "pvm", base, "-d", data, "-o", tmp_path / "out", "--dtype", "float32", *FLAGS)
+    assert result.exit_code == 1
+    assert "nan at the very first step" in result.stderr
