@@ -101,9 +101,9 @@ def check_weights(source: str | Path) -> None:
             raise KeepsightError(
                 f"{file} is cut off or damaged: {size:,} bytes where its header tells of {whole:,}. Copy it again."
             )
-    for tensor in (tensor for file in weight_files(folder) for tensor in read_header(file)):
-        if not tensor.begins_finite():
-            raise _not_finite(str(source), tensor.name)
+        for tensor in read_header(file):
+            if not tensor.begins_finite():
+                raise _not_finite(str(source), tensor.name)
     if (folder / "config.json").is_file():
         _check_names(folder, str(source))
 

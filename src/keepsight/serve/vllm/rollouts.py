@@ -132,11 +132,10 @@ def learned_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, parameter
 
 
-def _export(trainer: Any, base: str, folder: Path) -> Path:
+def _export(model: Any, base: str, folder: Path) -> Path:
     """The model as it stands, in a folder that vLLM loads; the base's weights are links."""
     from keepsight.serve.vllm.export import export_vllm
 
-    model = trainer.accelerator.unwrap_model(trainer.model)
     model.save_pretrained(folder / "memory", selected_adapters=["default"])
     return export_vllm(folder / "memory", folder / "model", base=base).folder
 
@@ -146,6 +145,7 @@ def _generation(options: VllmRollouts, trainer: Any, base: str) -> Any:
     import torch
     from trl.generation.vllm_generation import VLLMGeneration
 
+    from keepsight.backbone import Backbone
     from keepsight.serve.vllm.names import SERVED
 
     class MemoryGeneration(VLLMGeneration):
@@ -170,7 +170,7 @@ def _generation(options: VllmRollouts, trainer: Any, base: str) -> Any:
             }
             needed = {"logprobs_mode": "processed_logprobs"}  # after temperature and top-p, which TRL's ratios want
             self.folder = tempfile.TemporaryDirectory(prefix="keepsight-vllm-")
-            model = _export(trainer, base, Path(self.folder.name))
+            model = _export(base_model, base, Path(self.folder.name))
             self.llm = LLM(str(model), **{**defaults, **options.engine, **needed})
             if trainer.setup.learner.policy != "none" and any(self.llm.apply_model(_is_packed)):
                 raise KeepsightError(
@@ -198,10 +198,11 @@ def _generation(options: VllmRollouts, trainer: Any, base: str) -> Any:
             return read, *written
 
     base_model = trainer.accelerator.unwrap_model(trainer.model)
-    config = base_model.config
-    image, framed = config.image_token_id, SERVED[config.model_type].frames_images
+    backbone = Backbone.of(base_model)
+    (image,) = backbone.visual_token_ids(("image",))
+    framed = SERVED[base_model.config.model_type].frames_images
     # No completion holds a place for an image or video that is none: what TRL forbids transformers as well.
-    places = [image, *([config.video_token_id] if getattr(config, "video_token_id", None) is not None else [])]
+    places = backbone.visual_token_ids()
     args = trainer.args
     return MemoryGeneration(
         model=base_model,
