@@ -1,5 +1,6 @@
 """What `keepsight.compat` says of the installed transformers and PEFT, on every release alike."""
 
+import inspect
 import re
 import warnings
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from families import BY_NAME, Row, make_inputs
 from helpers import attach, logits
 from peft import PeftModel
@@ -167,6 +169,13 @@ def test_what_is_said_of_transformers_own_adapter_methods_is_what_they_do(tmp_pa
     assert torch.equal(logits(again, inputs), before)
     with again.disable_adapter():
         assert torch.equal(logits(again, inputs), logits(family.build(), inputs))
+
+
+def test_a_processor_takes_what_its_call_reads():
+    """By what PaliGemma's processor does with a `suffix`, wherever a release writes it down."""
+    processors = [transformers.PaliGemmaProcessor, transformers.LlavaProcessor]
+    takes = [compat.processor_takes(processor.__new__(processor), "suffix") for processor in processors]
+    assert takes == ["suffix" in inspect.getsource(processor.__call__) for processor in processors] == [True, False]
 
 
 def test_nothing_else_names_a_cache_argument():

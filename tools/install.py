@@ -4,8 +4,8 @@
     python tools/install.py .venv-newest                 # the newest of everything: no lock, no upper bounds
 
 uv installs, as it does so in parallel and checks the lock's hashes; pip does where uv cannot be had (or INSTALLER=pip),
-and checks none. pip's own settings (index, certificates, proxy) hold for both. TORCH_INDEX=URL adds an index to look
-for torch in.
+and checks none. pip's own settings (index, certificates, proxy, constraints) hold for both, but no constraints beside a
+lock, which says every version itself. TORCH_INDEX=URL adds an index to look for torch in.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def main() -> None:
     python = make_venv(given.venv)
     settings = pip_settings(python)
     uv = get_uv(python, pinned(given.lock).get("uv") if given.lock else None)
+    if given.lock and (constraint := settings.pop("constraint", None)):
+        print(f"{given.lock} says every version: pip's own constraints ({constraint}) are left out.", flush=True)
     installer = [*uv, *uv_options(python, settings)] if uv else [str(python), "-m", "pip", "install"]
     if given.lock:
         wanted = ["-e", f"{ROOT}[dev]"]
@@ -139,12 +141,13 @@ def install_with_pip(command: list[str], lock: Path | None) -> None:
     """Run pip's command. pip wants hashes of all or of none: the lock's are left out."""
     if os.environ.get("TORCH_INDEX"):
         command = [*command, "--extra-index-url", os.environ["TORCH_INDEX"]]
+    variables = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         if lock:
             versions = Path(folder, "versions.txt")
             versions.write_text("".join(f"{name}=={version}{marker}\n" for name, version, marker in locked(lock)))
-            command = [*command, "--constraint", str(versions)]
-        run(command, dict(os.environ))
+            variables["PIP_CONSTRAINT"] = str(versions)  # instead of the one of pip's configuration
+        run(command, variables)
 
 
 def run(command: list[str], variables: dict[str, str]) -> None:

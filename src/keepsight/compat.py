@@ -3,7 +3,8 @@
 transformers 5.24 calls the KV cache `cache` where earlier releases call it `past_key_values`: in the arguments of every
 call, and among the fields of every output. So a cache is found by what it is, an instance of transformers' `Cache`, and
 is given under the name by which the callee's own signature asks for one. `gradient_checkpointing` is on its way to
-become `activation_checkpointing`.
+become `activation_checkpointing`. What a processor takes stands in its signature, or in a type of
+its `text_kwargs`.
 """
 
 from __future__ import annotations
@@ -165,3 +166,10 @@ def _checked_loading(check: Callable[[list[str]], None], *args: Any, **kwargs: A
     found = getattr(model, _LOADING)(*args, **kwargs)
     check(sorted(found[0].unexpected_keys))
     return found
+
+
+def processor_takes(processor: Any, name: str) -> bool:
+    """Whether a processor takes a text argument: by the signature of its call, or by the type of its `text_kwargs`."""
+    kind = type(processor)
+    typed = getattr(getattr(kind, "valid_processor_kwargs", None), "__annotations__", {}).get("text_kwargs")
+    return name in inspect.signature(kind.__call__).parameters or name in getattr(typed, "__annotations__", {})

@@ -76,10 +76,11 @@ def test_a_broken_route_is_an_error(name, mutation):
     plan = forced([{2: "short", 5: "long"}])
     assert len(generate(model, inputs, memory=plan).invocations[0]) == 2
     mutation(model.get_base_model(), branch.backbone)
-    # Where the projector reads the states of a layer, the base collects them by hooks on its blocks, and fails itself.
+    # Where the projector reads the states of a layer, most releases collect them by hooks on the blocks: the base's own
+    # IndexError comes before ours.
     base_fails = hasattr(branch.backbone.model.config, "vision_feature_layer") and not name.startswith("internvl")
     base_fails = base_fails and mutation is vision_blocks
-    with pytest.raises(IndexError if base_fails else keepsight.KeepsightError):
+    with pytest.raises((IndexError, keepsight.KeepsightError) if base_fails else keepsight.KeepsightError):
         generate(model, inputs, memory=plan)
     assert not scope.is_base_only()
 

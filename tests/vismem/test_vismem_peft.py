@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from vismem_helpers import (
 )
 
 import keepsight
+from keepsight.backbone import Backbone
 from keepsight.lab.reference import build_model, save_reference
 from keepsight.vismem import VisMemBranch, VisMemConfig, parameter_groups
 
@@ -101,8 +103,9 @@ def test_beside_pvm_and_lora(name, first, tmp_path):
     model = family.build()
     inputs = make_inputs(family, model, ROWS)
     torch.manual_seed(3)
+    decoder = re.escape(Backbone.of(model).decoder_path)
     with_lora = get_peft_model(
-        model, LoraConfig(target_modules=r".*(language|text)_model.*(q_proj|up_proj)", init_lora_weights=False)
+        model, LoraConfig(target_modules=rf"{decoder}\..*(q_proj|up_proj)", init_lora_weights=False)
     )
     steps = {
         "pvm": lambda: attach_pvm(model, adapter_name="pvm"),

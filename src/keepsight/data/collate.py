@@ -7,12 +7,12 @@ to answer. Works with every processor that has a chat template; the template nee
 
 from __future__ import annotations
 
-import inspect
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from keepsight import compat
 from keepsight.errors import KeepsightError
 
 IGNORED = -100
@@ -190,7 +190,7 @@ def require_chat_template(processor: Any) -> None:
     Raises:
         TemplateError: if it has no chat template or no tokenizer, or wants question and answer apart.
     """
-    if "suffix" in inspect.signature(type(processor).__call__).parameters:
+    if compat.processor_takes(processor, "suffix"):
         raise TemplateError(
             f"{type(processor).__name__} wants question and answer apart (suffix=), because its model reads the "
             "question in both directions; in a conversation it would see the answers that it learns to give. The "
