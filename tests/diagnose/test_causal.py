@@ -18,7 +18,7 @@ from keepsight.diagnose.battery.verdict import verdict_from
 from keepsight.diagnose.memories.pvm import remembered
 from keepsight.diagnose.memories.tampering import matched_noise, mixed_from, taken_from
 from keepsight.diagnose.statistics import Estimate, estimate
-from keepsight.lab.cases import lab_cases
+from keepsight.lab.cases import DigitGrids
 from keepsight.pvm import memory_off, replace_memory, swap_memory
 
 LONG = 2048
@@ -36,7 +36,7 @@ def half(result: Any, name: str) -> Any:
 
 def test_trained_memory_is_used_and_follows_a_swap(with_memory: tuple[Any, Any]) -> None:
     reader = Reader(*with_memory)
-    result = run(Battery(reader, cases=lab_cases(reader.processor, 6, LONG)))
+    result = run(Battery(reader, cases=DigitGrids(reader.processor).cases(6, LONG)))
     assert result.verdict.word == "used", result.verdict.sentence
     conditions = {c.name: c for c in result.conditions}
     assert set(conditions) == {
@@ -52,12 +52,12 @@ def test_trained_memory_is_used_and_follows_a_swap(with_memory: tuple[Any, Any])
 
 def test_base_does_not_follow_at_long_lengths(reference: tuple[Any, Any]) -> None:
     reader = Reader(*reference)
-    result = run(Battery(reader, cases=lab_cases(reader.processor, 6, 4096)))
+    result = run(Battery(reader, cases=DigitGrids(reader.processor).cases(6, 4096)))
     assert result.verdict.word == "no memory attached"
     assert result.method is None
     assert not result.conditions
     assert half(result, "image swapped").follows.high < 0.3
-    short = run(Battery(reader, cases=lab_cases(reader.processor, 6, 64)))
+    short = run(Battery(reader, cases=DigitGrids(reader.processor).cases(6, 64)))
     assert half(short, "image swapped").follows.low > 0.8, "in short outputs it does, so the measure can see it"
 
 
@@ -65,7 +65,7 @@ def test_base_does_not_follow_at_long_lengths(reference: tuple[Any, Any]) -> Non
 def test_random_block_with_an_open_gate_is_not_used(with_memory: tuple[Any, Any], references: bool) -> None:
     model, processor = with_memory
     reader = Reader(forced_open(model), processor)
-    cases = lab_cases(processor, 6 if references else 5, 1024 if references else 64)
+    cases = DigitGrids(processor).cases(6 if references else 5, 1024 if references else 64)
     given: dict[str, Any] = {"cases": cases} if references else {"samples": [c.sample for c in cases], "steps": 24}
     result = run(Battery(reader, **given))
     assert result.verdict.word == "not used", result.verdict.sentence
@@ -75,7 +75,7 @@ def test_random_block_with_an_open_gate_is_not_used(with_memory: tuple[Any, Any]
 
 def test_trained_memory_is_used_also_without_references(with_memory: tuple[Any, Any]) -> None:
     reader = Reader(*with_memory)
-    samples = [case.sample for case in lab_cases(reader.processor, 5, 64)]
+    samples = [case.sample for case in DigitGrids(reader.processor).cases(5, 64)]
     result = run(Battery(reader, samples=samples, steps=40))
     assert result.verdict.word == "used", result.verdict.sentence
     assert result.intact_score is None
@@ -87,7 +87,7 @@ def test_trained_memory_is_used_also_without_references(with_memory: tuple[Any, 
 
 def test_one_sample_gets_stand_ins_and_smaller_units(with_memory: tuple[Any, Any]) -> None:
     reader = Reader(*with_memory)
-    sample = lab_cases(reader.processor, 1, 64)[0].sample
+    sample = DigitGrids(reader.processor).cases(1, 64)[0].sample
     result = run(Battery(reader, samples=[sample], steps=64))
     assert result.units == "blocks of 16 tokens"
     assert result.verdict.figure.n == 4
@@ -99,7 +99,7 @@ def test_questions_that_nobody_answers_tell_nothing(with_memory: tuple[Any, Any]
     """Where no answer is right with the right image either, no score can fall: that is no proof of disuse."""
     reader = Reader(*with_memory)
     cases = []
-    for case in lab_cases(reader.processor, 3, 64):
+    for case in DigitGrids(reader.processor).cases(3, 64):
         text = case.text.clone()
         for start, end in case.scored:
             text[start:end] = reader.processor.tokenizer.convert_tokens_to_ids("read")
@@ -111,7 +111,7 @@ def test_questions_that_nobody_answers_tell_nothing(with_memory: tuple[Any, Any]
 
 def test_stopping_leaves_whole_samples_only(with_memory: tuple[Any, Any]) -> None:
     reader = Reader(*with_memory)
-    battery = Battery(reader, cases=lab_cases(reader.processor, 4, 32))
+    battery = Battery(reader, cases=DigitGrids(reader.processor).cases(4, 32))
     steps = battery.run()
     next(steps)
     next(steps)

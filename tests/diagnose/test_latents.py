@@ -34,7 +34,7 @@ from keepsight.diagnose.battery.invocations import repetition, tenth
 from keepsight.diagnose.battery.linear import linear_probe, shuffled
 from keepsight.diagnose.memories.invoked import forced, parsed
 from keepsight.errors import KeepsightError
-from keepsight.lab.cases import DigitGrids, lab_cases
+from keepsight.lab.cases import DigitGrids
 from keepsight.vismem import replace_latents, splice
 
 PLAN = ((0, "long"), (3, "short"), (3, "long"), (9, "short"))
@@ -160,7 +160,7 @@ def test_warm_memory_is_used_and_only_because_of_its_image(warm: tuple[Any, Any]
     reader = Reader(*warm)
     memory = memory_of(reader.model)
     assert memory.trained == ("long",)
-    result = run(Battery(reader, cases=lab_cases(reader.processor, 6, 512)))
+    result = run(Battery(reader, cases=DigitGrids(reader.processor).cases(6, 512)))
     assert result.verdict.word == "used", result.verdict.sentence
     assert result.formed == {"long": 6}
     conditions = {c.name: c for c in result.conditions}
@@ -182,7 +182,7 @@ def test_untrained_memory_is_not_used(warm: tuple[Any, Any], references: bool) -
             if "vismem_memory" in name and ".rows." not in name and "gain" not in name:
                 torch.nn.init.normal_(parameter, std=0.2)
     reader = Reader(model, processor)
-    cases = lab_cases(processor, 6 if references else 5, 512 if references else 64)
+    cases = DigitGrids(processor).cases(6 if references else 5, 512 if references else 64)
     given: dict[str, Any] = {"cases": cases} if references else {"samples": [c.sample for c in cases], "steps": 24}
     result = run(Battery(reader, **given))
     assert result.verdict.word == "not used", result.verdict.sentence
@@ -229,8 +229,8 @@ def test_invocations_are_counted_where_they_are(warm: tuple[Any, Any]) -> None:
     memory = memory_of(reader.model)
     assert memory.policy.name == "random"
     assert not memory.chooses
-    samples = [Sample("describe", case.sample.images, dataset=name) for case in lab_cases(reader.processor, 1, 64)
-               for name in ("a", "b")]  # fmt: skip
+    case = DigitGrids(reader.processor).cases(1, 64)[0]
+    samples = [Sample("describe", case.sample.images, dataset=name) for name in ("a", "b")]
     count = InvocationCount(reader, memory, samples, 60, temperature=1.0, exact=True)
     result = run(count)
     assert not result.chosen
@@ -268,7 +268,7 @@ def test_ctrl_c_keeps_what_was_measured(stage: str, warm: tuple[Any, Any], tmp_p
         if now == stage and done >= (40 if stage == "writing" else 1):
             raise KeyboardInterrupt
 
-    samples = [case.sample for case in lab_cases(warm[1], 2, 64)]
+    samples = [case.sample for case in DigitGrids(warm[1]).cases(2, 64)]
     settings = Settings(steps=48, causal_steps=16, probe_images=64)
     found = examine(*warm, samples, settings, progress=stop)
     assert found.interrupted

@@ -15,7 +15,7 @@ from keepsight.diagnose import LengthScore, Reader, Sample, Settings, examine, r
 from keepsight.diagnose.battery.lengths import contains
 from keepsight.diagnose.report import render_report, save_charts
 from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.lab.cases import DigitGrids, lab_cases
+from keepsight.lab.cases import DigitGrids
 from keepsight.lab.narration import DIGITS, TOKEN
 from keepsight.lab.reference import build_processor
 
@@ -124,7 +124,7 @@ def test_measuring_does_not_change_the_random_state_or_the_model(with_memory: tu
 
 def test_score_by_length_finds_the_fall_and_the_gain(with_memory: tuple[Any, Any], reference: tuple[Any, Any]) -> None:
     reader = Reader(*with_memory)
-    cases = [case for length in (32, 128, 1024, 2048) for case in lab_cases(reader.processor, 4, length, seed=3)]
+    cases = [case for length in (32, 128, 1024, 2048) for case in DigitGrids(reader.processor).cases(4, length, seed=3)]
     score = LengthScore(reader, cases, control=Reader(*reference))
     for _ in score.run():
         pass
@@ -139,7 +139,7 @@ def test_score_by_length_finds_the_fall_and_the_gain(with_memory: tuple[Any, Any
 
 def test_free_answers_are_scored_by_containment(reference: tuple[Any, Any]) -> None:
     reader = Reader(*reference)
-    case = lab_cases(reader.processor, 1, 32)[0]
+    case = DigitGrids(reader.processor).cases(1, 32)[0]
     digit = DIGITS[int(case.facts[0]) - TOKEN[DIGITS[0]]]
     samples = [Sample("read", case.sample.images, answer=f"a1 {digit}")] * 4
     samples += [Sample("read", case.sample.images, answer="d9")] * 4

@@ -13,7 +13,7 @@ import torch
 
 from keepsight.errors import KeepsightWarning
 from keepsight.train.rewards.answers import same_answer
-from keepsight.train.rewards.rewards import Reward, RewardError, load_rewards, score_completions, score_each
+from keepsight.train.rewards.rewards import Reward, RewardError, load_rewards, score_completions
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_the_papers_rewards(completion: Any, form: int, answer: int) -> None:
     rewards = load_rewards()
     assert [(reward.name, reward.weight) for reward in rewards] == [("format", 0.1), ("answer", 0.9)]
     columns = {"answer": ["B"], "level": [1]}
-    assert score_each(rewards, ["?"], [completion], columns).tolist() == [[form, answer]]
-    total = score_completions(rewards, ["?"], [completion], columns)
+    total, each = score_completions(rewards, ["?"], [completion], columns)
+    assert each.tolist() == [[form, answer]]
     assert torch.equal(total, torch.tensor([0.1 * form + 0.9 * answer], dtype=torch.float32))
 
 
@@ -125,7 +125,7 @@ def test_weights_and_import_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     rewards = load_rewards(["match=0.5", "my_rewards:brevity=0.25", "my_rewards:level"])
     assert [reward.weight for reward in rewards] == [0.5, 0.25, 1.0]
-    total = score_completions(rewards, ["?"] * 2, ["B", "wrong"], {"answer": ["B", "B"], "level": [3, 4]})
+    total, _ = score_completions(rewards, ["?"] * 2, ["B", "wrong"], {"answer": ["B", "B"], "level": [3, 4]})
     assert total.tolist() == [0.5 - 0.25 + 3, -1.25 + 4]
 
 

@@ -118,7 +118,8 @@ def test_padding_on_either_side_is_the_same():
     for a, b in zip(one.formations, other.formations, strict=True):
         torch.testing.assert_close(a.text, b.text, rtol=0, atol=2e-5)
     assert len(one.formations[0].text) == 1 + 2 + 1  # end of the image, two words, the invocation token
-    assert len(look(branch, inputs, max_text_states=2).formations[1].text) == 2
+    branch.config.max_text_states = 2
+    assert len(look(branch, inputs).formations[1].text) == 2
 
 
 def sight(height, width, images=1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,12 @@ def load_checked(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     trainable: bool = False,
+    processor: Any = None,
     **model_kwargs: Any,
 ) -> tuple[Any, Any]:
-    """`load`, for what `keepsight.checkpoints.sources.check_sources` has checked and found."""
+    """`load`, for what `keepsight.checkpoints.sources.check_sources` has checked and found, `load_processor` read."""
     model = _read(base_name, dtype=dtype, device=device, **model_kwargs)
-    return _complete(model, base_name, adapters, trainable)
+    return _complete(model, base_name, adapters, trainable, processor)
 
 
 def load_several(
@@ -139,10 +140,27 @@ def _read(base_name: str, dtype: str | torch.dtype, device: str | torch.device |
     return model
 
 
-def _complete(model: Any, base_name: str, adapters: list[AdapterInfo], trainable: bool = False) -> tuple[Any, Any]:
+def load_processor(base_name: str | Path, adapters: Sequence[AdapterInfo] = ()) -> Any:
+    """The processor that stands beside the first of the adapters that has one; else the base's.
+
+    Raises:
+        KeepsightError: if its files are missing or broken.
+    """
+    source = next((a.path for a in adapters if _has_processor(a.path)), base_name)
+    try:
+        return AutoProcessor.from_pretrained(resolve_base(source))
+    except (OSError, ValueError) as error:
+        raise KeepsightError(
+            f"{source}: its processor cannot be loaded ({' '.join(str(error).split())[:200]}). A VLM's folder holds "
+            "processor_config.json (or preprocessor_config.json) and a tokenizer beside the weights."
+        ) from error
+
+
+def _complete(
+    model: Any, base_name: str, adapters: list[AdapterInfo], trainable: bool = False, processor: Any = None
+) -> tuple[Any, Any]:
     """A base with its adapters, and their processor."""
-    processor_source = next((a.path for a in adapters if _has_processor(a.path)), resolve_base(base_name))
-    processor = AutoProcessor.from_pretrained(processor_source)
+    processor = load_processor(base_name, adapters) if processor is None else processor
     rows = {info.embedding_rows for info in adapters if info.embedding_rows is not None}
     if len(rows) > 1:
         raise AdapterMismatchError(f"The adapters bring embeddings of different sizes: {sorted(rows)} rows.")

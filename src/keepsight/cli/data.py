@@ -118,10 +118,10 @@ def _rehearsal(model: str | None, answered: bool, ignore: tuple[str, ...]) -> An
 
     if model is None:
         return Rehearsal(None, answered, ignore=ignore)
+    from keepsight.checkpoints.load import load_processor
     from keepsight.data.collate import ConversationCollator
-    from keepsight.train.run import preflight
 
-    return Rehearsal(ConversationCollator(preflight.load_processor(model)), answered, count=True, ignore=ignore)
+    return Rehearsal(ConversationCollator(load_processor(model)), answered, count=True, ignore=ignore)
 
 
 def _table(found: Any, total: int, decoded: bool, max_length: int | None) -> Any:

@@ -95,7 +95,7 @@ def diagnose(
     Writes report.html (open it in a browser; it needs no network), results.json and the charts as SVG. Ctrl-C stops it
     and still writes what was measured.
     """
-    from keepsight.checkpoints.load import load, load_checked
+    from keepsight.checkpoints.load import load, load_checked, load_processor
     from keepsight.checkpoints.sources import check_sources
 
     chosen = _layers(layers)
@@ -108,11 +108,12 @@ def diagnose(
         raise KeepsightError("--columns, --ignore, --image-folder and --split say how --data is read; name some.")
     readings = [reading_of(name, columns or (), ignore or (), image_folder) for name in dataset or []]
     base_name, infos = check_sources(source, adapter or [], base)
-    given = _samples(image or [], video, prompt, readings, split, base_name)
+    processor = load_processor(base_name, infos)
+    given = _samples(image or [], video, prompt, readings, split, processor)
     refuse_twins(infos, "Leave one of them out.")
     with Waiting(f"loading {base_name}"):
         options: dict[str, Any] = {"dtype": dtype, "device": device, "attn_implementation": attention}
-        model, processor = load_checked(base_name, infos, **options)
+        model, _ = load_checked(base_name, infos, processor=processor, **options)
         other = None if control is None else load(control, base=base, **options)[0]
     from keepsight.checkpoints.adapters import trained_steps
     from keepsight.diagnose.results import Diagnosis
@@ -168,15 +169,12 @@ def _writable(name: str) -> Path:
 
 
 def _samples(
-    images: list[str], video: str | None, prompt: str | None, datasets: list[Any], split: str, base: str
+    images: list[str], video: str | None, prompt: str | None, datasets: list[Any], split: str, processor: Any
 ) -> list[Any]:
     from keepsight.data.images import open_image
     from keepsight.diagnose.cases import LONG_PROMPT, Sample, read_dataset
 
     if datasets:
-        from keepsight.train.run.preflight import load_processor
-
-        processor = load_processor(base)
         parts = [read_dataset(dataset, split, processor) for dataset in datasets]
         # in turn, so that --samples takes as many of each
         return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]

@@ -55,12 +55,11 @@ def evaluate(
     The table cuts the questions into groups by the length of the answers without the memory: a memory should help the
     long ones. Differences are paired, with 95 % bootstrap intervals over questions.
     """
-    from keepsight.checkpoints.load import load_checked
+    from keepsight.checkpoints.load import load_checked, load_processor
     from keepsight.checkpoints.sources import check_sources
     from keepsight.diagnose.cases import read_dataset
     from keepsight.evaluate.run import EvalSettings
     from keepsight.evaluate.run import evaluate as ask
-    from keepsight.train.run.preflight import load_processor
 
     check_device(device)
     settings = EvalSettings(memory, max_new_tokens, batch_size, strata, match, seed)
@@ -71,7 +70,7 @@ def evaluate(
     quiet()
     readings = [reading_of(name, columns or (), ignore or (), image_folder) for name in data]
     base_name, infos = check_sources(source, adapter or [], base)
-    processor = load_processor(base_name)
+    processor = load_processor(base_name, infos)
     asked = [sample for reading in readings for sample in read_dataset(reading, split, processor)][:samples]
     unanswered = sum(sample.answer is None for sample in asked)
     if unanswered or not asked:
@@ -81,7 +80,7 @@ def evaluate(
     if memory != "on" and "VISMEM" not in methods:
         raise KeepsightError(f"--memory {memory} is a policy of a VisMem, and {source} carries none.")
     with Waiting(f"loading {base_name}"):
-        model, processor = load_checked(base_name, infos, dtype=dtype, device=device)
+        model, _ = load_checked(base_name, infos, dtype=dtype, device=device, processor=processor)
     with Progress("the evaluation", announce=True) as progress:
         found = ask(model, processor, asked, settings, bool(methods & {"PVM", "VISMEM"}), progress)
     found.model = {"source": source, "base": base_name, "adapters": sorted(methods)}

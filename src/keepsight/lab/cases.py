@@ -76,8 +76,3 @@ class DigitGrids:
             there = np.stack([(grid == digit).any(axis) for digit in range(10)], 1)  # [n, 10, 4]
             asked.append((name, np.where(there.sum(-1) == 1, there.argmax(-1), -1)))
         return asked
-
-
-def lab_cases(processor: Any, count: int, length: int, seed: int = 0) -> list[Case]:
-    """Cases of `DigitGrids`, each with six answers near `length` generated tokens."""
-    return DigitGrids(processor).cases(count, length, seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Annotated, Literal
 
@@ -14,7 +14,7 @@ from keepsight.cli.train.job import Job, PvmOptions
 from keepsight.cli.train.showing import print_log, print_report, run_and_report, show_dry_run
 from keepsight.errors import KeepsightError
 from keepsight.serve.vllm.rollouts import VllmRollouts
-from keepsight.train.run.fields import MEMORY, setting
+from keepsight.train.run.fields import MEMORY, setting, setting_of
 from keepsight.train.run.settings import GrpoSettings
 
 
@@ -64,9 +64,9 @@ def pvm_grpo(
     quiet()
     if memory.policy != "lora" and not is_default(memory, "lora_rank"):
         raise KeepsightError(f"--lora-rank has no effect with --policy {memory.policy}; it is for --policy lora.")
-    idle = [name for name in ("vllm_mode", "vllm_server", "vllm_gpu_memory") if not is_default(rollouts, name)]
-    if idle and not rollouts.use_vllm:
-        raise KeepsightError(f"--{idle[0].replace('_', '-')} has no effect without --use-vllm.")
+    given = [item.name for item in fields(rollouts) if setting_of(item) and not is_default(rollouts, item.name)]
+    if given and not rollouts.use_vllm:
+        raise KeepsightError(f"--{given[0].replace('_', '-')} has no effect without --use-vllm.")
     config = memory.given()
     job.warn_of_idle(settings)
     if job.dry_run:

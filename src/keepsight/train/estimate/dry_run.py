@@ -78,12 +78,12 @@ def measured(source: str | Path, dataset: Any, split: str = "train", answers: bo
         answers: measure prompt and answer; otherwise the prompt.
         most: how many samples of each dataset to look at.
     """
+    from keepsight.checkpoints.load import load_processor
     from keepsight.data.collate import ConversationCollator
     from keepsight.data.mixture import load_sources
     from keepsight.data.samples import check_images, sample_reader
-    from keepsight.train.run import preflight
 
-    collator = ConversationCollator(preflight.load_processor(source))
+    collator = ConversationCollator(load_processor(source))
     longest = (0, 0)
     for data in load_sources(dataset, split)[0]:
         read = sample_reader(data, "chat" if answers else "prompt")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from keepsight.checkpoints.adapters import CONFIG, AdapterInfo
+from keepsight.checkpoints.load import load_processor
 from keepsight.checkpoints.sources import check_sources
 from keepsight.data.check import CheckedData
 from keepsight.data.collate import ConversationCollator
@@ -115,7 +116,7 @@ def train_pvm_grpo(
         writer.check(base, plan.pvm, learner, settings, engine)
     learners = [(control, _control(control, learner, plan, adapters)) for control in controls]
     checkpoint = preflight.find_checkpoint(folder, say) if resume and not overwrite else None
-    processor = preflight.load_processor(base)
+    processor = load_processor(base)
     data, held_out = preflight.check_data(
         (dataset, split),
         None if eval_dataset is None else (eval_dataset, eval_split or split),

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from keepsight.checkpoints.adapters import find_adapter
 from keepsight.checkpoints.bases import check_weights
+from keepsight.checkpoints.load import load_processor
 from keepsight.data.check import CheckedData
 from keepsight.data.collate import ConversationCollator
 from keepsight.errors import KeepsightError, KeepsightWarning
@@ -104,7 +105,7 @@ def train_pvm(
     memory = Learner(memory=PvmConfig() if pvm is None else pvm)
     learners = [(control, control_learner(control, memory, plan)) for control in controls]  # raises what cannot be
     checkpoint = preflight.find_checkpoint(folder, say) if resume and not overwrite else None
-    processor = preflight.load_processor(source)
+    processor = load_processor(source)
     collator = ConversationCollator(processor, max_length=settings.max_length)
     data, held_out = preflight.check_data(
         (dataset, split),

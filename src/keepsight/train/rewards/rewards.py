@@ -131,18 +131,10 @@ def load_rewards(names: Sequence[str] = DEFAULT_REWARDS) -> list[Reward]:
     return rewards
 
 
-def score_each(
-    rewards: Sequence[Reward], prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]
-) -> torch.Tensor:
-    """Every reward of every completion, not weighted: float32 [n, len(rewards)]. Arguments as `score_completions`."""
-    scores = [reward(prompts, completions, **columns) for reward in rewards]
-    return torch.tensor(scores, dtype=torch.float32).reshape(len(rewards), len(completions)).T
-
-
 def score_completions(
     rewards: Sequence[Reward], prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]
-) -> torch.Tensor:
-    """The weighted sum of all rewards.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score completions.
 
     Args:
         rewards: from `load_rewards`.
@@ -151,13 +143,14 @@ def score_completions(
         columns: name -> list of n entries, such as {"answer": [...]}.
 
     Returns:
-        float32 [n].
+        The weighted sum of all rewards, float32 [n]; and each of them, not weighted: float32 [n, len(rewards)].
 
     Raises:
         RewardError: naming the reward that failed.
     """
-    weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float32)
-    return score_each(rewards, prompts, completions, columns) @ weights
+    scores = [reward(prompts, completions, **columns) for reward in rewards]
+    each = torch.tensor(scores, dtype=torch.float32).reshape(len(rewards), len(completions)).T
+    return each @ torch.tensor([reward.weight for reward in rewards], dtype=torch.float32), each
 
 
 # ----------------------------------------------------------------------------------------------- the built-in functions

@@ -32,13 +32,13 @@ class MemoryPlan:
     base_parameters: int
 
 
-def plan_memory(source: str | Path, pvm: PvmConfig | None = None, revision: str | None = None) -> MemoryPlan:
+def plan_memory(source: str | Path, pvm: PvmConfig | None = None) -> MemoryPlan:
     """Resolve a memory's configuration on a base and count its parameters.
 
     Raises:
         ValueError: if layers or sizes do not fit the base.
     """
-    config = base_config(source, revision)
+    config = base_config(source)
     pvm = copy.deepcopy(pvm) if pvm is not None else PvmConfig()
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)

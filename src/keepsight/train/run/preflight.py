@@ -18,9 +18,7 @@ from keepsight.data.mixing import check_sources
 from keepsight.data.mixture import for_evaluation
 from keepsight.data.reading import Source
 from keepsight.data.rehearsal import Rehearsal
-from keepsight.errors import KeepsightError
 from keepsight.installed import MissingExtraError
-from keepsight.shipped import resolve_base
 from keepsight.tested import warn_of_untested
 from keepsight.train.run import output
 from keepsight.train.run.controls import hold_out
@@ -96,23 +94,6 @@ def find_checkpoint(folder: Path, say: Say) -> Path | None:
     else:
         say(f"resuming from {checkpoint}")
     return checkpoint
-
-
-def load_processor(source: str | Path) -> Any:
-    """The base's processor.
-
-    Raises:
-        KeepsightError: if its files are missing or broken.
-    """
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(resolve_base(source))
-    except (OSError, ValueError) as error:
-        raise KeepsightError(
-            f"{source}: its processor cannot be loaded ({' '.join(str(error).split())[:200]}). A VLM's folder holds "
-            "processor_config.json (or preprocessor_config.json) and a tokenizer beside the weights."
-        ) from error
 
 
 def check_data(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from keepsight.errors import KeepsightWarning
-from keepsight.train.rewards.rewards import Reward, score_each
+from keepsight.train.rewards.rewards import Reward, score_completions
 from keepsight.train.vismem.accounts import Accounts, Means
 from keepsight.train.vismem.grpo import group_advantages
 from keepsight.train.vismem.prompts import Prompt, Question
@@ -107,8 +107,7 @@ class Collector:
         names = dict.fromkeys(name for question in own for name in question.columns)
         columns = {name: [question.columns.get(name) for question in own] for name in names}
         completions = texts(self.model, self.processor, trajectories)
-        each = score_each(self.rewards, [question.messages for question in own], completions, columns)
-        return each @ torch.tensor([reward.weight for reward in self.rewards], dtype=each.dtype), each
+        return score_completions(self.rewards, [question.messages for question in own], completions, columns)
 
     def _otherwise(
         self,

@@ -21,12 +21,15 @@ from keepsight.errors import KeepsightError
 from keepsight.train.estimate.dry_run import DEFAULT_TOKENS
 from keepsight.train.estimate.needs import DryRun, Need, cache_bytes, runs_on_gpu, weight_bytes
 from keepsight.train.estimate.tracing import meta_model, trace
-from keepsight.train.run.engines import Engine, current_engine
+from keepsight.train.run.engines import current_engine
 from keepsight.train.run.flops import ModelShape
 from keepsight.train.run.four_bit import packed_weights
 from keepsight.train.run.learner import lora_targets
 from keepsight.train.vismem.settings import InvocationSettings, RlSettings, uses_checkpointing
 from keepsight.vismem import VisMemBranch, VisMemConfig
+
+MEMORIES = 2
+"""Expected per trajectory."""
 
 
 class VisMemDryRun(DryRun):
@@ -48,8 +51,6 @@ def dry_run_vismem(
     *,
     length: int = DEFAULT_TOKENS,
     visual: int | None = None,
-    memories: int = 2,
-    engine: Engine | None = None,
 ) -> VisMemDryRun:
     """What a run of `train_vismem_formation` or `train_vismem_invocation` would need.
 
@@ -59,13 +60,10 @@ def dry_run_vismem(
         vismem: the memory; default: the adapter's, or `VisMemConfig()`.
         length: positions of a prompt.
         visual: how many of them are visual; default: half, at most 1,024.
-        memories: expected per trajectory.
-        engine: what shares the work; default: what this process was launched with.
 
     Raises:
         UnsupportedModelError, FileNotFoundError: if `source` is no base.
     """
-    engine = current_engine() if engine is None else engine
     name, config = _base_and_memory(source, vismem)
     visual = min(1024, length // 2) if visual is None else visual
     if not 0 <= visual < length:
@@ -87,15 +85,15 @@ def dry_run_vismem(
     memory_size = sum(p.numel() for p in memory.parameters())
     frozen = sum(p.numel() for p in model.parameters()) - memory_size
 
-    rows, latents = settings.rows_per_forward, memories * (2 + max(config.num_short, config.num_long))
+    rows, latents = settings.rows_per_forward, MEMORIES * (2 + max(config.num_short, config.num_long))
     whole = length + settings.max_new_tokens + latents
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     table = backbone.model.get_input_embeddings().weight
     table.requires_grad_(True)  # stands for the latents: the backward goes down to the inputs
     traced = trace(model, rows, whole, visual)
-    seen = visual + min(config.max_text_states or settings.max_new_tokens // max(1, memories), settings.max_new_tokens)
-    forming = 0.0 if is_second else rows * memories * (seen + config.num_queries + config.num_long) / (rows * whole)
+    seen = visual + min(config.max_text_states or settings.max_new_tokens // MEMORIES, settings.max_new_tokens)
+    forming = 0.0 if is_second else rows * MEMORIES * (seen + config.num_queries + config.num_long) / (rows * whole)
     checkpoints = uses_checkpointing(settings, config.form, runs_on_gpu(settings))
     logits = rows * (settings.max_new_tokens + latents) * backbone.text_config.vocab_size * (stored + 3 * 4)
     plain, checkpointed = (round(kept * (1 + forming)) + logits for kept in (traced.kept, traced.checkpointed))
@@ -119,7 +117,7 @@ def dry_run_vismem(
     flops += forward * bool(settings.kl)  # the reference
     flops += shape.decoder(1, whole) * (1 + again) * settings.iterations + 2.0 * shape.vision * patches
     flops += forming * shape.decoder(1, whole) * (1 + again) * settings.iterations
-    flops += memories * shape.decoder(1, seen) / 2 + memories * 2.0 * shape.vision * patches / 2  # forming, one of two
+    flops += MEMORIES * shape.decoder(1, seen) / 2 + MEMORIES * 2.0 * shape.vision * patches / 2  # forming, one of two
     return VisMemDryRun(
         source=str(source),
         learner=what,
@@ -133,7 +131,7 @@ def dry_run_vismem(
         tokens_per_step=trajectories * whole,
         flops_per_step=flops * trajectories,
         traced=traced,
-        engine=engine,
+        engine=current_engine(),
         on_gpu=runs_on_gpu(settings),
     )
 

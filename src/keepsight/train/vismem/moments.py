@@ -32,7 +32,7 @@ class Moment:
 
 
 @torch.no_grad()
-def look(branch: Any, inputs: Mapping[str, Any], max_text_states: int | None = None) -> Moment:
+def look(branch: Any, inputs: Mapping[str, Any]) -> Moment:
     """Read a batch with the frozen model, invocation tokens at the ends of its rows, and note what it sees.
 
     The token of short-term memory stands there for both types: rows are read once. (The tokens' embeddings start
@@ -52,7 +52,7 @@ def look(branch: Any, inputs: Mapping[str, Any], max_text_states: int | None = N
         embedded = watch.embedded if branch.config.long_input == "tokens" else None
         sights: list[Sight] = read_sights(backbone, watch.vision_calls, ids, hidden, arguments, embedded=embedded)
     visual = backbone.visual_mask(ids)
-    limit = branch.config.max_text_states if max_text_states is None else max_text_states
+    limit = branch.config.max_text_states
     formations, embeddings = [], []
     for row, (sight, own) in enumerate(zip(sights, seen.rows(ids), strict=True)):
         if sight.patches is None or not len(sight.visual):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from keepsight.checkpoints.adapters import find_adapter
+from keepsight.checkpoints.load import load_processor
 from keepsight.data.check import CheckedData
 from keepsight.data.collate import ConversationCollator
 from keepsight.errors import KeepsightError
@@ -191,7 +192,7 @@ class _Questions:
         data, held_out = preflight.check_data(
             (self.dataset, self.split),
             None if self.eval_dataset is None else (self.eval_dataset, self.eval_split or self.split),
-            ConversationCollator(preflight.load_processor(base)),
+            ConversationCollator(load_processor(base)),
             kind="prompt",
             text_only=self.text_only,
             decode=self.check == "full",

@@ -44,6 +44,7 @@ OnWarmStep = Callable[[int, dict[str, float]], None]
 WARMUP = 10
 """Steps over which the learning rate rises; then it falls along a cosine to a tenth."""
 SLOT_NOISE = 0.02
+MAX_GRAD_NORM = 1.0
 
 
 @dataclass
@@ -73,10 +74,8 @@ def distill(
     *,
     steps: int,
     lr: float = 3e-3,
-    max_text_states: int | None = None,
     on_log: OnWarmStep | None = None,
     kinds: tuple[str, ...] = TYPES,
-    max_grad_norm: float = 1.0,
 ) -> WarmStartReport:
     """Train the active VisMem's memory tensors to reproduce the images' visual embeddings.
 
@@ -91,11 +90,8 @@ def distill(
             begun again when it ends before `steps` (an iterator cannot be).
         steps: optimiser steps.
         lr: peak learning rate of AdamW.
-        max_text_states: at most so many of the latest text states take part. Default: the config's setting, which
-            holds in any case.
         on_log: called after every step.
         kinds: the types of memory to train, both in every step.
-        max_grad_norm: gradients are clipped to this norm.
 
     Returns:
         What was done.
@@ -117,7 +113,7 @@ def distill(
     begin = time.perf_counter()
     with _training(model, memory, trained) as optimizer:
         for step, inputs in enumerate(_repeated(batches, steps)):
-            moment = look(branch, inputs, max_text_states)
+            moment = look(branch, inputs)
             report.rows_without_image += moment.rows - len(moment.formations)
             if step == 0:
                 _set_starting_values(branch, memory, moment, kinds)
@@ -125,7 +121,7 @@ def distill(
                 continue
             losses = {kind: _relative_error(branch, kind, moment) for kind in kinds}
             rate = lr * pace(step, steps)
-            norm = _step(optimizer, trained, sum(losses.values()), rate, max_grad_norm)
+            norm = _step(optimizer, trained, sum(losses.values()), rate)
             if not math.isfinite(norm):
                 raise KeepsightError(f"Warm start: the gradient of step {step + 1} is {norm}. Try a lower lr ({lr}).")
             values = {kind: float(loss.detach()) for kind, loss in losses.items()}
@@ -231,13 +227,11 @@ def _training(model: Any, memory: Any, trained: list[torch.nn.Parameter]) -> Ite
     assert before == checksums(model, skip=names), "only memory tensors may change"
 
 
-def _step(
-    optimizer: torch.optim.Optimizer, trained: list[torch.nn.Parameter], loss: Any, lr: float, max_norm: float
-) -> float:
+def _step(optimizer: torch.optim.Optimizer, trained: list[torch.nn.Parameter], loss: Any, lr: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = lr
     loss.backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(trained, max_norm))
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM))
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
