@@ -50,6 +50,11 @@ FORMATS: dict[str, tuple[str, Callable[[str, int], dict[str, Any]]]] = {
     "openai": ("OpenAI chat", openai),
     "qwen": ("Qwen chat", lambda f, i: {"messages": parts({"type": "image", "image": f}, i)}),
     "old qwen": ("Qwen chat", lambda f, i: {"messages": parts({"image": f}, i)}),
+    "first qwen": ("Qwen-VL's first", lambda f, i: {"conversations": turns(i, "from", "value", f"<img>{f}</img>\n")}),
+    "minicpm": (
+        "chat (messages and images)",
+        lambda f, i: {"image": {"<image_00>": f}, "conversations": turns(i, mark="<image_00>\n")},
+    ),
     "llava": ("LLaVA", lambda f, i: {"id": str(i), "image": f, "conversations": turns(i, "from", "value")}),
     "sharegpt": ("ShareGPT", lambda f, i: {"images": [f], "conversations": turns(i, "from", "value")}),
     "trl": (
@@ -218,9 +223,14 @@ def test_images_in_the_data_in_every_way(name: str, folder: Path) -> None:
     given = [texts[0], f"data:image/png;base64,{texts[1]}", files[2].as_uri()]
     assert samples(look(jsonl([FORMATS[name][1](one, i) for i, one in enumerate(given)], folder))) == EXPECTED
     stored = [{"bytes": file.read_bytes(), "path": None} for file in files]
-    if name not in ("openai",):
+    if name not in ("openai", "first qwen"):  # which hold text
         rows = datasets.Dataset.from_list([FORMATS[name][1](one, i) for i, one in enumerate(stored)])  # type: ignore[arg-type]
         assert samples(look(rows)) == EXPECTED
+
+
+def test_an_answer_may_be_in_parts_where_the_question_is_text(folder: Path) -> None:
+    rows = [{"images": [f"{i} ü.png"], "messages": [*turns(i, mark="")[:1], parts({}, i)[1]]} for i in range(COUNT)]
+    assert samples(look(jsonl(rows, folder))) == EXPECTED
 
 
 def test_formats_may_be_mixed_in_one_file(folder: Path) -> None:

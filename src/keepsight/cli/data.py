@@ -68,7 +68,7 @@ def check(
     Ends with exit status 1 if any sample could not be trained on as it is; the same checks run before every training.
     """
     quiet()
-    from keepsight.data.check import check_dataset
+    from keepsight.data.check import check_dataset, without_images
     from keepsight.data.mixing import MixedData
 
     if max_length is not None and model is None:
@@ -99,6 +99,9 @@ def check(
         say(hint)
     if found.text_only == found.rows > 0:
         say("No sample has an image, so there is nothing that a visual memory could learn.")
+        for source in sources:
+            if more := without_images(source):
+                say(more.strip())
     elif found.text_only:
         say("Training stops at samples without an image unless told: --text-only skip or --text-only keep.")
     if found.problems or found.text_only == found.rows:

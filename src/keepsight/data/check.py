@@ -18,7 +18,8 @@ from typing import Any, Literal, Protocol
 
 from keepsight.data.conversations import DataError
 from keepsight.data.files import short
-from keepsight.data.formats import IMAGES, UnknownFormatError
+from keepsight.data.formats import IMAGES
+from keepsight.data.guesses import UnknownFormatError, picture_columns
 from keepsight.data.reading import Reading, Source, load_dataset_any
 from keepsight.data.samples import Kind, as_dataset, as_row, check_images, read_sample, sample_reader
 from keepsight.errors import KeepsightError
@@ -290,20 +291,24 @@ class _Findings:
 def _without_image(policy: Policy, source: Source) -> str | None:
     """Why to skip a sample without an image; None to keep it."""
     if policy == "error":
-        names = (*IMAGES, *(ours for ours in source.reading.columns if ours.startswith("image")))
-        no_column = not set(names) & set(source.columns)
         raise DataError(
             "images: no image; a sample without one teaches the memory nothing",
-            (
-                f"The data have no column of images ({', '.join(IMAGES[:4])}); if one is called otherwise: --columns "
-                f"image=COLUMN. They have: {', '.join(source.columns)}. "
-                if no_column
-                else ""
-            )
-            + "To leave samples without an image out: --text-only skip. To train on them all the same: "
-            "--text-only keep.",
+            f"{without_images(source)}To leave samples without an image out: --text-only skip. To train on them all "
+            "the same: --text-only keep.",
         )
     return "no image" if policy == "skip" else None
+
+
+def without_images(source: Source) -> str:
+    """What to write where no column is one of images; empty where one is."""
+    names = (*IMAGES, *(ours for ours in source.reading.columns if ours.startswith("image")))
+    if set(names) & set(source.columns):
+        return ""
+    guess = (picture_columns(source.rows[0]) if len(source.rows) else []) or ["COLUMN"]
+    return (
+        f"The data have no column of images ({', '.join(IMAGES[:4])}); if one is called otherwise: --columns "
+        f"image={guess[0]}. They have: {', '.join(source.columns)}. "
+    )
 
 
 def _over_long(length: int, needed: int, limit: int, policy: OverLong) -> str | None:

@@ -24,8 +24,8 @@ _ROLE_OF = {
     "developer": "system",
 }
 """Other formats' names of the roles."""
-_MARK = re.compile(r"<image(?:[ _]?(\d+))?>")
-"""Where an image stands in plain text; with a number, which one."""
+_MARK = re.compile(r"<image(?:[ _]?(\d+))?>|<img>([^<>]+)</img>")
+"""Where an image stands in plain text; with a number, which one; in Qwen-VL's first form, its file."""
 _OTHER_MARKS = ("<video>", "<audio>")
 _OTHER_PARTS = ("video", "video_url", "input_video", "audio", "audio_url", "input_audio")
 TEMPLATE_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
@@ -55,7 +55,7 @@ class DataError(KeepsightError):
 
 @dataclass(frozen=True)
 class _Numbered:
-    """The place of an image that is named by its number, from 1."""
+    """The place of an image that is named by its number."""
 
     number: int
 
@@ -201,13 +201,17 @@ class _Reader:
                     f'Give frames as "images". If {mark} is a word of the question, write contents as parts '
                     f'({{"type": "text", "text": ...}}), or: --ignore {mark[1:-1]}.',
                 )
-        pieces = _MARK.split(content)
-        for place, piece in enumerate(pieces):
-            if place % 2:
-                self.held.append(None if piece is None else _Numbered(int(piece)))
-                yield {"type": "image"}
-            elif text := piece.strip() if len(pieces) > 1 else piece:
+        marks = [*_MARK.finditer(content)]
+        ends = [0, *(mark.end() for mark in marks)]
+        for place, begin in enumerate(ends):
+            found = marks[place] if place < len(marks) else None
+            text = content[begin : None if found is None else found.start()]
+            if text := text.strip() if marks else text:
                 yield {"type": "text", "text": text}
+            if found is not None:
+                number, file = found.groups()
+                self.held.append(file.strip() if file else None if number is None else _Numbered(int(number)))
+                yield {"type": "image"}
 
     def _image(self, part: dict[str, Any]) -> Any:
         """The image that a part holds; None if it only marks the place of one."""
@@ -228,7 +232,8 @@ class _Reader:
         """All images in the order of their parts; puts parts where nothing marks any."""
         users = [message for message in result if message["role"] == "user"]
         if not self.held and images and users:
-            if all(isinstance(_content(message), str) for message in messages):
+            asked = [message for message, made in zip(messages, result, strict=True) if made["role"] == "user"]
+            if all(isinstance(_content(message), str) for message in asked):
                 users[0]["content"][:0] = [{"type": "image"}] * len(images)
                 return images
             marked = sum(len(_MARK.findall(part["text"])) for m in users for part in m["content"])
@@ -238,8 +243,10 @@ class _Reader:
                     for part in texts:
                         message["content"] += self._marked(part["text"], 0, "user")
         numbers = [image.number for image in self.held if isinstance(image, _Numbered)]
-        if numbers and len(numbers) == len(self.held) and set(numbers) == set(range(1, len(images) + 1)):
-            return [images[number - 1] for number in numbers]
+        begin = min(numbers, default=0)  # from 1 (MMMU) or 0 (MiniCPM-V)
+        all_of_them = begin < 2 and set(numbers) == set(range(begin, begin + len(images)))
+        if numbers and len(numbers) == len(self.held) and all_of_them:
+            return [images[number - begin] for number in numbers]
         self.held = [None if isinstance(image, _Numbered) else image for image in self.held]
         marks = len(self.held)
         inside = [image for image in self.held if image is not None]

@@ -10,6 +10,7 @@ import json
 import lzma
 import re
 import sys
+import tarfile
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any
 
 from keepsight.data.conversations import DataError
 from keepsight.data.json_values import UnusableError, elements_of, value_of
+from keepsight.data.names import PICTURES
+from keepsight.data.objects import samples_in
 from keepsight.errors import KeepsightError
 from keepsight.installed import MissingExtraError
 
@@ -34,7 +37,7 @@ _ELSEWHERE = {
     ".xls": "a spreadsheet; save it as CSV",
     ".arrow": "one shard of a saved dataset; name the folder that holds it",
     ".pkl": "a pickle, which runs code when it is read; save it as Parquet or JSON lines",
-    ".txt": "plain text; if it holds JSON lines, call it .jsonl",
+    ".txt": "plain text; if it holds JSON lines, call it .jsonl, and a table with a header .csv or .tsv",
 }
 
 
@@ -69,8 +72,8 @@ def read_table(path: Path, name: str) -> Table:
     """
     kind = kind_of(path)
     if kind is None:
-        what = _ELSEWHERE.get(path.suffix.lower())
-        raise DataError(f"{name}{f' is {what}' if what else ''}: a data file is one of {', '.join(SUFFIXES)}.")
+        what = _webdataset(path) or _ELSEWHERE.get(".tar" if ".tar" in path.suffixes else path.suffix.lower())
+        raise DataError(f"{name} is {what or 'no data file'}. Data files end in {', '.join(SUFFIXES)}.")
     if path.stat().st_size == 0:
         raise DataError(f"{name} is empty: it holds no samples.")
     with path.open("rb") as file:
@@ -94,6 +97,25 @@ def read_table(path: Path, name: str) -> Table:
         if type(error).__module__.partition(".")[0] not in ("pyarrow", "datasets"):
             raise
         raise DataError(f"{name} cannot be read ({short(error)}). Is the file whole?") from error
+
+
+def _webdataset(path: Path) -> str | None:
+    """What to do with an archive of pictures and words under one key each; None for another file."""
+    if ".tar" not in path.suffixes or not tarfile.is_tarfile(path):
+        return None
+    with tarfile.open(path) as archive:
+        names = [Path(one.name) for one, _ in zip(archive, range(8), strict=False)]
+    keys = {one.stem for one in names if one.suffix.lower() in PICTURES}
+    words = sorted({one.suffix[1:] for one in names if one.stem in keys and one.suffix.lower() not in PICTURES})
+    if not words:
+        return None
+    picture = next(one.suffix[1:] for one in names if one.suffix.lower() in PICTURES)
+    return (
+        f'a WebDataset ({picture} with {", ".join(words)}); make it Parquet: python -c "import datasets; '
+        f"datasets.load_dataset('webdataset', data_files='{path.name}', split='train', cache_dir='webdataset')"
+        f".to_parquet('{path.stem}.parquet')\", and say what its columns are: --columns "
+        f"image={picture},text={words[-1]}"
+    )
 
 
 def of_dataset(dataset: Any) -> Table:
@@ -222,22 +244,7 @@ def _one_value(text: str, name: str) -> Table:
         raise DataError(f"{name}{place}: {error}.") from error
     notes: tuple[str, ...] = ()
     if isinstance(found, dict):
-        lists = [
-            key for key, value in found.items() if isinstance(value, list) and value and isinstance(value[0], dict)
-        ]
-        if {"images", "annotations"} <= set(lists):
-            raise DataError(
-                f"{name} looks like COCO annotations (images and annotations apart). Write one object per picture, "
-                'such as {"image": FILE, "question": ..., "answer": ...}.'
-            )
-        if len(lists) != 1:
-            raise DataError(
-                f"{name} holds one JSON object with the keys {some(found)}; expected a list of samples, or one object "
-                'per line. From pandas: df.to_json(FILE, orient="records", lines=True).'
-            )
-        others = [key for key in found if key != lists[0]]
-        notes = (f"read from {lists[0]!r}" + (f"; beside it and not used: {some(others)}" if others else ""),)
-        found = found[lists[0]]
+        found, notes = samples_in(found, name)
     if not isinstance(found, list):
         raise DataError(f"{name} holds one JSON {type(found).__name__}; expected a list of samples.")
     return _objects(found, name, None, notes)
@@ -255,13 +262,20 @@ def _csv(text: str, name: str, delimiter: str | None) -> Table:
     """Rows under a header; separated by commas, or by what the header shows (semicolons, tabs)."""
     header, notes = text.split("\n", 1)[0], []
     if delimiter is None:
-        delimiter = max(",;\t", key=header.count) if header.count(",") == 0 else ","
+        delimiter = max(",;\t|", key=header.count) if header.count(",") == 0 else ","
         if delimiter != ",":
-            notes.append("separated by " + {";": "semicolons", "\t": "tabs"}[delimiter])
+            notes.append("separated by " + {";": "semicolons", "\t": "tabs", "|": "vertical bars"}[delimiter])
+    spaced = f"{delimiter} " in header  # Flickr30k; its spaces are no part of the cells
     rows, lines = [], []
     with _any_cell_size():
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        columns = tuple(reader.fieldnames or ())
+        reader = csv.DictReader(
+            io.StringIO(text, newline=""),
+            delimiter=delimiter,
+            skipinitialspace=spaced and delimiter != "|",
+            strict=True,
+        )
+        columns = tuple(name.strip() if spaced else name for name in reader.fieldnames or ())
+        reader.fieldnames = columns
         twice = [column for column in columns if columns.count(column) > 1]
         if twice:
             raise DataError(f"{name}: the column {twice[0]!r} is there twice. Rename one.")
@@ -274,7 +288,7 @@ def _csv(text: str, name: str, delimiter: str | None) -> Table:
                         f"{name}, line {begins}: {found} cells under {len(columns)} columns. A cell with a comma or a "
                         'line break in it stands in quotes ("...").'
                     )
-                rows.append(row)
+                rows.append({name: cell.strip() for name, cell in row.items()} if spaced else row)
                 lines.append(begins)
                 begins = reader.line_num + 1
         except csv.Error as error:
@@ -290,9 +304,3 @@ def _any_cell_size() -> Any:
         yield
     finally:
         csv.field_size_limit(before)
-
-
-def some(names: Any, limit: int = 4) -> str:
-    """A few of the names."""
-    found = [str(name) for name in names]
-    return ", ".join(found[:limit]) + (", ..." if len(found) > limit else "")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from keepsight.data.conversations import DataError, as_json
-from keepsight.data.images import is_base64
 
 Row = Mapping[str, Any]
 
@@ -21,6 +20,7 @@ SOLUTION = "solution"
 """An answer to be rewarded; as words to learn it is asked for by name (`--columns answer=solution`)."""
 CAPTION = ("text", "caption")
 IMAGES = ("images", "image", "file_names", "file_name", "image_path", "image_paths")
+_PLACE = re.compile(r"<image[ _]?(\d+)>")
 CAPTION_PROMPT = "Describe this image."
 """What is asked of a picture that has a caption only."""
 
@@ -169,7 +169,17 @@ def _has(row: Row, *groups: tuple[str, ...]) -> bool:
     return all(first(row, group) is not None for group in groups)
 
 
+def _says(row: Row, mark: str) -> bool:
+    """Whether a message has a mark in its words."""
+    return any(
+        mark in str(one.get("value") or one.get("content") or "") for one in _safely(row) if isinstance(one, dict)
+    )
+
+
 FORMATS = (
+    Format(
+        "Qwen-VL's first form (<img>FILE</img> in the words)", lambda row: _is_chat(row) and _says(row, "</img>"), _chat
+    ),
     Format("OpenAI chat (image_url inside messages)", lambda row: _is_chat(row) and _holds(row, "image_url"), _chat),
     Format(
         "Qwen chat (images inside messages)",
@@ -250,7 +260,24 @@ def as_list(cell: Any) -> list[Any]:
             cell = as_json(cell, "images")
         except DataError:
             return [cell]  # a file's name
+    if isinstance(cell, dict) and all(_PLACE.fullmatch(str(key)) for key in cell):  # MiniCPM-V: {"<image_00>": FILE}
+        return [cell[key] for key in sorted(cell, key=lambda key: int(_PLACE.fullmatch(key)[1])) if filled(cell[key])]  # type: ignore[index]
     return list(cell) if isinstance(cell, (list, tuple)) else [cell]
+
+
+def _is_turn(one: Any) -> bool:
+    """Whether it is a message."""
+    return isinstance(one, dict) and ({"role", "content"} <= set(one) or {"from", "value"} <= set(one))
+
+
+def _words(one: Any) -> Any:
+    """What an answer says that is an object: VQA's, or a message."""
+    if not isinstance(one, dict):
+        return one
+    found = next((one[key] for key in ("answer", "content", "value") if key in one), None)
+    if isinstance(found, list):
+        return "".join(part["text"] for part in found if isinstance(part, dict) and isinstance(part.get("text"), str))
+    return found
 
 
 def said(answer: Any) -> tuple[str, str]:
@@ -261,80 +288,19 @@ def said(answer: Any) -> tuple[str, str]:
         except DataError:
             return answer, ""
     if isinstance(answer, (list, tuple)):
-        found = [one.get("answer") if isinstance(one, dict) else one for one in answer]
+        if all(_is_turn(one) for one in answer):
+            answer = answer[-1:]
+        found = [_words(one) for one in answer]
         texts = [text for text in found if isinstance(text, str) and text.strip()]
         if not texts:
             return "", ""
         return Counter(texts).most_common(1)[0][0], "of several answers, the most frequent" if len(texts) > 1 else ""
     if not filled(answer):
         return "", ""
+    if _is_turn(answer):
+        answer = _words(answer)
     if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
         return str(answer), ""
     if not isinstance(answer, str):
         raise DataError(f"answer: expected text, found {answer!r:.60}")
     return answer, ""
-
-
-_LOOKS_LIKE = (
-    ({"chosen", "rejected"}, "preferences (DPO)", "the better answers can be learned: --columns answer=chosen"),
-    ({"label"}, "pictures with classes", "with the classes in words, take them for captions: --columns text=label"),
-    ({"bbox"}, "boxes (detection)", 'write questions and answers about them: {"image", "question", "answer"}'),
-    ({"objects"}, "boxes (detection)", 'write questions and answers about them: {"image", "question", "answer"}'),
-    ({"captions"}, "several captions per picture", 'write one row for each: {"image", "text"}'),
-    ({"video"}, "videos", 'training reads pictures: give frames as "images"'),
-    ({"videos"}, "videos", 'training reads pictures: give frames as "images"'),
-    ({"text"}, "text without pictures", "say where the pictures are: --columns image=COLUMN"),
-)
-
-
-class UnknownFormatError(DataError):
-    """A row is of no format here.
-
-    Attributes:
-        in_row: the same in short, where other rows are of a known format.
-    """
-
-    in_row = "format: none that keepsight knows"
-
-
-def unknown(name: str, columns: tuple[str, ...], sample: Row, answered: bool) -> UnknownFormatError:
-    """What to tell of data of no format here: what it looks like, what is missing, and what to write."""
-    row: dict[str, Any] = dict.fromkeys(columns)
-    wanted = (("question", QUESTION), ("answer", (*ANSWER, "output"))) if answered else (("question", QUESTION),)
-    missing = [ours for ours, names in wanted if first(row, names) is None]
-    looks = next((one for one in _LOOKS_LIKE if one[0] <= set(columns)), None)
-    if looks is not None:
-        advice = f"It looks like {looks[1]}: {looks[2]}."
-    else:
-        pictures = [column for column in columns if _names_a_picture(sample.get(column))]
-        words = [c for c in columns if isinstance(sample.get(c), str) and c not in pictures and c not in _NO_WORDS]
-        if SOLUTION in words and missing == ["answer"]:
-            words = [SOLUTION]
-        guesses = list(zip(missing, [*words, *("COLUMN",) * 2], strict=False))
-        if first(row, IMAGES) is None:
-            guesses.append(("image", pictures[0] if pictures else "COLUMN"))
-        like = f"It looks like questions and answers without {missing[0]}. " if 0 < len(missing) < len(wanted) else ""
-        mapped = " ".join(f"--columns {ours}={theirs}" for ours, theirs in guesses)
-        advice = f"{like}If it has them under other names, say so: {mapped}."
-    error = UnknownFormatError(
-        f"{name}: no format that keepsight knows. It has: {', '.join(columns) or 'no columns'}. Known are chats "
-        f"(messages, conversations) and questions with answers, with their pictures. {advice} docs/data.md lists "
-        "the formats."
-    )
-    here = ", ".join(column for column in columns if filled(sample.get(column))) or "nothing"
-    error.in_row = f"format: none that keepsight knows; it has {here}"
-    return error
-
-
-_NO_WORDS = ("id", *IMAGES, *QUESTION, *ANSWER)
-
-
-def is_picture_name(text: str) -> bool:
-    """Whether it ends as names of pictures do."""
-    return len(text) < 1024 and text.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"))
-
-
-def _names_a_picture(cell: Any) -> bool:
-    if isinstance(cell, str):
-        return is_picture_name(cell) or is_base64(cell)
-    return isinstance(cell, dict) and bool(cell.get("bytes") or cell.get("path"))

@@ -19,7 +19,11 @@ from keepsight.data.pixels import ImageError, as_seen
 from keepsight.installed import MissingExtraError
 from keepsight.shipped import resolve_image
 
-__all__ = ["ImageError", "find_image", "is_base64", "open_image"]
+__all__ = ["ImageError", "MissingImageError", "find_image", "is_base64", "open_image"]
+
+
+class MissingImageError(ImageError):
+    """There is no file of that name."""
 
 
 def open_image(source: Any, folder: Path | None = None) -> Any:
@@ -108,7 +112,7 @@ def find_image(source: str | Path, *folders: Path | None) -> Path:
     path = next((as_is for place in places for as_is in _spellings(place) if _is_there(as_is)), places[0])
     if not _is_there(path):
         shown = str(path) if len(str(path)) < 300 else f"{str(path)[:64]}..."
-        raise ImageError(f"{shown}: no such image file.{_near(path, folders)}")
+        raise MissingImageError(f"{shown}: no such image file.{_near(path, folders)}")
     if path.is_dir():
         raise ImageError(f"{path} is a folder; give the image file itself.")
     if path.stat().st_size == 0:

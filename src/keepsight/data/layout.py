@@ -7,7 +7,8 @@ import warnings
 from pathlib import Path
 
 from keepsight.data.conversations import DataError
-from keepsight.data.files import SUFFIXES, kind_of, some
+from keepsight.data.files import SUFFIXES, kind_of
+from keepsight.data.names import PICTURES, some
 from keepsight.errors import KeepsightWarning
 
 _SPLITS = {
@@ -23,7 +24,6 @@ _NOT_DATA = (
     "package.json",
     "config.json",
 )
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _DEEPEST = 3
 
 
@@ -43,8 +43,10 @@ def data_files(folder: Path, split: str, name: str) -> list[Path]:
     files = [path for path in found if kind_of(path) and path.name not in _NOT_DATA]
     beside_images = [path for path in files if path.name.partition(".")[0] == "metadata"]
     files = beside_images or files
-    if not files:
-        raise DataError(_nothing(name, found))
+    pictures = [path for path in found if path.suffix.lower() in PICTURES]
+    beside = {path.with_suffix("") for path in pictures}
+    if not files or (len(files) > 1 and all(path.with_suffix("") in beside for path in files)):
+        raise DataError(_nothing(name, found, pictures))
     declared = _declared(folder)
     by_split: dict[str, list[Path]] = {}
     for path in files:
@@ -149,8 +151,15 @@ def _declared(folder: Path) -> dict[str, list[Path]]:
         return {}
 
 
-def _nothing(name: str, found: list[Path]) -> str:
-    pictures = [path for path in found if path.suffix.lower() in _PICTURES]
+def _nothing(name: str, found: list[Path], pictures: list[Path]) -> str:
+    keys = {path.with_suffix("") for path in pictures}
+    words = [path for path in found if path.with_suffix("") in keys and path not in pictures]
+    if words:
+        return (
+            f"{name} holds pictures with a file of words for each ({pictures[0].name}, {words[0].name}). Write them "
+            f'into one metadata.jsonl beside the pictures, a line for each: {{"file_name": "{pictures[0].name}", '
+            '"text": ...}.'
+        )
     if pictures:
         return (
             f"{name} holds no dataset: {len(pictures):,} pictures and no words to them. Write a metadata.csv beside "

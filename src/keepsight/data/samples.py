@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from keepsight.data.conversations import DataError, as_json, read_chat
+from keepsight.data.conversations import Chat, DataError, as_json, read_chat
 from keepsight.data.files import import_datasets
 from keepsight.data.formats import (
     ANSWER,
@@ -28,13 +28,13 @@ from keepsight.data.formats import (
     filled,
     first,
     images_of,
-    is_picture_name,
     numbered,
     recognise,
     said,
-    unknown,
 )
-from keepsight.data.images import ImageError, find_image, is_base64, open_image
+from keepsight.data.guesses import unknown
+from keepsight.data.images import ImageError, MissingImageError, find_image, is_base64, open_image
+from keepsight.data.names import is_address, is_of_pictures, is_picture_name
 from keepsight.data.reading import Source
 
 Kind = Literal["chat", "prompt"]
@@ -114,12 +114,13 @@ def sample_reader(source: Source, kind: Kind = "chat", extra: tuple[str, ...] = 
         used |= set(turns.used)
         messages, right, notes = _with_answer(turns, used, answered)
         messages, tools = _with_system(messages, row, used), None
+        _refuse_preferences(row, messages, answered)
         chat = read_chat(messages, pictures, answered, source.reading.ignore)
         if filled(row.get("tools")) and answered:
             tools = _described(as_json(row["tools"], "tools"))
             used.add("tools")
         rest = {name: value for name, value in row.items() if name not in used and filled(value)}
-        _refuse_what_is_meant(rest, chat.images, answered)
+        _refuse_what_is_meant(rest, chat, answered)
         kept = {name: value for name, value in rest.items() if not answered or name in extra}
         kept = {name: value for name, value in kept.items() if is_plain(value)}
         left |= {name for name in rest if name not in kept} | chat.ignored
@@ -180,9 +181,8 @@ def _with_answer(turns: Turns, used: set[str], answered: bool) -> tuple[Any, Any
     """(messages, the reference answer, notes): with the answer at their end, or up to the question."""
     messages, right = turns.messages, turns.answer
     notes: tuple[str, ...] = ()
-    asked = isinstance(messages, (list, tuple)) and messages and isinstance(messages[-1], dict)
-    last = (messages[-1].get("role") or messages[-1].get("from")) if asked else None
-    replies = last in ("assistant", "gpt", "chatgpt", "model", "bot")
+    last = _last_role(messages)
+    asked, replies = last is not None, last in _REPLIES
     if answered:
         if asked and not replies and turns.answer_column is not None:
             used.add(turns.answer_column)
@@ -198,6 +198,15 @@ def _with_answer(turns: Turns, used: set[str], answered: bool) -> tuple[Any, Any
         words, messages = messages[-1].get("content", messages[-1].get("value")), messages[:-1]
         right = _text(words) if right is None or _is_chat(right) else right
     return messages, right, notes
+
+
+_REPLIES = ("assistant", "gpt", "chatgpt", "model", "bot")
+
+
+def _last_role(messages: Any) -> str | None:
+    """Whose the last message is, as the data call it; empty where it does not say, None where there are none."""
+    there = isinstance(messages, (list, tuple)) and messages and isinstance(messages[-1], dict)
+    return str(messages[-1].get("role") or messages[-1].get("from") or "") if there else None
 
 
 def _with_system(messages: Any, row: dict[str, Any], used: set[str]) -> Any:
@@ -220,8 +229,18 @@ def _described(tools: Any) -> Any:
     return [{"type": "function", "function": one} if isinstance(one, dict) and "name" in one else one for one in tools]
 
 
-def _refuse_what_is_meant(rest: dict[str, Any], images: list[Any], answered: bool) -> None:
+def _refuse_preferences(row: dict[str, Any], messages: Any, answered: bool) -> None:
+    """Raise for a better and a worse answer, of which none is said to be the one."""
+    if answered and filled(row.get("chosen")) and filled(row.get("rejected")) and _last_role(messages) not in _REPLIES:
+        raise DataError(
+            "chosen, rejected: preferences (DPO), which are not trained on",
+            "The better answers can be learned: --columns answer=chosen.",
+        )
+
+
+def _refuse_what_is_meant(rest: dict[str, Any], chat: Chat, answered: bool) -> None:
     """Raise for columns that hold a part of the sample that would be lost."""
+    images = chat.images
     letters = [name for name in "ABCDEFGHIJ" if name in rest]
     if letters[:2] == ["A", "B"]:  # VLMEvalKit's and MMBench's tables
         raise DataError(
@@ -231,10 +250,28 @@ def _refuse_what_is_meant(rest: dict[str, Any], images: list[Any], answered: boo
         what = _MEANT.get(name)
         if name == "tools" and not answered:
             what = "tools; a prompt is written without them here (reinforcement learning, diagnose, eval)"
+        if name == "objects" and any(mark in json.dumps(chat.messages) for mark in ("<bbox>", "<ref-object>")):
+            what = "boxes that <bbox> and <ref-object> stand for, which would be learned as words: write them out"
+        if what is None and not images and _may_name_a_picture(name, value):
+            download = "download it, and name its file in a column called image"
+            what = "it seems to name a picture, and the sample has none: " + (
+                download if isinstance(value, str) and is_address(value) else f"--columns image={name}"
+            )
         if what is None and (_is_picture(value) or _is_another_file(value, images)):
-            what = "a second picture, which nobody would see; --columns images=FIRST+SECOND gives several"
+            what = (
+                f"a second picture, which nobody would see; --columns image={name} takes it alone, "
+                "--columns images=FIRST+SECOND both"
+            )
         if what is not None:
             raise DataError(f"{name}: {what}", f"To do without {name}: --ignore {name}.")
+
+
+def _may_name_a_picture(name: str, value: Any) -> bool:
+    if isinstance(value, (list, tuple)) and value:
+        return all(_may_name_a_picture(name, one) for one in value)
+    if not isinstance(value, str):
+        return _is_picture(value)
+    return is_picture_name(value) or is_base64(value) or (is_address(value) and is_of_pictures(name))
 
 
 def _is_picture(value: Any) -> bool:
@@ -287,7 +324,9 @@ def check_images(sample: dict[str, Any], folders: tuple[Path, ...], decode: bool
                 opened.append(open_image(item))
             sample["images"][index] = item
         except ImageError as error:
-            raise DataError(f"images[{index}]: {error}") from error
+            elsewhere = isinstance(error, MissingImageError) and "--image-folder" not in str(error)
+            hint = "If pictures are in another folder: --image-folder FOLDER." if elsewhere else ""
+            raise DataError(f"images[{index}]: {error}", hint) from error
     return opened if decode else None
 
 
