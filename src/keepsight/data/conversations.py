@@ -350,3 +350,9 @@ def as_json(cell: Any, column: str) -> Any:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
+
+
+def some(names: Any, limit: int = 4) -> str:
+    """A few of the names."""
+    found = [str(name) for name in names]
+    return ", ".join(found[:limit]) + (", ..." if len(found) > limit else "")

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.data.conversations import DataError
+from keepsight.data.images import PICTURES
 from keepsight.data.json_values import UnusableError, elements_of, value_of
-from keepsight.data.names import PICTURES
 from keepsight.data.objects import samples_in
 from keepsight.errors import KeepsightError
 from keepsight.installed import MissingExtraError

@@ -7,8 +7,7 @@ from typing import Any
 
 from keepsight.data.conversations import DataError
 from keepsight.data.formats import ANSWER, IMAGES, QUESTION, SOLUTION, Row, filled, first
-from keepsight.data.images import is_base64
-from keepsight.data.names import is_address, is_of_pictures, is_picture_name
+from keepsight.data.images import is_address, is_base64, is_of_pictures, is_picture_name
 
 _LOOKS_LIKE = (
     ({"chosen", "rejected"}, "preferences (DPO)", "the better answers can be learned: --columns answer=chosen"),

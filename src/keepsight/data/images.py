@@ -19,7 +19,19 @@ from keepsight.data.pixels import ImageError, as_seen
 from keepsight.installed import MissingExtraError
 from keepsight.shipped import resolve_image
 
-__all__ = ["ImageError", "MissingImageError", "find_image", "is_base64", "open_image"]
+__all__ = [
+    "PICTURES",
+    "ImageError",
+    "MissingImageError",
+    "find_image",
+    "is_address",
+    "is_base64",
+    "is_of_pictures",
+    "is_picture_name",
+    "open_image",
+]
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class MissingImageError(ImageError):
@@ -89,6 +101,21 @@ def is_base64(source: Any) -> bool:
     """Whether this is an image as text: a data address, or how PNG, JPEG, GIF and WebP begin in base64."""
     begins = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
     return isinstance(source, str) and (source.startswith("data:") or (len(source) > 64 and source.startswith(begins)))
+
+
+def is_picture_name(text: str) -> bool:
+    """Whether it ends as names of pictures do."""
+    return len(text) < 1024 and text.lower().endswith(PICTURES)
+
+
+def is_address(text: str) -> bool:
+    """Whether it is a web address."""
+    return re.match(r"https?://", text, re.IGNORECASE) is not None
+
+
+def is_of_pictures(column: str) -> bool:
+    """Whether a column is called as columns of pictures are."""
+    return re.search(r"image|img|picture|photo", column, re.IGNORECASE) is not None
 
 
 def _decoded(text: str) -> bytes:

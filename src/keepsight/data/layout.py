@@ -6,9 +6,9 @@ import re
 import warnings
 from pathlib import Path
 
-from keepsight.data.conversations import DataError
+from keepsight.data.conversations import DataError, some
 from keepsight.data.files import SUFFIXES, kind_of
-from keepsight.data.names import PICTURES, some
+from keepsight.data.images import PICTURES
 from keepsight.errors import KeepsightWarning
 
 _SPLITS = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from keepsight.data.conversations import DataError
-from keepsight.data.names import is_picture_name, some
+from keepsight.data.conversations import DataError, some
+from keepsight.data.images import is_picture_name
 
 
 def samples_in(found: dict[str, Any], name: str) -> tuple[list[Any], tuple[str, ...]]:

@@ -33,8 +33,16 @@ from keepsight.data.formats import (
     said,
 )
 from keepsight.data.guesses import unknown
-from keepsight.data.images import ImageError, MissingImageError, find_image, is_base64, open_image
-from keepsight.data.names import is_address, is_of_pictures, is_picture_name
+from keepsight.data.images import (
+    ImageError,
+    MissingImageError,
+    find_image,
+    is_address,
+    is_base64,
+    is_of_pictures,
+    is_picture_name,
+    open_image,
+)
 from keepsight.data.reading import Source
 
 Kind = Literal["chat", "prompt"]
