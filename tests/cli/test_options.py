@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from keepsight.cli.console import error_border
 from keepsight.cli.options import Command, settings_options
 from keepsight.cli.train import train_app
-from keepsight.cli.train.job import PvmOptions, VisMemOptions
+from keepsight.cli.train.options import PvmOptions, VisMemOptions
 from keepsight.pvm import PvmConfig
 from keepsight.train.run.fields import RUN, STEPS, setting, setting_of
 from keepsight.train.run.settings import GrpoSettings, SftSettings

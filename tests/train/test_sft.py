@@ -21,9 +21,9 @@ from tiny_training import FLAGS, QUICK, draw_digit, make_data, read_rows, write_
 
 import keepsight
 from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.train.pvm import job
 from keepsight.train.pvm.blindfold import BlindfoldError, BlindfoldSchedule
 from keepsight.train.pvm.sft import SftSettings, TrainingDivergedError, TrainReport, train_pvm
-from keepsight.train.run import run
 from keepsight.train.run.output import OutputError, check_space, last_checkpoint
 
 WEIGHTS = "adapter_model.safetensors"
@@ -376,7 +376,7 @@ def test_gradient_checkpointing_and_accumulation_change_nothing(tiny_vlm: Path, 
 def test_bad_settings_are_refused_before_weights_are_read(
     options: dict[str, Any], lesson: str, tiny_vlm: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "load_base", lambda *args, **kwargs: pytest.fail("the weights were read"))
+    monkeypatch.setattr(job, "load_base", lambda *args, **kwargs: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match=lesson):
         train_pvm(tiny_vlm, data, tmp_path / "out", **({"settings": settings()} | options))
 

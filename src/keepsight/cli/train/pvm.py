@@ -9,7 +9,7 @@ import typer
 
 from keepsight.cli.console import quiet, with_examples
 from keepsight.cli.options import recipe_of
-from keepsight.cli.train.job import Job, PvmOptions
+from keepsight.cli.train.options import PvmOptions, TrainOptions
 from keepsight.cli.train.showing import print_log, print_report, run_and_report, show_dry_run
 from keepsight.train.run.fields import STEPS
 from keepsight.train.run.settings import PAPER_SFT, SftSettings
@@ -33,7 +33,7 @@ from keepsight.train.run.settings import PAPER_SFT, SftSettings
 )
 def pvm(
     source: Annotated[str, typer.Argument(help="The base: a VLM's folder or hub id, or keepsight/reference.")],
-    job: Job,
+    job: TrainOptions,
     memory: PvmOptions,
     settings: SftSettings,
     recipe: Annotated[

@@ -10,7 +10,7 @@ import typer
 
 from keepsight.cli.console import quiet, with_examples
 from keepsight.cli.options import is_default
-from keepsight.cli.train.job import Job, PvmOptions
+from keepsight.cli.train.options import PvmOptions, TrainOptions
 from keepsight.cli.train.showing import print_log, print_report, run_and_report, show_dry_run
 from keepsight.errors import KeepsightError
 from keepsight.serve.vllm.rollouts import VllmRollouts
@@ -50,7 +50,7 @@ def pvm_grpo(
     source: Annotated[
         str, typer.Argument(help="A trained memory (the paper's way), or a plain VLM that gets a new one.")
     ],
-    job: Job,
+    job: TrainOptions,
     memory: Learning,
     settings: GrpoSettings,
     rollouts: VllmRollouts,

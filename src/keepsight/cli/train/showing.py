@@ -9,11 +9,13 @@ from typing import Any
 
 from keepsight.cli.console import Interrupted, facts_table, first_of_all, out, say, warn
 from keepsight.cli.progress import Progress
-from keepsight.cli.train.job import Job
+from keepsight.cli.train.options import TrainOptions
 from keepsight.train.run.settings import GrpoSettings
 
 
-def show_dry_run(source: str, settings: Any, memory: Any, job: Job, policy: str = "none", lora_rank: int = 16) -> None:
+def show_dry_run(
+    source: str, settings: Any, memory: Any, job: TrainOptions, policy: str = "none", lora_rank: int = 16
+) -> None:
     """Print what a PVM's run would need. The length of a sample is asked for, measured on the data, or assumed."""
     from keepsight.checkpoints.sources import as_adapter
     from keepsight.pvm import PvmConfig
@@ -45,7 +47,7 @@ def show_dry_run(source: str, settings: Any, memory: Any, job: Job, policy: str 
     _print_dry_run(result)
 
 
-def show_vismem_dry_run(source: str, settings: Any, config: Any, job: Job) -> None:
+def show_vismem_dry_run(source: str, settings: Any, config: Any, job: TrainOptions) -> None:
     """Print what a VisMem's run would need."""
     from keepsight.train.estimate.dry_run import DEFAULT_TOKENS, measured
     from keepsight.train.vismem.dry_run import dry_run_vismem
@@ -65,7 +67,7 @@ def _print_dry_run(found: Any) -> None:
 def run_and_report(
     train: Callable[..., Any],
     source: str,
-    job: Job,
+    job: TrainOptions,
     print_log: Callable[[dict[str, float], int, int], None],
     print_report: Callable[[Any, str], None],
 ) -> None:

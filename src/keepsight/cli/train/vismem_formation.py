@@ -10,7 +10,7 @@ import typer
 
 from keepsight.cli.console import quiet, with_examples
 from keepsight.cli.options import is_default
-from keepsight.cli.train.job import VisMemJob, VisMemOptions
+from keepsight.cli.train.options import VisMemOptions, VisMemTrainOptions
 from keepsight.cli.train.showing import print_vismem_log, print_vismem_report, run_and_report, show_vismem_dry_run
 from keepsight.errors import KeepsightError
 from keepsight.train.vismem.settings import FormationSettings
@@ -35,7 +35,7 @@ def formation(
     source: Annotated[
         str, typer.Argument(help="A VLM's folder or hub id, or keepsight/reference; or a VisMem adapter to go on from.")
     ],
-    job: VisMemJob,
+    job: VisMemTrainOptions,
     memory: VisMemOptions,
     settings: FormationSettings,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from keepsight.cli.console import quiet, with_examples
-from keepsight.cli.train.job import VisMemJob
+from keepsight.cli.train.options import VisMemTrainOptions
 from keepsight.cli.train.showing import print_vismem_log, print_vismem_report, run_and_report, show_vismem_dry_run
 from keepsight.train.vismem.settings import InvocationSettings
 
@@ -23,7 +23,7 @@ from keepsight.train.vismem.settings import InvocationSettings
 )
 def invocation(
     source: Annotated[str, typer.Argument(help="The adapter that stage I made.")],
-    job: VisMemJob,
+    job: VisMemTrainOptions,
     settings: InvocationSettings,
 ) -> None:
     """Stage II of VisMem: the policy learns when to invoke which memory, by reinforcement (GRPO).

@@ -27,11 +27,11 @@ from keepsight.pvm import PvmConfig
 from keepsight.train.pvm.grpo_trainer import make_grpo_trainer
 from keepsight.train.pvm.job import PvmJob, about_rule, check_pvm_engine
 from keepsight.train.pvm.writer import Writer
-from keepsight.train.rewards.rewards import BUILT_IN, Reward, load_rewards
-from keepsight.train.run import output, preflight
+from keepsight.train.rewards.rewards import Reward, load_rewards, needs_answer
+from keepsight.train.run import preflight
+from keepsight.train.run.asked import Asked
 from keepsight.train.run.controls import Control, control_folder, control_learner
-from keepsight.train.run.engines import Engine, current_engine
-from keepsight.train.run.four_bit import check_four_bit
+from keepsight.train.run.engines import Engine
 from keepsight.train.run.learner import Learner, PolicyChoice, ranked_lora
 from keepsight.train.run.plan import MemoryPlan, plan_memory
 from keepsight.train.run.report import TrainReport, memory_lines, mix_lines
@@ -39,8 +39,6 @@ from keepsight.train.run.settings import GrpoSettings
 from keepsight.train.run.trainer import OnLog
 
 __all__ = ["GrpoSettings", "TrainReport", "train_pvm_grpo"]
-
-_NEEDS_ANSWER = ("answer", "match")
 
 
 def train_pvm_grpo(
@@ -73,26 +71,18 @@ def train_pvm_grpo(
     Args:
         source: a trained memory (an adapter's folder or hub id), the paper's way; or a plain VLM, which gets a new one.
         dataset: prompts: "prompt", "answer" and "image", or "messages" and "images"; other columns go to the rewards.
-            Or a list of such data, each alone or as (dataset, weight), to be mixed in the shares of their weights.
         output_dir: gets checkpoints and the result.
         policy: what of the language model learns beside the memory.
         lora_rank: of policy="lora", on all linear maps of the decoder.
         pvm: the memory of a plain VLM; default: `PvmConfig()`.
         eval_dataset: prompts for the evaluation. With controls and without it, a tenth of the data is held out.
         settings: how to train.
-        split: of hub datasets and saved DatasetDicts.
-        eval_split: the same for `eval_dataset`; default: as `split`.
-        resume: go on from the last whole checkpoint in `output_dir`, if there is one.
-        overwrite: move what is in `output_dir` aside (nothing is deleted) and start anew.
-        check: "full" decodes every image before training; "quick" only looks whether the files are there.
         controls: what to train after the memory, for comparison. They start where the memory started: from the same
             base; or, where the memory's folder holds its own control of that name, from that.
         writer: of the completions, where that is not transformers: `keepsight.serve.vllm.rollouts.VllmRollouts`.
             Completions of controls are written by transformers in any case.
-        say: receives lines for the user.
-        on_log: called as `on_log(values, step, total steps)` at every logging step.
-        on_check: called as `on_check(done, total)` while samples are checked.
-        callbacks: further `transformers.TrainerCallback`s.
+        split, eval_split, check, resume, overwrite, say, on_log, on_check, callbacks: as in
+            `keepsight.train.pvm.sft.train_pvm`.
 
     Raises:
         KeepsightError, FileNotFoundError: before training, for anything that would spoil it.
@@ -101,35 +91,26 @@ def train_pvm_grpo(
         ImportError: if the `train` extra is not installed.
     """
     preflight.require_trl()
-    settings, folder, engine = settings or GrpoSettings(), Path(output_dir), current_engine()
-    rewards = load_rewards(settings.rewards)
-    if engine.is_main:
-        output.check_output(folder, resume, overwrite)
+    settings, folder = settings or GrpoSettings(), Path(output_dir)
+    how = (check, resume, overwrite, controls, say, on_log, on_check)
+    asked = Asked(dataset, folder, eval_dataset, eval_split, split, *how)
+    rewards, engine = load_rewards(settings.rewards), asked.begin(settings)
     base, adapters = check_sources(source)
     learner, plan = _what_learns(str(source), base, adapters, pvm, policy, lora_rank, settings)
-    preflight.check_settings(settings)
-    preflight.check_kernel(settings, base)
-    check_four_bit(base, settings.load_in_4bit, engine, policy, tuple(control.name for control in controls))
+    asked.check_base(base, settings, engine, policy)
     _check_kl(learner, settings)
     _check_groups(settings, engine)
     if writer is not None:
         writer.check(base, plan.pvm, learner, settings, engine)
     learners = [(control, _control(control, learner, plan, adapters)) for control in controls]
-    checkpoint = preflight.find_checkpoint(folder, say) if resume and not overwrite else None
-    processor = load_processor(base)
-    data, held_out = preflight.check_data(
-        (dataset, split),
-        None if eval_dataset is None else (eval_dataset, eval_split or split),
+    checkpoint, processor = asked.checkpoint(), load_processor(base)
+    data, held_out = asked.read(
         ConversationCollator(processor),
         kind="prompt",
         text_only=settings.text_only,
         max_length=settings.max_length,
         over_long=settings.over_long,
-        decode=check == "full",
-        need_answer=any(reward.function is BUILT_IN[name][0] for reward in rewards for name in _NEEDS_ANSWER),
-        hold=bool(controls),
-        say=say,
-        on_check=on_check,
+        need_answer=needs_answer(rewards),
     )
     for prompts in (data, held_out):
         _check_images(processor, prompts)
@@ -153,10 +134,10 @@ def train_pvm_grpo(
         source=str(source),
         adapters=adapters,
         base=base,
+        asked=asked,
         learner=learner,
         plan=plan,
         settings=settings,
-        folder=folder,
         data=data,
         held_out=held_out,
         processor=processor,
@@ -164,17 +145,13 @@ def train_pvm_grpo(
         writer=writer,
         engine=engine,
         checkpoint=checkpoint,
-        resume=resume,
-        overwrite=overwrite,
-        say=say,
-        on_log=on_log,
         callbacks=callbacks or [],
     )
     what = {"full": "the memory and the language model", "lora": "the memory and a LoRA", "none": "the memory"}[policy]
     judged = "the evaluation data" if eval_dataset is not None else "prompts held out of the training data"
     where = judged if held_out is not None else "the training data alone"
     note = f"Rewards are means over {settings.group_size} completions of every prompt, on {where}."
-    return job.beside(job.train(), what, learners, note)
+    return job.with_controls(what, learners, note)
 
 
 def _what_learns(
@@ -281,24 +258,15 @@ class GrpoJob(PvmJob[GrpoSettings]):
     rewards: list[Reward]
     writer: Writer | None
 
-    def trainer(self, model: Any, learner: Learner) -> Any:
-        trainer = make_grpo_trainer(
-            model,
-            self.processor,
-            learner,
-            self.settings,
-            self.rewards,
-            self.folder,
-            self.data,
-            self.held_out,
-            self.on_log,
-            self.callbacks,
-        )
+    def trainer(self, loaded: tuple[Any, Learner]) -> Any:
+        folder, on_log = self.asked.folder, self.asked.on_log
+        what = (self.processor, loaded[1], self.settings, self.rewards, folder, self.data, self.held_out)
+        trainer = make_grpo_trainer(loaded[0], *what, on_log, self.callbacks)
         if self.writer is not None and self.name == self.stage:  # controls are no models that it knows
             self.writer.attach(trainer, self.base)
         return trainer
 
-    def record(self) -> dict[str, Any]:
+    def samples(self) -> dict[str, Any]:
         return {
             "source": self.source,
             "base": self.base,

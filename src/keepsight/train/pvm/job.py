@@ -1,4 +1,4 @@
-"""What both stages of PVM have around their trainers: a run, what a resumed run must agree on, controls beside it.
+"""What both stages of PVM have around their trainers: what is trained, a base to train it on, controls beside it.
 
 A stage says how its trainer is built, how many steps an epoch has, how its controls differ and what its result's card
 tells; everything else is the same for supervised training and for reinforcement learning.
@@ -6,162 +6,144 @@ tells; everything else is the same for supervised training and for reinforcement
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from keepsight.data.check import CheckedData
+from keepsight.errors import KeepsightWarning
 from keepsight.pvm import PvmConfig
-from keepsight.train.run import output, preflight
-from keepsight.train.run.controls import WHAT, Comparison, Control, Outcome, control_folder
+from keepsight.train.run import preflight
+from keepsight.train.run.controls import WHAT, Control, Outcome
 from keepsight.train.run.engines import Engine, check_engine
+from keepsight.train.run.four_bit import load_base
 from keepsight.train.run.learner import Learner, lora_size
 from keepsight.train.run.plan import MemoryPlan
 from keepsight.train.run.report import TrainReport, base_lines, result_card
-from keepsight.train.run.run import Run, execute, load_learner
+from keepsight.train.run.run import TrainJob
 from keepsight.train.run.settings import RunSettings
-from keepsight.train.run.trainer import OnLog
 
 Settings = TypeVar("Settings", bound=RunSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PvmJob(Generic[Settings]):
-    """A stage that is about to be trained, or one of its controls.
+class PvmJob(TrainJob[Settings], Generic[Settings]):
+    """A stage that is about to be trained, or one of its controls; see `TrainJob`.
 
     Attributes:
-        name: "pvm", "pvm-grpo", "control lora", ...
-        base: what the model is read from.
         learner: what is trained.
         plan: the base and the memory, worked out before any weight is read.
-        settings: of the stage.
-        folder: gets everything.
-        data: checked training data.
-        held_out: checked data to evaluate on.
-        processor: of the base.
-        engine: what launched the processes.
-        checkpoint: where to go on from.
-        resume, overwrite: what to do with what is in the folder.
-        say, on_log, callbacks: who listens.
+        callbacks: further transformers callbacks.
     """
 
     stage: ClassVar[str]
 
-    name: str
-    base: str
     learner: Learner
     plan: MemoryPlan
-    settings: Settings
-    folder: Path
-    data: CheckedData
-    held_out: CheckedData | None
-    processor: Any
-    engine: Engine
-    checkpoint: Path | None
-    resume: bool
-    overwrite: bool
-    say: preflight.Say
-    on_log: OnLog | None
     callbacks: list[Any]
 
-    def trainer(self, model: Any, learner: Learner) -> Any:
-        """A trainer of `model`, on which `learner` has put what is trained."""
-        raise NotImplementedError
+    @abstractmethod
+    def samples(self) -> dict[str, Any]:
+        """What of base and data a resumed run must agree on."""
 
-    def record(self) -> dict[str, Any]:
-        """What a resumed run must agree on, besides what is trained and how."""
-        raise NotImplementedError
-
+    @abstractmethod
     def steps_per_epoch(self) -> int:
         """Optimiser steps of a pass over the data."""
-        raise NotImplementedError
 
+    @abstractmethod
     def told(self, trainer: Any) -> list[tuple[str, str]]:
         """Rows of the result's card."""
-        raise NotImplementedError
 
+    @abstractmethod
     def control_settings(self, control: Control) -> Settings:
         """How a control is trained."""
-        raise NotImplementedError
 
     def control_base(self, control: Control) -> str:
         """What a control starts on."""
         return self.base
 
-    def train(self) -> TrainReport:
-        """Load, train, evaluate, save."""
-        record = {**self.record(), **_learner_record(self.learner, self.plan), **_record_of(self.settings)}
+    @property
+    def learns(self) -> bool:
+        """Whether anything is trained at all."""
+        return self.learner.learns
+
+    def record(self) -> dict[str, Any]:
+        """What a resumed run must agree on."""
+        return {**self.samples(), **_learner_record(self.learner, self.plan), **_record_of(self.settings)}
+
+    def load(self) -> tuple[Any, Learner]:
+        """A base with what is trained put on it, and what there is to learn on."""
+        settings, engine, learner, trained_base = self.settings, self.engine, self.learner, None
+        if engine.is_main and learner.learns:
+            self._check_space()
         if self.checkpoint is not None:
-            output.check_record(self.folder, record)
-        if self.engine.is_main and self.learner.learns:
-            steps = preflight.total_steps(self.settings, self.steps_per_epoch())
-            there = len(list(self.folder.glob("checkpoint-*"))) if self.checkpoint is not None else 0
-            preflight.check_space(self.folder, *_sizes(self.learner, self.plan), steps, self.settings, there)
-        run = Run(
-            name=self.name,
-            folder=self.folder,
-            data=self.data,
-            processor=self.processor,
-            record=record,
-            engine=self.engine,
-            load=partial(load_learner, self.base, self.learner, self.settings, self.plan, self.engine),
-            build=lambda loaded: self.trainer(*loaded),
-            card=self._card,
-            learns=self.learner.learns,
-            evaluates=self.held_out is not None,
-            resume=self.resume,
-            overwrite=self.overwrite,
-        )
-        return execute(run, self.checkpoint, self.say)
+            learner, trained_base = learner.resumed(self.checkpoint)
+        dtype, device = _dtype(learner, settings, self.plan, engine), preflight.base_device(settings, engine)
+        model, _ = load_base(trained_base or self.base, self.base, settings, dtype, device)
+        model.name_or_path = model.config.name_or_path = self.base
+        return learner.put_on(model, settings.seed, autocast=engine.name != "zero3"), learner
 
-    def of_control(self, control: Control, learner: Learner) -> PvmJob[Settings]:
-        """The run of a control, in a folder of its own."""
-        folder = control_folder(self.folder, control)
-        return replace(
-            self,
-            name=f"control {control.name}",
-            base=self.control_base(control),
-            learner=learner,
-            settings=self.control_settings(control),
-            folder=folder,
-            checkpoint=output.last_checkpoint(folder)[0] if self.resume and learner.learns else None,
-            overwrite=False,
-        )
+    def _check_space(self) -> None:
+        steps = preflight.total_steps(self.settings, self.steps_per_epoch())
+        folder = self.asked.folder
+        there = len(list(folder.glob("checkpoint-*"))) if self.checkpoint is not None else 0
+        preflight.check_space(folder, *_sizes(self.learner, self.plan), steps, self.settings, there)
 
-    def beside(
-        self, report: TrainReport, what: str, controls: Sequence[tuple[Control, Learner]], note: str
-    ) -> TrainReport:
-        """Train the controls, and set them beside the memory.
+    def with_controls(self, what: str, controls: Sequence[tuple[Control, Learner]], note: str) -> TrainReport:
+        """Train; then train the controls, and set them beside the memory.
 
         Args:
-            report: of the memory's run.
-            what: what the memory's run trained, in words, "the memory" first.
+            what: this run trains, in words, "the memory" first.
             controls: each with what it trains.
             note: what a reader of the comparison must know.
         """
-        if not controls:
-            return report
-        outcomes = [Outcome.of(self.name, what, report, self.settings.lr)]
-        for control, learner in controls:
-            job = self.of_control(control, learner)
-            self.say(f"{job.name} in {job.folder}, from {job.base}")
-            told = what.replace("the memory", WHAT["mlp"], 1) if control.name == "mlp" else WHAT[control.name]
-            outcomes.append(Outcome.of(control.name, told, job.train(), job.settings.lr))
-        comparison = Comparison(
-            tuple(outcomes), f"{note} Same data, order of data, steps and seed ({self.settings.seed}) for all."
-        )
-        if self.engine.is_main:
-            comparison.write(self.folder)
-        return replace(report, comparison=comparison)
+        report = self.train()
 
-    def _card(self, trainer: Any) -> str:
+        def outcomes() -> Iterator[Outcome]:
+            yield Outcome.of(self.name, what, report, self.settings.lr)
+            for control, learner in controls:
+                asked = self.asked.of_control(control)
+                job = replace(
+                    self,
+                    name=f"control {control.name}",
+                    base=self.control_base(control),
+                    asked=asked,
+                    learner=learner,
+                    settings=self.control_settings(control),
+                    checkpoint=asked.checkpoint() if learner.learns else None,
+                )
+                self.asked.say(f"{job.name} in {asked.folder}, from {job.base}")
+                told = what.replace("the memory", WHAT["mlp"], 1) if control.name == "mlp" else WHAT[control.name]
+                yield Outcome.of(control.name, told, job.train(), job.settings.lr)
+
+        note = f"{note} Same data, order of data, steps and seed ({self.settings.seed}) for all."
+        return self.beside(report, outcomes(), note)
+
+    def card(self, trainer: Any) -> str:
+        """The README of the result."""
         memory = "A persistent visual memory (PVM)"
         title = memory if self.name == self.stage else f"The {self.name} of a visual memory"
         return result_card(
             self.base, f"{title} for {self.base}", [*self.told(trainer), *base_lines(self.settings)], trainer
         )
+
+
+def _dtype(learner: Learner, settings: RunSettings, plan: MemoryPlan, engine: Engine) -> str:
+    """A language model that is trained needs float32: updates of 1e-6 are lost in bfloat16's eight bits."""
+    chosen = preflight.base_dtype(settings, plan)
+    if learner.policy != "full" or engine.name.startswith("zero"):  # DeepSpeed keeps float32 copies itself
+        return chosen
+    if settings.dtype == "bfloat16":
+        warnings.warn(
+            "--dtype bfloat16 with a language model that is trained as a whole: most updates are smaller than its "
+            "eight bits can show, and are lost. Leave --dtype out; matrices are multiplied in bfloat16 all the same.",
+            KeepsightWarning,
+            stacklevel=2,
+        )
+        return chosen
+    return "float32"
 
 
 def check_pvm_engine(

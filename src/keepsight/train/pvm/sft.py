@@ -26,10 +26,10 @@ from keepsight.pvm import PvmConfig
 from keepsight.train.pvm.blindfold import BlindfoldError, BlindfoldSchedule, why_not_blindfold
 from keepsight.train.pvm.job import PvmJob, about_rule, check_pvm_engine
 from keepsight.train.pvm.sft_trainer import make_sft_trainer
-from keepsight.train.run import output, preflight
+from keepsight.train.run import preflight
+from keepsight.train.run.asked import Asked
 from keepsight.train.run.controls import Control, control_learner
-from keepsight.train.run.engines import Engine, current_engine
-from keepsight.train.run.four_bit import check_four_bit
+from keepsight.train.run.engines import Engine
 from keepsight.train.run.learner import Learner
 from keepsight.train.run.plan import MemoryPlan, plan_memory
 from keepsight.train.run.report import TrainReport, memory_lines, mix_lines
@@ -88,37 +88,28 @@ def train_pvm(
         ImportError: if the `train` extra is not installed.
     """
     preflight.require_trl()
-    settings, folder, engine = settings or SftSettings(), Path(output_dir), current_engine()
+    settings, folder = settings or SftSettings(), Path(output_dir)
+    how = (check, resume, overwrite, controls, say, on_log, on_check)
+    asked = Asked(dataset, folder, eval_dataset, eval_split, split, *how)
     if find_adapter(source) is not None:
         raise KeepsightError(
             f"{source} is an adapter. Training puts a new memory on a plain VLM: name the base model. To go on with an "
             "unfinished run: --resume. To refine a trained memory by reinforcement: keepsight train pvm-grpo."
         )
-    if engine.is_main:
-        output.check_output(folder, resume, overwrite)
-    plan = plan_memory(source, pvm)
+    engine, plan = asked.begin(settings), plan_memory(source, pvm)
     check_weights(source)
-    preflight.check_settings(settings)
-    preflight.check_kernel(settings, source)
-    check_four_bit(source, settings.load_in_4bit, engine, controls=tuple(control.name for control in controls))
+    asked.check_base(source, settings, engine)
     chosen = _without_blindfold(settings, plan, say)
     memory = Learner(memory=PvmConfig() if pvm is None else pvm)
     learners = [(control, control_learner(control, memory, plan)) for control in controls]  # raises what cannot be
-    checkpoint = preflight.find_checkpoint(folder, say) if resume and not overwrite else None
-    processor = load_processor(source)
+    checkpoint, processor = asked.checkpoint(), load_processor(source)
     collator = ConversationCollator(processor, max_length=settings.max_length)
-    data, held_out = preflight.check_data(
-        (dataset, split),
-        None if eval_dataset is None else (eval_dataset, eval_split or split),
+    data, held_out = asked.read(
         collator,
         kind="chat",
         text_only=settings.text_only,
         max_length=settings.max_length,
         over_long=settings.over_long,
-        decode=check == "full",
-        hold=bool(controls),
-        say=say,
-        on_check=on_check,
     )
     check_pvm_engine(engine, settings, plan, data, held_out)
     preflight.say_data(data, "samples", str(source), settings.max_length, say)
@@ -138,23 +129,19 @@ def train_pvm(
     job = SftJob(
         name=SftJob.stage,
         base=str(source),
+        asked=asked,
         learner=memory,
         plan=plan,
         settings=settled,
-        folder=folder,
         data=data,
         held_out=held_out,
         processor=processor,
         collator=collator,
         engine=engine,
         checkpoint=checkpoint,
-        resume=resume,
-        overwrite=overwrite,
-        say=say,
-        on_log=on_log,
         callbacks=callbacks or [],
     )
-    return job.beside(job.train(), "the memory", learners, _note(settled, eval_dataset, held_out))
+    return job.with_controls("the memory", learners, _note(settled, eval_dataset, held_out))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,21 +152,12 @@ class SftJob(PvmJob[SftSettings]):
 
     collator: ConversationCollator
 
-    def trainer(self, model: Any, learner: Learner) -> Any:
-        return make_sft_trainer(
-            model,
-            self.processor,
-            learner,
-            self.settings,
-            self.folder,
-            self.data,
-            self.held_out,
-            self.collator,
-            self.on_log,
-            self.callbacks,
-        )
+    def trainer(self, loaded: tuple[Any, Learner]) -> Any:
+        folder, on_log = self.asked.folder, self.asked.on_log
+        what = (self.processor, loaded[1], self.settings, folder, self.data, self.held_out, self.collator)
+        return make_sft_trainer(loaded[0], *what, on_log, self.callbacks)
 
-    def record(self) -> dict[str, Any]:
+    def samples(self) -> dict[str, Any]:
         return {"base": self.base, "samples": self.data.rows, **self.data.agreed()}
 
     def steps_per_epoch(self) -> int:

@@ -188,6 +188,11 @@ BUILT_IN: dict[str, tuple[Callable[..., list[float]], float]] = {
 """Name -> (function, default weight)."""
 
 
+def needs_answer(rewards: Sequence[Reward]) -> bool:
+    """Whether any of the rewards compares with the column "answer"."""
+    return any(reward.function in (answer_reward, match_reward) for reward in rewards)
+
+
 def text_of(completion: Any) -> str:
     """The text of a completion: itself, or that of its messages."""
     if isinstance(completion, str):

@@ -7,21 +7,14 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from keepsight.checkpoints.attention import check_attention
-from keepsight.data.check import CheckedData, Kind, OverLong, Policy, Progress, check_dataset
-from keepsight.data.collate import ConversationCollator
-from keepsight.data.mixing import check_sources
-from keepsight.data.mixture import for_evaluation
-from keepsight.data.reading import Source
-from keepsight.data.rehearsal import Rehearsal
+from keepsight.data.check import CheckedData
 from keepsight.installed import MissingExtraError
 from keepsight.tested import warn_of_untested
 from keepsight.train.run import output
-from keepsight.train.run.controls import hold_out
 from keepsight.train.run.engines import Engine
 from keepsight.train.run.plan import MemoryPlan
 from keepsight.train.run.settings import CommonSettings, RunSettings
@@ -94,63 +87,6 @@ def find_checkpoint(folder: Path, say: Say) -> Path | None:
     else:
         say(f"resuming from {checkpoint}")
     return checkpoint
-
-
-def check_data(
-    given: tuple[Any, str],
-    evaluated: tuple[Any, str] | None,
-    collator: ConversationCollator,
-    *,
-    kind: Kind,
-    text_only: Policy,
-    decode: bool,
-    hold: bool,
-    say: Say,
-    max_length: int | None = None,
-    over_long: OverLong = "error",
-    need_answer: bool = False,
-    on_check: Progress | None = None,
-) -> tuple[CheckedData, CheckedData | None]:
-    """Read and check data: columns, images, chat template, lengths, answers where a reward compares with them.
-
-    Args:
-        given: training data and their split.
-        evaluated: data to evaluate on and their split, if there are any.
-        collator: of the base's processor.
-        hold: without `evaluated`, whether a tenth of the data is held out for the comparison with controls.
-        say: receives lines for the user.
-        on_check: called after every sample of the training data.
-        kind, text_only, decode, max_length, over_long, need_answer: as in `check_dataset`.
-
-    Returns:
-        (for training, for evaluation)
-    """
-
-    def read(dataset: Any, split: str, progress: Progress | None = None) -> CheckedData:
-        def checked(source: Source) -> CheckedData:
-            counts, ignore = max_length is not None, source.reading.ignore
-            return check_dataset(
-                source,
-                kind=kind,
-                text_only=text_only,
-                decode=decode or counts,
-                rehearse=Rehearsal(collator, kind == "chat", count=counts, ignore=ignore),
-                max_length=max_length,
-                over_long=over_long,
-                need_answer=need_answer,
-                progress=progress,
-            )
-
-        return check_sources(dataset, split, checked).good()
-
-    data, held_out = read(*given, on_check), None
-    if evaluated is not None:
-        held_out = read(for_evaluation(evaluated[0]), evaluated[1])
-    elif hold:
-        data, held_out = hold_out(data)
-        many = "too few samples to hold any out" if held_out is None else f"{held_out.rows:,} samples are held out"
-        say(f"{many} for the comparison with the controls; {data.rows:,} train")
-    return data, held_out
 
 
 def say_data(data: CheckedData, what: str, loading: str, limit: int | None, say: Say) -> None:

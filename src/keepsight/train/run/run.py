@@ -12,176 +12,173 @@ import json
 import shutil
 import tempfile
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from keepsight.checkpoints.atomic import write_text
 from keepsight.checkpoints.sources import POLICY
 from keepsight.data.check import CheckedData
-from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.train.run import output, preflight
+from keepsight.errors import KeepsightError
+from keepsight.train.run import output
 from keepsight.train.run.accounting import CostMeter
+from keepsight.train.run.asked import Asked
 from keepsight.train.run.checksums import changed, checksums
+from keepsight.train.run.controls import Comparison, Outcome
 from keepsight.train.run.engines import Engine
 from keepsight.train.run.flops import ModelShape, parameter_count
-from keepsight.train.run.four_bit import load_base
-from keepsight.train.run.learner import Learner
-from keepsight.train.run.plan import MemoryPlan
 from keepsight.train.run.report import TrainReport
-from keepsight.train.run.settings import RunSettings
+from keepsight.train.run.settings import CommonSettings
 from keepsight.train.run.trainer import TrainingDivergedError
 
 FROZEN = "keepsight_frozen.json"
 """Digests of all frozen tensors at the very start of a run, for the check at its end, resumed or not."""
 
 
-Loaded = TypeVar("Loaded")
+Settings = TypeVar("Settings", bound=CommonSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Generic[Loaded]):
-    """A run that is about to start.
+class TrainJob(ABC, Generic[Settings]):
+    """A run that is about to start, or one of its controls. Each stage of a method is a subclass.
 
     A trainer is what transformers' Trainer is (`model`, `state`, `train`, `evaluate`, `save_model`), and knows more:
     `begin(meter, checkpoint)` before the first step, `tokens_seen`, and `told()`, what its report has beside the rest.
 
     Attributes:
-        name: in cost.json and in reports.
-        folder: gets everything.
+        name: of the stage, or "control lora", ...
+        base: the plain model.
+        asked: data, folder, who listens.
+        settings: of the stage.
         data: checked training data.
-        record: what a resumed run must agree on.
+        held_out: checked data to evaluate on.
         engine: what launched the processes.
-        load: reads the weights, those of a checkpoint if there is one, and puts on them what is trained.
-        build: what was loaded -> a trainer.
-        card: trainer -> the README of the result.
+        checkpoint: where to go on from.
         processor: saved with the result; None where the trainer saves its own.
-        report: the class of the report.
-        learns: whether anything is trained at all.
-        evaluates: whether there is evaluation data.
-        resume: go on from the last whole checkpoint.
-        overwrite: move what is in the folder aside.
     """
+
+    report: ClassVar[type[TrainReport]] = TrainReport
 
     name: str
-    folder: Path
+    base: str
+    asked: Asked
+    settings: Settings
     data: CheckedData
-    record: dict[str, Any]
+    held_out: CheckedData | None
     engine: Engine
-    load: Callable[[Path | None], Loaded]
-    build: Callable[[Loaded], Any]
-    card: Callable[[Any], str]
+    checkpoint: Path | None
     processor: Any = None
-    report: type[TrainReport] = TrainReport
-    learns: bool = True
-    evaluates: bool = False
-    resume: bool = False
-    overwrite: bool = False
 
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """What a resumed run must agree on."""
 
-def execute(run: Run, checkpoint: Path | None, say: preflight.Say) -> Any:
-    """Load, train, evaluate, check, save.
+    @abstractmethod
+    def load(self) -> Any:
+        """Read the weights, those of the checkpoint if there is one, and put on them what is trained."""
 
-    Args:
-        run: what to do.
-        checkpoint: where to go on from.
-        say: receives lines for the user.
+    @abstractmethod
+    def trainer(self, loaded: Any) -> Any:
+        """A trainer of what `load` returned."""
 
-    Returns:
-        A `run.report`.
+    @abstractmethod
+    def card(self, trainer: Any) -> str:
+        """The README of the result."""
 
-    Raises:
-        TrainingDivergedError: if the loss becomes NaN or infinite; earlier checkpoints stay.
-        KeepsightError: if a frozen tensor changed.
-    """
-    folder, is_main = run.folder, run.engine.is_main
-    loaded = run.load(checkpoint)
-    if is_main:
-        if run.overwrite and (moved := output.move_aside(folder)) is not None:
-            say(f"{folder} held something; it is now {moved}")
-        folder.mkdir(parents=True, exist_ok=True)
-        output.clear_halves(folder)
-        output.write_record(folder, run.record)
+    @property
+    def learns(self) -> bool:
+        """Whether anything is trained at all."""
+        return True
 
-    trainer = run.build(loaded)
-    named = list(trainer.model.named_parameters())
-    trained = {name for name, parameter in named if parameter.requires_grad}
-    sizes = {name: parameter_count(parameter) for name, parameter in named}
-    trainable = sum(sizes[name] for name in trained)
-    shape = ModelShape.of(trainer.model)
-    meter = CostMeter(folder, run.name, shape, trainable, run.resume and not run.overwrite)
-    trainer.begin(meter, checkpoint)
-    before = checksums(trainer.model, trained)
-    if is_main and before is not None:
-        before = _at_the_start(folder, before, checkpoint is not None)
+    @property
+    def title(self) -> str:
+        """In cost.json and in tables of costs."""
+        return self.name
 
-    started = time.perf_counter()
-    if run.learns:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-        _check_finite(trainer.model)
-    seconds = time.perf_counter() - started
-    metrics = _numbers(trainer.evaluate()) if run.evaluates else {}
-    after = checksums(trainer.model, trained)
-    if is_main and before is not None and after is not None:
-        _check_unchanged(before, after, folder)
-    if run.learns:
-        _save(trainer, run)
-    state, resumed_from = trainer.state, None if checkpoint is None else output.step_of(checkpoint)
-    meter.steps = state.global_step - (resumed_from or 0)
-    logged = [entry for entry in state.log_history if entry.get("loss") is not None]
-    report = run.report(
-        output_dir=folder,
-        steps=state.global_step,
-        resumed_from=resumed_from,
-        trainable=trainable,
-        frozen=sum(sizes.values()) - trainable,
-        untouched=None if after is None else len(after),
-        first=logged[0] if logged else {},
-        last=logged[-1] if logged else {},
-        tokens=trainer.tokens_seen,
-        seconds=seconds,
-        data=run.data,
-        metrics=metrics,
-        cost=meter.write(),
-        **trainer.told(),
-    )
-    trainer.model = trainer.model_wrapped = None  # a control may follow, and needs the room
-    gc.collect()
-    return report
+    def train(self) -> Any:
+        """Load, train, evaluate, check, save.
 
+        Returns:
+            A `report`.
 
-def load_learner(
-    base: str,
-    learner: Learner,
-    settings: RunSettings,
-    plan: MemoryPlan,
-    engine: Engine,
-    checkpoint: Path | None = None,
-) -> tuple[Any, Learner]:
-    """A base with what is trained put on it, as a checkpoint has it if one is given; and what there is to learn on."""
-    learner, trained_base = (learner, None) if checkpoint is None else learner.resumed(checkpoint)
-    dtype, device = _dtype(learner, settings, plan, engine), preflight.base_device(settings, engine)
-    model, _ = load_base(trained_base or base, base, settings, dtype, device)
-    model.name_or_path = model.config.name_or_path = base
-    return learner.put_on(model, settings.seed, autocast=engine.name != "zero3"), learner
+        Raises:
+            TrainingDivergedError: if the loss becomes NaN or infinite; earlier checkpoints stay.
+            KeepsightError: if a frozen tensor changed, or the run was started with other settings.
+        """
+        asked, folder, is_main, checkpoint = self.asked, self.asked.folder, self.engine.is_main, self.checkpoint
+        record = self.record()
+        if checkpoint is not None:
+            output.check_record(folder, record)
+        loaded = self.load()
+        if is_main:
+            if asked.overwrite and (moved := output.move_aside(folder)) is not None:
+                asked.say(f"{folder} held something; it is now {moved}")
+            folder.mkdir(parents=True, exist_ok=True)
+            output.clear_halves(folder)
+            output.write_record(folder, record)
 
+        trainer = self.trainer(loaded)
+        named = list(trainer.model.named_parameters())
+        trained = {name for name, parameter in named if parameter.requires_grad}
+        sizes = {name: parameter_count(parameter) for name, parameter in named}
+        trainable = sum(sizes[name] for name in trained)
+        shape = ModelShape.of(trainer.model)
+        meter = CostMeter(folder, self.title, shape, trainable, asked.resume and not asked.overwrite)
+        trainer.begin(meter, checkpoint)
+        before = checksums(trainer.model, trained)
+        if is_main and before is not None:
+            before = _at_the_start(folder, before, checkpoint is not None)
 
-def _dtype(learner: Learner, settings: RunSettings, plan: MemoryPlan, engine: Engine) -> str:
-    """A language model that is trained needs float32: updates of 1e-6 are lost in bfloat16's eight bits."""
-    chosen = preflight.base_dtype(settings, plan)
-    if learner.policy != "full" or engine.name.startswith("zero"):  # DeepSpeed keeps float32 copies itself
-        return chosen
-    if settings.dtype == "bfloat16":
-        warnings.warn(
-            "--dtype bfloat16 with a language model that is trained as a whole: most updates are smaller than its "
-            "eight bits can show, and are lost. Leave --dtype out; matrices are multiplied in bfloat16 all the same.",
-            KeepsightWarning,
-            stacklevel=2,
+        started = time.perf_counter()
+        if self.learns:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+            _check_finite(trainer.model)
+        seconds = time.perf_counter() - started
+        metrics = _numbers(trainer.evaluate()) if self.held_out is not None else {}
+        after = checksums(trainer.model, trained)
+        if is_main and before is not None and after is not None:
+            _check_unchanged(before, after, folder)
+        if self.learns:
+            _save(trainer, self)
+        state, resumed_from = trainer.state, None if checkpoint is None else output.step_of(checkpoint)
+        meter.steps = state.global_step - (resumed_from or 0)
+        logged = [entry for entry in state.log_history if entry.get("loss") is not None]
+        report: Any = self.report(
+            output_dir=folder,
+            steps=state.global_step,
+            resumed_from=resumed_from,
+            trainable=trainable,
+            frozen=sum(sizes.values()) - trainable,
+            untouched=None if after is None else len(after),
+            first=logged[0] if logged else {},
+            last=logged[-1] if logged else {},
+            tokens=trainer.tokens_seen,
+            seconds=seconds,
+            data=self.data,
+            metrics=metrics,
+            cost=meter.write(),
+            **trainer.told(),
         )
-        return chosen
-    return "float32"
+        trainer.model = trainer.model_wrapped = None  # a control may follow, and needs the room
+        gc.collect()
+        return report
+
+    def beside(self, report: Any, outcomes: Iterable[Outcome], note: str) -> Any:
+        """The report of this run with that of its controls.
+
+        Args:
+            report: of this run.
+            outcomes: of this run, then of its controls, which may be trained while this is read.
+            note: what a reader of the comparison must know.
+        """
+        if not self.asked.controls:
+            return report
+        comparison = Comparison(tuple(outcomes), note)
+        if self.engine.is_main:
+            comparison.write(self.asked.folder)
+        return replace(report, comparison=comparison)
 
 
 def _at_the_start(folder: Path, now: dict[str, str], resumed: bool) -> dict[str, str]:
@@ -225,20 +222,20 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _save(trainer: Any, run: Run) -> None:
+def _save(trainer: Any, job: TrainJob) -> None:
     """Write everything into a hidden folder, then move it into place: no half-written file is ever seen."""
-    folder, is_main = run.folder, run.engine.is_main
+    folder, is_main = job.asked.folder, job.engine.is_main
     temporary = (
         Path(tempfile.mkdtemp(prefix=output.SAVING, dir=folder)) if is_main else folder / f"{output.SAVING}other"
     )
     trainer.save_model(str(temporary))
-    card = run.card(trainer)  # on all processes: it reads gates, which FSDP spreads over them
+    card = job.card(trainer)  # on all processes: it reads gates, which FSDP spreads over them
     if is_main:
         shutil.rmtree(temporary / "ref", ignore_errors=True)  # TRL's copy of the memory as it was, for a KL term
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle, and checkpoints have it for resuming
         (temporary / "README.md").write_text(card)
-        if run.processor is not None:
-            run.processor.save_pretrained(temporary)
+        if job.processor is not None:
+            job.processor.save_pretrained(temporary)
             if (temporary / POLICY / "config.json").is_file():
-                run.processor.save_pretrained(temporary / POLICY)
+                job.processor.save_pretrained(temporary / POLICY)
         output.put_in_place(temporary, folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -11,15 +11,12 @@ from typing import Any
 
 from peft import PeftConfig
 
-from keepsight.data.check import CheckedData
 from keepsight.train.rewards.rewards import Reward
-from keepsight.train.run import output, preflight
+from keepsight.train.run import preflight
 from keepsight.train.run.accounting import RunCost
-from keepsight.train.run.controls import WHAT, Comparison, Control, Outcome, control_folder
-from keepsight.train.run.engines import Engine
+from keepsight.train.run.controls import WHAT, Control, Outcome, control_folder
 from keepsight.train.run.report import TrainReport, base_lines, mix_lines, result_card
-from keepsight.train.run.run import Run, execute
-from keepsight.train.run.trainer import OnLog
+from keepsight.train.run.run import TrainJob
 from keepsight.train.vismem.loading import LoadedStage, load_control, plan_vismem
 from keepsight.train.vismem.prompts import CheckedSamples
 from keepsight.train.vismem.settings import FormationSettings, InvocationSettings, RlSettings
@@ -55,117 +52,85 @@ class VisMemReport(TrainReport):
         return int(self.last.get("tokens_trained", 0))
 
 
-@dataclass(frozen=True)
-class StageJob:
-    """A stage that is about to be trained, or one of its controls.
+@dataclass(frozen=True, kw_only=True)
+class StageJob(TrainJob[RlSettings]):
+    """A stage that is about to be trained, or one of its controls; see `TrainJob`.
 
     Attributes:
-        name: "formation", "invocation", "control lora", ...
         source: where the model comes from.
-        base: the plain model.
         config: of the memory; None for a control.
-        folder: gets everything.
-        settings: of the stage.
         rewards: what is scored.
-        data: checked questions.
-        held_out: checked questions to evaluate on.
-        engine: what launched the processes.
-        resume, overwrite: what to do with what is in the folder.
-        say, on_log: who listens.
+        start: reads the weights.
+        parameters: of a control: how many a LoRA is to match.
     """
 
-    name: str
+    report = VisMemReport
+
     source: str
-    base: str
     config: VisMemConfig | None
-    folder: Path
-    settings: RlSettings
     rewards: list[Reward]
-    data: CheckedData
-    held_out: CheckedData | None
-    engine: Engine
-    resume: bool
-    overwrite: bool
-    say: preflight.Say
-    on_log: OnLog | None
+    start: Callable[[], LoadedStage]
+    parameters: int | None = None
 
-    def train(self, load: Callable[[], LoadedStage], **more: Any) -> VisMemReport:
-        """Load, train, evaluate, save.
+    @property
+    def title(self) -> str:
+        """In cost.json and in tables of costs."""
+        return f"vismem {self.name}"
 
-        Args:
-            load: reads the weights; called after everything is checked.
-            more: what else a resumed run must agree on.
-        """
-        record = self._record() | more
-        checkpoint = preflight.find_checkpoint(self.folder, self.say) if self.resume else None
-        if checkpoint is not None:
-            output.check_record(self.folder, record)
+    def load(self) -> LoadedStage:
+        """The model with what is trained on it; a checkpoint is read by the trainer."""
+        found = self.start()
+        if self.engine.is_main:
+            self._check_space(found)
+        return found
 
-        def loaded(_: Path | None) -> LoadedStage:
-            found = load()
-            if self.engine.is_main:
-                self._check_space(found)
-            return found
-
-        run = Run(
-            name=f"vismem {self.name}",
-            folder=self.folder,
-            data=self.data,
-            record=record,
-            engine=self.engine,
-            load=loaded,
-            build=partial(self._trainer, record),
-            card=self._card,
-            report=VisMemReport,
-            evaluates=self.held_out is not None,
-            resume=self.resume,
-            overwrite=self.overwrite,
-        )
-        report: VisMemReport = execute(run, checkpoint, self.say)
-        self.say(
+    def train(self) -> VisMemReport:
+        """Load, train, evaluate, check, save."""
+        report: VisMemReport = super().train()
+        self.asked.say(
             f"{report.changed} trained tensors changed; no bit of any of the other {report.untouched} did (digests "
             "before and after)"
         )
         return report
 
-    def beside(self, report: VisMemReport, controls: Sequence[Control]) -> VisMemReport:
-        """Train the controls, and set them beside the memory."""
-        if not controls:
-            return report
-        _, parameters = plan_vismem(self.base, self.config)
-        words = {"formation": "the memory, invoked at random", "invocation": "the memory, invoked by the model"}
-        outcomes = [_outcome("vismem", words[self.name], report, self.settings.lr)]
-        for control in controls:
-            if control.name == "none":
-                outcomes.append(_untrained(report))
-                continue
-            own = replace(
-                self,
-                name=f"control {control.name}",
-                source=self._start(control),
-                config=None,
-                folder=control_folder(self.folder, control),
-                settings=replace(self.settings, lr=control.rate(self.settings.lr)),
-                overwrite=False,
-            )
-            self.say(f"{own.name} in {own.folder}, from {own.source}")
-            if own.engine.is_main:
-                output.check_output(own.folder, own.resume)
-            load = partial(load_control, own.source, own.base, control, parameters, own.settings, own.say)
-            trained = own.train(load, parameters=parameters)
-            outcomes.append(_outcome(control.name, WHAT[control.name], trained, own.settings.lr))
-        held = self.held_out
+    def with_controls(self) -> VisMemReport:
+        """Train; then train the controls, and set them beside the memory."""
+        report, held = self.train(), self.held_out
         about = "no questions were held out" if held is None else f"evaluated on {held.rows:,} held-out questions"
-        comparison = Comparison(
-            tuple(outcomes),
+        note = (
             f"The same questions, steps and seeds, GRPO for all; {about}, one sampled answer each, from the same "
             "seeds. Controls are rewarded by the score itself: without a memory there is no gain from one."
-            + " They go on from those of the same name beside stage I, where there are some; else they start from the "
-            "base and have stage II's steps alone." * (self.name == "invocation"),
         )
-        if self.engine.is_main:
-            comparison.write(self.folder)
-        return replace(report, comparison=comparison)
+        if self.name == "invocation":
+            note += (
+                " They go on from those of the same name beside stage I, where there are some; else they start from "
+                "the base and have stage II's steps alone."
+            )
+        return self.beside(report, self._outcomes(report), note)
+
+    def _outcomes(self, report: VisMemReport) -> Iterator[Outcome]:
+        words = {"formation": "the memory, invoked at random", "invocation": "the memory, invoked by the model"}
+        yield _outcome("vismem", words[self.name], report, self.settings.lr)
+        _, parameters = plan_vismem(self.base, self.config)
+        for control in self.asked.controls:
+            if control.name == "none":
+                yield _untrained(report)
+                continue
+            asked, source = self.asked.of_control(control), self._start(control)
+            settings = replace(self.settings, lr=control.rate(self.settings.lr))
+            job = replace(
+                self,
+                name=f"control {control.name}",
+                source=source,
+                config=None,
+                asked=asked,
+                settings=settings,
+                start=partial(load_control, source, self.base, control, parameters, settings, asked.say),
+                parameters=parameters,
+                checkpoint=asked.checkpoint(),
+            )
+            asked.say(f"{job.name} in {asked.folder}, from {source}")
+            yield _outcome(control.name, WHAT[control.name], job.train(), settings.lr)
 
     def _start(self, control: Control) -> str:
         """Where a control starts: where its own stage I left it, if that is beside the memory's; else at the base."""
@@ -173,7 +138,7 @@ class StageJob:
         kept = "config.json" if control.name == "sft" else "adapter_config.json"
         return str(before) if (before / kept).is_file() else self.base
 
-    def _record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed."""
         free = {"logging_steps", "save_steps", "keep_checkpoints", "report_to", "device", "rows_per_rollout"}
         general = {f.name for f in fields(PeftConfig)} | {"token_ids", "delimiter_ids"}
@@ -185,6 +150,7 @@ class StageJob:
             **self.data.agreed(),
             "rewards": [f"{reward.name}={reward.weight:g}" for reward in self.rewards],
             **({} if self.config is None else {name: getattr(self.config, name) for name in names}),
+            **({} if self.parameters is None else {"parameters": self.parameters}),
             **{name: value for name, value in asdict(self.settings).items() if name not in free},
         }
 
@@ -194,13 +160,15 @@ class StageJob:
         steps = preflight.total_steps(settings, math.ceil(self.data.rows / settings.batch_size))
         trained = sum(p.numel() for p in loaded.stage.trained().values())
         memory = sum(p.numel() for p in loaded.stage.memory.parameters())
-        there = len(list(self.folder.glob("checkpoint-*"))) if self.resume else 0
-        preflight.check_space(self.folder, trained, memory + trained, steps, settings, there)
+        folder = self.asked.folder
+        there = len(list(folder.glob("checkpoint-*"))) if self.asked.resume else 0
+        preflight.check_space(folder, trained, memory + trained, steps, settings, there)
 
-    def _trainer(self, record: dict[str, Any], loaded: LoadedStage) -> VisMemTrainer:
+    def trainer(self, loaded: LoadedStage) -> VisMemTrainer:
+        """A trainer of what was loaded."""
         from accelerate import Accelerator
 
-        trackers = list(self.settings.report_to) or None
+        trackers, folder = list(self.settings.report_to) or None, self.asked.folder
         return VisMemTrainer(
             loaded.model,
             loaded.processor,
@@ -208,15 +176,15 @@ class StageJob:
             self.rewards,
             loaded.stage,
             eval_samples=None if self.held_out is None else CheckedSamples(self.held_out),
-            folder=self.folder,
+            folder=folder,
             save=loaded.save,
-            accelerator=Accelerator(cpu=not self.settings.on_gpu, log_with=trackers, project_dir=str(self.folder)),
-            on_log=self.on_log,
-            say=self.say,
-            record=record,
+            accelerator=Accelerator(cpu=not self.settings.on_gpu, log_with=trackers, project_dir=str(folder)),
+            on_log=self.asked.on_log,
+            say=self.asked.say,
+            record=self.record(),
         )
 
-    def _card(self, trainer: VisMemTrainer) -> str:
+    def card(self, trainer: VisMemTrainer) -> str:
         """The README of the result."""
         settings, stage, state, config = self.settings, trainer.stage, trainer.state, self.config
         first, last = (line.get("reward", math.nan) for line in (state.log_history[0], state.log_history[-1]))

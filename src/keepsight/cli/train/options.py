@@ -17,7 +17,7 @@ from keepsight.train.run.settings import REWARDS_HELP
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class TrainOptions:
     """What to train on, and where to."""
 
     dataset: tuple[str, ...] = setting(
@@ -114,7 +114,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisMemJob(Job):
+class VisMemTrainOptions(TrainOptions):
     """The same for a VisMem's stages."""
 
     text_only: Literal["error", "skip", "keep"] = setting(
