@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from keepsight.diagnose.reader import Reader
 from keepsight.diagnose.results import Diagnosis, Written
 from keepsight.diagnose.settings import Settings
 from keepsight.diagnose.task import KnownTask
-from keepsight.diagnose.writing import Progress, Writer
+from keepsight.diagnose.writing import MeteredWriter, Progress
 from keepsight.errors import KeepsightError
 
 
@@ -66,7 +67,7 @@ def examine(
             f"This model carries no {settings.memory} that is switched on, so there is none to examine."
         )
     diagnosis = Diagnosis(model=_facts(model, memory), settings=settings.as_dict())
-    run = _Run(reader, memory, diagnosis, settings, progress or (lambda stage, done, total: None), task)
+    run = _Examination(reader, memory, diagnosis, settings, progress or (lambda stage, done, total: None), task)
     try:
         run.prepare(list(samples))
         run.curves()
@@ -82,7 +83,7 @@ def examine(
     return diagnosis
 
 
-class _Run:
+class _Examination:
     """The stages. Each writes what it finds into the diagnosis at once, so that stopping loses nothing."""
 
     def __init__(
@@ -96,7 +97,7 @@ class _Run:
     ):
         self.reader, self.memory, self.diagnosis, self.task = reader, memory, diagnosis, task
         self.settings, self.progress = settings, progress
-        self.writer = Writer(reader, memory, settings, progress, task)
+        self.writer = MeteredWriter(reader, memory, settings, progress, task)
         self.samples: list[Sample] = []
         self.cases: list[Case] = []
         self.by_length: list[Case] = []
@@ -192,21 +193,11 @@ class _Run:
         given: dict[str, Any] = {"cases": self.cases} if self.cases else {"samples": self.samples}
         given |= {"steps": self.settings.causal_steps, "seed": self.settings.seed}
         battery = Battery(self.reader, **given, memory=self.memory)
-        self.progress("tampering", 0, len(battery))
-        try:
-            for done in battery.run():
-                self.progress("tampering", done, len(battery))
-        finally:
-            self.diagnosis.causal = battery.result()
+        self._measure("tampering", battery, partial(setattr, self.diagnosis, "causal"))
         for kind, single in ({} if self.memory is None else self.memory.single_types()).items():
             battery = Battery(self.reader, **given, memory=single, only=("off", "other image"))
-            label = f"tampering, {kind} memory only"
-            self.progress(label, 0, len(battery))
-            try:
-                for done in battery.run():
-                    self.progress(label, done, len(battery))
-            finally:
-                self.diagnosis.causal_by_type[kind] = battery.result()
+            keep = partial(self.diagnosis.causal_by_type.__setitem__, kind)
+            self._measure(f"tampering, {kind} memory only", battery, keep)
 
     def invocations(self) -> None:
         """VisMem: where memories are invoked along many outputs."""
@@ -220,24 +211,14 @@ class _Run:
             self.writer.temperature,
             exact=self.task is not None and self.task.exact,
         )
-        self.progress("invocations", 0, len(count))
-        try:
-            for done in count.run():
-                self.progress("invocations", done, len(count))
-        finally:
-            self.diagnosis.invocations = count.result()
+        self._measure("invocations", count, partial(setattr, self.diagnosis, "invocations"))
 
     def probe(self) -> None:
         """VisMem: what its latents hold."""
         if not isinstance(self.memory, VisMemHandle):
             return
         probe = Probe(self.reader, self.memory, self.samples, self.settings.probe_images, self.settings.seed, self.task)
-        self.progress("probing latents", 0, len(probe))
-        try:
-            for done in probe.run():
-                self.progress("probing latents", done, len(probe))
-        finally:
-            self.diagnosis.probes = probe.result()
+        self._measure("probing latents", probe, partial(setattr, self.diagnosis, "probes"))
 
     def _note_memory(self) -> None:
         memory, notes = self.memory, self.diagnosis.notes
@@ -257,12 +238,16 @@ class _Run:
                 self.diagnosis.notes.append('The control has no effect without references ("answer" in the dataset).')
             return
         score = LengthScore(self.reader, cases, free, self.settings.steps, control)
-        self.progress("score by length", 0, len(score))
+        self._measure("score by length", score, partial(setattr, self.diagnosis, "lengths"))
+
+    def _measure(self, label: str, part: Battery | InvocationCount | Probe | LengthScore, keep: Any) -> None:
+        """Run a part step by step, and keep what it has found, also where it is stopped."""
+        self.progress(label, 0, len(part))
         try:
-            for done in score.run():
-                self.progress("score by length", done, len(score))
+            for done in part.run():
+                self.progress(label, done, len(part))
         finally:
-            self.diagnosis.lengths = score.result()
+            keep(part.result())
 
 
 def _facts(model: Any, memory: Memory | None) -> dict[str, Any]:
@@ -277,9 +262,9 @@ def _facts(model: Any, memory: Memory | None) -> dict[str, Any]:
         "softmax_layers": softmax,
         "attention": getattr(backbone.text_config, "_attn_implementation", None),
         "memory": None if memory is None else memory.method,
-        "memory_layers": [] if memory is None else memory.layers,
-        "memory_latents": {} if memory is None else memory.sizes,
-        "gates": {} if memory is None else memory.gates,
+        "memory_layers": [] if memory is None else list(memory.layers),
+        "memory_latents": {} if memory is None else dict(memory.sizes),
+        "gates": {} if memory is None else dict(memory.gates),
         "keepsight": keepsight.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

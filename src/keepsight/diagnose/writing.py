@@ -25,7 +25,7 @@ Progress = Callable[[str, int, int], None]
 """Called as `progress(stage, done, total)`."""
 
 
-class Writer:
+class MeteredWriter:
     """Writes with the meters on.
 
     Args:
@@ -91,7 +91,7 @@ class Writer:
 class _Output:
     """One output while it is written."""
 
-    def __init__(self, writer: Writer, sample: Sample, label: str, off: bool, overlay: bool):
+    def __init__(self, writer: MeteredWriter, sample: Sample, label: str, off: bool, overlay: bool):
         settings, reader = writer.settings, writer.reader
         self.writer, self.sample, self.off = writer, sample, off
         layers = None if settings.layers == "all" else settings.layers

@@ -93,7 +93,7 @@ class TrainPlan:
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainStep:
     """What one optimiser step was like.
 
     Attributes:
@@ -111,7 +111,7 @@ class Step:
     gates: list[float]
 
 
-Watch = Callable[[Step], None]
+Watch = Callable[[TrainStep], None]
 """Called after every optimiser step."""
 
 
@@ -257,7 +257,7 @@ def fit(
         if progress is not None:
             progress(step + 1, total)
         if watch is not None:
-            watch(Step(step + 1, covered, loss.item(), right, [float(p.detach()) for p in gates]))
+            watch(TrainStep(step + 1, covered, loss.item(), right, [float(p.detach()) for p in gates]))
             model.train()
     return Trained(
         model=model.eval(),

@@ -23,8 +23,6 @@ what made the vision encoder run), and checks at the end of each call that it go
 from __future__ import annotations
 
 import inspect
-import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,28 +30,13 @@ from torch import nn
 
 from keepsight.backbone import Backbone
 from keepsight.compat import find_cache, find_output_cache
-from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.errors import KeepsightError
 from keepsight.peft_method import refuse_adapter_names
 from keepsight.pvm.branch import MEMORY, MIXER, MLP, NORM, flights
 from keepsight.pvm.cache import VisualCache
+from keepsight.pvm.finding import ASK, Given, ImageFinder
 from keepsight.pvm.memory import VisualMemory
 from keepsight.pvm.packing import find_packing
-from keepsight.pvm.scope import positions_at, positions_given
-
-
-@dataclass
-class Given:
-    """One call of the VLM, while it runs.
-
-    Attributes:
-        arguments: by name.
-        tower_ran: the vision encoder ran in it.
-        decoder_ran: its decoder was called.
-    """
-
-    arguments: dict[str, Any]
-    tower_ran: bool = False
-    decoder_ran: bool = False
 
 
 class PvmRoute:
@@ -64,7 +47,7 @@ class PvmRoute:
     """
 
     def __init__(self, backbone: Backbone):
-        self.backbone = backbone
+        self.backbone, self.images = backbone, ImageFinder(backbone)
         self.branches: dict[int, Any] = {}  # layer index -> PvmBranch
         vlm, decoder = backbone.vlm, backbone.decoder
         self._vlm_arguments = list(inspect.signature(vlm.forward).parameters)
@@ -114,29 +97,19 @@ class PvmRoute:
         if output is not None and call is not None and not call.decoder_ran and self._is_on:
             raise KeepsightError(
                 f"{type(vlm).__name__} ran, and {self.backbone.decoder_path} was not called as a module inside it, "
-                "where the visual memory waits for what enters the decoder. " + _ASK
+                "where the visual memory waits for what enters the decoder. " + ASK
             )
-
-    def _modalities(self, call: Given | None) -> set[str]:
-        """Which kinds of images the call brings, by its arguments, or because the vision encoder ran."""
-        if call is None:
-            return set()
-        found = self.backbone.given_modalities(call.arguments)
-        if not found and call.tower_ran:
-            found = {modality for modality, _ in self.backbone.family.visual_tokens}
-        return found
 
     # The decoder
 
     def _make_memory(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if torch.compiler.is_compiling() and self._is_on and self._may_bring_images(flights.here.call, args, kwargs):
+        if (
+            torch.compiler.is_compiling()
+            and self._is_on
+            and self.images.may_be_brought(flights.here.call, args, kwargs)
+        ):
             return _outside_of_graphs(self._make, decoder, args, kwargs)
         return self._make(decoder, args, kwargs)
-
-    def _may_bring_images(self, call: Given | None, args: tuple, kwargs: dict) -> bool:
-        """Whether the call must be looked at: it brings images, or embeddings of which nobody knows what they hold."""
-        given = self.backbone.decoder_input(args, kwargs) if call is None else call.arguments.get("inputs_embeds")
-        return given is not None or bool(self._modalities(call))
 
     def _make(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call, flights.here.reached = flights.here.call, {}
@@ -149,7 +122,7 @@ class PvmRoute:
             flights.here.encoded = False
             raise KeepsightError(
                 f"The vision encoder ran and {self.backbone.decoder_path} was called, but not as a part of a call of "
-                f"{type(self.backbone.vlm).__name__}, where the visual memory learns what is an image. " + _ASK
+                f"{type(self.backbone.vlm).__name__}, where the visual memory learns what is an image. " + ASK
             )
         cache = find_cache(args, kwargs)
         past = VisualCache.of(cache)
@@ -167,7 +140,7 @@ class PvmRoute:
                 )
         else:
             start = 0
-        mask, embeds = self._visual_mask(call, args, kwargs, start)
+        mask, embeds = self.images.found(call, args, kwargs, start, self._reads)
         if mask is None:
             memory = VisualMemory(past=past)
         else:
@@ -175,74 +148,6 @@ class PvmRoute:
             packing = find_packing(kwargs, embeds, self.backbone.text_config, self._fills_cache(decoder, cache, kwargs))
             memory = VisualMemory(embeds, mask, past, int(start), packing)
         return args, {**kwargs, MEMORY: memory}
-
-    def _visual_mask(
-        self, call: Given | None, args: tuple, kwargs: dict, start: Any
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Where images stand in this call [B, T], and what enters the decoder [B, T, D]; None, None without images."""
-        modalities = self._modalities(call)
-        if modalities:
-            assert call is not None
-            mask = self.backbone.visual_mask(
-                call.arguments.get("input_ids"), call.arguments.get("inputs_embeds"), modalities
-            )
-            if not mask.any():
-                raise KeepsightError(
-                    f"The call brings visual input ({_names(call)}), and no position of it is visual: looked for the "
-                    f"token ids {list(self.backbone.visual_token_ids(modalities))} in input_ids (or their embeddings "
-                    "in inputs_embeds) and found none. A memory would have nothing to remember. Give the prompt its "
-                    "placeholder tokens (the processor's chat template writes them), or no pixels."
-                )
-        elif self._may_bring_images(call, args, kwargs):
-            mask = None
-        else:
-            return None, None
-        embeds = self.backbone.decoder_input(args, kwargs)
-        if embeds is None:
-            if mask is None:
-                return None, None
-            raise KeepsightError(
-                f"The call brings visual input, and {self.backbone.decoder_path} was given no embeddings: looked for a "
-                f"floating-point tensor [B, T, {self.backbone.text_config.hidden_size}] among its arguments "
-                f"({', '.join(kwargs) or 'none by name'}). " + _ASK
-            )
-        if mask is None:
-            mask = self._told_mask(call, kwargs, start, embeds)
-            if mask is None:
-                return None, None
-        if mask.shape != embeds.shape[:2]:
-            raise KeepsightError(
-                f"The VLM was given {list(mask.shape)} rows and positions and its decoder {list(embeds.shape[:2])}, so "
-                "the visual memory cannot tell where the images stand. " + _ASK
-            )
-        return mask, embeds
-
-    def _told_mask(self, call: Given | None, kwargs: dict, start: Any, embeds: torch.Tensor) -> torch.Tensor | None:
-        """Where the caller says that images stand [B, T] in finished embeddings [B, T, D]; None without images."""
-        if not positions_given():
-            ours = call is None and any(name.startswith("keepsight_") for name in kwargs)  # a VisMem forms a memory
-            if self._reads and not ours:
-                warnings.warn(
-                    "inputs_embeds were given and no pixels: if images are in them, the visual memory cannot know, and "
-                    "is without them. Say where they stand: `with keepsight.pvm.visual_positions(mask):` around the "
-                    "call (mask: bool [B, T], true at visual positions; all false says that there is no image).",
-                    KeepsightWarning,
-                    stacklevel=2,
-                )
-            return None
-        mask = positions_at(int(start), *embeds.shape[:2]).to(embeds.device)
-        if not mask.any():
-            return None
-        lacking = self.backbone.lacking_beside(kwargs, mask, None if call is None else call.arguments)
-        if lacking:
-            warnings.warn(
-                f"{self.backbone.family.name} brings more of an image to its decoder than embeddings; inputs_embeds "
-                f"came without {' and without '.join(lacking)}. The memory reads the images; the model itself, memory "
-                "on or off, computes something else than from pixels. Give pixel_values and input_ids where you can.",
-                KeepsightWarning,
-                stacklevel=2,
-            )
-        return mask
 
     def _fills_cache(self, decoder: Any, cache: Any, kwargs: dict) -> bool:
         """Whether the call will write to a KV cache, as far as can be known before it."""
@@ -274,12 +179,12 @@ class PvmRoute:
             raise KeepsightError(
                 f"{self.backbone.decoder_path} was to fill a KV cache, and no KV cache was found: looked for "
                 f"an instance of transformers' Cache among its arguments ({', '.join(kwargs)}) and in its output "
-                f"({type(output).__name__}). The next call would be without its memory. " + _ASK
+                f"({type(output).__name__}). The next call would be without its memory. " + ASK
             )
 
     def _note_missed(self, cache: Any, args: tuple, kwargs: dict) -> None:
         """The memory is off, and may be on when this cache is used again: say in it whether it will lack an image."""
-        has_image, kept = bool(self._modalities(flights.here.call)), VisualCache.of(cache)
+        has_image, kept = bool(self.images.modalities(flights.here.call)), VisualCache.of(cache)
         if not has_image and kept is not None:
             return
         embeds = self.backbone.decoder_input(args, kwargs)
@@ -306,17 +211,13 @@ class PvmRoute:
             raise KeepsightError(
                 f"Decoder layer {index} ran without its visual memory, which {found}: looked for calls, as modules, of "
                 f"{type(Backbone.mixer(layer)).__name__}, {parts.enter} and {parts.leave} inside "
-                f"{type(layer).__name__}. " + _COMPILED + _ASK
+                f"{type(layer).__name__}. " + _COMPILED + ASK
             )
 
 
 _COMPILED = (
     "If the model is compiled, set torch._dynamo.config.skip_nnmodule_hook_guards = False before: torch.compile runs "
     "one layer's graph for the next, and by default does not look at their hooks. "
-)
-_ASK = (
-    "This release of transformers, or a change to the model, takes another way than keepsight knows: install a release "
-    "that keepsight was tested with (docs/compatibility.md), or switch the memory off (keepsight.pvm.memory_off)."
 )
 
 
@@ -334,13 +235,6 @@ def _note_tower(tower: nn.Module, args: tuple, output: Any) -> None:
         flights.here.call.tower_ran = True
     else:  # `generate` encodes the images before it calls the model
         flights.here.encoded = True
-
-
-def _names(call: Given) -> str:
-    names = [
-        name for name, value in call.arguments.items() if isinstance(value, torch.Tensor) and value.is_floating_point()
-    ]
-    return ", ".join(names) or "the vision encoder ran"
 
 
 def _refuse_foreign(cache: Any) -> None:

@@ -22,37 +22,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from keepsight.diagnose.battery.halfway import difference, half_way, summarised
-from keepsight.diagnose.battery.verdict import (
-    ENOUGH_LOGPROB,
-    ENOUGH_SCORE,
-    CausalResult,
-    Condition,
-    Verdict,
-    verdict_from,
-)
+from keepsight.diagnose.battery.halfway import difference, half_way
+from keepsight.diagnose.battery.tally import CONDITIONS, Tally
+from keepsight.diagnose.battery.verdict import CausalResult
 from keepsight.diagnose.cases import Case, Sample, stand_in_images
 from keepsight.diagnose.memories.find import memory_of
 from keepsight.diagnose.memories.interface import Inputs, Memory, Plan
 from keepsight.diagnose.memories.tampering import Contents, matched_noise, mixed_from, scaled, taken_from, zeroed
 from keepsight.diagnose.reader import Reader
-from keepsight.diagnose.statistics import Estimate, estimate
 
 DONORS = 3
 MOST_OTHERS = 8  # other images that a mixture draws from
-BLOCK = 16  # tokens per unit where samples are too few to be the units
-FEW = 5  # below so many samples, answers or blocks of tokens are the units
-
-CONDITIONS = {
-    "off": "the memory is switched off",
-    "zeroed": "its contents are zero",
-    "matched noise": "its contents are noise with the same mean and spread",
-    "shuffled across samples": "every token of it comes from another sample's image, each from a different one",
-    "other image": "it remembers another image",
-    "scaled x0.5": "its contents at half size",
-    "scaled x2": "its contents at double size",
-    "other type": "short-term memory in place of long-term memory and the reverse, at the same places",
-}
 
 
 @dataclass(frozen=True)
@@ -94,14 +74,7 @@ class Battery:
         self.memory: Memory | None = memory or memory_of(reader.model)
         self.conditions = tuple(CONDITIONS) if only is None else tuple(only)
         self.with_half_way = only is None
-        self._score: dict[str, list[np.ndarray]] = {}
-        self._logprob: dict[str, list[np.ndarray]] = {}
-        self._content: dict[str, list[np.ndarray]] = {}
-        self._changed: dict[str, list[float]] = {}
-        self._blind: list[np.ndarray] = []
-        self._half: dict[str, list[dict[str, Any]]] = {}
-        self._formed: dict[str, int] = {}
-        self._done = 0
+        self._tally = Tally()
         self._kept: dict[int, Contents] = {}  # by image, of memories that depend on nothing else
 
     def __len__(self) -> int:
@@ -111,8 +84,7 @@ class Battery:
         """Measure; yields the number of finished samples after each."""
         for index in range(len(self.samples)):
             self._measure(index)
-            self._done += 1
-            yield self._done
+            yield self._tally.done
 
     # -- one sample -----------------------------------------------------------------------------------------------
     def _measure(self, index: int) -> None:
@@ -138,18 +110,7 @@ class Battery:
             other, images = self._other_case(index)
             half = half_way(self.reader, memory, own, plan, inputs, other, images)
         # Only now, when the sample is complete, it counts: an interrupted one leaves no unpaired figures.
-        for name, row in rows.items():
-            for store, key in ((self._score, "score"), (self._logprob, "logprob"), (self._content, "content")):
-                if key in row:
-                    store.setdefault(name, []).append(np.atleast_1d(row[key]))
-            if "changed" in row:
-                self._changed.setdefault(name, []).append(float(row["changed"]))
-        if blind is not None:
-            self._blind.append(blind)
-        for name, row in half.items():
-            self._half.setdefault(name, []).append(row)
-        for _, kind in plan:
-            self._formed[kind] = self._formed.get(kind, 0) + 1
+        self._tally.add(rows, blind, half, plan)
 
     def _texts(self, index: int, inputs: Inputs) -> tuple[Case, Plan, Case]:
         """The text that is scored or that the model wrote, where its memories stand, and text written without them."""
@@ -294,61 +255,10 @@ class Battery:
                 return (self.cases[other] if self.cases else None), self.samples[other]
         return None, _stand_ins(self.samples[index], self.seed)[0]
 
-    # -- summing up -----------------------------------------------------------------------------------------------
     def result(self) -> CausalResult:
         """What was found in the samples that are finished."""
-        few = self._done < FEW
-        units = ("answers" if self.cases else f"blocks of {BLOCK} tokens") if few else "samples"
-        intact = self._score.get("intact", [])
-        result = CausalResult(
-            method=self.memory.method if self.memory is not None else None,
-            units=units,
-            samples=self._done,
-            intact_score=estimate(_units(intact, few, False)) if intact else None,
-            formed=dict(self._formed),
-        )
-
-        def paired(store: dict[str, list[np.ndarray]], name: str) -> Estimate | None:
-            if name not in store or len(store[name]) != len(store["intact"]):
-                return None
-            pairs = [a - b for a, b in zip(store[name], store["intact"], strict=True)]
-            return estimate(_units(pairs, few, not self.cases))
-
-        if self._blind:
-            result.blind = estimate(_units(self._blind, few, True))
-        for name, what in CONDITIONS.items():
-            logprob = paired(self._logprob, name)
-            if logprob is None:
-                continue
-            changed = estimate(np.array(self._changed[name])) if name in self._changed else None
-            result.conditions.append(
-                Condition(name, what, paired(self._score, name), logprob, paired(self._content, name), changed)
-            )
-        result.half_way = summarised(self._half)
-        result.verdict = self._verdict(paired)
-        return result
-
-    def _verdict(self, paired: Any) -> Verdict:
-        if self.memory is None:
-            return Verdict("no memory attached", None, "", "this model carries no visual memory that is switched on")
-        if not any(sample.sees for sample in self.samples):
-            return Verdict("not enough data", None, "", "no prompt has an image, so there is nothing to remember")
-        measure, enough = "of task score", ENOUGH_SCORE
-        figure = paired(self._score, "other image")
-        if figure is not None:
-            if not np.concatenate([*self._score["intact"], *self._score["other image"]]).any():
-                rule = "no answer is right, whichever image is in memory; ask what the model can answer"
-                return Verdict("not enough data", None, "", rule)
-            figure = Estimate(0.0 - figure.value, 0.0 - figure.high, 0.0 - figure.low, figure.n)  # 0, never -0
-        elif self._blind:
-            measure, enough = "nats per token of text written without the memory", ENOUGH_LOGPROB
-            sighted = [a - b for a, b in zip(self._content["intact"], self._content["other image"], strict=True)]
-            both = [(a + b) / 2 for a, b in zip(sighted, self._blind, strict=True)]
-            figure = estimate(_units(both, self._done < FEW, True))
-        if figure is None or figure.n < 3:
-            n = 0 if figure is None else figure.n
-            return Verdict("not enough data", None, "", f"{n} units were measured; an interval needs 3 or more")
-        return verdict_from(figure, measure, enough)
+        sees = any(sample.sees for sample in self.samples)
+        return self._tally.result(None if self.memory is None else self.memory.method, bool(self.cases), sees)
 
 
 def _whole(sample: Sample, text: torch.Tensor) -> Case:
@@ -371,12 +281,3 @@ def _per_answer(logp: torch.Tensor, case: Case) -> np.ndarray:
     if case.whole:
         return found
     return np.array([found[a:b].mean() for a, b in case.scored])
-
-
-def _units(rows: Sequence[np.ndarray], few: bool, blocks: bool) -> np.ndarray:
-    """Rows of values as units: one mean per row, or, of few rows, their values or blocks of their values."""
-    if not few:
-        return np.array([row.mean() for row in rows])
-    if not blocks:
-        return np.concatenate(rows)
-    return np.concatenate([[part.mean() for part in np.array_split(row, max(1, len(row) // BLOCK))] for row in rows])

@@ -38,25 +38,20 @@ def linear_probe(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, t
     hold = max(1, len(train_x) // 5)
     penalty = max(
         PENALTIES,
-        key=lambda p: float((_fit(train_x[hold:], hot[hold:], train_x[:hold], [p])[0] == train_y[:hold]).mean()),
+        key=lambda p: float((_fit(train_x[hold:], hot[hold:], train_x[:hold], p) == train_y[:hold]).mean()),
     )
-    right = _fit(train_x, hot, test_x, [penalty])[0] == test_y
+    right = _fit(train_x, hot, test_x, penalty) == test_y
     majority = float(np.mean([np.bincount(column).max() / len(column) for column in test_y.T]))
     return ProbeScore(right, majority)
 
 
-def _fit(x: np.ndarray, hot: np.ndarray, test_x: np.ndarray, penalties: list[float]) -> list[np.ndarray]:
-    """Predicted labels [m, F] for each penalty (relative to the mean square of the features)."""
+def _fit(x: np.ndarray, hot: np.ndarray, test_x: np.ndarray, penalty: float) -> np.ndarray:
+    """Predicted labels [m, F]; the penalty is relative to the mean square of the features."""
     centre = hot.mean(0)
     targets = (hot - centre).reshape(len(x), -1)
     kernel = x @ x.T
-    scale = np.trace(kernel) / len(x)
-    cross = test_x @ x.T
-    found = []
-    for penalty in penalties:
-        weights = np.linalg.solve(kernel + penalty * scale * np.eye(len(x)), targets)
-        found.append(((cross @ weights).reshape(len(test_x), *hot.shape[1:]) + centre).argmax(-1))
-    return found
+    weights = np.linalg.solve(kernel + penalty * (np.trace(kernel) / len(x)) * np.eye(len(x)), targets)
+    return ((test_x @ x.T @ weights).reshape(len(test_x), *hot.shape[1:]) + centre).argmax(-1)
 
 
 def shuffled(labels: np.ndarray, seed: int) -> np.ndarray:

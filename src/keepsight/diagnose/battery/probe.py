@@ -25,7 +25,8 @@ from keepsight.diagnose.battery.linear import linear_probe, shuffled
 from keepsight.diagnose.battery.probe_results import Fact, LatentProbe
 from keepsight.diagnose.cases import Sample, stand_in_images
 from keepsight.diagnose.instruments.forming import watch_forming
-from keepsight.diagnose.instruments.layout import PromptWatch, VisualLayout
+from keepsight.diagnose.instruments.layout import VisualLayout
+from keepsight.diagnose.instruments.watching import GenerationWatch
 from keepsight.diagnose.memories.vismem import VisMemHandle
 from keepsight.diagnose.reader import Reader
 from keepsight.diagnose.statistics import estimate
@@ -109,7 +110,7 @@ class Probe:
         for kind in TYPES:
             invoke = torch.full((rows, 1), memory.tokens.invoke[kind])
             longer = self.reader.with_text(inputs, torch.cat([text, invoke], 1))
-            watch_layout = PromptWatch(backbone)
+            watch_layout = GenerationWatch(backbone)
             handles = watch_layout.hooks()
             try:
                 with vismem_scope.watching() as watch, watch_visual_embeddings(backbone) as embedded:

@@ -12,7 +12,6 @@ embedding and cache update) and computes the log-sum-exps again; the kernel's ow
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,8 +21,9 @@ import torch
 from keepsight.backbone import Backbone
 from keepsight.compat import find_cache, find_output_cache
 from keepsight.diagnose.instruments.attention_trace import AttentionTrace
-from keepsight.diagnose.instruments.layout import PromptWatch, VisualLayout
+from keepsight.diagnose.instruments.layout import VisualLayout
 from keepsight.diagnose.instruments.metering import Metered, scores_of
+from keepsight.diagnose.instruments.watching import GenerationWatch
 from keepsight.errors import KeepsightError, UnsupportedModelError
 from keepsight.vismem import scope as vismem_scope
 
@@ -63,10 +63,9 @@ class AttentionMeter:
         self.every, self.where = every, where
         self.layers = _choose_layers(self.backbone, layers)
         self.traces: list[AttentionTrace] = []
-        self._watch = PromptWatch(self.backbone)
+        self._watch = GenerationWatch(self.backbone)
         self._metered = Metered([Backbone.mixer(self.backbone.layers[i]) for i in self.layers], self._look)
         self._handles: list[Any] = []
-        self._thread: int | None = None
         self._begin()
 
     @property
@@ -87,7 +86,6 @@ class AttentionMeter:
         if self._handles:
             raise KeepsightError("This AttentionMeter is already measuring; make a second one for a nested block.")
         decoder = self.backbone.decoder
-        self._thread = threading.get_ident()
         self._handles = [
             *self._watch.hooks(),
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -108,7 +106,7 @@ class AttentionMeter:
         self._edge: torch.Tensor | None = None
         self._memory: torch.Tensor | None = None
         self._layouts: list[VisualLayout] = []
-        self._slots, self._prompt, self._step = 0, 0, -1
+        self._slots, self._step = 0, -1
         self._records: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # t -> ([L, 5, B, H], [2, B])
         self._places: dict[int, torch.Tensor] = {}  # t -> [M], summed over layers
         self._now: list[torch.Tensor | None] = []
@@ -117,16 +115,13 @@ class AttentionMeter:
 
     def _before(self, decoder: Any, args: tuple, kwargs: dict) -> None:
         """Pre-hook of the decoder: which step this is; if it is one to measure, the layers are metered."""
-        if threading.get_ident() != self._thread or vismem_scope.is_base_only():  # a latent memory is being formed
+        call = self._watch.call(args, kwargs)
+        if call is None:
             return
-        cache, embeds = find_cache(args, kwargs), self.backbone.decoder_input(args, kwargs)
-        if embeds is None:
-            return
-        start = int(cache.get_seq_length()) if cache is not None else 0
-        batch, length = embeds.shape[:2]
+        start, batch, length = call.start, call.rows, call.length
         if start == 0:
             self._finish()
-        none = torch.zeros(batch, length, dtype=torch.bool, device=embeds.device)
+        none = torch.zeros(batch, length, dtype=torch.bool, device=call.device)
         new = self._watch.take()
         if new is None and start > 0 and length == 1 and self._visual is not None:
             pass  # a decoding step: all later slots are text, which `_look` knows without being told
@@ -139,11 +134,8 @@ class AttentionMeter:
             self._layouts = _joined(self._layouts, layouts, start, batch, self._visual)
         splice = vismem_scope.current_splice()
         if splice is not None and splice.mask.shape == (batch, length):
-            self._memory = _extended(self._memory, splice.mask.to(embeds.device), start)
-        if start == 0 or (length > 1 and vismem_scope.current_watch() is None):
-            self._prompt = start + length  # a prompt may come in several chunks; later ones of VisMem are memories
-        self._slots = start + length
-        self._step = self._slots - self._prompt
+            self._memory = _extended(self._memory, splice.mask.to(call.device), start)
+        self._slots, self._step = start + length, call.step
         if self._step % self.every:
             return
         self._now, self._place = [None] * len(self.layers), None
@@ -151,7 +143,7 @@ class AttentionMeter:
 
     def _after(self, decoder: Any, args: tuple, kwargs: dict, output: Any) -> None:
         """Hook of the decoder, called also when it failed: the layers get their configuration back."""
-        if threading.get_ident() != self._thread or vismem_scope.is_base_only():
+        if not self._watch.is_here:
             return
         if output is not None and kwargs.get("use_cache"):
             _require_cache(self.backbone, args, kwargs, output)
@@ -182,7 +174,7 @@ class AttentionMeter:
             mask: what the attention function gets: bool or additive [B, 1, T, K], padding [B, K], or None.
             kwargs: the attention function's other arguments.
         """
-        if threading.get_ident() != self._thread:
+        if not self._watch.is_here:
             return
         assert self._visual is not None
         assert self._edge is not None

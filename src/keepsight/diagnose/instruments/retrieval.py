@@ -6,7 +6,6 @@ the block's own query and keys, at the last position of every measured call, whi
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,10 @@ import numpy as np
 import torch
 
 from keepsight.backbone import Backbone
-from keepsight.compat import find_cache
-from keepsight.diagnose.instruments.layout import PromptWatch, VisualLayout
+from keepsight.diagnose.instruments.layout import VisualLayout
+from keepsight.diagnose.instruments.watching import GenerationWatch
 from keepsight.errors import KeepsightError
 from keepsight.pvm.branch import PvmBranch
-from keepsight.vismem import scope as vismem_scope
 
 
 @dataclass(frozen=True)
@@ -60,18 +58,17 @@ class RetrievalMeter:
         if not self.branches:
             raise KeepsightError("This model carries no PVM that is switched on, so nothing is retrieved.")
         self.backbone, self.every = Backbone.of(model), every
-        self._watch = PromptWatch(self.backbone)
+        self._watch = GenerationWatch(self.backbone)
         self._handles: list[Any] = []
         self._begin()
 
     def _begin(self) -> None:
-        self._prompt, self._now = 0, 0
+        self._now = 0
         self._layout: VisualLayout | None = None
         self._weights: dict[int, dict[int, torch.Tensor]] = {}
         self._update: dict[int, dict[int, torch.Tensor]] = {}
 
     def __enter__(self) -> RetrievalMeter:
-        self._thread = threading.get_ident()
         self._handles = [
             *self._watch.hooks(),
             self.backbone.decoder.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -88,27 +85,20 @@ class RetrievalMeter:
         self._handles = []
 
     def _before(self, decoder: Any, args: tuple, kwargs: dict) -> None:
-        embeds = self.backbone.decoder_input(args, kwargs)
-        if threading.get_ident() != self._thread or embeds is None:
+        call = self._watch.call(args, kwargs)
+        if call is None:
             return
-        if vismem_scope.is_base_only():  # a latent memory is being formed beside this one
-            return
-        cache = find_cache(args, kwargs)
-        start = int(cache.get_seq_length()) if cache is not None else 0
-        length = embeds.shape[1]
-        if start == 0:
+        if call.start == 0:
             self._begin()
         found = self._watch.take()
         if found is not None and self._layout is None:
             self._layout = found[1][0]
-        if start == 0 or (length > 1 and vismem_scope.current_watch() is None):
-            self._prompt = start + length
-        self._now = start + length - self._prompt
+        self._now = call.step
 
     def _note(self, index: int) -> Any:
         @torch.no_grad()
         def note(block: Any, args: tuple, output: torch.Tensor) -> None:
-            if threading.get_ident() != self._thread or self._now % self.every:
+            if not self._watch.is_here or self._now % self.every:
                 return
             x, key = args[0][:1, -1:], args[1][:1]
             mask = args[3][:1] if len(args) > 3 and args[3] is not None else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from keepsight.diagnose.reader import Reader
 
 
-class PvmHandle:
+class PvmHandle(Memory):
     """PVM through the interface.
 
     Args:
@@ -26,8 +26,6 @@ class PvmHandle:
     """
 
     method = "PVM"
-    depends_on_text = False
-    always_on = True
 
     def __init__(self, model: Any):
         self.model = model
@@ -37,15 +35,10 @@ class PvmHandle:
             index: max((block.gate.item() for _, block in branches[index].active_blocks if block.reads_memory), key=abs)
             for index in self.layers
         }
-        self.sizes: dict[str, int] = {}
 
     def off(self) -> AbstractContextManager[Any]:
         """See `Memory.off`."""
         return memory_off(self.model)
-
-    def plan(self, reader: Reader, inputs: Inputs, text: torch.Tensor, scored: Sequence[tuple[int, int]]) -> Plan:
-        """Nowhere: it is there all along."""
-        return ()
 
     def contents(self, reader: Reader, inputs: Inputs, text: torch.Tensor, plan: Plan) -> Contents:
         """See `Memory.contents`; the text has no part in it."""
@@ -86,10 +79,6 @@ class PvmHandle:
             logits.append(out.logits[0])
         return reader.log_probabilities(torch.cat(logits))
 
-    def other_type(self, plan: Plan) -> Plan | None:
-        """None: there is one type."""
-        return None
-
     def with_memories(
         self, reader: Reader, inputs: Inputs, text: torch.Tensor, plan: Plan, contents: Contents | None = None
     ) -> tuple[Placed, AbstractContextManager[Inputs]]:
@@ -100,18 +89,6 @@ class PvmHandle:
     def _entered(self, longer: Inputs, contents: Contents | None) -> Iterator[Inputs]:
         with self._given(contents):
             yield longer
-
-    def single_types(self) -> dict[str, Memory]:
-        """None: there is one type."""
-        return {}
-
-    def notes(self) -> list[str]:
-        """Nothing to add."""
-        return []
-
-    def writing_options(self) -> dict[str, Any]:
-        """None: it is there all along."""
-        return {}
 
     @contextmanager
     def _given(self, contents: Contents | None) -> Any:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 REACH = 64  # text tokens after which a further scored answer gets a memory of its own
 
 
-class VisMemHandle:
+class VisMemHandle(Memory):
     """VisMem through the interface (see `keepsight.diagnose.memories.interface.Memory`).
 
     Args:
@@ -52,8 +52,6 @@ class VisMemHandle:
         assert branch is not None, "this model carries no VisMem that is switched on"
         self.model, self.branch, self.seed, self.kind = model, branch, seed, kind
         self.backbone, self.config = Backbone.of(model), branch.config
-        self.layers: list[int] = []
-        self.gates: dict[int, float] = {}
         self.sizes = {SHORT: self.config.num_short, LONG: self.config.num_long}
         self.tokens = branch.tokens
         memory = branch.active

@@ -8,7 +8,7 @@ import numpy as np
 
 from keepsight.diagnose.battery.invocations import AFTER, SOON, InvocationResult
 from keepsight.diagnose.battery.probe_results import LatentProbe
-from keepsight.diagnose.report.sections import Chart, Section, Table
+from keepsight.diagnose.report.sections import Chart, ReportTable, Section
 from keepsight.diagnose.report.svg import Line, Whisker, heat_map, interval_chart, line_chart
 from keepsight.diagnose.words import counted
 
@@ -71,7 +71,7 @@ def _what_followed(found: InvocationResult) -> Section:
         "out. Text favours the memory that it was written with, so this is an upper bound; the verdict does not rest "
         "on it. Repetition is the share of 4-grams in the next 32 tokens that stand already in the 64 before."
     )
-    return Section("What followed", [note], table=Table.of(titles, rows), level=3)
+    return Section("What followed", [note], table=ReportTable.of(titles, rows), level=3)
 
 
 def _one_by_one(found: InvocationResult) -> Section:
@@ -83,7 +83,7 @@ def _one_by_one(found: InvocationResult) -> Section:
         )
         for f in found.followed
     ]
-    listing = Table.of(["memory", "words after it", "log-prob. per token"], rows)
+    listing = ReportTable.of(["memory", "words after it", "log-prob. per token"], rows)
     return Section(table=listing, folded=f"{counted(len(rows), 'memory', 'memories')} one by one")
 
 
@@ -101,18 +101,18 @@ def probe_sections(probes: list[LatentProbe]) -> list[Section]:
             (f"latent {i}", "", [", ".join(f"{word or 'blank'} ({cosine:.2f})" for word, cosine in nearest)])
             for i, nearest in enumerate(probe.words)
         ]
-        listing = Table.of(["of the mean over images", "nearest words (cosine)"], rows)
+        listing = ReportTable.of(["of the mean over images", "nearest words (cosine)"], rows)
         sections.append(Section(table=listing, folded="nearest words of each latent"))
     return sections
 
 
-def _facts(probe: LatentProbe) -> Table | None:
+def _facts(probe: LatentProbe) -> ReportTable | None:
     titles = ["fact", "from the latents", "shuffled labels", "from visual states", "from text states", "majority"]
     rows = [
         (f.name, counted(f.classes, "class", "classes"), [f.latents, f.shuffled, f.visual, f.text, f"{f.majority:.3f}"])
         for f in probe.facts
     ]
-    return Table.of(titles, rows) if rows else None
+    return ReportTable.of(titles, rows) if rows else None
 
 
 def fact_chart(probe: LatentProbe) -> Chart | None:

@@ -41,14 +41,14 @@ class NamedRow:
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """Headings, the first of them for the names, and rows."""
 
     titles: Sequence[str]
     rows: Sequence[NamedRow]
 
     @classmethod
-    def of(cls, titles: Sequence[str], rows: Sequence[tuple[str, str, Sequence[Any]]]) -> Table:
+    def of(cls, titles: Sequence[str], rows: Sequence[tuple[str, str, Sequence[Any]]]) -> ReportTable:
         """From (name, what it is, values) of each row."""
         return cls(titles, [NamedRow(name, what, [TableCell.of(v) for v in values]) for name, what, values in rows])
 
@@ -80,6 +80,6 @@ class Section:
     notes: Sequence[str] = ()
     items: Sequence[str] = ()
     charts: Sequence[Chart] = ()
-    table: Table | None = None
+    table: ReportTable | None = None
     folded: str = ""
     level: int = 2

@@ -6,7 +6,7 @@ from typing import Any
 
 from keepsight.diagnose.battery.lengths import LengthResult
 from keepsight.diagnose.battery.verdict import CausalResult
-from keepsight.diagnose.report.sections import Chart, Section, Table, TableCell
+from keepsight.diagnose.report.sections import Chart, ReportTable, Section, TableCell
 from keepsight.diagnose.report.svg import Whisker, interval_chart
 from keepsight.diagnose.words import counted, listed
 
@@ -62,7 +62,7 @@ def _tampering(causal: CausalResult) -> list[Section]:
         )
     chart = causal_chart(causal)
     charts = [chart] if chart is not None else []
-    return [Section("What happens without the right memory", notes, (), charts, Table.of(titles, rows))]
+    return [Section("What happens without the right memory", notes, (), charts, ReportTable.of(titles, rows))]
 
 
 def _half_way(causal: CausalResult) -> list[Section]:
@@ -83,7 +83,7 @@ def _half_way(causal: CausalResult) -> list[Section]:
         "The text written so far is kept and read again with the new image; answers in the second half are compared "
         "with both images. Log-probabilities are differences to the unchanged image."
     )
-    return [Section("When the image changes half-way", [note], table=Table.of(titles, rows))]
+    return [Section("When the image changes half-way", [note], table=ReportTable.of(titles, rows))]
 
 
 def length_sections(lengths: LengthResult | None) -> list[Section]:
@@ -100,4 +100,4 @@ def length_sections(lengths: LengthResult | None) -> list[Section]:
         span = counted(q.longest, "token")
         rows.append((span if q.shortest == q.longest else f"{q.shortest:,} to {span}", "", cells))
     note = f"Quartiles of all answers; replies were {lengths.how}."
-    return [Section("Score by length of output", [note], table=Table.of(titles, rows))]
+    return [Section("Score by length of output", [note], table=ReportTable.of(titles, rows))]

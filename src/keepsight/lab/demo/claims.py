@@ -22,7 +22,7 @@ def standard_error(accuracy: float, n: int) -> float:
     return (accuracy * (1 - accuracy) / n) ** 0.5
 
 
-class _Run:
+class _OneSeed:
     """The numbers of the demo's one seed."""
 
     def __init__(self, results: Results):
@@ -40,7 +40,7 @@ class _Run:
 
 
 def _falls(results: Results) -> Judgement:
-    run = _Run(results)
+    run = _OneSeed(results)
     near, far = run.at("base", run.short), run.at("base", run.far)
     return judged(
         far < 0.7 * near,
@@ -49,7 +49,7 @@ def _falls(results: Results) -> Judgement:
 
 
 def _is_dilution(results: Results) -> Judgement:
-    run = _Run(results)
+    run = _OneSeed(results)
     near, far, masked = run.at("base", run.short), run.at("base", run.far), run.at("base", run.far, MASKED)
     return judged(
         masked - far > 0.7 * (near - far) > 0,
@@ -59,7 +59,7 @@ def _is_dilution(results: Results) -> Judgement:
 
 
 def _keeps(results: Results) -> Judgement:
-    run = _Run(results)
+    run = _OneSeed(results)
     near, far, trained = run.at("pvm", run.short), run.at("pvm", run.far), run.fact("pvm", "train_length")
     return judged(
         far > 0.8 * near,
@@ -69,7 +69,7 @@ def _keeps(results: Results) -> Judgement:
 
 
 def _is_ahead(results: Results) -> Judgement:
-    run = _Run(results)
+    run = _OneSeed(results)
     pvm, lora, mlp = (run.at(row, run.far) for row in ("pvm", "lora", "mlp"))
     return judged(
         pvm > max(lora, mlp) + 0.1,
@@ -78,7 +78,7 @@ def _is_ahead(results: Results) -> Judgement:
 
 
 def _off_is_base(results: Results) -> Judgement:
-    run = _Run(results)
+    run = _OneSeed(results)
     base, off = run.at("base", run.causal["length"]), run.causal["gate_off"]
     return judged(
         abs(off - base) < 1e-6, f"{off:.1%} with the gate off, {base:.1%} for the base, on the same questions."
@@ -86,7 +86,7 @@ def _off_is_base(results: Results) -> Judgement:
 
 
 def _follows(results: Results) -> Judgement:
-    causal = _Run(results).causal
+    causal = _OneSeed(results).causal
     return judged(
         causal["swapped_follows"] > 0.7 and causal["swapped"] < 0.3,
         f"After {causal['length']:,} tokens, {causal['swapped_follows']:.0%} of the answers are right for the image in "

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from keepsight.diagnose.report.sections import NamedRow, Table, TableCell
+from keepsight.diagnose.report.sections import NamedRow, ReportTable, TableCell
 from keepsight.diagnose.report.templates import render
 from keepsight.lab.demo.claims import accuracy_at, standard_error
 from keepsight.lab.demo.plots import Figure, data_uri
@@ -124,11 +124,11 @@ def _row(name: str, shares: Sequence[float], *more: Any, kind: str = "") -> Name
     return NamedRow(name, "", [*(TableCell(f"{share:.0%}") for share in shares), *map(TableCell.of, more)], kind)
 
 
-def _by_length(results: dict[str, Any], rows: Sequence[tuple[str, str, str, str]]) -> Table:
+def _by_length(results: dict[str, Any], rows: Sequence[tuple[str, str, str, str]]) -> ReportTable:
     """Accuracies by length of output, for rows of (class of the style sheet, name, method, key); * beyond training."""
     lengths, limit = results["lengths"], results["train_length"]
     titles = ["Tokens", *(f"{n:,}{'*' * (n > limit)}" for n in lengths)]
-    return Table(
+    return ReportTable(
         titles,
         [
             _row(name, [accuracy_at(results, method, n, key) for n in lengths], kind=kind)
@@ -137,14 +137,16 @@ def _by_length(results: dict[str, Any], rows: Sequence[tuple[str, str, str, str]
     )
 
 
-def _tampered(by_length: dict[str, dict[str, float]]) -> Table:
+def _tampered(by_length: dict[str, dict[str, float]]) -> ReportTable:
     titles = ["", *(f"after {int(n):,} tokens" for n in by_length)]
-    return Table(titles, [_row(label, [one[key] for one in by_length.values()]) for key, label in TAMPERED.items()])
+    return ReportTable(
+        titles, [_row(label, [one[key] for one in by_length.values()]) for key, label in TAMPERED.items()]
+    )
 
 
-def _seeds(study: dict[str, Any]) -> Table:
+def _seeds(study: dict[str, Any]) -> ReportTable:
     titles = [f"After {study['length']:,} tokens", "this run", "mean", "lowest", "highest", "seeds"]
-    return Table(
+    return ReportTable(
         titles,
         [
             _row(NAMES[method], [one[n] for n in ("here", "mean", "min", "max")], one["seeds"], kind=method)

@@ -90,14 +90,14 @@ def make_sft_trainer(
         label_names=["labels"],
     )
     collator = copy.copy(collator)
-    collator.read = _Reader(data, eval_data)
+    collator.read = _Rows(data, eval_data)
     with trainable_as_it_is(model):
         trainer = PvmTrainer(
             model=model,
             args=args,
             data_collator=collator,
             train_dataset=data.dataset,
-            eval_dataset=None if eval_data is None else _Reader.marked(eval_data.dataset),
+            eval_dataset=None if eval_data is None else _Rows.marked(eval_data.dataset),
             processing_class=processor,
             callbacks=[report_callback(on_log), *(callbacks or [])],
         )
@@ -105,7 +105,7 @@ def make_sft_trainer(
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _Rows:
     """Reads rows of the training and the evaluation data, each with its own source's images. Goes to workers."""
 
     data: CheckedData

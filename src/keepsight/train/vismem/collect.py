@@ -14,7 +14,7 @@ from keepsight.errors import KeepsightWarning
 from keepsight.train.rewards.rewards import Reward, score_completions
 from keepsight.train.vismem.accounts import Accounts, Means
 from keepsight.train.vismem.grpo import group_advantages
-from keepsight.train.vismem.prompts import Prompt, Question
+from keepsight.train.vismem.prompts import Prompt, ReadySample
 from keepsight.train.vismem.rollout import Counterfactual, Trajectory, counterfactuals, row_seed, sample, texts
 from keepsight.train.vismem.settings import RlSettings
 from keepsight.train.vismem.stages import Stage
@@ -52,7 +52,7 @@ class Collector:
         self.stage, self.accounts = stage, accounts
         self.settings: RlSettings = stage.settings
 
-    def collect(self, questions: Sequence[Question], seeds: Sequence[int], progress: float, means: Means) -> Rollout:
+    def collect(self, questions: Sequence[ReadySample], seeds: Sequence[int], progress: float, means: Means) -> Rollout:
         """Trajectories and their advantages.
 
         Args:
@@ -100,7 +100,7 @@ class Collector:
         return Rollout(prompts, trajectories, group_advantages(objective, settings.group_size))
 
     def score(
-        self, questions: Sequence[Question], trajectories: Sequence[Trajectory]
+        self, questions: Sequence[ReadySample], trajectories: Sequence[Trajectory]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted sums [n] and single rewards [n, rewards]."""
         own = [questions[t.prompt] for t in trajectories]
@@ -112,7 +112,7 @@ class Collector:
     def _otherwise(
         self,
         kind: Counterfactual,
-        questions: Sequence[Question],
+        questions: Sequence[ReadySample],
         trajectories: Sequence[Trajectory],
         scores: torch.Tensor,
         seeds: Sequence[int],

@@ -40,7 +40,7 @@ class CheckedSamples:
 
 
 @dataclass(frozen=True)
-class Question:
+class ReadySample:
     """One sample, ready to be answered.
 
     Attributes:
@@ -70,7 +70,7 @@ class Questions:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Question:
+    def __getitem__(self, index: int) -> ReadySample:
         sample = self.samples[index]
         messages, images = sample["messages"], list(sample.get("images") or ())
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -83,7 +83,7 @@ class Questions:
         inputs = {name: torch.as_tensor(value) for name, value in encoded.items()}
         inputs = {name: v.to(self.dtype) if v.is_floating_point() else v for name, v in inputs.items()}
         columns = {name: value for name, value in sample.items() if name not in ("messages", "images")}
-        return Question(inputs, messages, columns)
+        return ReadySample(inputs, messages, columns)
 
 
 @dataclass(frozen=True)
