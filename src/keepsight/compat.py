@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
-from packaging.version import Version
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -119,25 +118,6 @@ def disable_checkpointing(model: Any) -> None:
 def _checkpointing(model: Any, verb: str) -> Callable[..., None]:
     renamed = getattr(model, f"activation_checkpointing_{verb}", None)
     return renamed or getattr(model, f"gradient_checkpointing_{verb}")
-
-
-def why_transformers_refuses_peft() -> str | None:
-    """Why transformers' own adapter methods do not work with the PEFT that is installed; None if they do.
-
-    transformers 5.24 asks for a PEFT that is not released yet. Its `load_adapter` does not check and works; the methods
-    beside it refuse. PEFT's own classes ask for nothing.
-    """
-    from transformers.integrations.peft import MIN_PEFT_VERSION as wanted
-
-    installed = metadata.version("peft")
-    if Version(installed) >= Version(wanted):
-        return None
-    return (
-        f"transformers {metadata.version('transformers')} wants PEFT >= {wanted} and refuses PEFT {installed} in its "
-        "own model.add_adapter, set_adapter, enable_adapters, disable_adapters and delete_adapter, and in "
-        "save_pretrained after load_adapter: use PeftModel.from_pretrained or keepsight.load instead, which need no "
-        "newer PEFT."
-    )
 
 
 #: What transformers' `load_adapter` calls on the model, and what that returns first says which names found no place.

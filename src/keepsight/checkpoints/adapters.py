@@ -17,6 +17,7 @@ from peft.utils import PeftType
 from safetensors import SafetensorError, safe_open
 
 from keepsight.backbone import Backbone, family_of
+from keepsight.checkpoints.shards import not_whole
 from keepsight.errors import BrokenAdapterError
 from keepsight.loading import STORED_PREFIX, check_tensors, is_embedding
 from keepsight.peft_method import config_from_adapter
@@ -161,10 +162,7 @@ def _read_weights(file: Path) -> tuple[dict[str, torch.Tensor], dict[int, float]
                 if name.endswith("pvm_blocks.gate") and layer.isdecimal() and tensor.numel() == 1:
                     gates[int(layer)] = tensor.float().item()
     except SafetensorError as error:
-        raise BrokenAdapterError(
-            f"{file} is not a whole safetensors file ({error}). It was probably cut off while being written or "
-            f"copied ({file.stat().st_size} bytes are there); copy it again or use an earlier checkpoint."
-        ) from error
+        raise BrokenAdapterError(not_whole(file, error)) from error
     return stored, dict(sorted(gates.items()))
 
 
@@ -225,6 +223,12 @@ def decoder_path(model_type: str) -> str:
     family_of(SimpleNamespace(model_type=model_type), "The memory's base")
     with torch.device("meta"):
         return Backbone.of(AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type))).decoder_path
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether a processor was saved there."""
+    names = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+    return any((folder / name).is_file() for name in names)
 
 
 def trained_steps(folder: Path) -> int | None:

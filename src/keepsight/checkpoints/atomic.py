@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from keepsight.errors import KeepsightError
 
 
 def write_text(file: Path, text: str) -> None:
@@ -20,6 +24,34 @@ def write_text(file: Path, text: str) -> None:
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """JSON as transformers writes it, whole or not at all."""
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_target(target: Path, overwrite: bool, foreign: str | None, kind: type[KeepsightError]) -> Path:
+    """Refuse a folder that cannot be made, or that would be lost.
+
+    Args:
+        target: the folder.
+        overwrite: whether an earlier result that is there may be replaced.
+        foreign: of what is there, why it is no earlier result (as in "is not ..."); None: it is one.
+        kind: the error to raise.
+
+    Returns:
+        The nearest folder above it that exists.
+    """
+    if target.exists() or target.is_symlink():
+        if not overwrite:
+            raise kind(f"{target} exists. Name another OUT, or give --overwrite to replace it.")
+        if foreign is not None:
+            raise kind(f"{target} is not {foreign}, so it is not overwritten. Name another OUT.")
+    there = next(parent for parent in target.resolve().parents if parent.exists())
+    if not there.is_dir():
+        raise kind(f"{target} cannot be made: {there} is a file.")
+    return there
 
 
 def try_folder(folder: Path) -> None:

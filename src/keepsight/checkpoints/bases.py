@@ -6,7 +6,6 @@ are read where the folder is at hand, and after in any case.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,31 +78,9 @@ def check_weights(source: str | Path) -> None:
     folder = Path(resolve_base(source)).expanduser()
     if not folder.is_dir():
         return
-    index = folder / "model.safetensors.index.json"
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    except (ValueError, KeyError, AttributeError) as error:
-        raise KeepsightError(f"{index} is not a whole index of weight files. Copy it again.") from error
-    for name in sorted(names):
-        file = folder / name
-        if not file.is_file():
-            raise KeepsightError(f"{source}: the weights {name} are missing. (Pickled .bin weights are never read.)")
-        size = file.stat().st_size
-        try:
-            with file.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                header: Any = json.loads(stream.read(length) if length < size else b"")
-            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise KeepsightError(f"{file} is not a whole safetensors file ({size:,} bytes). Copy it again.") from error
-        whole = 8 + length + max(ends, default=0)
-        if size != whole:
-            raise KeepsightError(
-                f"{file} is cut off or damaged: {size:,} bytes where its header tells of {whole:,}. Copy it again."
-            )
-        for tensor in read_header(file):
-            if not tensor.begins_finite():
-                raise _not_finite(str(source), tensor.name)
+    for tensor in (tensor for file in weight_files(folder) for tensor in read_header(file)):
+        if not tensor.begins_finite():
+            raise _not_finite(str(source), tensor.name)
     if (folder / "config.json").is_file():
         _check_names(folder, str(source))
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoProcessor
 
-from keepsight.checkpoints.adapters import MEMORIES, AdapterInfo
+from keepsight.checkpoints.adapters import MEMORIES, AdapterInfo, has_processor
 from keepsight.checkpoints.attention import check_attention
 from keepsight.checkpoints.bases import read_base
 from keepsight.checkpoints.sources import check_sources
@@ -20,8 +20,6 @@ from keepsight.errors import AdapterMismatchError, KeepsightError
 from keepsight.shipped import resolve_base
 from keepsight.tested import warn_of_untested
 from keepsight.vismem import add_memory_tokens
-
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
 def load(
@@ -146,7 +144,7 @@ def load_processor(base_name: str | Path, adapters: Sequence[AdapterInfo] = ()) 
     Raises:
         KeepsightError: if its files are missing or broken.
     """
-    source = next((a.path for a in adapters if _has_processor(a.path)), base_name)
+    source = next((a.path for a in adapters if has_processor(a.path)), base_name)
     try:
         return AutoProcessor.from_pretrained(resolve_base(source))
     except (OSError, ValueError) as error:
@@ -210,7 +208,3 @@ def _left_where_it_is(model: Any) -> Iterator[None]:
     finally:
         if place is not None:
             model.hf_device_map = place
-
-
-def _has_processor(path: Path) -> bool:
-    return any((path / name).is_file() for name in _PROCESSOR_FILES)

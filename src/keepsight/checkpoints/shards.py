@@ -20,6 +20,8 @@ from keepsight.errors import KeepsightError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUFFER = 16 * 2**20  # bytes; a multiple of every item size
+SIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+_NOT_SIDE = (".", "adapter", "trainer_state", "training")
 _CHECKED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 #: Called with the number of bytes just done.
@@ -28,6 +30,14 @@ Advance = Callable[[int], object]
 
 class CheckpointError(KeepsightError):
     """Files of a checkpoint folder are missing or damaged."""
+
+
+def not_whole(file: Path, error: Exception) -> str:
+    """What to say of a file that safetensors does not read."""
+    return (
+        f"{file} is not a whole safetensors file ({error}): it is cut off or damaged ({file.stat().st_size:,} bytes "
+        "are there). Copy it again, or use an earlier checkpoint."
+    )
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ def weight_files(folder: Path) -> list[Path]:
                 "keepsight never reads it. Save the checkpoint as safetensors (save_pretrained with transformers 5 "
                 "does) where you trust it, then convert that."
             )
-        raise CheckpointError(f"{folder} holds no weights: expected {SINGLE}, or shards with {INDEX}.")
+        raise CheckpointError(f"{folder} holds no weights: {SINGLE}, or shards with {INDEX}, are missing.")
     index = read_json(folder / INDEX, "the index names the shards")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -133,6 +143,14 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def side_files(folder: Path) -> list[Path]:
+    """The small files of a model's or adapter's folder that go wherever it goes: tokenizer, processor, chat templates,
+    licence; neither code nor weights, nor what describes the model or its training."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(_NOT_SIDE)]
+    kept = [f for f in files if f.suffix in SIDE and f.name != "config.json" and not f.name.endswith(".index.json")]
+    return [file for file in files if file in kept or file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))]
+
+
 def read_header(file: Path) -> list[StoredTensor]:
     """The tensors of one safetensors file, in file order.
 
@@ -143,10 +161,7 @@ def read_header(file: Path) -> list[StoredTensor]:
         with safe_open(file, "pt"):  # checks offsets, sizes and the file's length
             pass
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is not a whole safetensors file ({error}). It was probably cut off while being written or copied "
-            f"({file.stat().st_size:,} bytes are there); copy it again."
-        ) from error
+        raise CheckpointError(not_whole(file, error)) from error
     with open(file, "rb") as source:
         (length,) = struct.unpack("<Q", source.read(8))
         header = json.loads(source.read(length))

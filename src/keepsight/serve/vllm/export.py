@@ -11,7 +11,6 @@ vLLM without keepsight refuses the folder, because it does not know the architec
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
@@ -22,11 +21,21 @@ from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 
-from keepsight.checkpoints.adapters import WEIGHTS, AdapterInfo
-from keepsight.checkpoints.atomic import new_folder
-from keepsight.checkpoints.shards import INDEX, StoredTensor, copy_tensors, read_header, read_json, weight_files
+from keepsight.checkpoints.adapters import WEIGHTS, AdapterInfo, has_processor
+from keepsight.checkpoints.atomic import check_target, new_folder, write_json
+from keepsight.checkpoints.shards import (
+    INDEX,
+    SIDE,
+    StoredTensor,
+    copy_tensors,
+    read_header,
+    read_json,
+    side_files,
+    weight_files,
+)
 from keepsight.checkpoints.sources import check_sources
 from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.loading import STORED_PREFIX
 from keepsight.peft_method import config_from_adapter
 from keepsight.pvm.config import PvmConfig
 from keepsight.serve.vllm.names import CONFIG_KEY, MEMORY_FILE, SERVED, Served
@@ -34,10 +43,6 @@ from keepsight.shipped import resolve_base
 
 #: How the base's weights come into the export.
 Weights = Literal["link", "copy"]
-
-_NOT_COPIED = ("config.json", INDEX, "adapter_config.json", "trainer_state.json")
-_COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-_PROCESSOR = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 _NON_CAUSAL = (
     "This memory was trained with the published, non-causal rule (causal=false): text before an image reads that image "
@@ -105,12 +110,14 @@ def export_vllm(
     memory, loras = _split(adapter, adapters)
     config = config_from_adapter(PvmConfig, memory.config)
     served = _check_servable(config, memory, allow_noncausal)
-    _check_target(target, overwrite)
+    foreign = None if (target / MEMORY_FILE).is_file() else f"an earlier export (it holds no {MEMORY_FILE})"
+    check_target(target, overwrite, foreign, ExportError)
     source = base_folder(base_name)
     described = read_json(source / "config.json", "a checkpoint folder has a config.json beside its weights")
     described = describe(described, config, served)
     size = sum(file.stat().st_size for file in weight_files(source))
-    tensors = [_renamed(tensor) for tensor in read_header(memory.path / WEIGHTS) if ".pvm_blocks." in tensor.name]
+    stored = [tensor for tensor in read_header(memory.path / WEIGHTS) if ".pvm_blocks." in tensor.name]
+    tensors = [replace(tensor, name=tensor.name.removeprefix(STORED_PREFIX)) for tensor in stored]
     write_folder(target, source, memory.path, described, tensors, MEMORY_FILE, weights)
     return Export(
         folder=target,
@@ -150,8 +157,8 @@ def write_folder(
         index = {tensor.name: file.name for file in files for tensor in read_header(file)}
         index |= dict.fromkeys((tensor.name for tensor in tensors), name)
         total = sum(t.size for t in tensors) + sum(file.stat().st_size for file in files)
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-        _write_json(folder / "config.json", described)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+        write_json(folder / "config.json", described)
         for file in files:
             if weights == "copy":
                 shutil.copyfile(file, folder / file.name)
@@ -212,26 +219,12 @@ def _check_servable(config: PvmConfig, memory: AdapterInfo, allow_noncausal: boo
     return served
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.exists() or target.is_symlink():
-        if not overwrite:
-            raise ExportError(f"{target} exists. Name another OUT, or give --overwrite to replace it.")
-        if not (target / MEMORY_FILE).is_file():
-            raise ExportError(
-                f"{target} is not an earlier export (it holds no {MEMORY_FILE}), so it is not overwritten. Name "
-                "another OUT."
-            )
-    there = next(parent for parent in target.absolute().parents if parent.exists())
-    if not there.is_dir():
-        raise ExportError(f"{target} cannot be made: {there} is a file.")
-
-
 def base_folder(base: str) -> Path:
     """Where the base's files are; a hub id is fetched, or found in the cache."""
     folder = Path(resolve_base(base)).expanduser()
     if folder.is_dir():
         return folder.resolve()
-    return Path(snapshot_download(base, allow_patterns=["*.safetensors", f"*{INDEX}", *(f"*{end}" for end in _COPIED)]))
+    return Path(snapshot_download(base, allow_patterns=["*.safetensors", f"*{INDEX}", *(f"*{end}" for end in SIDE)]))
 
 
 def describe(base: dict[str, Any], config: PvmConfig, served: Served) -> dict[str, Any]:
@@ -249,23 +242,8 @@ def describe(base: dict[str, Any], config: PvmConfig, served: Served) -> dict[st
     return plain | {"architectures": [served.architecture], CONFIG_KEY: memory}
 
 
-def _renamed(tensor: Any) -> Any:
-    """`base_model.model.model.language_model...` -> the base's own scheme, `model.language_model...`."""
-    return replace(tensor, name=tensor.name.removeprefix("base_model.model."))
-
-
 def _copy_side_files(source: Path, adapter: Path, folder: Path) -> None:
     """Tokenizer, processor, templates, licence: the base's, or the adapter's where it brings a processor of its own."""
-    own = any((adapter / name).is_file() for name in _PROCESSOR)
-    for origin in (source, adapter) if own else (source,):
-        for file in sorted(origin.iterdir()):
-            licence = file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
-            wanted = licence or (file.suffix in _COPIED and not file.name.endswith(".index.json"))
-            if origin == adapter and not licence:
-                wanted = wanted and not file.name.startswith(("training", "adapter"))
-            if file.is_file() and wanted and not file.name.startswith(".") and file.name not in _NOT_COPIED:
-                shutil.copyfile(file, folder / file.name)
-
-
-def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for origin in (source, adapter) if has_processor(adapter) else (source,):
+        for file in side_files(origin):
+            shutil.copyfile(file, folder / file.name)
