@@ -12,7 +12,7 @@ from live import wait_for
 from serve_helpers import Numbers, alone, make_job
 
 from keepsight.serve.errors import ApiError
-from keepsight.serve.hf.engine import Engine
+from keepsight.serve.hf.engine import BatchEngine
 
 ROWS = [Row(3, (1, 2), 2, (2, 2), 4, seed=1), Row(1, (2, 2), 5, seed=2), Row(7, seed=3), Row(30, seed=4)]
 
@@ -23,7 +23,7 @@ def run():
     engines = []
 
     def start(model, **more):
-        engines.append(Engine(model, Numbers(), **({"max_batch": 3} | more)))
+        engines.append(BatchEngine(model, Numbers(), **({"max_batch": 3} | more)))
         engines[-1].start()
         return engines[-1]
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 import keepsight
 from keepsight.serve.hf.rows import Finished, Job, Piece
-from keepsight.serve.openai.answers import Answer
+from keepsight.serve.openai.answers import ChatAnswer
 from keepsight.serve.openai.asked.request import ChatRequest
 from keepsight.serve.openai.asked.tools import CallReader, Tool, asks_in_known_form
 
@@ -280,9 +280,9 @@ def test_calls_in_an_answer_and_in_a_stream(reads_calls):
     events = [Piece(0, written[i : i + 4]) for i in range(0, len(written), 4)] + [Finished(0, "stop", 9, 0, [])]
 
     async def both():
-        whole = await Answer(asked, job, NAME, None, reads_calls).whole(Told(*events))
+        whole = await ChatAnswer(asked, job, NAME, None, reads_calls).whole(Told(*events))
         first, *others = events
-        chunks = [c async for c in Answer(asked, job, NAME, None, reads_calls).stream(Told(*others), first)]
+        chunks = [c async for c in ChatAnswer(asked, job, NAME, None, reads_calls).stream(Told(*others), first)]
         return whole["choices"][0], [chunk["choices"][0] for chunk in chunks]
 
     choice, chunks = asyncio.run(both())

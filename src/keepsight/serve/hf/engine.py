@@ -21,7 +21,7 @@ from keepsight.serve.hf.rows import Failed, Finished, Job, Row
 from keepsight.serve.metrics import Metrics
 
 
-class Engine:
+class BatchEngine:
     """Runs requests on one model, or on several that share a base.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from keepsight.serve.errors import ApiError
-from keepsight.serve.hf.rows import Invocation, Row
+from keepsight.serve.hf.rows import InvocationRecord, Row
 from keepsight.vismem import MemoryPolicy, VisMemBranch, scope
 from keepsight.vismem.memory import Sight, read_sights
 from keepsight.vismem.vision import Patches
@@ -96,7 +96,7 @@ class LatentMemories:
         for row in waiting:
             for found in row.latent.invocations[before[id(row)] :]:
                 row.invocations.append(
-                    Invocation(
+                    InvocationRecord(
                         found.kind, found.invoked_as, row.text.length, len(found.latents), bool(found.was_sampled)
                     )
                 )

@@ -16,7 +16,7 @@ from keepsight.serve.text import TextStream
 
 
 @dataclass
-class Invocation:
+class InvocationRecord:
     """One latent memory in an answer, as the client is told of it.
 
     Attributes:
@@ -59,7 +59,7 @@ class Finished:
     reason: str
     tokens: int
     memory_tokens: int
-    invocations: list[Invocation]
+    invocations: list[InvocationRecord]
 
 
 @dataclass
@@ -146,7 +146,7 @@ class Row:
     latent: Any = None
     written: int = 0
     memory_tokens: int = 0
-    invocations: list[Invocation] = field(default_factory=list)
+    invocations: list[InvocationRecord] = field(default_factory=list)
     reason: str | None = None
     error: ApiError | None = None
     _seen: torch.Tensor | None = None

@@ -8,14 +8,14 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from keepsight.serve.errors import ApiError
-from keepsight.serve.hf.rows import Finished, Invocation, Job, Piece
+from keepsight.serve.hf.rows import Finished, InvocationRecord, Job, Piece
 from keepsight.serve.openai.asked.request import ChatRequest
 from keepsight.serve.openai.asked.tools import CallReader
 from keepsight.serve.openai.handover import Events
 from keepsight.serve.openai.names import TokenNames
 
 
-class Answer:
+class ChatAnswer:
     """The answer to one request.
 
     Args:
@@ -155,7 +155,7 @@ class Answer:
         }
 
 
-def _invocation(invocation: Invocation) -> dict[str, Any]:
+def _invocation(invocation: InvocationRecord) -> dict[str, Any]:
     return {
         "kind": invocation.kind,
         "invoked_as": invocation.invoked_as,

@@ -14,12 +14,12 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from keepsight.serve.errors import ApiError, bad, no_route
-from keepsight.serve.hf.engine import Engine
+from keepsight.serve.hf.engine import BatchEngine
 from keepsight.serve.hf.rows import Job
 from keepsight.serve.hf.sampling import Sampling
 from keepsight.serve.hf.served import Served
 from keepsight.serve.openai import pages
-from keepsight.serve.openai.answers import Answer
+from keepsight.serve.openai.answers import ChatAnswer
 from keepsight.serve.openai.asked.request import ChatRequest, parse
 from keepsight.serve.openai.chat.routes import ChatPage
 from keepsight.serve.openai.handover import Events, Turn
@@ -58,14 +58,14 @@ class Api:
         self,
         served: Served,
         settings: ServeSettings,
-        engine: Engine | None = None,
+        engine: BatchEngine | None = None,
         others: Mapping[str, Served] | None = None,
     ):
         others = others or {}
         self.served, self.settings = served, settings
         limits = settings.limits
         models = {name: (other.model, other.tokenizer) for name, other in others.items()}
-        self.engine = engine or Engine(served.model, served.tokenizer, limits.max_batch, others=models)
+        self.engine = engine or BatchEngine(served.model, served.tokenizer, limits.max_batch, others=models)
         self.metrics = self.engine.metrics
         self.uploads = Uploads(limits)
         fetcher = Fetcher(settings.remote_hosts, limits) if settings.remote_hosts else None
@@ -166,7 +166,7 @@ class Api:
             del files
             self.engine.submit(job)
             stack.callback(self.engine.cancel, job)
-            answer = Answer(asked, job, offer.name, offer.token_names, offer.reads_calls)
+            answer = ChatAnswer(asked, job, offer.name, offer.token_names, offer.reads_calls)
             if not asked.stream:
                 return JSONResponse(await answer.whole(events))
             first = await events.next()  # an error before it still gets a status of its own

@@ -11,7 +11,7 @@ from typing import Any
 from keepsight.backbone import Backbone
 from keepsight.checkpoints.adapters import AdapterInfo
 from keepsight.errors import KeepsightError
-from keepsight.serve.hf.engine import Engine
+from keepsight.serve.hf.engine import BatchEngine
 from keepsight.serve.hf.rows import Job
 from keepsight.serve.metrics import Metrics
 from keepsight.serve.vllm.check import check_version
@@ -31,8 +31,8 @@ _ENVIRONMENT = {
 }
 
 
-class VllmEngine(Engine):
-    """Runs requests on one VisMem, as `keepsight.serve.hf.engine.Engine` does without vLLM.
+class VllmEngine(BatchEngine):
+    """Runs requests on one VisMem, as `keepsight.serve.hf.engine.BatchEngine` does without vLLM.
 
     Args:
         base: name of the base model.
@@ -90,7 +90,7 @@ class VllmEngine(Engine):
         self._batch = VllmBatch(self.llm, vocabulary, model, self.tokenizer, policy)
 
     def close(self, seconds: float | None = None) -> bool:
-        """As `Engine.close`; ends vLLM too."""
+        """As `BatchEngine.close`; ends vLLM too."""
         stopped = super().close(seconds)
         self.llm.engine_core.shutdown()
         self._folder.cleanup()

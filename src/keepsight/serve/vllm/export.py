@@ -38,7 +38,7 @@ from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.loading import STORED_PREFIX
 from keepsight.peft_method import config_from_adapter
 from keepsight.pvm.config import PvmConfig
-from keepsight.serve.vllm.names import CONFIG_KEY, MEMORY_FILE, SERVED, Served
+from keepsight.serve.vllm.names import CONFIG_KEY, MEMORY_FILE, SERVED
 from keepsight.shipped import resolve_base
 
 #: How the base's weights come into the export.
@@ -188,7 +188,7 @@ def _split(source: str | Path, adapters: list[AdapterInfo]) -> tuple[AdapterInfo
     return memories[0], [info for info in adapters if info.method == "LORA"]
 
 
-def _check_servable(config: PvmConfig, memory: AdapterInfo, allow_noncausal: bool) -> Served:
+def _check_servable(config: PvmConfig, memory: AdapterInfo, allow_noncausal: bool) -> ServedFamily:
     if config.branch == "mlp":
         raise ExportError(
             f"{memory.path} is the iso-parameter control (branch='mlp'), which has no memory: a tool of comparisons, "
@@ -227,7 +227,7 @@ def base_folder(base: str) -> Path:
     return Path(snapshot_download(base, allow_patterns=["*.safetensors", f"*{INDEX}", *(f"*{end}" for end in SIDE)]))
 
 
-def describe(base: dict[str, Any], config: PvmConfig, served: Served) -> dict[str, Any]:
+def describe(base: dict[str, Any], config: PvmConfig, served: ServedFamily) -> dict[str, Any]:
     """The export's config.json: the base's, with our architecture and what serving must know of the memory.
 
     Args:

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from keepsight.serve.vllm.check import UnsupportedVllmError, check_architecture, check_version
-from keepsight.serve.vllm.names import SERVED, Served
+from keepsight.serve.vllm.names import SERVED, ServedFamily
 
 check_version()
 
@@ -14,7 +14,7 @@ from keepsight.serve.vllm.model import WithMemory  # noqa: E402 - not before the
 from keepsight.serve.vllm.rows import WithRows  # noqa: E402
 
 
-def _with(mixin: Any, served: Served, name: str) -> type:
+def _with(mixin: Any, served: ServedFamily, name: str) -> type:
     try:
         base: Any = getattr(importlib.import_module(served.module), served.class_name or served.base)
     except (ImportError, AttributeError) as error:

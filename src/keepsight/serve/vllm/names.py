@@ -18,7 +18,7 @@ ROWS_KEY, ROWS_FILE, ROWS_MODULE = "keepsight_vismem", "keepsight_tokens.safeten
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedFamily:
     """A family as vLLM knows it.
 
     Attributes:
@@ -51,18 +51,18 @@ class Served:
 _MODELS = "vllm.model_executor.models."
 
 #: `config.model_type` -> how vLLM serves it.
-SERVED: dict[str, Served] = {
-    "qwen3_vl": Served("Qwen3-VL", "Qwen3VLForConditionalGeneration", _MODELS + "qwen3_vl"),
-    "qwen2_5_vl": Served("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", _MODELS + "qwen2_5_vl"),
-    "qwen3_5": Served("Qwen3.5", "Qwen3_5ForConditionalGeneration", _MODELS + "qwen3_5"),
-    "internvl": Served(
+SERVED: dict[str, ServedFamily] = {
+    "qwen3_vl": ServedFamily("Qwen3-VL", "Qwen3VLForConditionalGeneration", _MODELS + "qwen3_vl"),
+    "qwen2_5_vl": ServedFamily("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", _MODELS + "qwen2_5_vl"),
+    "qwen3_5": ServedFamily("Qwen3.5", "Qwen3_5ForConditionalGeneration", _MODELS + "qwen3_5"),
+    "internvl": ServedFamily(
         "InternVL",
         "InternVLForConditionalGeneration",
         _MODELS + "interns1",
         "InternS1ForConditionalGeneration",
         frames_images=True,
     ),
-    "llava_onevision": Served(
+    "llava_onevision": ServedFamily(
         "LLaVA-OneVision",
         "LlavaOnevisionForConditionalGeneration",
         _MODELS + "llava_onevision",

@@ -39,7 +39,7 @@ _MOST_LOGPROBS = 20
 
 
 @dataclass(eq=False)
-class Answer:
+class OpenAnswer:
     """One answer while vLLM writes it.
 
     Attributes:
@@ -79,7 +79,7 @@ class VllmBatch:
             raise KeepsightError("This model carries no VisMem that is on; vLLM alone serves it.")
         self.latent = latent
         self.config = Backbone.of(model).model.generation_config
-        self.answers: list[Answer] = []
+        self.answers: list[OpenAnswer] = []
         self._names = itertools.count()
         special = self.latent.tokens.ids
         self._inner = {token: vocabulary + i for i, token in enumerate(special)}
@@ -110,7 +110,7 @@ class VllmBatch:
                 ends=frozenset([ends] if isinstance(ends, int) else ends),
                 latent=self.latent.blank("image" in prompt.get("mm_placeholders", {})) if job.memory else None,
             )
-            answer = Answer(row, prompt)
+            answer = OpenAnswer(row, prompt)
             self.answers.append(answer)
             self._submit(answer)
         job.source = None  # pixels stay with the answers twice: as vLLM wants them, and for the former
@@ -132,7 +132,7 @@ class VllmBatch:
 
     # vLLM's side
 
-    def _submit(self, answer: Answer) -> None:
+    def _submit(self, answer: OpenAnswer) -> None:
         """Have vLLM write on."""
         from vllm.inputs.engine import mm_input, tokens_input
         from vllm.multimodal.inputs import (
@@ -163,7 +163,7 @@ class VllmBatch:
         self.llm.add_request(answer.request, prompt, self._params(answer))
         answer.segments += 1
 
-    def _params(self, answer: Answer) -> Any:
+    def _params(self, answer: OpenAnswer) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -245,14 +245,14 @@ class VllmBatch:
         return gone + self.leave()
 
     @staticmethod
-    def _guarded(answer: Answer, call: Any, *args: Any) -> None:
+    def _guarded(answer: OpenAnswer, call: Any, *args: Any) -> None:
         """What fails for one answer is that answer's error, and no other's."""
         try:
             call(answer, *args)
         except Exception as error:
             answer.row.error = explain(error)
 
-    def _take(self, answer: Answer, output: Any) -> None:
+    def _take(self, answer: OpenAnswer, output: Any) -> None:
         """New tokens of one answer."""
         row, written = answer.row, output.outputs[0]
         steps = written.logprobs or [None] * len(written.token_ids)
@@ -288,7 +288,7 @@ class VllmBatch:
         likeliest = sorted(found.items(), key=lambda one: -one[1])
         return token, found[token], likeliest[: row.job.sampling.logprobs]
 
-    def _abort(self, answer: Answer) -> None:
+    def _abort(self, answer: OpenAnswer) -> None:
         if answer.request is not None:
             self.llm.abort_request([answer.request])
             answer.request = None
@@ -303,7 +303,7 @@ class VllmBatch:
 
     # The memory's side
 
-    def _read(self, answer: Answer) -> None:
+    def _read(self, answer: OpenAnswer) -> None:
         """Have the Hugging Face model read what was written since the last memory, or from the start."""
         row = answer.row
         if answer.reader is None:
@@ -321,7 +321,7 @@ class VllmBatch:
                     latents[i] = value
         reader._forward([row.ids[known:]], [latents])
 
-    def _insert(self, answer: Answer) -> None:
+    def _insert(self, answer: OpenAnswer) -> None:
         """Write the memory that was formed, and have vLLM write on."""
         row = answer.row
         start = len(row.ids)

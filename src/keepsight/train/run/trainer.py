@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,10 +180,7 @@ class Setup:
     meter: CostMeter | None = None
     first_step: int = 0
     gradient: float | None = None
-    speed: Any = None
-
-    def __post_init__(self) -> None:
-        self.speed = Speed()
+    speed: Speed = field(default_factory=Speed)
 
 
 def common_arguments(settings: RunSettings, folder: Path, config_class: Any, evaluates: bool) -> dict[str, Any]:

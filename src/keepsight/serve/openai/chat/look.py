@@ -21,7 +21,7 @@ from keepsight.vismem import MemoryPolicy
 LONGEST = 512  # words that one look reads; it holds up everybody else for as long
 
 
-class Memory(Strict):
+class ShownMemory(Strict):
     """A memory of the answer, as it was told with it."""
 
     type: str
@@ -39,7 +39,7 @@ class Look(Strict):
 
     request: dict[str, Any]
     answer: str = Field(max_length=200_000)
-    invocations: list[Memory] = Field(default_factory=list, max_length=64)
+    invocations: list[ShownMemory] = Field(default_factory=list, max_length=64)
 
 
 class _Retold(LogitsProcessor):
