@@ -38,7 +38,7 @@ from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.loading import STORED_PREFIX
 from keepsight.peft_method import config_from_adapter
 from keepsight.pvm.config import PvmConfig
-from keepsight.serve.vllm.names import CONFIG_KEY, MEMORY_FILE, SERVED
+from keepsight.serve.vllm.names import CONFIG_KEY, MEMORY_FILE, SERVED, ServedFamily
 from keepsight.shipped import resolve_base
 
 #: How the base's weights come into the export.
