@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import secrets
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,18 +27,8 @@ from keepsight.serve.hf import cache as shared
 from keepsight.serve.hf.choosing import next_tokens
 from keepsight.serve.hf.latent import LatentMemories
 from keepsight.serve.hf.rows import Job, Row
-from keepsight.serve.hf.sampling import log_probs
-from keepsight.serve.text import TextStream
-
-
-@contextlib.contextmanager
-def memories(model: Any, on: bool) -> Iterator[None]:
-    """All memories of `model` on or off, in this thread, for the length of the block."""
-    if on:
-        yield
-        return
-    with memory_off(model):
-        yield
+from keepsight.serve.hf.sampling import end_ids, log_probs
+from keepsight.vismem import scope
 
 
 class Batch:
@@ -59,7 +47,6 @@ class Batch:
         self.rows: list[Row] = []
         self.cache: Any = None
         self.logits: torch.Tensor | None = None  # [B, V], from which the next tokens are chosen
-        self.can_share = True
         self.constant: dict[str, Any] = {}  # what else the model's forward is given
         self._lost: list[Row] = []  # rows that failed in a forward
 
@@ -73,19 +60,28 @@ class Batch:
         """T: slots of the cache, which are those of its longest row."""
         return max((len(row.ids) for row in self.rows), default=0)
 
+    @property
+    def can_share(self) -> bool:
+        """Whether rows can join."""
+        return self.cache is None or shared.can_share(self.cache)
+
+    def _memories(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.memory else memory_off(self.model)
+
+    def _watching(self) -> contextlib.AbstractContextManager[scope.Watch | None]:
+        """While the model is called: notes what memories are formed from."""
+        return contextlib.nullcontext() if self.latent is None else scope.watching()
+
     # Reading prompts
 
     @torch.no_grad()
     def read(self, job: Job) -> Batch:
         """Read a prompt: a batch of this request's rows alone, ready to choose their first tokens."""
         alone = self._empty()
-        alone.latent = None if self.latent is None else self.latent.fresh()
         options = job.sampling.options(self.base.generation_config)
         inputs = {name: value.to(self.base.device) for name, value in job.inputs.items()}
         plain = type(self.base).generate
-        with memories(self.model, self.memory), contextlib.ExitStack() as stack:
-            if alone.latent is not None:
-                stack.enter_context(alone.latent.watching())
+        with self._memories(), self._watching() as watch:
             plain(
                 self.base,
                 **inputs,
@@ -95,7 +91,7 @@ class Batch:
                 num_return_sequences=1,
                 use_cache=True,
                 cache_implementation="dynamic",
-                custom_generate=functools.partial(alone._take, job, inputs),
+                custom_generate=functools.partial(alone._take, job, inputs, watch),
             )
         return alone
 
@@ -103,6 +99,7 @@ class Batch:
         self,
         job: Job,
         inputs: dict[str, torch.Tensor],
+        watch: scope.Watch | None,
         model: Any,
         input_ids: torch.Tensor,
         logits_processor: Any,
@@ -113,27 +110,22 @@ class Batch:
         """What `generate` calls in place of its loop."""
         output = model._prefill(input_ids, generation_config, model_kwargs)
         self.cache = find_output_cache(output)
-        self.can_share = shared.can_share(self.cache)
         self.constant = {name: model_kwargs[name] for name in ("logits_to_keep",) if name in model_kwargs}
         positions = model_kwargs.get("position_ids")  # [B, T], or [P, B, T] with P rotary dimensions
         if positions is not None:
             positions = positions[..., 0, -1].to("cpu", copy=True)
-        latent = None if self.latent is None else self.latent.start(inputs, input_ids)
-        ends = generation_config._eos_token_tensor
+        latent = None if self.latent is None or watch is None else self.latent.start(inputs, input_ids, watch)
         for index in range(job.choices):
-            seed = secrets.randbits(63) if job.sampling.seed is None else (job.sampling.seed + index) % 2**63
             self.rows.append(
                 Row(
                     job=job,
                     index=index,
                     ids=input_ids[0].tolist(),
-                    position=positions,
-                    text=TextStream(self.tokenizer, job.sampling.stop),
-                    processors=logits_processor,
+                    tokenizer=self.tokenizer,
                     do_sample=bool(generation_config.do_sample),
-                    generator=torch.Generator().manual_seed(seed),
-                    ends=frozenset() if ends is None else frozenset(ends.flatten().tolist()),
-                    grammar=None if job.grammar is None else job.grammar.copy(),
+                    ends=end_ids(generation_config),
+                    position=positions,
+                    processors=logits_processor,
                     latent=None if latent is None else LatentMemories.copy(latent),
                 )
             )
@@ -156,7 +148,7 @@ class Batch:
             return
         if not self.rows:
             self.rows, self.cache, self.logits = other.rows, other.cache, other.logits
-            self.can_share, self.constant = other.can_share, other.constant
+            self.constant = other.constant
             return
         assert self.logits is not None
         assert other.logits is not None
@@ -189,7 +181,7 @@ class Batch:
         gone = self._sweep()
         if not self.rows:
             return gone
-        with memories(self.model, self.memory):
+        with self._memories():
             ids, latents = self._choose()
             living = [i for i, row in enumerate(self.rows) if not row.is_over]
             gone += self._sweep()
@@ -232,7 +224,7 @@ class Batch:
             assert row.job.sampling.logprobs is not None
             return token, *log_probs(logits, token, row.job.sampling.logprobs)
 
-        row.write(ids, self.latent.is_memory if self.latent is not None else lambda _: False, entry)
+        row.write(ids, () if self.latent is None else self.latent.tokens.ids, entry)
 
     def _feed(self, ids: list[list[int]], latents: list[list[Any]]) -> None:
         """One forward of the new positions [B][c]. If it fails it is tried again in halves, down to single rows; what
@@ -267,10 +259,11 @@ class Batch:
         positions = None
         if newest:  # [(P,) B, c]
             positions = (torch.stack(newest, -1)[..., None] + torch.arange(1, count + 1)).to(device)
-        with contextlib.ExitStack() as stack:
-            if self.latent is not None:
-                stack.enter_context(self.latent.watching())
-                stack.enter_context(self.latent.feeding(ids, latents))
+        feeding: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.latent is not None:
+            writer = self.latent.writer
+            feeding = writer.feeding(ids, latents, writer.branch.weight.device)
+        with self._watching() as watch, feeding:
             output = self.base(
                 input_ids=torch.tensor(ids, device=device),
                 attention_mask=mask,
@@ -280,8 +273,8 @@ class Batch:
                 **cache_argument(self.base, self.cache),
                 **self.constant,
             )
-            if self.latent is not None:
-                self.latent.remember(self.rows, ids, latents)
+            if self.latent is not None and watch is not None:
+                self.latent.writer.remember([row.latent for row in self.rows], ids, latents, watch)
         self.logits = output.logits[:, -1].to(torch.float32, copy=True)
         for row, new in zip(self.rows, ids, strict=True):
             row.ids += new
@@ -296,5 +289,4 @@ class Batch:
         shared.keep(part.cache, rows, self.length - part.length)
         assert self.logits is not None
         part.logits = self.logits[torch.tensor(rows, device=self.logits.device)]
-        part.can_share, part.constant = self.can_share, self.constant
         return part

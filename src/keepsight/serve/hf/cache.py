@@ -40,7 +40,7 @@ def join(cache: Any, lengths: tuple[int, int], other: Any) -> None:
     total = max(lengths)
     left, right = (total - length for length in lengths)
     mine, theirs = VisualCache.of(cache), VisualCache.of(other)
-    rows, more = _rows(cache), _rows(other)
+    rows, more = len(_keys(cache)), len(_keys(other))
     for layer, new in zip(cache.layers, other.layers, strict=True):
         if isinstance(layer, LinearAttentionLayer):
             for name in _STATES:
@@ -87,10 +87,6 @@ def rewind(cache: Any, length: int) -> None:
 
 def _keys(cache: Any) -> torch.Tensor:
     return next(layer.keys for layer in cache.layers if isinstance(layer, DynamicLayer))
-
-
-def _rows(cache: Any) -> int:
-    return len(_keys(cache))
 
 
 def _pad(states: torch.Tensor, left: int) -> torch.Tensor:

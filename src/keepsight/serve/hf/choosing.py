@@ -26,13 +26,11 @@ def next_tokens(rows: list[Row], logits: torch.Tensor, latent: LatentMemories | 
         logits: [B, V], left as they are.
         latent: the rows' latent memories, which forbid some tokens.
     """
-    scores = logits
-    if latent is not None:
-        scores = latent.constrained(logits, latent.allowed(rows))
+    scores = logits if latent is None else latent.constrained(rows, logits)
     tokens = [0] * len(rows)
     best: dict[int, torch.Tensor] = {}  # row -> its scores [1, V], where the likeliest token is taken
     for i, row in enumerate(rows):
-        if latent is not None and latent.is_inserting(row):
+        if latent is not None and row.latent.queue:
             continue
         try:
             own = scores[i : i + 1]

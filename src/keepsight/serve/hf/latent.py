@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +27,6 @@ class LatentMemories:
 
     def __init__(self, writer: MemoryWriter):
         self.writer, self.tokens, self.policy = writer, writer.tokens, writer.policy
-        self._watch: scope.Watch | None = None
 
     @classmethod
     def of(cls, model: Any, policy: MemoryPolicy | None = None) -> LatentMemories | None:
@@ -40,24 +37,10 @@ class LatentMemories:
         policy = MemoryPolicy.of(policy, branch.config)
         return None if policy.name == "off" else cls(MemoryWriter(branch, policy))
 
-    def fresh(self) -> LatentMemories:
-        """The same for another batch."""
-        return LatentMemories(self.writer)
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """While the model is called: notes what memories are formed from."""
-        with scope.watching() as self._watch:
-            try:
-                yield
-            finally:
-                self._watch = None
-
-    def start(self, inputs: dict[str, torch.Tensor], input_ids: torch.Tensor) -> RowState:
-        """The state of one row [1, T] whose prompt has just been read, inside `watching`."""
-        assert self._watch is not None
-        calls, hidden = self._watch.vision_calls, self._watch.take_hidden()
-        embedded = self.writer.embedded(self._watch)
+    def start(self, inputs: dict[str, torch.Tensor], input_ids: torch.Tensor, watch: scope.Watch) -> RowState:
+        """The state of one row [1, T] whose prompt has just been read, under `watch`."""
+        calls, hidden = watch.vision_calls, watch.take_hidden()
+        embedded = self.writer.embedded(watch)
         (sight,) = read_sights(self.writer.branch.backbone, calls, input_ids, hidden, inputs, embedded=embedded)
         calls.clear()
         return RowState(sight, plan=dict(self.policy.plan(0)))
@@ -71,10 +54,6 @@ class LatentMemories:
     def copy(state: RowState) -> RowState:
         """The same for another answer to the same prompt, which shares what was seen."""
         return replace(state, queue=[], text=[], tokens=[], invocations=[], plan={})
-
-    def is_memory(self, token: int) -> bool:
-        """Whether an id stands for memory and not for text."""
-        return token in self.tokens.ids
 
     def form(self, rows: list[Row]) -> None:
         """Form the memories of all rows that have just been fed an invocation. A row whose memory fails gets the error;
@@ -107,14 +86,9 @@ class LatentMemories:
         rooms = [row.job.prompt_tokens + row.job.sampling.max_tokens - len(row.ids) for row in rows]
         return self.writer.allowed([row.latent for row in rows], rooms)
 
-    @staticmethod
-    def is_inserting(row: Row) -> bool:
-        """Whether the row's next positions are those of a memory that goes in, so that nothing is chosen."""
-        return bool(row.latent.queue)
-
-    def constrained(self, logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    def constrained(self, rows: list[Row], logits: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] without what cannot be chosen: end tokens, and invocations that are not allowed."""
-        return self.writer.constrained(logits, allowed)
+        return self.writer.constrained(logits, self.allowed(rows))
 
     def seen(self, row: Row, ids: torch.Tensor) -> torch.Tensor:
         """A row's ids [1, T] as logits processors see them: memory is no text."""
@@ -123,16 +97,7 @@ class LatentMemories:
     def next(self, rows: list[Row], chosen: list[int]) -> tuple[list[list[int]], list[list[Any]]]:
         """The next positions of all rows, equally many: ids, and latents where there are any."""
         for row in rows:
-            draws = self.policy.name == "random" and not self.is_inserting(row)
+            draws = self.policy.name == "random" and not row.latent.queue
             row.latent.draws = torch.rand(2, generator=row.generator).tolist() if draws else None
         ids, latents, _ = self.writer.next([row.latent for row in rows], chosen, self.allowed(rows))
         return ids, latents
-
-    def feeding(self, ids: list[list[int]], latents: list[list[Any]]) -> contextlib.AbstractContextManager[Any]:
-        """The scope of the model call that is given these positions."""
-        return self.writer.feeding(ids, latents, self.writer.branch.weight.device)
-
-    def remember(self, rows: list[Row], ids: list[list[int]], latents: list[list[Any]]) -> None:
-        """Collect the text states of what has just been fed. Call it inside `watching`."""
-        assert self._watch is not None
-        self.writer.remember([row.latent for row in rows], ids, latents, self._watch)

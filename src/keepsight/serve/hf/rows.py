@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -121,28 +122,27 @@ class Row:
         job: its request.
         index: which of the request's answers.
         ids: token ids of the prompt and of what has been fed of the answer.
-        position: position of the newest token, [P] for P rotary dimensions, on the CPU; None if the model takes none.
-        text: its text.
-        processors: transformers' logits processors for this row.
+        tokenizer: decodes its text, for this thread alone.
         do_sample: draw, or take the likeliest.
-        generator: draws.
         ends: ids that end the answer.
-        grammar: what its text is held to.
+        position: position of the newest token, [P] for P rotary dimensions, on the CPU; None if the model takes none.
+        processors: transformers' logits processors for this row.
         latent: state of latent memory, if the model has one and it is on.
         written: positions after the prompt, memories included.
         memory_tokens: how many of them are memories.
+        text: its text.
+        generator: draws.
+        grammar: what its text is held to.
     """
 
     job: Job
     index: int
     ids: list[int]
-    position: torch.Tensor | None
-    text: TextStream
-    processors: Any
+    tokenizer: InitVar[Any]
     do_sample: bool
-    generator: torch.Generator
     ends: frozenset[int]
-    grammar: Grammar | None = None
+    position: torch.Tensor | None = None
+    processors: Any = None
     latent: Any = None
     written: int = 0
     memory_tokens: int = 0
@@ -150,6 +150,13 @@ class Row:
     reason: str | None = None
     error: ApiError | None = None
     _seen: torch.Tensor | None = None
+
+    def __post_init__(self, tokenizer: Any) -> None:
+        sampling, grammar = self.job.sampling, self.job.grammar
+        seed = secrets.randbits(63) if sampling.seed is None else (sampling.seed + self.index) % 2**63
+        self.text = TextStream(tokenizer, sampling.stop)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.grammar = None if grammar is None else grammar.copy()
 
     @property
     def room(self) -> int:
@@ -169,17 +176,17 @@ class Row:
         self._seen = added if self._seen is None else torch.cat([self._seen, added], 1)
         return self._seen
 
-    def write(self, ids: list[int], is_memory: Callable[[int], bool], entry: Callable[[int], Any]) -> None:
+    def write(self, ids: list[int], memory: Collection[int], entry: Callable[[int], Any]) -> None:
         """Send the text of new positions, and find out whether the answer is over.
 
         Args:
             ids: of the positions.
-            is_memory: whether an id stands for memory and not for text.
+            memory: ids that stand for memory and not for text.
             entry: log-probabilities of a token, if the request wants them.
         """
         self.written += len(ids)
         for token in ids:
-            if is_memory(token):
+            if token in memory:
                 self.memory_tokens += 1
                 continue
             if token in self.ends:

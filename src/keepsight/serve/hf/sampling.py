@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, SequenceBiasLogitsProcessor
 
 
 @dataclass(frozen=True)
@@ -69,26 +69,16 @@ class Sampling:
         """
         found: list[LogitsProcessor] = []
         if self.logit_bias:
-            found.append(Bias(self.logit_bias))
+            found.append(SequenceBiasLogitsProcessor({(token,): bias for token, bias in self.logit_bias.items()}))
         if self.frequency_penalty or self.presence_penalty:
             found.append(Penalties(self.frequency_penalty, self.presence_penalty, prompt))
         return found
 
 
-class Bias(LogitsProcessor):
-    """Adds to the logits of some tokens.
-
-    Args:
-        bias: token id -> what is added.
-    """
-
-    def __init__(self, bias: dict[int, float]):
-        self.ids = torch.tensor(list(bias))
-        self.values = torch.tensor(list(bias.values()))
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores [1, V]."""
-        return scores.index_add(1, self.ids.to(scores.device), self.values.to(scores)[None])  # type: ignore[return-value]
+def end_ids(config: GenerationConfig) -> frozenset[int]:
+    """Token ids that end an answer."""
+    found = config.eos_token_id
+    return frozenset([] if found is None else [found] if isinstance(found, int) else found)
 
 
 class Penalties(LogitsProcessor):

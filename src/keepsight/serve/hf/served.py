@@ -8,6 +8,7 @@ from typing import Any
 
 from keepsight.backbone import Backbone
 from keepsight.pvm.branch import PvmBranch
+from keepsight.serve.hf.sampling import end_ids
 from keepsight.vismem import VisMemBranch
 
 
@@ -63,10 +64,9 @@ class Served:
         return bool(self.memories)
 
     @property
-    def ends(self) -> tuple[int, ...]:
+    def ends(self) -> frozenset[int]:
         """Token ids that end an answer."""
-        found = Backbone.of(self.model).model.generation_config.eos_token_id
-        return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+        return end_ids(Backbone.of(self.model).model.generation_config)
 
     @property
     def vocabulary(self) -> int:

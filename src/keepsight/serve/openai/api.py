@@ -21,7 +21,7 @@ from keepsight.serve.hf.served import Served
 from keepsight.serve.openai import pages
 from keepsight.serve.openai.answers import ChatAnswer
 from keepsight.serve.openai.asked.request import ChatRequest, parse
-from keepsight.serve.openai.chat.routes import ChatPage
+from keepsight.serve.openai.chat.routes import add_chat_page
 from keepsight.serve.openai.handover import Events, Turn
 from keepsight.serve.openai.http import (
     EventStream,
@@ -93,7 +93,7 @@ class Api:
         app.get("/openapi.json", include_in_schema=False)(self.schema)
 
         if self.settings.chat:
-            ChatPage(self).add_to(app)
+            add_chat_page(app, self)
 
         @app.exception_handler(ApiError)
         async def api_error(request: Request, error: ApiError) -> Response:
@@ -200,8 +200,7 @@ class Api:
 
     def _prepare(self, asked: ChatRequest, offer: Offer, files: list[Sent], events: Events, turn: Turn) -> Job:
         """Images, text and settings as the engine takes them. In a worker thread."""
-        media = offer.prompts.decode(files)
-        text, inputs = offer.prompts.encode(asked, media, [one.place for one in files])
+        text, media, inputs = offer.prompts.encode(asked, files)
         length = inputs["input_ids"].shape[1]
         name, most = asked.length
         self.metrics.images.inc(len(media))

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a byte of its own, in SentencePiece's vocabularies
 
 
-@functools.cache
-def _alphabet() -> dict[str, int]:
-    """The letters that stand for bytes in byte-level vocabularies (GPT-2's, Qwen's): printable bytes stand for
-    themselves, the others for letters from 256 on, in order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+#: The letters that stand for bytes in byte-level vocabularies (GPT-2's, Qwen's).
+_LETTERS = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 class TokenNames:
@@ -42,5 +38,4 @@ class TokenNames:
         single = _FALLBACK.fullmatch(word)
         if single:
             return bytes([int(single[1], 16)])
-        letters = _alphabet()
-        return bytes(letters[c] for c in word) if all(c in letters for c in word) else text.encode()
+        return bytes(_LETTERS[c] for c in word) if all(c in _LETTERS for c in word) else text.encode()

@@ -30,7 +30,7 @@ class Offer:
         self, name: str, key: str, served: Served, limits: Limits, sources: ImageSources, takes_videos: bool = True
     ):
         self.name, self.key, self.served = name, key, served
-        self.prompts = Prompts(served.processor, limits, sources, served.context, served.reserved, takes_videos)
+        self.prompts = Prompts(served, limits, sources, takes_videos)
         # Copies: a tokenizer is used by one thread at a time.
         self.token_names = TokenNames(copy.deepcopy(served.tokenizer))
         self.grammars = Grammars(copy.deepcopy(served.tokenizer), served.vocabulary, served.ends)

@@ -12,6 +12,7 @@ import torch
 from jinja2 import TemplateError
 
 from keepsight.serve.errors import ApiError, bad
+from keepsight.serve.hf.served import Served
 from keepsight.serve.openai.asked.messages import FilePart, ImagePart, TextPart, VideoPart, VideoUrl
 from keepsight.serve.openai.asked.request import ChatRequest
 from keepsight.serve.openai.images.decode import decode_image
@@ -46,27 +47,17 @@ class Prompts:
     """Makes inputs of requests.
 
     Args:
-        processor: the model's.
+        served: the model.
         limits: sizes.
         sources: where images come from.
-        context: positions that the model can have; None if it does not say.
-        reserved: texts that stand for images or memories, and that nobody may type.
         takes_videos: whether the engine does.
     """
 
-    def __init__(
-        self,
-        processor: Any,
-        limits: Limits,
-        sources: ImageSources,
-        context: int | None,
-        reserved: tuple[str, ...],
-        takes_videos: bool = True,
-    ):
-        self.processor, self.limits, self.sources = processor, limits, sources
-        self.context, self.reserved = context, reserved
+    def __init__(self, served: Served, limits: Limits, sources: ImageSources, takes_videos: bool = True):
+        self.served, self.processor = served, served.processor
+        self.limits, self.sources = limits, sources
         self.takes_videos = takes_videos and all(
-            getattr(processor, name, None) for name in ("video_processor", "video_token")
+            getattr(self.processor, name, None) for name in ("video_processor", "video_token")
         )
         self._lock = threading.Lock()  # tokenizers change their own settings while they encode
 
@@ -119,18 +110,18 @@ class Prompts:
                 left -= media[-1].pixels
         return media
 
-    def encode(self, request: ChatRequest, media: list[Any], places: list[str]) -> tuple[str, dict[str, torch.Tensor]]:
-        """A request as the chat template writes it, and what the processor makes of it: one row.
+    def encode(self, request: ChatRequest, sent: list[Sent]) -> tuple[str, list[Any], dict[str, torch.Tensor]]:
+        """A request as the chat template writes it, its images and videos decoded, and what the processor makes of it:
+        one row.
 
         Args:
             request: checked.
-            media: what `decode` made, in order.
-            places: where each of them stands in the request.
+            sent: what `collect` found.
 
         Raises:
-            ApiError: 400 if it is too long, or the template or the processor refuses it.
+            ApiError: 4xx if it is too long or large, or the template or the processor refuses it.
         """
-        messages = []
+        media, messages = self.decode(sent), []
         tools = [tool.described() for tool in request.offered]
         characters = self._count(json.dumps(tools, ensure_ascii=False), "tools")
         for m, message in enumerate(request.messages):
@@ -157,7 +148,7 @@ class Prompts:
             except ApiError:
                 raise
             except Exception as error:
-                refused = self._refused(media, places)
+                refused = self._refused(media, sent)
                 if refused is None and not isinstance(error, _REFUSALS):
                     raise
                 what = str(error) if isinstance(error, (TemplateError, ValueError)) else type(error).__name__
@@ -167,7 +158,7 @@ class Prompts:
                 ) from None
         if inputs["input_ids"].shape[1] > self.limits.max_prompt_tokens:
             raise self._too_long(f"{inputs['input_ids'].shape[1]:,} tokens")
-        return text, {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+        return text, media, {name: value for name, value in inputs.items() if torch.is_tensor(value)}
 
     def _count(self, text: str, place: str) -> int:
         """The length of a text that a client has typed.
@@ -175,7 +166,7 @@ class Prompts:
         Raises:
             ApiError: 400 if it holds what stands for images or memories.
         """
-        typed = next((word for word in self.reserved if word in text), None)
+        typed = next((word for word in self.served.reserved if word in text), None)
         if typed is not None:
             raise bad(
                 f"The text holds {typed}, which stands for an image or a memory. Send images as image_url parts.",
@@ -194,9 +185,9 @@ class Prompts:
         given = [images] if images else None
         return self.processor(text=[text], images=given, add_special_tokens=False, return_tensors="pt", **more)
 
-    def _refused(self, media: list[Any], places: list[str]) -> str | None:
+    def _refused(self, media: list[Any], sent: list[Sent]) -> str | None:
         """Where the image or video stands that the processor refuses by itself; None: it is none of them."""
-        for one, place in zip(media, places, strict=True):
+        for one, from_ in zip(media, sent, strict=True):
             try:
                 if isinstance(one, Clip):
                     frames, told = one.arguments()
@@ -206,7 +197,7 @@ class Prompts:
                 else:
                     self.processor.image_processor([one], return_tensors="pt")
             except Exception:  # of whatever kind: it was raised once already, and has been caught
-                return place
+                return from_.place
         return None
 
     def room(self, prompt: int, asked: int | None, name: str) -> int:
@@ -223,11 +214,12 @@ class Prompts:
         most = self.limits.max_output_tokens
         if asked is not None and asked > most:
             raise bad(f"{name}={asked}; this server writes {most} at most.", name, "invalid_value")
-        left = most if self.context is None else self.context - prompt
+        context = self.served.context
+        left = most if context is None else context - prompt
         if left < (asked or 1):
             more = "" if asked is None else f" and {name} is {asked:,}"
             raise bad(
-                f"The prompt has {prompt:,} tokens{more}; the model's context is {self.context:,} tokens.",
+                f"The prompt has {prompt:,} tokens{more}; the model's context is {context:,} tokens.",
                 "messages" if left < 1 else name,
                 "context_length_exceeded",
             )

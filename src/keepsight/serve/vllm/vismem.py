@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import secrets
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,7 +28,7 @@ from keepsight.serve.errors import explain
 from keepsight.serve.hf.batch import Batch
 from keepsight.serve.hf.latent import LatentMemories
 from keepsight.serve.hf.rows import Job, Row
-from keepsight.serve.text import TextStream
+from keepsight.serve.hf.sampling import end_ids
 from keepsight.serve.vllm.check import UnsupportedVllmError
 from keepsight.vismem.tokens import TYPES
 from keepsight.vismem.writing.policy import MemoryPolicy
@@ -95,19 +94,14 @@ class VllmBatch:
         """Take a request."""
         prompt = self._render(job)
         options = job.sampling.options(self.config)
-        ends = [] if self.config.eos_token_id is None else self.config.eos_token_id
         for index in range(job.choices):
-            seed = secrets.randbits(63) if job.sampling.seed is None else (job.sampling.seed + index) % 2**63
             row = Row(
                 job=job,
                 index=index,
                 ids=job.inputs["input_ids"][0].tolist(),
-                position=None,
-                text=TextStream(self.tokenizer, job.sampling.stop),
-                processors=None,
+                tokenizer=self.tokenizer,
                 do_sample=options["do_sample"],
-                generator=torch.Generator().manual_seed(seed),
-                ends=frozenset([ends] if isinstance(ends, int) else ends),
+                ends=end_ids(self.config),
                 latent=self.latent.blank("image" in prompt.get("mm_placeholders", {})) if job.memory else None,
             )
             answer = OpenAnswer(row, prompt)
@@ -270,10 +264,10 @@ class VllmBatch:
         """One more token that vLLM chose; the policy may put an invocation in its place."""
         if row.latent is None:
             ids = [token]
-            row.write(ids, lambda _: False, lambda _: self._entry(token, told, row))
         else:
             ((ids,), _) = self.latent.next([row], [token])
-            row.write(ids, self.latent.is_memory, lambda _: self._entry(token, told, row))
+        memory = () if row.latent is None else self.latent.tokens.ids
+        row.write(ids, memory, lambda _: self._entry(token, told, row))
         row.ids += ids
 
     def _entry(self, token: int, told: Any, row: Row) -> Any:
@@ -327,7 +321,7 @@ class VllmBatch:
         start = len(row.ids)
         ((ids,), (latents,)) = self.latent.next([row], [0])
         answer.latents[start] = torch.stack([value for value in latents if value is not None]).cpu()
-        row.write(ids, self.latent.is_memory, lambda _: None)
+        row.write(ids, self.latent.tokens.ids, lambda _: None)
         row.ids += ids
         if not row.is_over:
             self._submit(answer)
