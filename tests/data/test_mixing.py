@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_training import draw_digit, make_data, read_rows, write_rows
 
 from keepsight.data.check import check_dataset, read_sample
-from keepsight.data.conversations import DataError
+from keepsight.data.errors import DataError
 from keepsight.data.mixing import MixedData, check_sources
 from keepsight.data.mixture import load_sources, mixture_of_words
 from keepsight.data.reading import Reading

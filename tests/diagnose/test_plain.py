@@ -25,7 +25,7 @@ from keepsight.diagnose.report.charts import NO_PROOF, _by_time
 from keepsight.diagnose.report.plain import opening
 from keepsight.diagnose.report.svg import heat_map
 from keepsight.diagnose.statistics import Estimate
-from keepsight.diagnose.words import counted, listed
+from keepsight.words import counted, listed
 
 FACTS = {
     "name": "my <memory>",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_training import draw_digit, read_rows, write_rows
 
 import keepsight
-from keepsight.data.conversations import DataError
+from keepsight.data.errors import DataError
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.train.rewards.rewards import RewardError
 from keepsight.train.run.accounting import RunCost

@@ -128,7 +128,7 @@ def _rehearsal(model: str | None, answered: bool, ignore: tuple[str, ...]) -> An
 
 
 def _table(found: Any, total: int, decoded: bool, max_length: int | None) -> Any:
-    from keepsight.data.check import counted
+    from keepsight.words import counted
 
     table = facts_table(found.source.name)
     good = found.rows

@@ -16,13 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from keepsight.data.conversations import DataError
+from keepsight.data.errors import DataError
 from keepsight.data.files import short
 from keepsight.data.formats import IMAGES
 from keepsight.data.guesses import UnknownFormatError, picture_columns
 from keepsight.data.reading import Reading, Source, load_dataset_any
 from keepsight.data.samples import Kind, as_dataset, as_row, check_images, read_sample, sample_reader
 from keepsight.errors import KeepsightError
+from keepsight.words import counted
 
 __all__ = [
     "CheckedData",
@@ -248,11 +249,6 @@ def check_dataset(
         found.cut,
         sum(found.seen.values()) - len(found.seen),
     )
-
-
-def counted(number: int, what: str) -> str:
-    """ "1 sample", "2 samples"."""
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 class _Findings:

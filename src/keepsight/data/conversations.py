@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from keepsight.data.json_values import UnusableError, value_of
-from keepsight.errors import KeepsightError
+from keepsight.data.errors import DataError
+from keepsight.data.json_values import as_json
+from keepsight.words import counted
 
 _ROLES = ("system", "user", "assistant", "tool")
 _ROLE_OF = {
@@ -33,24 +33,6 @@ TEMPLATE_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "rea
 _WEIGHTS = ("weight", "train", "loss", "loss_weight", "loss_scale")
 _MEANT = ("audio", "images", "videos", "image", "video", "refusal")
 """Keys of a message whose loss would change what it says."""
-
-
-class DataError(KeepsightError):
-    """The training data cannot be used as they are.
-
-    Args:
-        message: what is wrong.
-        hint: what to do about it, said once however many samples have the same problem.
-
-    Attributes:
-        format: the name of the row's format, where it was recognised.
-    """
-
-    format = ""
-
-    def __init__(self, message: str, hint: str = ""):
-        super().__init__(message)
-        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -254,13 +236,13 @@ class _Reader:
             if images == inside:
                 return images
             raise DataError(
-                f"images: {_count(len(inside), 'image')} inside the messages and {len(images)} beside them; which are "
+                f"images: {counted(len(inside), 'image')} inside the messages and {len(images)} beside them; which are "
                 "meant?",
                 'Leave out those beside the messages: --ignore images. Or write parts as {"type": "image"}.',
             )
         if marks - len(inside) != len(images):
             raise DataError(
-                f"messages: {_count(marks - len(inside), 'image placeholder')} for {_count(len(images), 'image')}; "
+                f"messages: {counted(marks - len(inside), 'image placeholder')} for {counted(len(images), 'image')}; "
                 'each image needs one part {"type": "image"} (or <image> in plain text) in a user message'
             )
         rest = iter(images)
@@ -325,34 +307,3 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
     return [_without_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def as_json(cell: Any, column: str) -> Any:
-    """A cell that holds a list or an object as text (in CSV, and where datasets store a chat as JSON).
-
-    Raises:
-        DataError: if it is no JSON, and not as Python writes lists either.
-    """
-    if not isinstance(cell, str):
-        return cell
-    import ast
-
-    try:
-        return value_of(cell)
-    except UnusableError as error:
-        raise DataError(f"{column}: {error}") from error
-    except json.JSONDecodeError as error:
-        try:
-            return ast.literal_eval(cell.strip())  # what pandas and `str` write: single quotes
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise DataError(f"{column}: expected a list, found text that is not JSON ({error.msg})") from error
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
-def some(names: Any, limit: int = 4) -> str:
-    """A few of the names."""
-    found = [str(name) for name in names]
-    return ", ".join(found[:limit]) + (", ..." if len(found) > limit else "")

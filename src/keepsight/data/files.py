@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keepsight.data.conversations import DataError
+from keepsight.data.errors import DataError
 from keepsight.data.images import PICTURES
 from keepsight.data.json_values import UnusableError, elements_of, value_of
 from keepsight.data.objects import samples_in

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from keepsight.data.conversations import DataError, as_json
+from keepsight.data.errors import DataError
+from keepsight.data.json_values import as_json
 
 Row = Mapping[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from keepsight.data.conversations import DataError
+from keepsight.data.errors import DataError
 from keepsight.data.formats import ANSWER, IMAGES, QUESTION, SOLUTION, Row, filled, first
 from keepsight.data.images import is_address, is_base64, is_of_pictures, is_picture_name
 

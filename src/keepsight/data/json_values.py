@@ -1,12 +1,15 @@
-"""JSON as data files hold it: nothing lost to a repeated key, and each element of a list with its line."""
+"""JSON as data files and their cells hold it: nothing lost to a repeated key, each element of a list with its line."""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from keepsight.data.errors import DataError
 
 
 class UnusableError(ValueError):
@@ -35,6 +38,25 @@ def value_of(text: str) -> Any:
     """
     with _usable():
         return _DECODER.decode(text)
+
+
+def as_json(cell: Any, column: str) -> Any:
+    """A cell that holds a list or an object as text (in CSV, and where datasets store a chat as JSON).
+
+    Raises:
+        DataError: if it is no JSON, and not as Python writes lists either.
+    """
+    if not isinstance(cell, str):
+        return cell
+    try:
+        return value_of(cell)
+    except UnusableError as error:
+        raise DataError(f"{column}: {error}") from error
+    except json.JSONDecodeError as error:
+        try:
+            return ast.literal_eval(cell.strip())  # what pandas and `str` write: single quotes
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise DataError(f"{column}: expected a list, found text that is not JSON ({error.msg})") from error
 
 
 def elements_of(text: str) -> Iterator[tuple[int, Any]]:

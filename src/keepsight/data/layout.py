@@ -6,10 +6,11 @@ import re
 import warnings
 from pathlib import Path
 
-from keepsight.data.conversations import DataError, some
+from keepsight.data.errors import DataError
 from keepsight.data.files import SUFFIXES, kind_of
 from keepsight.data.images import PICTURES
 from keepsight.errors import KeepsightWarning
+from keepsight.words import some
 
 _SPLITS = {
     "train": ("train", "training"),

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from keepsight.data.check import CheckedData, DataError, counted
+from keepsight.data.check import CheckedData
+from keepsight.data.errors import DataError
 from keepsight.data.mixture import Together, load_sources
 from keepsight.data.reading import Source
+from keepsight.words import counted
 
 _MOST_TIMES = 1000
 """A sample that were seen more often in an epoch is a slip of the pen, not a weight."""

@@ -10,7 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from keepsight.data.conversations import DataError
+from keepsight.data.errors import DataError
 from keepsight.data.reading import Part, Reading, Rows, Source, load_dataset_any, reading_of
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from keepsight.data.conversations import DataError, some
+from keepsight.data.errors import DataError
 from keepsight.data.images import is_picture_name
+from keepsight.words import some
 
 
 def samples_in(found: dict[str, Any], name: str) -> tuple[list[Any], tuple[str, ...]]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from keepsight.data.conversations import TEMPLATE_KEYS, DataError
+from keepsight.data.conversations import TEMPLATE_KEYS
+from keepsight.data.errors import DataError
 from keepsight.data.files import short
 from keepsight.errors import KeepsightError
 

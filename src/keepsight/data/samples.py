@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from keepsight.data.conversations import Chat, DataError, as_json, read_chat
+from keepsight.data.conversations import Chat, read_chat
+from keepsight.data.errors import DataError
 from keepsight.data.files import import_datasets
 from keepsight.data.formats import (
     ANSWER,
@@ -43,6 +44,7 @@ from keepsight.data.images import (
     is_picture_name,
     open_image,
 )
+from keepsight.data.json_values import as_json
 from keepsight.data.reading import Source
 
 Kind = Literal["chat", "prompt"]

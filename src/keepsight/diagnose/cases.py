@@ -175,7 +175,7 @@ def _asked(rehearse: Any) -> Any:
     """A rehearsal that also wants a question."""
 
     def check(sample: dict[str, Any], images: list[Any] | None) -> Any:
-        from keepsight.data.conversations import DataError
+        from keepsight.data.errors import DataError
 
         before, words = _laid_out(sample["messages"][-1]["content"])
         if not any(text.strip() for text in (*before, words)):

@@ -129,7 +129,7 @@ def _how_to_go_on(folder: Path) -> str:
 
 def print_report(report: Any, source: str) -> None:
     """What a run did, in a table; then its controls beside it."""
-    from keepsight.data.check import counted
+    from keepsight.words import counted
 
     table = facts_table(f"A memory for {source}")
     resumed = f", resumed at {report.resumed_from}" if report.resumed_from else ""
@@ -180,7 +180,7 @@ def print_vismem_log(values: dict[str, float], step: int, total: int) -> None:
 
 def print_vismem_report(report: Any, source: str) -> None:
     """What a stage did, in a table; then its controls beside it."""
-    from keepsight.data.check import counted
+    from keepsight.words import counted
 
     table = facts_table(f"VisMem, {report.stage}")
     resumed = f", resumed at {report.resumed_from}" if report.resumed_from is not None else ""

@@ -21,7 +21,7 @@ from keepsight.diagnose.cases import Sample
 from keepsight.diagnose.memories.vismem import VisMemHandle
 from keepsight.diagnose.reader import Output, Reader
 from keepsight.diagnose.statistics import Estimate, estimate
-from keepsight.diagnose.words import counted
+from keepsight.words import counted
 
 TENTHS = 10
 AFTER = 16  # text tokens whose log-probability is compared

@@ -10,7 +10,7 @@ from keepsight.diagnose.battery.invocations import AFTER, SOON, InvocationResult
 from keepsight.diagnose.battery.probe_results import LatentProbe
 from keepsight.diagnose.report.sections import Chart, ReportTable, Section
 from keepsight.diagnose.report.svg import Line, Whisker, heat_map, interval_chart, line_chart
-from keepsight.diagnose.words import counted
+from keepsight.words import counted
 
 COLUMNS = 128  # visual tokens (or groups of them) in a map
 COLOUR = {"short": 0, "long": 1}

@@ -11,7 +11,7 @@ import numpy as np
 
 from keepsight.diagnose.instruments.layout import VisualLayout
 from keepsight.diagnose.results import Diagnosis, Written
-from keepsight.diagnose.words import counted
+from keepsight.words import counted
 
 PICTURE = 640  # longest side of an embedded picture, in pixels
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from keepsight.diagnose.battery.verdict import CausalResult
 from keepsight.diagnose.report.overlay import mass_of
 from keepsight.diagnose.results import Diagnosis, Written
-from keepsight.diagnose.words import counted, listed
+from keepsight.words import counted, listed
 
 OPEN = 0.05  # a gate that is smaller lets next to nothing of its branch through
 

@@ -8,7 +8,7 @@ from keepsight.diagnose.battery.lengths import LengthResult
 from keepsight.diagnose.battery.verdict import CausalResult
 from keepsight.diagnose.report.sections import Chart, ReportTable, Section, TableCell
 from keepsight.diagnose.report.svg import Whisker, interval_chart
-from keepsight.diagnose.words import counted, listed
+from keepsight.words import counted, listed
 
 
 def causal_sections(causal: CausalResult | None) -> list[Section]:

@@ -1,6 +1,8 @@
-"""Counts in good English."""
+"""Counts and lists in good English."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 def counted(n: float, one: str, many: str | None = None) -> str:
@@ -11,3 +13,9 @@ def counted(n: float, one: str, many: str | None = None) -> str:
 def listed(parts: list[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def some(names: Iterable[object], limit: int = 4) -> str:
+    """A few of the names."""
+    found = [str(name) for name in names]
+    return ", ".join(found[:limit]) + (", ..." if len(found) > limit else "")
