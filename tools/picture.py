@@ -34,6 +34,7 @@ SAYS = {
     "early": "before PEFT is imported",
     "errors": "short lessons",
     "threads": "what each thread has for itself",
+    "words": "counts and times in English",
 }
 STYLE = """
   text { font: 14px system-ui, sans-serif; fill: #1b1f24 } .s { font-size: 12px; fill: #57606a }

@@ -19,3 +19,14 @@ def some(names: Iterable[object], limit: int = 4) -> str:
     """A few of the names."""
     found = [str(name) for name in names]
     return ", ".join(found[:limit]) + (", ..." if len(found) > limit else "")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words a reader grasps: 42.0 s, 3 min 5 s, 2 h 10 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes} min"

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from keepsight.cli import console, progress
-from keepsight.cli.progress import Progress, Waiting, duration
+from keepsight.cli.progress import Progress, Waiting
+from keepsight.words import duration
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_transient_bars_come_back_for_the_next_stage(terminal: io.StringIO) -> N
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(3.4, "3 s"), (119, "119 s"), (725, "12 min 5 s"), (12000, "3 h 20 min")]
+    ("seconds", "text"), [(3.4, "3.4 s"), (119, "1 min 59 s"), (725, "12 min 5 s"), (12000, "3 h 20 min")]
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text

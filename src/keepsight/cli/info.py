@@ -145,7 +145,7 @@ def _adapter_rows(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "method", methods[facts["branch"]] if is_memory else names.get(facts["method"], facts["method"])
     yield "base", str(facts["base"])
     if is_memory:
-        yield "layers", _listed(facts["layers"])
+        yield "layers", ", ".join(map(str, facts["layers"]))
         yield "latent width", f"{facts['width']} (SwiGLU {facts['ffn_width']}, head {facts['head_dim']})"
         if facts["branch"] == "memory":
             yield (
@@ -197,11 +197,7 @@ def _model_rows(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "decoder", f"{facts['layers']} layers of width {facts['hidden_size']}{note}"
     yield "heads", f"{facts['heads']}, {facts['kv_heads']} for keys and values"
     yield "parameters", f"{facts['parameters']:,}"
-    yield "PvmConfig() gives", f"layers {_listed(memory['layers'])}, latent width {memory['width']}, causal"
+    yield "PvmConfig() gives", f"layers {', '.join(map(str, memory['layers']))}, latent width {memory['width']}, causal"
     share = 100 * memory["parameters"] / facts["parameters"]
     yield "its parameters", f"{memory['parameters']:,} ({share:.2f} % of the base)"
     yield "train it", f"keepsight train pvm {facts['source']} --data FILE --output-dir DIR"
-
-
-def _listed(values: Iterable[int]) -> str:
-    return ", ".join(str(value) for value in values)

@@ -9,6 +9,7 @@ from typing import Any
 
 from keepsight.cli import console
 from keepsight.cli.console import err, say
+from keepsight.words import duration
 
 EVERY = 20.0
 """Seconds without a line after which one is written, where stderr is no terminal."""
@@ -104,12 +105,3 @@ class Waiting(Progress):
         self.bars = err.status(self.what)
         self.bars.start()  # nothing where stderr is no terminal
         return self
-
-
-def duration(seconds: float) -> str:
-    """`95 s`, `12 min 5 s`, `3 h 20 min`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 2 * 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from keepsight.errors import KeepsightError
 
 #: Formats whose further frames are other views of one picture (a phone's depth map, a document's layers).
@@ -85,6 +83,7 @@ def _told_by_the_file(image: Any) -> tuple[float | None, bool, int | None]:
 
 def _eight_bits(image: Any, white: float | None, zero_is_white: bool) -> Any:
     """Greyscale of whole numbers or floats as L, or LA where a value stands for "transparent"."""
+    import numpy as np  # the command line looks at names of pictures without it
     from PIL import Image
 
     values = np.asarray(image).astype(np.float64)

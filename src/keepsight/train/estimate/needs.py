@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 from keepsight.backbone import Backbone
 from keepsight.train.estimate.tracing import Trace, trace
-from keepsight.train.run.accounting import duration
 from keepsight.train.run.engines import Engine
 from keepsight.train.run.flops import ModelShape
 from keepsight.train.run.four_bit import BYTES_PER_WEIGHT
+from keepsight.words import duration
 
 GIB = 2**30
 CARDS = {"24 GB": 22.5, "40 GB": 39.4, "48 GB": 44.4, "80 GB": 79.2}

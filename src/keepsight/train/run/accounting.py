@@ -21,6 +21,7 @@ import torch
 from keepsight.checkpoints.atomic import write_text
 from keepsight.errors import KeepsightError
 from keepsight.train.run.flops import ModelShape
+from keepsight.words import duration
 
 FILE = "cost.json"
 
@@ -253,14 +254,3 @@ def as_markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The same in markdown."""
     lines = [head, ("---", *["---:"] * (len(head) - 1)), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words a reader grasps: 42.0 s, 3 min 5 s, 2 h 10 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes} min"

@@ -22,9 +22,10 @@ from keepsight.checkpoints.atomic import write_text
 from keepsight.data.check import CheckedData
 from keepsight.errors import KeepsightError
 from keepsight.pvm import PvmConfig
-from keepsight.train.run.accounting import RunCost, as_markdown, as_table, duration
+from keepsight.train.run.accounting import RunCost, as_markdown, as_table
 from keepsight.train.run.learner import Learner, matched_lora
 from keepsight.train.run.plan import MemoryPlan
+from keepsight.words import duration
 
 ControlName = Literal["lora", "mlp", "sft", "none"]
 SFT_LR_SHARE = 0.1
