@@ -21,7 +21,8 @@ from keepsight.data.files import short
 from keepsight.data.formats import IMAGES
 from keepsight.data.guesses import UnknownFormatError, picture_columns
 from keepsight.data.reading import Reading, Source, load_dataset_any
-from keepsight.data.samples import Kind, as_dataset, as_row, check_images, read_sample, sample_reader
+from keepsight.data.rows import as_dataset, as_row, check_images, read_sample
+from keepsight.data.samples import Kind, sample_reader
 from keepsight.errors import KeepsightError
 from keepsight.words import counted
 

@@ -72,17 +72,18 @@ def filled(value: Any) -> bool:
     return value is not None and not (isinstance(value, (str, list, tuple, dict)) and len(value) == 0)
 
 
-def _messages(row: Row) -> Any:
-    name = first(row, CHAT)
-    found = as_json(row.get(name or ""), name or "") if isinstance(row.get(name or ""), str) else row.get(name or "")
-    return found if isinstance(found, (list, tuple)) else []
+def _messages(row: Row) -> list[dict[str, Any]]:
+    """The messages of a chat, as far as they can be read."""
+    try:
+        found = as_json(row.get(first(row, CHAT) or ""), "")
+    except DataError:
+        return []
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, (list, tuple)) else []
 
 
 def _holds(row: Row, *keys: str) -> bool:
     """Whether a message, or a part of one, has one of these keys with something in it."""
-    for message in _safely(row):
-        if not isinstance(message, dict):
-            continue
+    for message in _messages(row):
         content = message.get("content")
         parts = content if isinstance(content, (list, tuple)) else []
         if any(isinstance(one, dict) and filled(one.get(key)) for one in (message, *parts) for key in keys):
@@ -90,11 +91,9 @@ def _holds(row: Row, *keys: str) -> bool:
     return False
 
 
-def _safely(row: Row) -> Any:
-    try:
-        return _messages(row)
-    except DataError:
-        return []
+def _says(row: Row, mark: str) -> bool:
+    """Whether a message has a mark in its words."""
+    return any(mark in str(message.get("value") or message.get("content") or "") for message in _messages(row))
 
 
 def _chat(row: Row) -> Turns:
@@ -102,10 +101,6 @@ def _chat(row: Row) -> Turns:
     assert name is not None
     messages, reply = as_json(row[name], name) if row[name] else row[name], first(row, (*ANSWER, SOLUTION))
     return Turns(messages, (name,), row.get(reply or ""), reply)
-
-
-def _is_chat(row: Row) -> bool:
-    return first(row, CHAT) is not None
 
 
 def _listed(cell: Any) -> Any:
@@ -126,26 +121,23 @@ def _trl(row: Row) -> Turns:
     return Turns([*_listed(row["prompt"]), *more], ("prompt", *((name,) if more and name else ())), reply, name)
 
 
-def _asked(question: str, answers: tuple[str, ...] = ANSWER) -> Callable[[Row], Turns]:
-    def turns(row: Row) -> Turns:
-        name, used, asked, messages = first(row, answers), [question], row.get(question), []
-        if not isinstance(asked, str) or not asked.strip():
-            raise DataError(f"{question}: {'empty' if not filled(asked) else f'expected text, found {asked!r:.60}'}")
-        if question == "instruction" and filled(row.get("input")):
-            asked, used = f"{asked}\n{row['input']}", [*used, "input"]
-        if filled(row.get("history")):
-            used.append("history")
-            for pair in as_json(row["history"], "history"):
-                if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                    raise DataError(f"history: expected [question, answer], found {pair!r:.60}")
-                messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-        return Turns([*messages, {"role": "user", "content": asked}], tuple(used), row.get(name or ""), name)
-
-    return turns
+def _asked(row: Row, question: str, answers: tuple[str, ...]) -> Turns:
+    name, used, asked, messages = first(row, answers), [question], row.get(question), []
+    if not isinstance(asked, str) or not asked.strip():
+        raise DataError(f"{question}: {'empty' if not filled(asked) else f'expected text, found {asked!r:.60}'}")
+    if question == "instruction" and filled(row.get("input")):
+        asked, used = f"{asked}\n{row['input']}", [*used, "input"]
+    if filled(row.get("history")):
+        used.append("history")
+        for pair in as_json(row["history"], "history"):
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise DataError(f"history: expected [question, answer], found {pair!r:.60}")
+            messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return Turns([*messages, {"role": "user", "content": asked}], tuple(used), row.get(name or ""), name)
 
 
 def _question(row: Row) -> Turns:
-    return _asked(first(row, QUESTION) or "question", (*ANSWER, SOLUTION))(row)
+    return _asked(row, first(row, QUESTION) or "question", (*ANSWER, SOLUTION))
 
 
 def _cauldron(row: Row) -> Turns:
@@ -170,37 +162,26 @@ def _has(row: Row, *groups: tuple[str, ...]) -> bool:
     return all(first(row, group) is not None for group in groups)
 
 
-def _says(row: Row, mark: str) -> bool:
-    """Whether a message has a mark in its words."""
-    return any(
-        mark in str(one.get("value") or one.get("content") or "") for one in _safely(row) if isinstance(one, dict)
-    )
-
-
 FORMATS = (
-    Format(
-        "Qwen-VL's first form (<img>FILE</img> in the words)", lambda row: _is_chat(row) and _says(row, "</img>"), _chat
-    ),
-    Format("OpenAI chat (image_url inside messages)", lambda row: _is_chat(row) and _holds(row, "image_url"), _chat),
+    Format("Qwen-VL's first form (<img>FILE</img> in the words)", lambda row: _says(row, "</img>"), _chat),
+    Format("OpenAI chat (image_url inside messages)", lambda row: _holds(row, "image_url"), _chat),
     Format(
         "Qwen chat (images inside messages)",
-        lambda row: _is_chat(row) and _holds(row, "image", "url", "path", "base64", "source"),
+        lambda row: _holds(row, "image", "url", "path", "base64", "source"),
         _chat,
     ),
     Format(
         "LLaVA (conversations of from and value, image)",
-        lambda row: _is_chat(row) and _holds(row, "from") and "images" not in row,
+        lambda row: _holds(row, "from") and "images" not in row,
         _chat,
     ),
-    Format(
-        "ShareGPT (conversations of from and value, images)", lambda row: _is_chat(row) and _holds(row, "from"), _chat
-    ),
-    Format("chat (messages and images)", _is_chat, _chat),
+    Format("ShareGPT (conversations of from and value, images)", lambda row: _holds(row, "from"), _chat),
+    Format("chat (messages and images)", lambda row: _has(row, CHAT), _chat),
     Format("chat (prompt and completion, as TRL has it)", lambda row: _listed(row.get("prompt")) is not None, _trl),
     Format(
         "Alpaca (instruction, input, output)",
         lambda row: _has(row, ("instruction",), ("output", *ANSWER)),
-        lambda row: _asked("instruction", ("output", *ANSWER))(row),
+        lambda row: _asked(row, "instruction", ("output", *ANSWER)),
     ),
     Format(
         "VQA (question and answer)",
@@ -271,14 +252,18 @@ def _is_turn(one: Any) -> bool:
     return isinstance(one, dict) and ({"role", "content"} <= set(one) or {"from", "value"} <= set(one))
 
 
+def text_of(content: Any) -> Any:
+    """The text of a message's content, also of one in parts."""
+    if not isinstance(content, list):
+        return content
+    return "".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+
+
 def _words(one: Any) -> Any:
     """What an answer says that is an object: VQA's, or a message."""
     if not isinstance(one, dict):
         return one
-    found = next((one[key] for key in ("answer", "content", "value") if key in one), None)
-    if isinstance(found, list):
-        return "".join(part["text"] for part in found if isinstance(part, dict) and isinstance(part.get("text"), str))
-    return found
+    return text_of(next((one[key] for key in ("answer", "content", "value") if key in one), None))
 
 
 def said(answer: Any) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from keepsight.data.errors import DataError
 from keepsight.data.formats import ANSWER, IMAGES, QUESTION, SOLUTION, Row, filled, first
-from keepsight.data.images import is_address, is_base64, is_of_pictures, is_picture_name
+from keepsight.data.images import holds_pictures, is_address, is_of_pictures, is_picture_name
 
 _LOOKS_LIKE = (
     ({"chosen", "rejected"}, "preferences (DPO)", "the better answers can be learned: --columns answer=chosen"),
@@ -49,7 +49,7 @@ def unknown(name: str, columns: tuple[str, ...], sample: Row, answered: bool) ->
 
 def picture_columns(row: Row) -> list[str]:
     """Columns that seem to hold pictures or name them: by what stands there, then by what they are called."""
-    held = [column for column in row if isinstance(column, str) and _is_of_pictures(row[column])]
+    held = [column for column in row if isinstance(column, str) and holds_pictures(row[column], or_names=True)]
     called = [column for column in row if is_of_pictures(column) and isinstance(row[column], str)]
     return list(dict.fromkeys([*held, *called]))
 
@@ -110,11 +110,3 @@ def _is_words(cell: Any) -> bool:
     if isinstance(cell, (list, tuple)) and cell:
         return all(isinstance(one, str) for one in cell)
     return isinstance(cell, str) and not cell.replace(".", "").isdigit()
-
-
-def _is_of_pictures(cell: Any) -> bool:
-    if isinstance(cell, (list, tuple)):
-        return bool(cell) and all(_is_of_pictures(one) for one in cell)
-    if isinstance(cell, str):
-        return is_picture_name(cell) or is_base64(cell)
-    return isinstance(cell, bytes) or (isinstance(cell, dict) and bool(cell.get("bytes") or cell.get("path")))

@@ -24,6 +24,7 @@ __all__ = [
     "ImageError",
     "MissingImageError",
     "find_image",
+    "holds_pictures",
     "is_address",
     "is_base64",
     "is_of_pictures",
@@ -101,6 +102,22 @@ def is_base64(source: Any) -> bool:
     """Whether this is an image as text: a data address, or how PNG, JPEG, GIF and WebP begin in base64."""
     begins = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
     return isinstance(source, str) and (source.startswith("data:") or (len(source) > 64 and source.startswith(begins)))
+
+
+def holds_pictures(cell: Any, or_names: bool = False) -> bool:
+    """Whether a cell holds a picture, or a list of some: bytes, base64, a PIL image, or as `datasets` stores them.
+
+    Args:
+        cell: of a row.
+        or_names: whether the name of a picture's file counts.
+    """
+    if isinstance(cell, (list, tuple)):
+        return bool(cell) and all(holds_pictures(one, or_names) for one in cell)
+    if isinstance(cell, str):
+        return is_base64(cell) or (or_names and is_picture_name(cell))
+    if isinstance(cell, dict):
+        return isinstance(cell.get("bytes"), bytes) or (or_names and bool(cell.get("path")))
+    return isinstance(cell, bytes) or hasattr(cell, "getexif")
 
 
 def is_picture_name(text: str) -> bool:

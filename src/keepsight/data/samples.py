@@ -1,4 +1,4 @@
-"""From rows of any format to samples of one form, and back from the trainer's dataset to images.
+"""From rows of any format to samples of one form.
 
 A sample of supervised training is {"messages", "images"} and, where the row has them, "tools"; its last message is the
 assistant's. A sample of reinforcement learning has the messages up to the question only, and every other column beside
@@ -10,12 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from keepsight.data.conversations import Chat, read_chat
+from keepsight.data.conversations import read_chat
 from keepsight.data.errors import DataError
-from keepsight.data.files import import_datasets
 from keepsight.data.formats import (
     ANSWER,
     CAPTION,
@@ -32,19 +30,11 @@ from keepsight.data.formats import (
     numbered,
     recognise,
     said,
+    text_of,
 )
 from keepsight.data.guesses import unknown
-from keepsight.data.images import (
-    ImageError,
-    MissingImageError,
-    find_image,
-    is_address,
-    is_base64,
-    is_of_pictures,
-    is_picture_name,
-    open_image,
-)
 from keepsight.data.json_values import as_json
+from keepsight.data.lost import refuse_loss, refuse_preferences
 from keepsight.data.reading import Source
 
 Kind = Literal["chat", "prompt"]
@@ -62,17 +52,6 @@ _ROLES = {  # what `--columns` maps -> the columns that it takes the place of
     "tools": ("tools",),
     "reply": ("reply",),
     "dataset": ("dataset",),
-}
-_MEANT = {  # columns whose loss would change what a sample says
-    "videos": "videos; training reads pictures only: give frames as images",
-    "video": "a video; training reads pictures only: give frames as images",
-    "audios": "sound; training reads pictures only",
-    "audio": "sound; training reads pictures only",
-    "functions": 'functions; the form that chat templates know is "tools"',
-    "weight": "a weight; samples count alike: repeat rows, or leave some out",
-    "choices": "the choices of the question, which nobody would see: write them into the question",
-    "options": "the options of the question, which nobody would see: write them into the question",
-    "system_prompt": "a system message; --columns system=system_prompt uses it",
 }
 
 
@@ -124,15 +103,16 @@ def sample_reader(source: Source, kind: Kind = "chat", extra: tuple[str, ...] = 
         used |= set(turns.used)
         messages, right, notes = _with_answer(turns, used, answered)
         messages, tools = _with_system(messages, row, used), None
-        _refuse_preferences(row, messages, answered)
+        if answered and last_role(messages) not in REPLIES:
+            refuse_preferences(row)
         chat = read_chat(messages, pictures, answered, source.reading.ignore)
         if filled(row.get("tools")) and answered:
             tools = _described(as_json(row["tools"], "tools"))
             used.add("tools")
         rest = {name: value for name, value in row.items() if name not in used and filled(value)}
-        _refuse_what_is_meant(rest, chat, answered)
+        refuse_loss(rest, chat, answered)
         kept = {name: value for name, value in rest.items() if not answered or name in extra}
-        kept = {name: value for name, value in kept.items() if is_plain(value)}
+        kept = {name: value for name, value in kept.items() if _is_plain(value)}
         left |= {name for name in rest if name not in kept} | chat.ignored
         made: dict[str, Any] = {**kept, "messages": chat.messages, "images": chat.images}
         made |= {"tools": tools} if tools else {}
@@ -191,8 +171,8 @@ def _with_answer(turns: Turns, used: set[str], answered: bool) -> tuple[Any, Any
     """(messages, the reference answer, notes): with the answer at their end, or up to the question."""
     messages, right = turns.messages, turns.answer
     notes: tuple[str, ...] = ()
-    last = _last_role(messages)
-    asked, replies = last is not None, last in _REPLIES
+    last = last_role(messages)
+    asked, replies = last is not None, last in REPLIES
     if answered:
         if asked and not replies and turns.answer_column is not None:
             used.add(turns.answer_column)
@@ -206,14 +186,14 @@ def _with_answer(turns: Turns, used: set[str], answered: bool) -> tuple[Any, Any
         used.add(turns.answer_column)
     if replies:
         words, messages = messages[-1].get("content", messages[-1].get("value")), messages[:-1]
-        right = _text(words) if right is None or _is_chat(right) else right
+        right = text_of(words) if right is None or _is_chat(right) else right
     return messages, right, notes
 
 
-_REPLIES = ("assistant", "gpt", "chatgpt", "model", "bot")
+REPLIES = ("assistant", "gpt", "chatgpt", "model", "bot")
 
 
-def _last_role(messages: Any) -> str | None:
+def last_role(messages: Any) -> str | None:
     """Whose the last message is, as the data call it; empty where it does not say, None where there are none."""
     there = isinstance(messages, (list, tuple)) and messages and isinstance(messages[-1], dict)
     return str(messages[-1].get("role") or messages[-1].get("from") or "") if there else None
@@ -239,151 +219,17 @@ def _described(tools: Any) -> Any:
     return [{"type": "function", "function": one} if isinstance(one, dict) and "name" in one else one for one in tools]
 
 
-def _refuse_preferences(row: dict[str, Any], messages: Any, answered: bool) -> None:
-    """Raise for a better and a worse answer, of which none is said to be the one."""
-    if answered and filled(row.get("chosen")) and filled(row.get("rejected")) and _last_role(messages) not in _REPLIES:
-        raise DataError(
-            "chosen, rejected: preferences (DPO), which are not trained on",
-            "The better answers can be learned: --columns answer=chosen.",
-        )
-
-
-def _refuse_what_is_meant(rest: dict[str, Any], chat: Chat, answered: bool) -> None:
-    """Raise for columns that hold a part of the sample that would be lost."""
-    images = chat.images
-    letters = [name for name in "ABCDEFGHIJ" if name in rest]
-    if letters[:2] == ["A", "B"]:  # VLMEvalKit's and MMBench's tables
-        raise DataError(
-            f"{letters[0]} to {letters[-1]}: {_MEANT['options']}", f"To do without: --ignore {','.join(letters)}."
-        )
-    for name, value in rest.items():
-        what = _MEANT.get(name)
-        if name == "tools" and not answered:
-            what = "tools; a prompt is written without them here (reinforcement learning, diagnose, eval)"
-        if name == "objects" and any(mark in json.dumps(chat.messages) for mark in ("<bbox>", "<ref-object>")):
-            what = "boxes that <bbox> and <ref-object> stand for, which would be learned as words: write them out"
-        if what is None and not images and _may_name_a_picture(name, value):
-            download = "download it, and name its file in a column called image"
-            what = "it seems to name a picture, and the sample has none: " + (
-                download if isinstance(value, str) and is_address(value) else f"--columns image={name}"
-            )
-        if what is None and (_is_picture(value) or _is_another_file(value, images)):
-            what = (
-                f"a second picture, which nobody would see; --columns image={name} takes it alone, "
-                "--columns images=FIRST+SECOND both"
-            )
-        if what is not None:
-            raise DataError(f"{name}: {what}", f"To do without {name}: --ignore {name}.")
-
-
-def _may_name_a_picture(name: str, value: Any) -> bool:
-    if isinstance(value, (list, tuple)) and value:
-        return all(_may_name_a_picture(name, one) for one in value)
-    if not isinstance(value, str):
-        return _is_picture(value)
-    return is_picture_name(value) or is_base64(value) or (is_address(value) and is_of_pictures(name))
-
-
-def _is_picture(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return bool(value) and all(_is_picture(one) for one in value)
-    if isinstance(value, dict):
-        return isinstance(value.get("bytes"), bytes)
-    return isinstance(value, bytes) or hasattr(value, "getexif") or is_base64(value)
-
-
-def _is_another_file(value: Any, images: list[Any]) -> bool:
-    """Whether it names the file of a picture that is none of the sample's."""
-    files = [item.get("path") if isinstance(item, dict) and not item.get("bytes") else item for item in images]
-    if not files or not all(isinstance(file, str) and not is_base64(file) for file in files):
-        return False
-    names = {PurePosixPath(str(file)).name for file in files}
-    another = isinstance(value, str) and is_picture_name(value) and "://" not in value
-    return another and PurePosixPath(value).name not in names
-
-
-def _text(content: Any) -> Any:
-    if not isinstance(content, list):
-        return content
-    return "".join(part.get("text", "") for part in content if isinstance(part, dict))
-
-
 def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "content" in one for one in value)
 
 
-def is_plain(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     """Whether a column's value goes through JSON: images and bytes do not."""
     try:
         json.dumps(value)
     except (TypeError, ValueError):
         return False
     return True
-
-
-def check_images(sample: dict[str, Any], folders: tuple[Path, ...], decode: bool) -> list[Any] | None:
-    """Resolve relative paths in place; the images opened, where they are to be."""
-    opened = []
-    for index, item in enumerate(sample["images"]):
-        try:
-            if isinstance(item, dict) and not item.get("bytes") and item.get("path"):
-                item = item["path"]
-            if isinstance(item, (str, Path)) and not is_base64(item):
-                item = str(find_image(item, *folders).resolve())
-            if decode:
-                opened.append(open_image(item))
-            sample["images"][index] = item
-        except ImageError as error:
-            elsewhere = isinstance(error, MissingImageError) and "--image-folder" not in str(error)
-            hint = "If pictures are in another folder: --image-folder FOLDER." if elsewhere else ""
-            raise DataError(f"images[{index}]: {error}", hint) from error
-    return opened if decode else None
-
-
-def as_row(sample: dict[str, Any], row: int) -> dict[str, Any]:
-    """A sample as a row of the trainer's dataset.
-
-    Files are kept by their path; everything else by its place in the source, so that no image bytes are copied.
-    Messages and other columns are JSON text, because Arrow would give every part every other part's keys, and chat
-    templates ask for their presence.
-    """
-    cells = [
-        {"path": item, "row": None, "index": None}
-        if isinstance(item, str) and not is_base64(item)
-        else {"path": None, "row": row, "index": index}
-        for index, item in enumerate(sample["images"])
-    ]
-    columns = {name: value for name, value in sample.items() if name not in ("messages", "images")}
-    return {"messages": json.dumps(sample["messages"]), "images": cells, "columns": json.dumps(columns)}
-
-
-def as_dataset(rows: list[dict[str, Any]]) -> Any:
-    """A `datasets.Dataset`, which is what TRL's trainers take, of what `as_row` made."""
-    datasets = import_datasets()
-    number, text = datasets.Value("int64"), datasets.Value("string")
-    features = datasets.Features(
-        {"messages": text, "images": [{"path": text, "row": number, "index": number}], "columns": text}
-    )
-    return datasets.Dataset.from_list(rows, features=features)
-
-
-def read_sample(row: dict[str, Any], source: Source) -> dict[str, Any]:
-    """A row of `CheckedData.dataset`, ready for a processor: messages as lists of parts, images as PIL, other columns.
-
-    Raises:
-        ImageError: if a file has vanished or changed since it was checked.
-    """
-    stored: dict[int, list[Any]] = {}
-    images = []
-    for cell in row["images"]:
-        item = cell["path"]
-        if item is None:
-            place = cell["row"]
-            if place not in stored:
-                stored[place] = images_in(*source.at(place))
-            item = stored[place][cell["index"]]
-        images.append(open_image(item))
-    return {**json.loads(row.get("columns") or "{}"), "messages": json.loads(row["messages"]), "images": images}
 
 
 def images_in(raw: dict[str, Any], source: Source) -> list[Any]:

@@ -81,7 +81,8 @@ def measured(source: str | Path, dataset: Any, split: str = "train", answers: bo
     from keepsight.checkpoints.load import load_processor
     from keepsight.data.collate import ConversationCollator
     from keepsight.data.mixture import load_sources
-    from keepsight.data.samples import check_images, sample_reader
+    from keepsight.data.rows import check_images
+    from keepsight.data.samples import sample_reader
 
     collator = ConversationCollator(load_processor(source))
     longest = (0, 0)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from keepsight.data.check import CheckedData
-from keepsight.data.samples import read_sample
+from keepsight.data.rows import read_sample
 from keepsight.errors import KeepsightWarning
 from keepsight.train.rewards.rewards import Reward
 from keepsight.train.run.four_bit import trainable_as_it_is
