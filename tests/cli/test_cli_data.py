@@ -90,6 +90,28 @@ def test_a_dry_run_measures_the_data(tiny_vlm: Path, data: Path) -> None:
     assert int(longest) == max(collator.measure(sample)[0] for sample in samples)
 
 
+def test_a_dry_run_names_recipe_mix_and_what_cannot_be_used(tiny_vlm: Path, data: Path) -> None:
+    rows = read_rows(data)
+    few = write_rows(data.parent / "few.jsonl", rows[:1])
+    told = " ".join(run("train", "pvm", tiny_vlm, "-d", f"{data}=1", "-d", f"{few}=1", "--dry-run").output.split())
+    assert "keepsight's" in told
+    assert re.search(r"few\.jsonl 50\.0% \(1 sample, each", told)
+    paper = run("train", "pvm", tiny_vlm, "--dry-run", "--tokens", 64, "--recipe", "paper", "--causal")
+    assert "the paper's, but causal True" in paper.output
+    write_rows(few, [rows[0], {**rows[0], "images": ["none.png"]}])
+    bad = run("train", "pvm", tiny_vlm, "-d", few, "--dry-run")
+    assert bad.exit_code == 1
+    assert "few.jsonl, line 2, images[0]: " in bad.output
+
+
+@pytest.mark.parametrize("command", ["eval", "diagnose"])
+def test_questions_are_not_counted_twice(command: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data.parent)
+    result = run(command, "-d", data, "-d", data.name)
+    assert result.exit_code == 1
+    assert "is named twice" in result.output
+
+
 def other_names(data: Path) -> Path:
     rows = [
         {"photo": row["images"][0], "query text": "read", "gold": row["messages"][-1]["content"], "id": index}

@@ -181,6 +181,10 @@ def test_options_of_a_memory_have_its_configs_defaults(options: Any, config: Any
         ("train pvm x --lerning-rate 1", "--lr"),
         ("generate -p x --max-tokens 4", "--max-new-tokens"),
         ("demo --outptu x", "--output-dir"),
+        ("generate -p x --max-word 4", "--max-new-tokens"),
+        ("serve --max-word 4", "--max-output-tokens"),
+        ("serve --max-tokens 4", "--max-output-tokens"),
+        ("train pvm x --grad 4", "--grad-accum"),
         ("train pvm x --gradient-accumulation-steps 1", "--grad-accum"),
         ("train pvm-grpo x --num-generations 4", "--group-size"),
         ("train vismem-formation x --beta 4", "--kl"),
@@ -191,6 +195,13 @@ def test_what_was_meant(line: str, meant: str) -> None:
     assert result.exit_code == 2
     assert f"Did you mean {meant}" in result.stderr.replace("'", "")
     assert "? How to use it: keepsight" in result.stderr
+
+
+@pytest.mark.parametrize("line", ["train pvm x --max-word 4", "generate -p x --epochs 4", "serve --temprature 1"])
+def test_nothing_that_is_far_off_is_said_to_be_meant(line: str) -> None:
+    result = keepsight_cli(*line.split())
+    assert result.exit_code == 2
+    assert "Did you mean" not in result.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -124,6 +124,7 @@ def test_other_weights_are_other_data_to_a_resumed_run(tmp_path: Path) -> None:
         (["a.jsonl=nan", "b.jsonl=1"], "a.jsonl=nan: a weight is a number above 0"),
         (["a.jsonl=half", "b.jsonl=1"], "'half' is no weight.*a.jsonl=0.5"),
         (["a.jsonl", "a.jsonl"], "a.jsonl is named twice.*a.jsonl=2"),
+        (["a.jsonl=1", "b.jsonl=2", "./a.jsonl=1"], "a.jsonl is named twice"),
         (["a.jsonl=1e9", "b.jsonl=1"], "Bring the weights nearer"),
     ],
 )

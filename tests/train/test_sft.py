@@ -129,6 +129,22 @@ def test_logs_hold_gates_loss_rate_and_tokens(tiny_vlm: Path, data: Path, tmp_pa
     assert len([values for values in logs if "eval_loss" in values]) >= 2
 
 
+@pytest.mark.parametrize("every", [2, 3])
+def test_the_last_step_is_evaluated_once(every: int, tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, float]] = []
+    report = train_pvm(
+        tiny_vlm,
+        data,
+        tmp_path / "out",
+        eval_dataset=data,
+        settings=settings(max_steps=4, eval_steps=every),
+        on_log=lambda values, step, total: seen.append((step, values["eval_loss"])) if "eval_loss" in values else None,
+    )
+    assert [step for step, _ in seen] == ([2, 4] if every == 2 else [3, 4])
+    assert report.metrics["eval_loss"] == seen[-1][1]
+    assert all(name.startswith("eval_") for name in report.metrics)
+
+
 def same_weights(a: Path, b: Path) -> bool:
     first, second = load_file(a / WEIGHTS), load_file(b / WEIGHTS)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

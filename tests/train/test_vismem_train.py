@@ -525,6 +525,12 @@ def test_a_dry_run_reads_no_weights(tiny_vlm: Path, questions: Path, monkeypatch
     assert "16 of them visual" in result.stdout
 
 
+def test_a_dry_run_of_an_adapter_measures_the_data(formed: tuple[Path, VisMemReport], questions: Path) -> None:
+    result = run_command("vismem-invocation", str(formed[0]), "--dry-run", "--data", str(questions))
+    assert result.exit_code == 0, result.output
+    assert "16 of them visual" in result.stdout
+
+
 def test_a_dry_runs_count_is_the_runs(formed: tuple[Path, VisMemReport], tiny_vlm: Path) -> None:
     from keepsight.train.vismem.dry_run import dry_run_vismem
 

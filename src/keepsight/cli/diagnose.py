@@ -12,7 +12,8 @@ from keepsight.checkpoints.atomic import try_folder
 from keepsight.cli.console import Interrupted, check_device, out, quiet, refuse_twins, say, with_examples
 from keepsight.cli.model import BUILT_IN, Adapters, Attention, Base, Device, Dtype, Images, Source
 from keepsight.cli.progress import Progress, Waiting
-from keepsight.data.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP, reading_of
+from keepsight.data.mixture import for_evaluation, load_sources, mixture_of_words
+from keepsight.data.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP
 from keepsight.errors import KeepsightError, KeepsightWarning
 
 
@@ -106,10 +107,11 @@ def diagnose(
     quiet()
     if not dataset and (columns or ignore or image_folder or split != "train"):
         raise KeepsightError("--columns, --ignore, --image-folder and --split say how --data is read; name some.")
-    readings = [reading_of(name, columns or (), ignore or (), image_folder) for name in dataset or []]
+    asked = for_evaluation(mixture_of_words(dataset, columns or (), ignore or (), image_folder)) if dataset else None
     base_name, infos = check_sources(source, adapter or [], base)
     processor = load_processor(base_name, infos)
-    given = _samples(image or [], video, prompt, readings, split, processor)
+    sources = load_sources(asked, split)[0] if asked is not None else []
+    given = _samples(image or [], video, prompt, sources, processor)
     refuse_twins(infos, "Leave one of them out.")
     with Waiting(f"loading {base_name}"):
         options: dict[str, Any] = {"dtype": dtype, "device": device, "attn_implementation": attention}
@@ -169,13 +171,13 @@ def _writable(name: str) -> Path:
 
 
 def _samples(
-    images: list[str], video: str | None, prompt: str | None, datasets: list[Any], split: str, processor: Any
+    images: list[str], video: str | None, prompt: str | None, datasets: list[Any], processor: Any
 ) -> list[Any]:
     from keepsight.data.images import open_image
     from keepsight.diagnose.cases import LONG_PROMPT, Sample, read_dataset
 
     if datasets:
-        parts = [read_dataset(dataset, split, processor) for dataset in datasets]
+        parts = [read_dataset(dataset, processor=processor) for dataset in datasets]
         # in turn, so that --samples takes as many of each
         return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
     if not images and video is None and prompt is None:

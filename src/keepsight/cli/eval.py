@@ -10,7 +10,8 @@ import typer
 from keepsight.cli.console import check_device, out, quiet, refuse_twins, say, warn, with_examples
 from keepsight.cli.model import BUILT_IN, Adapters, Base, Device, Dtype, Source
 from keepsight.cli.progress import Progress, Waiting
-from keepsight.data.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP, reading_of
+from keepsight.data.mixture import for_evaluation, load_sources, mixture_of_words
+from keepsight.data.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP
 from keepsight.errors import KeepsightError
 
 
@@ -68,10 +69,11 @@ def evaluate(
     if output.is_dir():
         raise KeepsightError(f"--output {output} is a folder; name a JSON file.")
     quiet()
-    readings = [reading_of(name, columns or (), ignore or (), image_folder) for name in data]
+    asked_for = for_evaluation(mixture_of_words(data, columns or (), ignore or (), image_folder))
     base_name, infos = check_sources(source, adapter or [], base)
     processor = load_processor(base_name, infos)
-    asked = [sample for reading in readings for sample in read_dataset(reading, split, processor)][:samples]
+    sources, _ = load_sources(asked_for, split)
+    asked = [sample for one in sources for sample in read_dataset(one, processor=processor)][:samples]
     unanswered = sum(sample.answer is None for sample in asked)
     if unanswered or not asked:
         raise KeepsightError(f"{unanswered} of {len(asked)} questions have no answer to compare with.")

@@ -44,6 +44,7 @@ ELSEWHERE = {
     "--lora-r": "--lora-rank",
     "--lr-scheduler-type": "--scheduler",
     "--max-completion-length": "--max-new-tokens",
+    "--max-new-tokens": "--max-output-tokens",
     "--max-prompt-length": "--max-length",
     "--max-seq-length": "--max-length",
     "--max-tokens": "--max-new-tokens",
@@ -240,11 +241,13 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, words)
         except UsageError as error:
-            elsewhere, given = self._ours(ELSEWHERE), getattr(error, "option_name", "")
-            near = difflib.get_close_matches(given, [*elsewhere, *former, *self._options()], 1, 0.8)
-            meant = next((elsewhere.get(name, former.get(name, name)) for name in near), None)
-            if meant is not None and hasattr(error, "possibilities"):
-                error.possibilities = [meant]
+            called = {other: ELSEWHERE.get(ours, ours) for other, ours in {**ELSEWHERE, **FORMER}.items()}
+            elsewhere = {**self._ours(called), **self._ours(ELSEWHERE), **former}
+            options, given = self._options(), getattr(error, "option_name", "")
+            near = difflib.get_close_matches(given, [*elsewhere, *options], 1, 0.8)
+            near = near or sorted(name for name in options if given and name.startswith(given))[:1]
+            if hasattr(error, "possibilities"):  # Click's own are often far from it
+                error.possibilities = [elsewhere.get(name, name) for name in near]
             raise
 
     def _options(self) -> set[str]:

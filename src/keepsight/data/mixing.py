@@ -102,17 +102,9 @@ class MixedData(CheckedData):
         rows: list[list[int]] = [[] for _ in self._members]
         for index, (place, _) in enumerate(self.origins):
             rows[place].append(index)
-        shares = [weight / sum(self.weights) for weight in self.weights]
-        total = max(len(own) / share for own, share in zip(rows, shares, strict=True))
+        counts = epoch_of([source.name for source in self._members], [len(own) for own in rows], self.weights)
         chosen: list[int] = []
-        for source, own, share in zip(self._members, rows, shares, strict=True):
-            wanted = max(len(own), round(total * share))
-            if wanted > _MOST_TIMES * len(own):
-                raise DataError(
-                    f"{source.name}: for {share:.2%} of an epoch that sees every sample of the others, each of its "
-                    f"{counted(len(own), 'sample')} would be seen {wanted / len(own):,.0f} times. Bring the weights "
-                    "nearer to each other."
-                )
+        for own, wanted in zip(rows, counts, strict=True):
             whole, rest = divmod(wanted, len(own))
             chosen += own * whole + [own[place * len(own) // rest] for place in range(rest)]
         return self.select(chosen)
@@ -123,15 +115,12 @@ class MixedData(CheckedData):
         Args:
             full: names as given, and how often samples are seen; otherwise the files' names alone, for a card.
         """
-        epoch, words = self.mixed(), []
+        epoch = self.mixed()
         seen = Counter(place for place, _ in epoch.origins)
         there = Counter(place for place, _ in set(epoch.origins))
-        for place, source in enumerate(self._members):
-            often = seen[place] / max(1, there[place])
-            more = f" ({counted(there[place], 'sample')}, each {'once' if often == 1 else f'{often:.3g} times'})"
-            name = source.name if full else Path(source.name).name
-            words.append(f"{name} {seen[place] / max(1, epoch.rows):.1%}{more * full}")
-        return "; ".join(words) + f": an epoch of {counted(epoch.rows, 'sample')}" * full
+        places = range(len(self._members))
+        names = [source.name for source in self._members]
+        return in_words(names, [there[place] for place in places], [seen[place] for place in places], full)
 
     def agreed(self) -> dict[str, Any]:
         """The same, and the weights."""
@@ -141,6 +130,44 @@ class MixedData(CheckedData):
     def _members(self) -> tuple[Source, ...]:
         assert isinstance(self.source, Together)
         return self.source.members
+
+
+def epoch_of(names: Sequence[str], sizes: Sequence[int], weights: Sequence[float] | None) -> list[int]:
+    """How many samples of each dataset an epoch has: in the shares of the weights, and every sample at least once.
+
+    Raises:
+        DataError: if a sample would be seen absurdly often.
+    """
+    if weights is None:
+        return list(sizes)
+    shares = [weight / sum(weights) for weight in weights]
+    total = max(size / share for size, share in zip(sizes, shares, strict=True))
+    counts = [max(size, round(total * share)) for size, share in zip(sizes, shares, strict=True)]
+    for name, size, share, wanted in zip(names, sizes, shares, counts, strict=True):
+        if wanted > _MOST_TIMES * size:
+            raise DataError(
+                f"{name}: for {share:.2%} of an epoch that sees every sample of the others, each of its "
+                f"{counted(size, 'sample')} would be seen {wanted / size:,.0f} times. Bring the weights nearer to each "
+                "other."
+            )
+    return counts
+
+
+def in_words(names: Sequence[str], sizes: Sequence[int], seen: Sequence[int], full: bool = True) -> str:
+    """What share of an epoch each dataset has.
+
+    Args:
+        names: of the datasets.
+        sizes: samples of each.
+        seen: how many of them an epoch has, some of them several times.
+        full: as `MixedData.mix`.
+    """
+    words = []
+    for name, size, count in zip(names, sizes, seen, strict=True):
+        often = count / max(1, size)
+        more = f" ({counted(size, 'sample')}, each {'once' if often == 1 else f'{often:.3g} times'})"
+        words.append(f"{name if full else Path(name).name} {count / max(1, sum(seen)):.1%}{more * full}")
+    return "; ".join(words) + f": an epoch of {counted(sum(seen), 'sample')}" * full
 
 
 def _moved(row: dict[str, Any], start: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -42,12 +43,16 @@ def mixture_of(given: Any) -> Mixture:
         return Mixture((_reading(given),))
     pairs = [one if isinstance(one, tuple) and len(one) == 2 else (one, None) for one in given]
     readings = tuple(_reading(one) for one, _ in pairs)
-    weights = {_called(reading): weight for reading, (_, weight) in zip(readings, pairs, strict=True)}
     if not readings:
         raise DataError("There is no dataset in the list.")
-    if len(weights) < len(readings):
-        twice = next(_called(one) for one in readings if sum(_called(one) == _called(other) for other in readings) > 1)
-        raise DataError(f"{twice} is named twice. To see it more often, give weights: {twice}=2.")
+    places = Counter(_place(one) for one in readings)
+    twice = next((_called(one) for one in readings if places[_place(one)] > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"{twice} is named twice, so its samples would count twice. Name it once; in training, a weight shows them "
+            f"more often: {twice}=2."
+        )
+    weights = {_called(reading): weight for reading, (_, weight) in zip(readings, pairs, strict=True)}
     without = [name for name, weight in weights.items() if weight is None]
     if len(without) == len(weights):
         return Mixture(readings)
@@ -181,3 +186,9 @@ def _reading(given: Any) -> Reading:
 def _called(reading: Reading) -> str:
     """A dataset's name; of one that has none, its identity."""
     return str(reading.source) if isinstance(reading.source, (str, Path)) else f"dataset {id(reading.source)}"
+
+
+def _place(reading: Reading) -> str:
+    """The same, of a file that has several names one for all."""
+    name = _called(reading)
+    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name

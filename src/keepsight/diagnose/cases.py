@@ -123,19 +123,19 @@ def read_dataset(source: Any, split: str = "train", processor: Any = None) -> li
     names the data that a sample comes from; default: the file's name.
 
     Args:
-        source: the data, or a `Reading` of them.
+        source: the data, a `Reading` of them, or the `Source` that was read.
         split: which split, where there are several.
         processor: of the model that will be asked; with it, what it cannot read is an error here.
 
     Raises:
         KeepsightError: naming file and line of what cannot be used.
     """
-    from keepsight.data.check import check_dataset, load_dataset_any, read_sample
+    from keepsight.data.check import Source, check_dataset, load_dataset_any, read_sample
     from keepsight.data.collate import ConversationCollator
     from keepsight.data.formats import said
     from keepsight.data.rehearsal import Rehearsal
 
-    data = load_dataset_any(source, split)
+    data = source if isinstance(source, Source) else load_dataset_any(source, split)
     collator = None if processor is None else ConversationCollator(processor)
     rehearsal = Rehearsal(collator, answered=False, ignore=data.reading.ignore)
     checked = check_dataset(data, kind="prompt", text_only="keep", rehearse=_asked(rehearsal)).good()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import quiet, with_examples
+from keepsight.cli.console import first_of_all, quiet, say, with_examples
 from keepsight.cli.options import recipe_of
 from keepsight.cli.train.options import PvmOptions, TrainOptions
 from keepsight.cli.train.showing import print_log, print_report, run_and_report, show_dry_run
 from keepsight.train.run.fields import STEPS
 from keepsight.train.run.settings import PAPER_SFT, SftSettings
+
+PAPER = {**PAPER_SFT, "causal": False}
 
 
 @with_examples(
@@ -43,7 +45,7 @@ def pvm(
             "published rule). What is given beside it counts more.",
             rich_help_panel=STEPS,
             is_eager=True,
-            callback=recipe_of({"keepsight": {}, "paper": {**PAPER_SFT, "causal": False}}),
+            callback=recipe_of({"keepsight": {}, "paper": PAPER}),
         ),
     ] = "keepsight",
 ) -> None:
@@ -54,13 +56,25 @@ def pvm(
     the PVM paper's first stage, with two additions of ours: a blindfold warm-up and faster gates. --recipe paper leaves
     them out.
     """
-    del recipe  # it has made defaults
     quiet()
     config = memory.config()
     job.warn_of_idle(settings)
+    named = _in_words(recipe, memory, settings)
     if job.dry_run:
-        return show_dry_run(source, settings, config, job)
+        return show_dry_run(source, settings, config, job, recipe=named)
+    if first_of_all():
+        say(f"recipe: {named}")
     from keepsight.train.pvm.sft import train_pvm
 
     train = partial(train_pvm, pvm=config, settings=settings)
     return run_and_report(train, source, job, print_log, print_report)
+
+
+def _in_words(recipe: str, memory: PvmOptions, settings: SftSettings) -> str:
+    """Whose recipe it is, and what of it was given otherwise."""
+    given: dict[str, Any] = {name: getattr(memory if name == "causal" else settings, name) for name in PAPER}
+    ours: dict[str, Any] = {name: getattr(PvmOptions() if name == "causal" else SftSettings(), name) for name in PAPER}
+    meant = PAPER if recipe == "paper" else ours
+    changed = [f"{name} {given[name]}" for name in PAPER if given[name] != meant[name]]
+    words = "the paper's" if recipe == "paper" else "keepsight's"
+    return f"{words}, but {', '.join(changed)}" if changed else words

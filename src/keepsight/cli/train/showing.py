@@ -14,7 +14,13 @@ from keepsight.train.run.settings import GrpoSettings
 
 
 def show_dry_run(
-    source: str, settings: Any, memory: Any, job: TrainOptions, policy: str = "none", lora_rank: int = 16
+    source: str,
+    settings: Any,
+    memory: Any,
+    job: TrainOptions,
+    policy: str = "none",
+    lora_rank: int = 16,
+    recipe: str | None = None,
 ) -> None:
     """Print what a PVM's run would need. The length of a sample is asked for, measured on the data, or assumed."""
     from keepsight.checkpoints.sources import as_adapter
@@ -32,36 +38,45 @@ def show_dry_run(
         base, _ = check_sources(source)
         pvm = config_from_adapter(PvmConfig, found.config)
     plan = plan_memory(base, pvm)
-    length, visual = job.tokens, None
-    if length is None and job.dataset:
-        answers = not isinstance(settings, GrpoSettings)
-        length, visual = dry_run.measured(base, job.data(), job.split, answers=answers)
-        say(f"the longest of the samples looked at: {length:,} tokens, {visual:,} of them visual")
-    if length is None:
-        length = settings.max_length or dry_run.DEFAULT_TOKENS
-        say(f"a sample of {length:,} tokens is assumed; --tokens or --data say otherwise")
+    length, visual, mix = _sample(base, settings, job, answers=not isinstance(settings, GrpoSettings))
     lora = ranked_lora(plan.backbone, lora_rank)[0] if policy == "lora" else None
     beside = {"full": " and the language model", "lora": f" and a LoRA of rank {lora_rank}", "none": ""}[policy]
     learner = Learner(memory=pvm or PvmConfig(), policy=policy, lora=lora)  # type: ignore[arg-type]
     result = dry_run.dry_run(base, learner, settings, length=length, visual=visual, what=f"the memory{beside}")
-    _print_dry_run(result)
+    _print_dry_run(result, ("recipe", recipe), ("mix", mix))
+
+
+def _sample(base: str, settings: Any, job: TrainOptions, answers: bool) -> tuple[int, int | None, str | None]:
+    """(tokens of a sample, how many of them are visual, the mix of several datasets), and how they are known."""
+    from keepsight.train.estimate.dry_run import DEFAULT_TOKENS, measured
+
+    found = measured(base, job.data(), job.split, answers=answers) if job.dataset else None
+    mix = None if found is None else found.mix
+    if job.tokens is not None:
+        return job.tokens, None, mix
+    if found is not None:
+        say(f"the longest of the samples looked at: {found.tokens:,} tokens, {found.visual:,} of them visual")
+        return found.tokens, found.visual, mix
+    length = getattr(settings, "max_length", None) or DEFAULT_TOKENS
+    say(f"a sample of {length:,} tokens is assumed; --tokens or --data say otherwise")
+    return length, None, mix
 
 
 def show_vismem_dry_run(source: str, settings: Any, config: Any, job: TrainOptions) -> None:
     """Print what a VisMem's run would need."""
-    from keepsight.train.estimate.dry_run import DEFAULT_TOKENS, measured
+    from keepsight.checkpoints.sources import as_adapter, check_sources
     from keepsight.train.vismem.dry_run import dry_run_vismem
 
-    length, visual = job.tokens or DEFAULT_TOKENS, None
-    if job.tokens is None and job.dataset:
-        length, visual = measured(source, job.data(), job.split, answers=False)
+    base = source if as_adapter(source) is None else check_sources(source)[0]
+    length, visual, mix = _sample(base, settings, job, answers=False)
     found = dry_run_vismem(source, settings, config, length=length, visual=visual)
-    _print_dry_run(found)
+    _print_dry_run(found, ("mix", mix))
 
 
-def _print_dry_run(found: Any) -> None:
+def _print_dry_run(found: Any, *more: tuple[str, str | None]) -> None:
     title = f"Dry run on {found.source} (estimates; no weights were read)"
-    out.print(facts_table(title, found.rows_of_table()), markup=False)
+    rows = [(name, value) for name, value in more if value is not None]
+    out.print(facts_table(title, [*rows, *found.rows_of_table()]), markup=False)
 
 
 def run_and_report(

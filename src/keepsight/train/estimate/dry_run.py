@@ -10,6 +10,7 @@ computes the loss in chunks), allocator overhead and CUDA's own memory (about 1 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,25 @@ def dry_run(
     return estimate(str(source), put, settings, length, visual, generated, what, engine, stored, packed)
 
 
-def measured(source: str | Path, dataset: Any, split: str = "train", answers: bool = True, most: int = 200) -> Any:
-    """(tokens, visual tokens) of the longest among up to `most` samples, evenly spaced.
+@dataclass(frozen=True)
+class MeasuredData:
+    """What the data of a run are like.
+
+    Attributes:
+        tokens: of the longest of the samples that were looked at.
+        visual: how many of them are visual.
+        mix: in what shares several datasets would be learned from, if all their samples are good; None for one.
+    """
+
+    tokens: int
+    visual: int
+    mix: str | None = None
+
+
+def measured(
+    source: str | Path, dataset: Any, split: str = "train", answers: bool = True, most: int = 200
+) -> MeasuredData:
+    """Look at up to `most` samples of each dataset, evenly spaced.
 
     Args:
         source: the base, with its processor.
@@ -77,27 +95,40 @@ def measured(source: str | Path, dataset: Any, split: str = "train", answers: bo
         split: of hub datasets.
         answers: measure prompt and answer; otherwise the prompt.
         most: how many samples of each dataset to look at.
+
+    Raises:
+        DataError: naming file and line of one that cannot be used.
     """
     from keepsight.checkpoints.load import load_processor
     from keepsight.data.collate import ConversationCollator
+    from keepsight.data.conversations import DataError
+    from keepsight.data.mixing import epoch_of, in_words
     from keepsight.data.mixture import load_sources
     from keepsight.data.rows import check_images
     from keepsight.data.samples import sample_reader
 
     collator = ConversationCollator(load_processor(source))
     longest = (0, 0)
-    for data in load_sources(dataset, split)[0]:
+    sources, weights = load_sources(dataset, split)
+    for data in sources:
         read = sample_reader(data, "chat" if answers else "prompt")
         for index in range(0, len(data.rows), max(1, len(data.rows) // most)):
-            sample = read(data.rows[index]).sample
-            images = check_images(sample, data.folders(index), True) or []
+            try:
+                sample = read(data.rows[index]).sample
+                images = check_images(sample, data.folders(index), True) or []
+            except DataError as error:
+                raise DataError(
+                    f"{data.name}, {data.where(index)}, {str(error).rstrip('.')}. {error.hint}".rstrip()
+                ) from error
             if answers:
                 batch = collator([{**sample, "images": images}])
                 visual = len(collator.visual_positions(batch["input_ids"][0]))
                 longest = max(longest, (batch["input_ids"].shape[1], visual))
             else:
                 longest = max(longest, collator.prompt_tokens(sample["messages"], images))
-    return longest
+    names, sizes = [data.name for data in sources], [len(data.rows) for data in sources]
+    mix = None if len(sources) == 1 else in_words(names, sizes, epoch_of(names, sizes, weights))
+    return MeasuredData(*longest, mix)
 
 
 def _stored(source: str | Path, settings: RunSettings, learner: Learner, engine: Engine) -> int:

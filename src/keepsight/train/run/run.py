@@ -136,7 +136,9 @@ class TrainJob(ABC, Generic[Settings]):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
             _check_finite(trainer.model)
         seconds = time.perf_counter() - started
-        metrics = _numbers(trainer.evaluate()) if self.held_out is not None else {}
+        metrics = {}
+        if self.held_out is not None:
+            metrics = _numbers(_evaluated_now(trainer) or trainer.evaluate())
         after = checksums(trainer.model, trained)
         if is_main and before is not None and after is not None:
             _check_unchanged(before, after, folder)
@@ -211,6 +213,14 @@ def _check_unchanged(before: dict[str, str], after: dict[str, str], folder: Path
             f"{len(wrong)} frozen tensors changed during training, such as {wrong[0]}, which must never happen; the "
             f"result was not saved. Please report this with the settings in {folder / output.RECORD}."
         )
+
+
+def _evaluated_now(trainer: Any) -> dict[str, Any]:
+    """What a trainer found that has evaluated after its last step already; empty if it has not."""
+    history = [entry for entry in trainer.state.log_history if any(name.startswith("eval_") for name in entry)]
+    if not history or history[-1].get("step") != trainer.state.global_step:
+        return {}
+    return {name: value for name, value in history[-1].items() if name.startswith("eval_")}
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
