@@ -1,4 +1,4 @@
-"""What the commands share: where words go, the border at which errors become messages, and quiet libraries.
+"""Console output of the commands: results, messages, errors as one line, and quiet libraries.
 
 Results go to stdout, everything else to stderr, so that `keepsight generate ... > answer.txt` holds the answer alone.
 """

@@ -1,4 +1,4 @@
-"""Options made of dataclasses: a setting's default, help and name stand in the dataclass alone.
+"""Command-line options made of dataclasses: a setting's default, help and name stand in the dataclass alone.
 
 A command takes dataclasses as parameters; on the command line every field that was declared with `setting` is an option
 of its own, and `--config` and `--save-config` read and write them all.

@@ -1,4 +1,4 @@
-"""How a long command shows that it gets on: bars on a terminal; elsewhere a line a stage, and one every 20 seconds."""
+"""Progress of a long command: bars on a terminal; elsewhere a line per stage, and one every 20 seconds."""
 
 from __future__ import annotations
 

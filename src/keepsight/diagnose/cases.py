@@ -1,4 +1,4 @@
-"""What a diagnosis is made on: images with a prompt, and what the model is asked to say or has said about them."""
+"""Samples of a diagnosis: images, prompts, reference answers, and texts that follow them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model with its processor: makes inputs, reads texts, writes texts, one sample at a time."""
+"""A model with its processor: prepare inputs, read texts, generate texts, one sample at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much a diagnosis measures."""
+"""Settings of a diagnosis."""
 
 from __future__ import annotations
 

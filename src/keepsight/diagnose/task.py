@@ -1,4 +1,4 @@
-"""What the diagnosis asks where no data are given: a task whose facts are known, for a model that was made for it.
+"""Tasks with known facts, for models that were made for them: what the diagnosis asks where no data are given.
 
 The laboratory's digit grids are one (`keepsight.lab.cases`). The diagnosis knows none by name: who calls it brings one.
 """

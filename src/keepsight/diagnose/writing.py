@@ -1,4 +1,4 @@
-"""Outputs that are measured while they are written, and kept as far as they came when they are interrupted."""
+"""Generate outputs with the meters on; an interrupted output keeps what was measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the lab measures: accuracy by length, controls on positions and filler, attention mass, and causal questions.
+"""Evaluation on the lab's task: accuracy by length, position and filler controls, attention mass, interventions.
 
 All accuracies are *teacher-forced*: the narration is given, and at each scored digit the model's most probable token
 over the whole vocabulary must be the right one. Facts do not depend on each other, so every method is asked exactly

@@ -1,4 +1,4 @@
-"""What the lab's model is asked and what it says: narrations about a digit grid, as token ids.
+"""Prompts and texts of the lab's task: narrations about a digit grid, as token ids.
 
 A narration is a string of *facts*, each preceded by filler words::
 

@@ -1,4 +1,4 @@
-"""Examples to look at: images with their digits, and one narration word by word."""
+"""Example images with their digits, and one narration word by word."""
 
 from __future__ import annotations
 

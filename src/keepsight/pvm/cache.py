@@ -1,4 +1,4 @@
-"""What a KV cache remembers of images, and how that follows the cache through its life.
+"""Visual keys and values beside a KV cache, which follow it through selection, cropping and copies.
 
 Between calls of the decoder a visual memory lives in the model's own KV cache: beside its layers, of which it is none
 (code that counts or walks `cache.layers` finds what it expects), and yet through everything that happens to them. Beam

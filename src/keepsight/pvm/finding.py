@@ -1,4 +1,4 @@
-"""Where the images of a call stand: at the positions of its placeholder tokens, or where the caller says."""
+"""Find the images of a call: at the positions of its placeholder tokens, or where the caller says."""
 
 from __future__ import annotations
 

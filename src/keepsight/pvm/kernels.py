@@ -1,4 +1,4 @@
-"""Which attention kernel a block uses: SDPA, or the model's own flash attention where the model runs with it."""
+"""Choose the attention kernel of a block: SDPA, or the model's own flash attention where the model runs with it."""
 
 from __future__ import annotations
 

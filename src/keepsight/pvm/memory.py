@@ -1,4 +1,4 @@
-"""What one call of the decoder remembers: the images that it brings, and those that its KV cache remembers.
+"""The visual memory of one decoder call: its own images, and those that its KV cache remembers.
 
 `VisualMemory` travels in the arguments of one decoder call. Between calls, what must survive lives in the KV cache
 (`cache.py`, which also says what a *slot* is).

@@ -1,4 +1,4 @@
-"""Several samples in one row: which position belongs to which, and whether the base keeps them apart.
+"""Packed rows of several samples: which position belongs to which, and whether the base keeps them apart.
 
 Padding-free training puts the samples of a batch one behind the other into one row. The decoder tells them apart by
 their positions, which start again with every sample: transformers' masks do so if they are given nothing else (no

@@ -1,4 +1,4 @@
-"""What a caller says about the calls inside a `with` block: other visual embeddings, or where they stand."""
+"""Context managers around calls: replace visual embeddings, or say where they stand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands that train ask alike: data, folder and memory. How to train is in the settings of each stage."""
+"""Options common to the training commands: data, output folder and memory."""
 
 from __future__ import annotations
 

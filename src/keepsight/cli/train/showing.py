@@ -1,4 +1,4 @@
-"""How a training command shows what it does: checking, steps, the report, what a dry run found."""
+"""Print a training command's progress, its report, and what a dry run found."""
 
 from __future__ import annotations
 

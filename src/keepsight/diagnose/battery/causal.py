@@ -1,4 +1,4 @@
-"""Is the memory used? Take it away, spoil it, exchange it, and see what changes.
+"""Causal interventions on a memory: switch it off, spoil it, exchange it, and measure what changes.
 
 The verdict rests on one contrast: the memory of the *right* image against that of *another* image, everything else
 equal. Switching a memory off shows that it does something; only the contrast shows that what it remembers matters. A

@@ -1,4 +1,4 @@
-"""The image changes half-way through an output: which one do later answers follow?"""
+"""Change the image half-way through an output: which one do later answers follow?"""
 
 from __future__ import annotations
 

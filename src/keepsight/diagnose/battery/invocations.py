@@ -1,4 +1,4 @@
-"""Where a latent memory is invoked along an output, and what follows it (VisMem).
+"""Count invocations of a latent memory along outputs, and what follows each of them (VisMem).
 
 The paper shows the ratio of short and long invocations by relative position, per data set (2511.11007, figure 5). Here
 an output's ratio in a tenth of its length is 1 if at least one memory of the type was formed in it, else 0; reported is

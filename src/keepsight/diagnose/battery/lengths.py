@@ -1,4 +1,4 @@
-"""Does the score fall with the length of the output? Accuracy by quartile of length, with and without the memory."""
+"""Accuracy by quartile of output length, with and without the memory."""
 
 from __future__ import annotations
 

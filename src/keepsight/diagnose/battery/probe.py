@@ -1,4 +1,4 @@
-"""What do the latents of a memory hold? (VisMem; the paper leaves it open.)
+"""Probe the latents of a memory: spread, nearest words and images, linear maps (VisMem; the paper leaves it open).
 
 Memories of one type are formed for many images after the same text, so that only the image differs, and their latents
 are looked at from four sides:

@@ -1,4 +1,4 @@
-"""What a probe of latents found, and how it is said."""
+"""Results of a probe of latents, and their sentences."""
 
 from __future__ import annotations
 

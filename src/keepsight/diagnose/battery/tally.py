@@ -1,4 +1,4 @@
-"""What the battery's samples add up to: paired differences with their intervals, and the verdict."""
+"""Sum up the battery's samples: paired differences with bootstrap intervals, and the verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the battery found, and the rule by which a memory is called used, barely used or not used."""
+"""Results of the battery, and the rule by which a memory is called used, barely used or not used."""
 
 from __future__ import annotations
 

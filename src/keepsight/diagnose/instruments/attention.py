@@ -1,4 +1,4 @@
-"""How much a model looks at its image while it writes: the visual attention mass, beside any attention kernel.
+"""Measure the visual attention mass of a model while it generates, beside any attention kernel.
 
 At decode step t a head splits its softmax between the visual keys V and the text keys T_t (2605.00814, section 2):
 

@@ -1,4 +1,4 @@
-"""What the attention meter measured, and the shares that follow from it."""
+"""Results of the attention meter, and the shares that follow from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast the visual attention mass falls: a straight line on log axes, its interval, and where it stops falling.
+"""Fit the decay of visual attention: a power law with its interval, and a saturation level.
 
 With n text keys in sight, a head whose text keeps a mean relevance mu gives the image Omega_V <= beta / (beta + mu n):
 on log axes a slope between 0 and -1 (paper 2605.00814, section 2). The fit is made on log-spaced bins of n, so that

@@ -1,4 +1,4 @@
-"""Where the latents of a memory look while they are formed: attention of the former's own pass back to the image."""
+"""Attention of latents back to the image while they are formed, in the former's own pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where each visual token lies in its image: from positions in the prompt to patches, images and video frames.
+"""Map visual tokens to places: from positions in the prompt to patches, images and video frames.
 
 Visual tokens stand in the prompt in the order in which the vision encoder emits them: image by image, frame by frame,
 row by row. Families with dynamic resolution (Qwen) say the grid of every image in the call's arguments; elsewhere one

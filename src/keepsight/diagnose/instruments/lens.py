@@ -1,4 +1,4 @@
-"""The logit lens: how far each layer's own prediction is from the final one.
+"""The logit lens: KL divergence of each layer's own prediction from the final one.
 
 KL(P_final || P_layer) in nats, where P_layer is what the model would predict if the layer's output went straight
 through the final norm and the head (paper 2605.00814). A memory that helps settles predictions at shallower depth.

@@ -1,4 +1,4 @@
-"""How a meter gets between a layer and its attention function, for the length of one call, and out again.
+"""Intercept attention for the length of one call: a meter sees query and keys, the layer keeps its kernel.
 
 transformers' layers look their attention function up by the name in their `config`. While layers are metered, their
 `config` is a stand-in that gives our name; everything else it takes from the real one. Our function hands query and

@@ -1,4 +1,4 @@
-"""Where it looked: what each PVM layer retrieved for each generated token, as weights over the visual tokens.
+"""Cross-attention weights of each PVM layer over the visual tokens, for each generated token.
 
 A PVM block's softmax runs over the visual tokens alone, so its weights are the retrieval. They are computed again from
 the block's own query and keys, at the last position of every measured call, while the model generates normally.

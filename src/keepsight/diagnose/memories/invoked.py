@@ -1,4 +1,4 @@
-"""Where latent memories stand in what a model wrote, and how to have them elsewhere or with other contents."""
+"""Invocations in generated sequences: parse them, force them elsewhere, replace their latents."""
 
 from __future__ import annotations
 

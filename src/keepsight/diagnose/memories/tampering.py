@@ -1,4 +1,4 @@
-"""What is done to a memory's contents: nothing in it, noise, another image's, a mixture, louder or quieter."""
+"""Interventions on a memory's contents: zeros, matched noise, another image's, mixtures, scaling."""
 
 from __future__ import annotations
 

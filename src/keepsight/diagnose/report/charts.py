@@ -1,4 +1,4 @@
-"""The curves of the page: how much it looks, where predictions settle."""
+"""Charts of the page: attention mass by text length and layer, logit lens."""
 
 from __future__ import annotations
 

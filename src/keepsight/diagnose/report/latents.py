@@ -1,4 +1,4 @@
-"""The sections about VisMem: where memories are invoked, what follows them, what their latents hold."""
+"""Sections about VisMem: invocations, what follows them, what latents hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text token by token, its memories where they stand, and what can be laid over the image."""
+"""The generated text token by token, its memories in place, and heat maps over the image."""
 
 from __future__ import annotations
 

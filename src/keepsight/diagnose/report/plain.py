@@ -1,4 +1,4 @@
-"""What was found, in sentences for somebody who knows none of the terms; every number was measured."""
+"""The findings in plain sentences, for readers who know none of the terms; every number was measured."""
 
 from __future__ import annotations
 

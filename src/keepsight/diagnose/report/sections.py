@@ -1,4 +1,4 @@
-"""What a page consists of, as data: tables, charts, sections. `parts.html` says how they look."""
+"""Elements of a page as data: tables, charts, sections. `parts.html` says how they look."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the demo claims. Each claim is made only where the numbers of the run bear it out."""
+"""The demo's claims, and their judges. Each claim is made only where the numbers of the run bear it out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What came out of a study: numbers by row, column and seed, means with intervals, and verdicts.
+"""Results of a study: numbers by row, column and seed, means with intervals, and verdicts.
 
 Seeds are the units: each has its own base, so two rows are compared seed by seed, and intervals are Student's t over
 seeds. With five seeds they are wide, as they should be.

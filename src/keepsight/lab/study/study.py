@@ -1,4 +1,4 @@
-"""What a study of the lab is: rows to compare, seeds to repeat them with, and claims to judge by what came out.
+"""The parts of a study: rows to compare, seeds to repeat them with, claims to judge by the results.
 
 A *study* is data plus one function. The function runs one *cell* (one row with one seed) and returns numbers; the
 runner (`keepsight.lab.study.runs`) writes one small JSON per finished cell, and reports are made from those files

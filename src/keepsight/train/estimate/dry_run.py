@@ -1,4 +1,4 @@
-"""What a run would need, found without reading a weight: parameters, memory, tokens, and one step traced on shapes.
+"""Dry runs: parameters, memory, tokens and operations of a training run, without reading a weight.
 
 The model is built on torch's meta device, from its config.json alone: every tensor has its shape and dtype and no
 values. What is to be learned is put on it as in training, and the decoder's forward and backward run there. So the

@@ -1,4 +1,4 @@
-"""What a run needs, counted from a traced step: memory on one device, tokens and operations per step."""
+"""Memory per device, tokens and operations per step, from a traced step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step on shapes: the decoder's forward and backward on torch's meta device, where tensors have no values.
+"""Trace one step on torch's meta device: the decoder's forward and backward, where tensors have no values.
 
 The trace goes through the real code, memory included: it counts the operations, and the bytes that the backward pass
 keeps, and finds trained tensors that get no gradient.

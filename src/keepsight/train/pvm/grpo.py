@@ -29,7 +29,7 @@ from keepsight.train.pvm.job import PvmJob, about_rule, check_pvm_engine
 from keepsight.train.pvm.writer import Writer
 from keepsight.train.rewards.rewards import Reward, load_rewards, needs_answer
 from keepsight.train.run import preflight
-from keepsight.train.run.asked import Asked
+from keepsight.train.run.arguments import RunArguments
 from keepsight.train.run.controls import Control, control_folder, control_learner
 from keepsight.train.run.engines import Engine
 from keepsight.train.run.learner import Learner, PolicyChoice, ranked_lora
@@ -93,7 +93,7 @@ def train_pvm_grpo(
     preflight.require_trl()
     settings, folder = settings or GrpoSettings(), Path(output_dir)
     how = (check, resume, overwrite, controls, say, on_log, on_check)
-    asked = Asked(dataset, folder, eval_dataset, eval_split, split, *how)
+    asked = RunArguments(dataset, folder, eval_dataset, eval_split, split, *how)
     rewards, engine = load_rewards(settings.rewards), asked.begin(settings)
     base, adapters = check_sources(source)
     learner, plan = _what_learns(str(source), base, adapters, pvm, policy, lora_rank, settings)

@@ -1,4 +1,4 @@
-"""What both stages of PVM have around their trainers: what is trained, a base to train it on, controls beside it.
+"""Training jobs of PVM: load a base with what is trained on it, and train the controls beside it.
 
 A stage says how its trainer is built, how many steps an epoch has, how its controls differ and what its result's card
 tells; everything else is the same for supervised training and for reinforcement learning.

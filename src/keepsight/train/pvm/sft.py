@@ -27,7 +27,7 @@ from keepsight.train.pvm.blindfold import BlindfoldError, BlindfoldSchedule, why
 from keepsight.train.pvm.job import PvmJob, about_rule, check_pvm_engine
 from keepsight.train.pvm.sft_trainer import make_sft_trainer
 from keepsight.train.run import preflight
-from keepsight.train.run.asked import Asked
+from keepsight.train.run.arguments import RunArguments
 from keepsight.train.run.controls import Control, control_learner
 from keepsight.train.run.engines import Engine
 from keepsight.train.run.learner import Learner
@@ -90,7 +90,7 @@ def train_pvm(
     preflight.require_trl()
     settings, folder = settings or SftSettings(), Path(output_dir)
     how = (check, resume, overwrite, controls, say, on_log, on_check)
-    asked = Asked(dataset, folder, eval_dataset, eval_split, split, *how)
+    asked = RunArguments(dataset, folder, eval_dataset, eval_split, split, *how)
     if find_adapter(source) is not None:
         raise KeepsightError(
             f"{source} is an adapter. Training puts a new memory on a plain VLM: name the base model. To go on with an "

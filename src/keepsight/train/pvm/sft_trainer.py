@@ -1,4 +1,4 @@
-"""TRL's trainer by supervised fine-tuning for a memory, with the blindfold and an account of its work."""
+"""TRL's SFT trainer for a memory, with the blindfold and an account of its cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What writes the completions of GRPO, where it is not transformers' `generate`."""
+"""The interface of engines other than transformers that write GRPO's completions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is this the right answer? Choice letters, numbers, LaTeX and plain words, for rewards and for evaluation.
+"""Compare answers: choice letters, numbers, LaTeX and plain words, for rewards and for evaluation.
 
 What can be told by reading (the same words, a choice letter, a plain number) is decided here. Formulas go to
 math-verify, a maintained checker, in a process of its own: its time limit is a signal alarm, which only a main thread

@@ -1,4 +1,4 @@
-"""What a run cost: operations, tokens, time and memory, written beside its results and put side by side.
+"""The cost of runs: operations, tokens, time and memory, written beside results and put side by side.
 
 Every training run writes `cost.json` into its output folder. A resumed run goes on counting; steps that a kill undid
 were paid for and stay counted. `table` sets runs side by side, and sums of runs: what do two RL stages cost against

@@ -1,4 +1,4 @@
-"""Proof that training changed what it should and nothing else: digests of the bits of tensors, before and after."""
+"""Digests of tensors' bits before and after training: nothing may change but what is trained."""
 
 from __future__ import annotations
 

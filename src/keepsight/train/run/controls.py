@@ -1,4 +1,4 @@
-"""The controls that make a claim honest: the same data, steps and seeds, without the memory.
+"""Controls of a memory: the same data, steps and seeds, without it.
 
     lora   a LoRA with as many parameters as the memory
     mlp    the paper's iso-parameter control: a parallel feed-forward branch of the memory's size that sees no image

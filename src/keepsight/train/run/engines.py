@@ -1,4 +1,4 @@
-"""The engines that `accelerate launch` starts, and the little that training must know of each.
+"""Distributed engines of `accelerate launch`: find out which one runs, and refuse what does not work with it.
 
 Training is written once, for one process; DDP, FSDP2 and DeepSpeed come from accelerate and its config files (see
 recipes/accelerate). What is told apart here: combinations that would hang or silently do something else are refused

@@ -1,4 +1,4 @@
-"""Fields of the settings dataclasses: default, meaning and option names of a setting, in one place.
+"""Fields of settings dataclasses: default, help and option names of a setting, in one place.
 
 The command line makes its options of them, and they document the dataclass. Nothing here is slow to import.
 """

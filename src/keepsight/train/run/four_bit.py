@@ -1,4 +1,4 @@
-"""A base held in four bits while something beside it is trained (QLoRA, arXiv 2305.14314), through bitsandbytes.
+"""QLoRA (arXiv 2305.14314): a base held in four bits through bitsandbytes, while something beside it is trained.
 
 Only the linear maps of the decoder's layers are packed: NF4 with double quantisation, 0.516 bytes a weight. The vision
 encoder and projector (a memory is made of what they see), the embeddings and the head (VisMem's tokens are rows of

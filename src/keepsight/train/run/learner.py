@@ -1,4 +1,4 @@
-"""What a training run changes: a memory, the language model (all of it or a LoRA), both, or nothing.
+"""Choose what is trained: a memory, the language model (all of it or a LoRA), both, or nothing.
 
 The same description serves training and its controls, supervised and by reinforcement, so that a memory and what it is
 compared with differ in this one point. It also fixes how a run's folder is laid out, so that `keepsight.load` reads it:

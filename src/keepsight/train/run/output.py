@@ -1,4 +1,4 @@
-"""The output folder of a training run: checked before the first step, resumable, and never losing what it holds."""
+"""The output folder of a training run: checked before the first step, resumable, never losing what it holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a memory on a given base would be, worked out from the base's configuration alone: no weights are read."""
+"""Resolve a memory's configuration on a base and count parameters, from config.json alone."""
 
 from __future__ import annotations
 

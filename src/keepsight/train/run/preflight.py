@@ -1,4 +1,4 @@
-"""What every training command makes sure of before it reads a model's weights."""
+"""Checks before any weight is read: settings, kernels, checkpoints, data, disk space."""
 
 from __future__ import annotations
 

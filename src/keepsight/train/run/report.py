@@ -1,4 +1,4 @@
-"""What a run tells: lines and figures while it goes on, its report at the end, the card of its result."""
+"""Log lines of a run, its report, and the model card of its result."""
 
 from __future__ import annotations
 

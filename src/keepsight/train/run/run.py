@@ -24,7 +24,7 @@ from keepsight.data.check import CheckedData
 from keepsight.errors import KeepsightError
 from keepsight.train.run import output
 from keepsight.train.run.accounting import CostMeter
-from keepsight.train.run.asked import Asked
+from keepsight.train.run.arguments import RunArguments
 from keepsight.train.run.checksums import changed, checksums
 from keepsight.train.run.controls import Comparison, Outcome
 from keepsight.train.run.engines import Engine
@@ -63,7 +63,7 @@ class TrainJob(ABC, Generic[Settings]):
 
     name: str
     base: str
-    asked: Asked
+    asked: RunArguments
     settings: Settings
     data: CheckedData
     held_out: CheckedData | None

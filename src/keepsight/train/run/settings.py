@@ -1,4 +1,4 @@
-"""How to train: every setting, its default and its meaning, which the command line's options are made of."""
+"""Settings of training: default and meaning of each, from which the options of the command line are made."""
 
 from __future__ import annotations
 

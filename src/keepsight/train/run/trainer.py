@@ -1,4 +1,4 @@
-"""What keepsight's trainers on TRL have in common; the steps are TRL's own."""
+"""A mixin for TRL's trainers: learning rate of gates, checkpoints, logs; the steps are TRL's own."""
 
 from __future__ import annotations
 

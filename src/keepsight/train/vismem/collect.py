@@ -1,4 +1,4 @@
-"""What a step learns from: trajectories, what they scored, and what each would have scored otherwise."""
+"""Collect rollouts: sample trajectories and counterfactuals, score them, compute advantages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run of a stage of VisMem: what is checked before it, the run itself, and its controls beside it."""
+"""Training jobs of VisMem's stages, with their controls."""
 
 from __future__ import annotations
 

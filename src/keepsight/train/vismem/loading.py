@@ -1,4 +1,4 @@
-"""What a run of VisMem's training starts from: a base and a memory, new or formed, a LoRA on the policy, a control."""
+"""Load the models of VisMem's stages and controls: a base, a memory new or formed, a LoRA on the policy."""
 
 from __future__ import annotations
 

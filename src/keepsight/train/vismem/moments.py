@@ -1,4 +1,4 @@
-"""What a warm start learns from: a batch at the moment when its memories are formed, and what they regress onto."""
+"""Batches of the warm start: what memories are formed from, and their regression targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts of reinforcement learning: samples as model inputs, in an order that any process can work out by itself."""
+"""Questions as model inputs, in an order that is a function of the step; batches with left padding."""
 
 from __future__ import annotations
 

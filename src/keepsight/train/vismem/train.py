@@ -17,7 +17,7 @@ from keepsight.data.collate import ConversationCollator
 from keepsight.errors import KeepsightError
 from keepsight.train.rewards.rewards import DEFAULT_REWARDS, Reward, load_rewards, needs_answer
 from keepsight.train.run import preflight
-from keepsight.train.run.asked import Asked
+from keepsight.train.run.arguments import RunArguments
 from keepsight.train.run.controls import Control
 from keepsight.train.run.engines import Engine, check_engine
 from keepsight.train.run.preflight import Say, silent
@@ -90,7 +90,7 @@ def train_vismem_formation(
     """
     settings, scored = settings or FormationSettings(), _rewards_of(rewards)
     how = (check, resume, overwrite, controls, say, on_log, on_check)
-    asked = Asked(dataset, Path(output_dir), eval_dataset, eval_split, split, *how)
+    asked = RunArguments(dataset, Path(output_dir), eval_dataset, eval_split, split, *how)
     goes_on = find_adapter(source) is not None
     if goes_on and vismem is not None:
         raise KeepsightError(f"{source} is an adapter with a configuration of its own; leave `vismem` out.")
@@ -141,7 +141,7 @@ def train_vismem_invocation(
     """
     settings, scored = settings or InvocationSettings(), _rewards_of(rewards)
     how = (check, resume, overwrite, controls, say, on_log, on_check)
-    asked = Asked(dataset, Path(output_dir), eval_dataset, eval_split, split, *how)
+    asked = RunArguments(dataset, Path(output_dir), eval_dataset, eval_split, split, *how)
     if find_adapter(source) is None:
         raise KeepsightError(
             f"{source} is no adapter. Stage II teaches when to invoke a memory that stage I has formed: name the "
@@ -157,7 +157,7 @@ def train_vismem_invocation(
     return _train(InvocationStage, str(source), base, config, asked, settings, scored, text_only, engine, start)
 
 
-def _begin(asked: Asked, settings: RlSettings) -> Engine:
+def _begin(asked: RunArguments, settings: RlSettings) -> Engine:
     """Refuse what cannot be used of all that is asked, before the base is looked at; returns the engine."""
     if asked.resume and asked.overwrite:
         raise KeepsightError("resume goes on with a run and overwrite starts anew; choose one of them.")
@@ -176,7 +176,7 @@ def _train(
     source: str,
     base: str,
     config: VisMemConfig,
-    asked: Asked,
+    asked: RunArguments,
     settings: RlSettings,
     rewards: list[Reward],
     text_only: Literal["error", "skip", "keep"],

@@ -1,4 +1,4 @@
-"""What every training function is asked alike: data, folder, controls, who listens; and what is made sure of first."""
+"""Arguments common to all training functions: data, output folder, controls, callbacks; and their checks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from keepsight.train.run.trainer import OnLog
 
 
 @dataclass(frozen=True)
-class Asked:
+class RunArguments:
     """Arguments of a training function; `keepsight.train.pvm.sft.train_pvm` tells what each of them means."""
 
     dataset: Any
@@ -59,7 +59,7 @@ class Asked:
         """Where to go on from."""
         return preflight.find_checkpoint(self.folder, self.say) if self.resume and not self.overwrite else None
 
-    def of_control(self, control: Control) -> Asked:
+    def of_control(self, control: Control) -> RunArguments:
         """The same for a control, which has a folder of its own."""
         return replace(self, folder=control_folder(self.folder, control), overwrite=False)
 
