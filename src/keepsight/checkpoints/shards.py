@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from keepsight.errors import KeepsightError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_FIRST = 4096  # values that are looked at where not all are
 BUFFER = 16 * 2**20  # bytes; a multiple of every item size
 SIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _NOT_SIDE = (".", "adapter", "trainer_state", "training")
@@ -72,7 +73,7 @@ class StoredTensor:
                 left -= len(data)
                 yield data
 
-    def begins_finite(self, values: int = 4096) -> bool:
+    def begins_finite(self) -> bool:
         """Whether its first values are numbers (asked of floats of 16 bits and more): a tensor that is lost throughout
         is found without being read."""
         dtype = _CHECKED.get(self.dtype)
@@ -80,7 +81,7 @@ class StoredTensor:
             return True
         with open(self.file, "rb") as source:
             source.seek(self.start)
-            data = source.read(min(values * dtype.itemsize, self.size))
+            data = source.read(min(_FIRST * dtype.itemsize, self.size))
         return bool(torch.isfinite(torch.frombuffer(bytearray(data), dtype=dtype)).all())
 
     def count_not_finite(self, advance: Advance = lambda done: None) -> int:

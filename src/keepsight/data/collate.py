@@ -29,21 +29,21 @@ class ConversationCollator:
 
     Args:
         processor: a transformers processor with a tokenizer and a chat template.
-        read: row -> {"messages": list of messages with parts, "images": list of PIL images}; default: rows are that.
         max_length: cut longer rows at the end (the check before training makes sure that this costs answer text only).
 
     Raises:
         TemplateError: if the processor has no chat template, or one that changes earlier turns.
     """
 
-    def __init__(self, processor: Any, read: Any = None, max_length: int | None = None):
+    def __init__(self, processor: Any, max_length: int | None = None):
         require_chat_template(processor)
-        self.processor, self.tokenizer = processor, processor.tokenizer
-        self.read, self.max_length = read or (lambda row: row), max_length
+        self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Rows to `input_ids`, `attention_mask`, `labels` [B, T] (padded on the right) and the processor's pixels."""
-        samples = [self.read(row) for row in rows]
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """To `input_ids`, `attention_mask`, `labels` [B, T] (padded on the right) and the processor's pixels."""
+        return self._batch(samples, self.max_length)
+
+    def _batch(self, samples: list[dict[str, Any]], max_length: int | None) -> dict[str, torch.Tensor]:
         segments = [self.segments(sample["messages"], sample.get("tools")) for sample in samples]
         mark = self._mark(segments)
         texts = ["".join(mark if trained else text for text, trained in row) for row in segments]
@@ -56,7 +56,7 @@ class ConversationCollator:
             add_special_tokens=False,  # the chat template has written them
             return_tensors="pt",
         )
-        return self._with_answers(dict(encoded), segments, mark)
+        return self._with_answers(dict(encoded), segments, mark, max_length)
 
     def segments(self, messages: list[dict[str, Any]], tools: Any = None) -> list[tuple[str, bool]]:
         """A conversation as the chat template writes it, cut into (text, whether the model should learn to say it).
@@ -83,11 +83,7 @@ class ConversationCollator:
 
     def measure(self, sample: dict[str, Any]) -> tuple[int, int]:
         """Tokens of a sample, and of its part that must not be cut: all images and the start of the first answer."""
-        whole, self.max_length = self.max_length, None
-        try:
-            batch = self([sample])
-        finally:
-            self.max_length = whole
+        batch = self._batch([sample], None)
         learned = (batch["labels"][0] != IGNORED).nonzero()
         types = batch.get("mm_token_type_ids")
         visual = types[0].nonzero() if types is not None else self.visual_positions(batch["input_ids"][0])
@@ -149,7 +145,7 @@ class ConversationCollator:
         raise TemplateError("The tokenizer has no special token that could stand in for the answers.")
 
     def _with_answers(
-        self, encoded: dict[str, Any], segments: list[list[tuple[str, bool]]], mark: str
+        self, encoded: dict[str, Any], segments: list[list[tuple[str, bool]]], mark: str, max_length: int | None
     ) -> dict[str, torch.Tensor]:
         """Put the answers' tokens where the marks are, in every token-level output, and make the labels."""
         ids, mask = encoded["input_ids"], encoded["attention_mask"]
@@ -176,7 +172,7 @@ class ConversationCollator:
                     )
                     pieces += [source[start:place], said.to(source.dtype)]
                     start = place + 1
-                rows[name].append(torch.cat([*pieces, source[start:length]])[: self.max_length])
+                rows[name].append(torch.cat([*pieces, source[start:length]])[:max_length])
         joined = {
             name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
             for name, values in rows.items()

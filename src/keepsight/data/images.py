@@ -39,13 +39,12 @@ class MissingImageError(ImageError):
     """There is no file of that name."""
 
 
-def open_image(source: Any, folder: Path | None = None) -> Any:
+def open_image(source: Any) -> Any:
     """Read an image completely.
 
     Args:
         source: a path; bytes of an image file, also in base64, with `data:image/png;base64,` before them or without; a
             PIL image; or {"path": ..., "bytes": ...} as `datasets` stores them.
-        folder: what a relative path is relative to; default: the working directory.
 
     Returns:
         A PIL image in RGB, as a browser shows it (see `pixels.as_seen`).
@@ -65,7 +64,7 @@ def open_image(source: Any, folder: Path | None = None) -> Any:
     if isinstance(source, bytes):
         name, content = f"these {len(source)} bytes", io.BytesIO(source)
     elif isinstance(source, (str, Path)):
-        path = find_image(resolve_image(source), folder)
+        path = find_image(resolve_image(source))
         name, content = str(path), path  # type: ignore[assignment]
     else:
         raise ImageError(

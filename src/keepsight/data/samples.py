@@ -72,13 +72,12 @@ class Read:
     ignored: tuple[str, ...] = field(default=())
 
 
-def sample_reader(source: Source, kind: Kind = "chat", extra: tuple[str, ...] = ()) -> Callable[[dict[str, Any]], Read]:
+def sample_reader(source: Source, kind: Kind = "chat") -> Callable[[dict[str, Any]], Read]:
     """How to turn a raw row into a sample.
 
     Args:
         source: what `load_dataset_any` returned.
         kind: what samples are for.
-        extra: further columns that are used: they stand in "chat" samples, too.
 
     Raises:
         DataError: if `--columns` names what is not there; the returned function raises it for single rows.
@@ -111,8 +110,7 @@ def sample_reader(source: Source, kind: Kind = "chat", extra: tuple[str, ...] = 
             used.add("tools")
         rest = {name: value for name, value in row.items() if name not in used and filled(value)}
         refuse_loss(rest, chat, answered)
-        kept = {name: value for name, value in rest.items() if not answered or name in extra}
-        kept = {name: value for name, value in kept.items() if _is_plain(value)}
+        kept = {name: value for name, value in rest.items() if not answered and _is_plain(value)}
         left |= {name for name in rest if name not in kept} | chat.ignored
         made: dict[str, Any] = {**kept, "messages": chat.messages, "images": chat.images}
         made |= {"tools": tools} if tools else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +40,7 @@ def make_sft_trainer(
         folder: gets the checkpoints.
         data: checked training data.
         eval_data: checked data for the evaluation loss, or None.
-        collator: makes batches; copied.
+        collator: makes batches of samples.
         on_log: called as `on_log(values, step, total steps)`.
         callbacks: further transformers callbacks.
     """
@@ -89,15 +88,13 @@ def make_sft_trainer(
         max_length=None,  # the collator cuts, and the check has made sure of what it cuts
         label_names=["labels"],
     )
-    collator = copy.copy(collator)
-    collator.read = _Rows(data, eval_data)
     with trainable_as_it_is(model):
         trainer = PvmTrainer(
             model=model,
             args=args,
-            data_collator=collator,
+            data_collator=_RowCollator(collator, data, eval_data),
             train_dataset=data.dataset,
-            eval_dataset=None if eval_data is None else _Rows.marked(eval_data.dataset),
+            eval_dataset=None if eval_data is None else _RowCollator.marked(eval_data.dataset),
             processing_class=processor,
             callbacks=[report_callback(on_log), *(callbacks or [])],
         )
@@ -105,9 +102,10 @@ def make_sft_trainer(
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Reads rows of the training and the evaluation data, each with its own source's images. Goes to workers."""
+class _RowCollator:
+    """Batches of rows of the training and the evaluation data, each with its own source's images. Goes to workers."""
 
+    collator: ConversationCollator
     data: CheckedData
     eval_data: CheckedData | None
 
@@ -115,6 +113,9 @@ class _Rows:
     def marked(dataset: Any) -> Any:
         return dataset.add_column("is_eval", [True] * len(dataset))
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return self.collator([self._read(row) for row in rows])
+
+    def _read(self, row: dict[str, Any]) -> dict[str, Any]:
         data = self.eval_data if row.get("is_eval") and self.eval_data is not None else self.data
         return read_sample(row, data.source)
