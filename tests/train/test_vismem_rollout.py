@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import attach as attach_pvm
-from vismem_training import FAMILY_NAMES, RANDOM, ROWS, model_and_prompts, seeds, written
+from vismem_training import FAMILY_NAMES, RANDOM, ROWS, model_and_prompts, rolled, seeds, written
 
 from keepsight.compat import enable_checkpointing
 from keepsight.errors import KeepsightError
@@ -16,7 +16,6 @@ from keepsight.train.vismem.replay import (
     formed_latents,
     log_probs,
     log_probs_without_memory,
-    pad_right,
     recorded_latents,
 )
 from keepsight.train.vismem.rollout import counterfactuals, sample
@@ -43,18 +42,16 @@ def test_training_sees_the_distribution_of_the_rollout(name, policy):
         VisMemBranch.of(model).active.rows.invoke_bias.fill_(3.0)
     # What the generation config says of sampling is not in the log-probs, so it must not be in the rollout.
     model.get_base_model().generation_config.update(top_k=3, repetition_penalty=1.4, temperature=0.01, top_p=0.3)
-    trajectories = written(model, prompts, policy, temperature=1.3, with_log_probs=True)
+    trajectories, there = rolled(model, prompts, policy, temperature=1.3)
     assert {i.kind for t in trajectories for i in t.invocations} == {"short", "long"}
     assert any(not t.invoked for t in trajectories) or policy.name == "free"
-    rolled = pad_right([t.log_probs for t in trajectories])
-    rolled = torch.where(chosen_mask(trajectories), rolled, 0)
     with torch.no_grad():
         recorded, formed = recorded_latents(model, trajectories), formed_latents(model, trajectories)
         torch.testing.assert_close(formed, recorded, **CLOSE)
-        torch.testing.assert_close(log_probs(model, prompts, trajectories, formed, 1.3), rolled, **CLOSE)
+        torch.testing.assert_close(log_probs(model, prompts, trajectories, formed, 1.3), there, **CLOSE)
         # The bound can fail: other latents, or another temperature, are a thousand times further off.
-        assert (log_probs(model, prompts, trajectories, recorded.flip(0), 1.3) - rolled).abs().max() > 0.03
-        assert (log_probs(model, prompts, trajectories, recorded, 1.0) - rolled).abs().max() > 0.03
+        assert (log_probs(model, prompts, trajectories, recorded.flip(0), 1.3) - there).abs().max() > 0.03
+        assert (log_probs(model, prompts, trajectories, recorded, 1.0) - there).abs().max() > 0.03
 
 
 def test_memories_of_the_token_sequence_are_formed_again_as_they_were():
@@ -333,9 +330,7 @@ def test_beside_a_visual_memory_whole_sequences_are_read():
     assert not Prefixes.can_read(model)
     with pytest.raises(KeepsightError, match="prefixes=None"):
         Prefixes(model, prompts)
-    trajectories = written(model, prompts, with_log_probs=True)
-    rolled = pad_right([t.log_probs for t in trajectories])
-    rolled = torch.where(chosen_mask(trajectories), rolled, 0)
+    trajectories, there = rolled(model, prompts)
     with torch.no_grad():
         again = log_probs(model, prompts, trajectories, recorded_latents(model, trajectories))
-    torch.testing.assert_close(again, rolled, **CLOSE)
+    torch.testing.assert_close(again, there, **CLOSE)

@@ -8,6 +8,7 @@ import torch
 from families import BY_NAME, Row, make_inputs
 from vismem_helpers import attach
 
+from keepsight.train.vismem.replay import chosen_mask
 from keepsight.train.vismem.rollout import Trajectory, row_seed, sample
 from keepsight.vismem import MemoryPolicy
 
@@ -34,3 +35,24 @@ def written(
     model: Any, prompts: Any, policy: MemoryPolicy = RANDOM, copies: int = 3, **options: Any
 ) -> list[Trajectory]:
     return sample(model, prompts, seeds(len(prompts) * copies), policy, copies=copies, max_words=14, **options)
+
+
+def rolled(model: Any, prompts: Any, policy: MemoryPolicy = RANDOM, **options: Any) -> tuple[list[Trajectory], Any]:
+    """Trajectories written in one call, and the log-probabilities [n, T] at which their tokens were chosen."""
+    base, outputs = model.get_base_model(), []
+    generate = base.generate
+
+    def noting(**given: Any) -> Any:
+        outputs.append(generate(**given, output_scores=True))
+        return outputs[-1]
+
+    base.generate = noting
+    try:
+        trajectories = written(model, prompts, policy, **options)
+    finally:
+        base.generate = generate
+    (out,) = outputs
+    scores = torch.stack([score.log_softmax(-1) for score in out.scores], 1)
+    chosen = chosen_mask(trajectories)
+    each = scores.gather(-1, out.sequences[:, -scores.shape[1] :, None])[:, : chosen.shape[1], 0]
+    return trajectories, torch.where(chosen, each, 0)

@@ -57,10 +57,6 @@ class PretrainConfig:
     max_jump: int = 3000
 
 
-def _silent(stage: str, done: int, total: int) -> None:
-    """No progress display."""
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run torch on one thread: sums are then always added in the same order, and small models are no slower."""
@@ -72,7 +68,9 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def pretrain(out: str | Path, config: PretrainConfig | None = None, progress: Progress = _silent) -> dict[str, Any]:
+def pretrain(
+    out: str | Path, config: PretrainConfig | None = None, progress: Progress = lambda *_: None
+) -> dict[str, Any]:
     """Make a base and write it to `out` as a checkpoint folder.
 
     Args:

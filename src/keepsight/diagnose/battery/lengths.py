@@ -76,7 +76,7 @@ class LengthScore:
         items: list[Case | Sample] = [*self.cases, *self.samples]
         for done, item in enumerate(items, 1):
             found = {}
-            for name in self._methods:
+            for name in ("base", *["memory"] * bool(self.memory), *["control"] * (self.control is not None)):
                 reader = self.control if name == "control" and self.control is not None else self.reader
                 off = self.memory.off() if name == "base" and self.memory is not None else nullcontext()
                 memory = self.memory if name == "memory" else memory_of(reader.model) if name == "control" else None
@@ -90,10 +90,6 @@ class LengthScore:
             for name, (_, right) in found.items():
                 self._right.setdefault(name, []).extend(right)
             yield done
-
-    @property
-    def _methods(self) -> list[str]:
-        return ["base", *(["memory"] if self.memory else []), *(["control"] if self.control is not None else [])]
 
     def result(self) -> LengthResult | None:
         """Quartiles of what was scored so far; None for fewer than eight answers."""

@@ -19,14 +19,6 @@ def render(package: str, template: str, **fields: Any) -> str:
     environment = Environment(
         loader=ChoiceLoader(own), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["percent"] = _percent
-    environment.filters["thousands"] = _thousands
+    environment.filters["percent"] = lambda share, digits=0: f"{share:.{digits}%}"
+    environment.filters["thousands"] = lambda number: f"{number:,.0f}"
     return environment.get_template(template).render(fields) + "\n"
-
-
-def _percent(share: float, digits: int = 0) -> str:
-    return f"{share:.{digits}%}"
-
-
-def _thousands(number: float) -> str:
-    return f"{number:,.0f}"

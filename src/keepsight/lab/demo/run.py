@@ -76,18 +76,14 @@ def _is_former_demo(results: Path) -> bool:
         return False
 
 
-def _nothing(*_: Any) -> None:
-    """No display."""
-
-
 def run_demo(
     out: Path,
     settings: DemoSettings | None = None,
     *,
     quick: bool = False,
     workers: int | None = None,
-    on_progress: OnProgress = _nothing,
-    on_done: OnDone = _nothing,
+    on_progress: OnProgress = lambda *_: None,
+    on_done: OnDone = lambda *_: None,
 ) -> dict[str, Any]:
     """Run everything and write the folder `out`.
 
@@ -120,8 +116,8 @@ def measure_all(
     settings: DemoSettings,
     folder: Path,
     workers: int,
-    on_progress: OnProgress = _nothing,
-    on_done: OnDone = _nothing,
+    on_progress: OnProgress = lambda *_: None,
+    on_done: OnDone = lambda *_: None,
 ) -> dict[str, dict[str, Any]]:
     """Run the demo's cells and return what was measured, by method. The first that fails stops the others.
 

@@ -99,6 +99,7 @@ def trace(model: Any, rows: int, length: int, visual: int) -> Trace:
             kept[storage._cdata] = storage
         return tensor
 
+    learns_rows = any(parameter.requires_grad for parameter in backbone.model.get_input_embeddings().parameters())
     arguments: dict[str, Any] = {}
     if any(isinstance(module, PvmBranch) for module in backbone.decoder.modules()):
         arguments[MEMORY] = SeenImage(torch.empty(rows, visual, width, dtype=dtype, device="meta"))
@@ -106,7 +107,7 @@ def trace(model: Any, rows: int, length: int, visual: int) -> Trace:
     was_training = model.training
     model.train()
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        embeds = torch.empty(rows, length, width, dtype=dtype, requires_grad=_needs_input_gradient(backbone))
+        embeds = torch.empty(rows, length, width, dtype=dtype, requires_grad=learns_rows)
         if "mrope" in str(getattr(backbone.text_config, "rope_parameters", "")):
             arguments["position_ids"] = torch.arange(length).expand(3, rows, -1)
         else:  # a finished mask keeps the decoder from looking for packed samples, which would need values
@@ -137,7 +138,3 @@ def trace(model: Any, rows: int, length: int, visual: int) -> Trace:
         boundary=rows * length * width * dtype.itemsize,
         untrained=tuple(unused),
     )
-
-
-def _needs_input_gradient(backbone: Backbone) -> bool:
-    return any(parameter.requires_grad for parameter in backbone.model.get_input_embeddings().parameters())

@@ -129,11 +129,10 @@ class Learner:
         target = folder / POLICY
         base = model.get_base_model()
         prefix = "base_model.model."
-        if self.policy == "full":
-            tensors = base.state_dict() if state is None else {n.removeprefix(prefix): t for n, t in state.items()}
-            base.save_pretrained(target, state_dict={n: t for n, t in tensors.items() if f".{BRANCH}." not in n})
-            return
         found = base.state_dict() if state is None else {n.removeprefix(prefix): t for n, t in state.items()}
+        if self.policy == "full":
+            base.save_pretrained(target, state_dict={n: t for n, t in found.items() if f".{BRANCH}." not in n})
+            return
         mark = f".{POLICY_ADAPTER}."
         tensors = {
             f"{prefix}{name.replace(mark, '.')}": tensor.detach().cpu().contiguous()

@@ -42,7 +42,6 @@ class Trajectory:
         chosen: bool [T], where the model chose the token (so, what it is trained on).
         admitted: bool [T, 2], where the model could have chosen to invoke a short / a long memory.
         invocations: its memories; `position` is an index into `ids`.
-        log_probs: [T], of what the model chose, if they were asked for; 0 elsewhere.
         without: what was written beside it from its first memory on, without any; None if it was not asked for.
     """
 
@@ -51,7 +50,6 @@ class Trajectory:
     chosen: torch.Tensor
     admitted: torch.Tensor
     invocations: list[Invocation] = field(repr=False)
-    log_probs: torch.Tensor | None = field(default=None, repr=False)
     without: Trajectory | None = field(default=None, repr=False)
 
     @property
@@ -96,7 +94,6 @@ def sample(
     temperature: float = 1.0,
     rows_per_call: int | None = None,
     replays: Sequence[Replay | None] | None = None,
-    with_log_probs: bool = False,
     shadow_seeds: Sequence[int] | None = None,
 ) -> list[Trajectory]:
     """Write trajectories, with KV cache, in batches. A prompt is read once for all its copies in a batch.
@@ -115,8 +112,6 @@ def sample(
         temperature: of sampling.
         rows_per_call: at most so many trajectories at once; None: all. Shadows come on top, at most as many.
         replays: one per trajectory, what to write first.
-        with_log_probs: keep the log-probabilities of what was chosen. That holds all logits of a call at once; training
-            computes them anew in small batches.
         shadow_seeds: one per trajectory: also write what would have been written without memory, from its first memory
             on. The same as `counterfactuals(..., "without")` with these seeds, at no step of its own.
     """
@@ -131,7 +126,7 @@ def sample(
             copies=count,
             plain=True,
         )
-        found += _call(model, prompts[some], policy, options, max_words, temperature, some.start, with_log_probs)
+        found += _call(model, prompts[some], policy, options, max_words, temperature, some.start)
     return found
 
 
@@ -158,7 +153,6 @@ def _call(
     words: int,
     temperature: float,
     first: int,
-    with_log_probs: bool,
 ) -> list[Trajectory]:
     branch, base = VisMemBranch.of(model), Backbone.of(model).model
     config, tokens = branch.config, branch.tokens
@@ -189,12 +183,7 @@ def _call(
             no_repeat_ngram_size=0,
             pad_token_id=pad,
             return_dict_in_generate=True,
-            output_scores=with_log_probs,
         )
-    chosen_log_probs = None
-    if with_log_probs:
-        scores = torch.stack([s.log_softmax(-1) for s in out.scores], 1)
-        chosen_log_probs = scores.gather(-1, out.sequences[:, length:, None]).squeeze(-1)
     admits = torch.tensor([policy.admits(kind) for kind in TYPES])
     result = []
     for row, ids in enumerate(out.sequences[:, length:]):
@@ -202,8 +191,7 @@ def _call(
         end = int(places[-1]) + 1 if len(places) else len(ids)
         invocations = [dataclasses.replace(i, position=i.position - length) for i in out.invocations[row]]
         chosen, admitted = out.sampled[row, :end], out.allowed[row, :end] & admits
-        own = None if chosen_log_probs is None else chosen_log_probs[row, :end]
-        result.append(Trajectory(first + row // options.copies, ids[:end], chosen, admitted, invocations, own))
+        result.append(Trajectory(first + row // options.copies, ids[:end], chosen, admitted, invocations))
     trajectories = result[: len(prompts) * options.copies]
     for row, shadow in zip(out.shadowed, result[len(trajectories) :], strict=True):
         trajectories[row] = dataclasses.replace(trajectories[row], without=_branched(trajectories[row], shadow))

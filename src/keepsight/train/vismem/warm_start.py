@@ -24,6 +24,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def distill(
     if not all(history.values()):
         raise KeepsightError("Warm start: no batch had an image, so there was nothing to regress memories onto.")
     report.first = {kind: values[0] for kind, values in history.items()}
-    report.last = {kind: _mean(values[-max(1, len(values) // 10) :]) for kind, values in history.items()}
+    report.last = {kind: fmean(values[-max(1, len(values) // 10) :]) for kind, values in history.items()}
     report.seconds = time.perf_counter() - begin
     return report
 
@@ -253,7 +254,3 @@ def _repeated(batches: Iterable[Mapping[str, Any]], steps: int) -> Iterator[Mapp
                 f"Warm start: the batches ended after {done} of {steps} steps. Give a list or a data loader, which can "
                 "be begun again, or fewer steps."
             )
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
