@@ -39,7 +39,7 @@ VARIANTS = ("base", "pvm", "reprojected")
 RESULTS = Path(__file__).parent / "results" / "decode"
 MEASURED = (
     "src/keepsight/pvm",
-    "src/keepsight/backbone.py",
+    "src/keepsight/backbone",
     "benchmarks/decode.py",
     "benchmarks/decoding.py",
     "benchmarks/measuring.py",

@@ -31,7 +31,7 @@ from keepsight.errors import KeepsightWarning
 
 RESULTS = Path(__file__).parent / "results" / "train"
 _SHARED = (
-    "src/keepsight/backbone.py",
+    "src/keepsight/backbone",
     *(f"benchmarks/{name}.py" for name in ("train", "stepping", "shapes", "measuring")),
 )
 MEASURED = {
@@ -104,7 +104,6 @@ def main(argv: list[str] | None = None) -> Path | None:
     parser.add_argument("--text-tokens", type=int, default=256, help="sft: question and answer; grpo: words written")
     parser.add_argument("--batch", type=int, default=1, help="sft: rows; grpo: prompts")
     parser.add_argument("--group", type=int, default=8, help="grpo: trajectories per prompt")
-    parser.add_argument("--form", choices=("literal", "incremental"), default="literal", help="grpo: of VisMem")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)

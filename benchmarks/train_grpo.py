@@ -103,7 +103,7 @@ def vismem_trainer(
     base: Any, processor: Any, samples: list[dict[str, Any]], args: argparse.Namespace, gain: str
 ) -> VisMemTrainer:
     """A trainer of stage I whose steps are `step(0)`, `step(1)`, ..."""
-    own = VisMemConfig(max_invocations=2, form=args.form)
+    own = VisMemConfig(max_invocations=2)
     add_memory_tokens(processor, own)
     model = get_peft_model(base, own)
     rows = args.batch * args.group

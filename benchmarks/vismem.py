@@ -1,11 +1,10 @@
 """What a latent vision memory costs per sample.
 
-One model with two adapters of the same weights, one per form, writes the same number of text tokens in turn, within one
-run, so that whatever the machine does hits all alike:
+One model writes the same number of text tokens in turn, within one run, so that whatever the machine does hits all
+alike:
 
     plain              transformers' own generate, memory off
     literal, k         k memories, short and long in turn, evenly spaced; each a pass over everything seen
-    incremental, k     the same with keys and values kept per image
 
 Weights are random: what is written differs, what it costs does not. Memory positions come on top of the text tokens.
 
@@ -37,9 +36,8 @@ from keepsight.errors import KeepsightWarning
 from keepsight.vismem import MemoryPolicy, VisMemBranch, VisMemConfig
 from keepsight.vismem.formers import Formers
 
-FORMS = ("literal", "incremental")
 RESULTS = Path(__file__).parent / "results" / "vismem"
-MEASURED = ("src/keepsight/vismem", "src/keepsight/backbone.py", "benchmarks/vismem.py", "benchmarks/measuring.py")
+MEASURED = ("src/keepsight/vismem", "src/keepsight/backbone", "benchmarks/vismem.py", "benchmarks/measuring.py")
 IMAGE, VIDEO, START, END = 10, 11, 12, 13
 
 
@@ -68,7 +66,7 @@ SHAPES = {
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype, text_states: int | None) -> Any:
-    """The model with an adapter "literal" and an adapter "incremental" of the same weights."""
+    """The model with a memory."""
     head = shape.hidden_size // shape.heads
     section = [head // 8, head // 16 * 3, head // 2 - head // 8 - head // 16 * 3]
     config = Qwen2_5_VLConfig(
@@ -101,14 +99,8 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype, text_states: i
         model = Qwen2_5_VLForConditionalGeneration(config).eval()
     torch.set_default_dtype(torch.float32)
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
-    options = {"max_text_states": text_states, "max_invocations": 64}
-    peft_model = get_peft_model(
-        model, VisMemConfig(form=FORMS[0], **options), adapter_name=FORMS[0], autocast_adapter_dtype=False
-    )
-    peft_model.add_adapter(FORMS[1], VisMemConfig(form=FORMS[1], **options), autocast_adapter_dtype=False)
-    memories = VisMemBranch.of(peft_model).vismem_memory
-    memories[FORMS[1]].load_state_dict(memories[FORMS[0]].state_dict())
-    return peft_model.eval()
+    config = VisMemConfig(max_text_states=text_states, max_invocations=64)
+    return get_peft_model(model, config, autocast_adapter_dtype=False).eval()
 
 
 def make_inputs(visual_tokens: int, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -170,7 +162,6 @@ def run(model: Any, inputs: dict[str, torch.Tensor], variant: tuple[str, int], t
     policy: MemoryPolicy | str = "off"
     extra = 0
     if form != "plain":
-        model.set_adapter(form)
         policy, extra = plan(count, tokens, branch.config)
     with FormationTimes(device) as formations:
         formations.wait()
@@ -192,13 +183,13 @@ def measure(
 ) -> Rows:
     """All rows of the table; `keep` gets those so far whenever a prompt is done: a stopped run keeps what it has."""
     model = build(SHAPES[arguments.shape], device, dtype, arguments.max_text_states)
-    variants = [("plain", 0), *((form, count) for count in arguments.invocations for form in FORMS)]
+    variants = [("plain", 0), *(("literal", count) for count in arguments.invocations)]
     results = []
     for batch in arguments.batch:
         for visual in arguments.visual_tokens:
             inputs = make_inputs(visual, batch, device, dtype)
             samples: dict[tuple[str, int], list[dict[str, Any]]] = {variant: [] for variant in variants}
-            for variant in {("plain", 0), *((form, max(arguments.invocations)) for form in FORMS)}:
+            for variant in (("plain", 0), ("literal", max(arguments.invocations))):
                 run(model, inputs, variant, arguments.tokens)  # warm-up
             for round_ in range(arguments.repeats):
                 turn = round_ % len(variants)

@@ -28,7 +28,7 @@ class Cost:
 
 def costs(results: Path = RESULTS) -> list[Cost]:
     """All claims on latency, judged."""
-    return [_decoding(results), *(_latents(results, form) for form in ("literal", "incremental")), _training(results)]
+    return [_decoding(results), _latents(results), _training(results)]
 
 
 def _raw(file: Path) -> Any:
@@ -57,13 +57,13 @@ def _decoding(results: Path) -> Cost:
     )
 
 
-def _latents(results: Path, form: str) -> Cost:
+def _latents(results: Path) -> Cost:
     file = _raw(results / "vismem" / "cuda-7b-bfloat16.json")
-    row = next(r for r in file["results"] if r["form"] == form and r["invocations"] == 2)
+    row = next(r for r in file["results"] if r["form"] == "literal" and r["invocations"] == 2)
     ratio, rounds = row["ratio_to_plain"], file["arguments"]["repeats"]
     low, high = VISMEM_SAMPLE
     return Cost(
-        f"With VisMem a sample takes {low} to {high} times as long, by benchmark, and no longer (7B); {form} form.",
+        f"With VisMem a sample takes {low} to {high} times as long, by benchmark, and no longer (7B).",
         "VisMem paper, latency",
         f"7B, {file['conditions']['device']}, 2 memories in {file['arguments']['tokens']} text tokens, "
         f"{row['visual_tokens']:,} visual tokens, {rounds} rounds: {_spread(ratio)}.",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from figure_values import BENCHMARKS, raw, spread, table, thousands
 
 # Costs (benchmarks/)
@@ -64,36 +62,20 @@ def vismem_cost(name: str, visual: str, form: str, memories: str) -> str:
     return f"{row['ratio_to_plain']['median']:.3f} x"
 
 
-def vismem_later() -> str:
-    """How many times cheaper a later memory is in the incremental form: from the least to the most, over all sizes."""
-    ratios = []
-    for path in (BENCHMARKS / "vismem").glob("cpu-*.json"):
-        most: dict[tuple[int, str], Any] = {}
-        for row in raw(path)["results"]:
-            if row["invocations"]:
-                most[row["visual_tokens"], row["form"]] = row["first_and_later_formation_ms"]
-        for (visual, form), slow in most.items():
-            if form == "literal":
-                fast = most[visual, "incremental"]
-                ratios += [slow[kind]["later"] / fast[kind]["later"] for kind in ("short", "long")]
-    return f"{min(ratios):.0f} to {max(ratios):.0f} times"
-
-
 def vismem_cost_table() -> str:
     """Time per sample with 0 to 8 memories, as the ratio to plain generation."""
     rows = []
     for name, label in (("", "{}"), ("-batch16", "{}, batch of 16"), ("-4096", "{} (one round)")):
         file = raw(BENCHMARKS / "vismem" / f"cpu-tiny-float32{name}.json")
         for visual in file["arguments"]["visual_tokens"]:
-            for form in ("literal", "incremental"):
-                found = {
-                    r["invocations"]: r for r in file["results"] if (r["form"], r["visual_tokens"]) == (form, visual)
-                }
-                ratios = [f"{found[n]['ratio_to_plain']['median']:.2f}" if n in found else "-" for n in (0, 1, 2, 4, 8)]
-                later = found[max(found)]["first_and_later_formation_ms"]
-                ms = " / ".join(f"{later[kind]['later']:,.0f}" for kind in ("short", "long"))
-                rows.append([label.format(thousands(visual)), form, *ratios, f"{ms} ms"])
-    head = ["visual tokens", "form", "0", "1", "2", "4", "8 memories", "a later short / long memory"]
+            found = {
+                r["invocations"]: r for r in file["results"] if (r["form"], r["visual_tokens"]) == ("literal", visual)
+            }
+            ratios = [f"{found[n]['ratio_to_plain']['median']:.2f}" if n in found else "-" for n in (0, 1, 2, 4, 8)]
+            later = found[max(found)]["first_and_later_formation_ms"]
+            ms = " / ".join(f"{later[kind]['later']:,.0f}" for kind in ("short", "long"))
+            rows.append([label.format(thousands(visual)), *ratios, f"{ms} ms"])
+    head = ["visual tokens", "0", "1", "2", "4", "8 memories", "a later short / long memory"]
     return table(head, rows)
 
 

@@ -38,14 +38,21 @@ def add_peft_type(name: str) -> None:
 def refuse_unknown_keys(cls: type) -> type:
     """Class decorator: make `cls(**kwargs)` raise ValueError for unknown names.
 
+    What `cls.retired` names, setting -> (value, lesson), may be given with that value only, and is dropped.
+
     A dataclass raises TypeError, which PEFT takes as "a newer config" when it reads one from disk: it drops the key
     with a warning, and the user's setting silently has no effect.
     """
     init = vars(cls)["__init__"]
     names = [f.name for f in dataclasses.fields(cls)]
+    retired: dict[str, tuple[Any, str]] = getattr(cls, "retired", {})
 
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in retired.keys() & kwargs.keys():
+            found, (only, lesson) = kwargs.pop(name), retired[name]
+            if found != only:
+                raise ValueError(f"{name}={found!r}: {lesson}")
         for name in kwargs:
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)

@@ -185,40 +185,6 @@ SIZE = Study(
     plot=Plot("bars", columns=(FAR,)),
 )
 
-FORM = Study(
-    name="vismem-form",
-    method="VisMem",
-    title="Literal and incremental form",
-    setting=(
-        "The incremental form keeps an image's keys and values, so that a further memory costs only its own "
-        "positions. It is a different function and is trained by itself, by the same recipe."
-    ),
-    cell=read_cell,
-    rows=(
-        TableRow("short_literal", "short, literal", same_as=("vismem-memory", "short")),
-        TableRow("short_incremental", "short, incremental", {"kind": "short"}),
-        TableRow("long_literal", "long, literal", same_as=("vismem-memory", "long")),
-        TableRow("long_incremental", "long, incremental", {"kind": "long"}),
-    ),
-    columns=length_columns(),
-    claims=(
-        Claim(
-            "The incremental form is no worse.",
-            "ours",
-            ("short_literal", "short_incremental", "long_literal", "long_incremental"),
-            lambda results: _no_worse(results),
-        ),
-    ),
-    settings={**READING, "content": "own", "config": {"form": "incremental"}, "plan": {}},
-    plot=Plot("bars", columns=(FAR,)),
-)
-
-
-def _no_worse(results: Results) -> Judgement:
-    gaps = {kind: results.difference(f"{kind}_incremental", f"{kind}_literal", "mean") for kind in ("short", "long")}
-    words = ", ".join(f"{kind} {gap.points()}" for kind, gap in gaps.items())
-    return judged(all(gap.high >= 0 for gap in gaps.values()), f"Incremental minus literal, over lengths: {words}.")
-
 
 def _together(results: Results) -> Judgement:
     more = results.difference("both", "pvm", "mean")
@@ -251,4 +217,4 @@ BOTH = Study(
     plot=Plot("bars", columns=("2048",)),
 )
 
-STUDIES = (WHEN, SIZE, FORM, BOTH)
+STUDIES = (WHEN, SIZE, BOTH)

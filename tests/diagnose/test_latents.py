@@ -121,27 +121,20 @@ def test_meter_sees_the_latents(tiny: Any) -> None:
             np.testing.assert_allclose(meter.trace.memory_mass[row, column, 0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["literal", "incremental"])
 @pytest.mark.parametrize("kind", ["short", "long"])
-def test_forming_attention_is_a_share(tiny: Any, kind: str, form: str) -> None:
+def test_forming_attention_is_a_share(tiny: Any, kind: str) -> None:
     reader, memory, inputs = tiny
     [(formation, latents)] = memory.formed(reader, inputs, torch.arange(30, 36), ((4, kind),))
     formers = memory.branch.formers()
-    config = formers.config
-    before, config.form = config.form, form
-    try:
-        found = watch_forming(formers, kind, formation)
-        again = formers.form(kind, [formation])
-    finally:
-        config.form = before
+    found = watch_forming(formers, kind, formation)
+    again = formers.form(kind, [formation])
     assert found is not None
     assert found.image.shape == (len(found.layers), memory.sizes[kind])
     assert (found.image > 0).all()
     assert (found.image < 1).all()
     if found.where is not None:
         np.testing.assert_allclose(found.where.sum(1), found.image.mean(0), atol=1e-5)
-    if form == before:
-        torch.testing.assert_close(again, latents, rtol=0, atol=3e-5)
+    torch.testing.assert_close(again, latents, rtol=0, atol=3e-5)
 
 
 # -- on the reference VLM, with a long-term memory that was warmed up shortly --------------------------------------

@@ -7,7 +7,6 @@ import torch
 from helpers import attach as attach_pvm
 from vismem_training import FAMILY_NAMES, RANDOM, ROWS, model_and_prompts, rolled, seeds, written
 
-from keepsight.compat import enable_checkpointing
 from keepsight.errors import KeepsightError
 from keepsight.train.vismem.grpo import clipped_loss, group_advantages, trajectory_mean
 from keepsight.train.vismem.replay import (
@@ -294,16 +293,6 @@ def test_prompts_read_once_give_the_same_log_probs_and_gradients(name):
     # Another prompt's states are another prompt's.
     wrong = log_probs(model, prompts, some, latents.detach(), 1.3, Prefixes(model, [*prompts[1:], prompts[0]]))
     assert (wrong - found[True][0]).abs().max() > 0.03
-
-
-def test_checkpointing_switched_on_by_hand_is_refused_by_an_incremental_memory():
-    model, prompts = model_and_prompts("qwen2_5_vl", form="incremental")
-    trajectories = written(model, prompts)
-    formed_latents(model, trajectories)
-    model.train()
-    enable_checkpointing(model.get_base_model())
-    with pytest.raises(KeepsightError, match="would not see the image"):
-        formed_latents(model, trajectories)
 
 
 @pytest.mark.parametrize(

@@ -537,23 +537,6 @@ def test_a_dry_runs_count_is_the_runs(formed: tuple[Path, VisMemReport], tiny_vl
     assert dry_run_vismem(tiny_vlm, formation(), VisMemConfig(**SIZES)).trained == formed[1].trainable
 
 
-def test_an_incremental_memory_is_never_checkpointed(tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
-    """Asked for it is refused; by default it stays off and says so."""
-    from keepsight.train.vismem.settings import uses_checkpointing
-
-    incremental = VisMemConfig(**SIZES, form="incremental")
-    asked = formation(gradient_checkpointing=True)
-    with pytest.raises(KeepsightError, match="cannot be combined with form='incremental'"):
-        train_vismem_formation(
-            tiny_vlm, questions, tmp_path / "out", vismem=incremental, rewards=[digits], settings=asked
-        )
-    with pytest.warns(KeepsightWarning, match="is off"):
-        assert not uses_checkpointing(formation(), "incremental", on_gpu=True)
-    assert uses_checkpointing(formation(), "literal", on_gpu=True)
-    assert uses_checkpointing(invocation(), "incremental", on_gpu=True)  # which forms nothing with gradients
-    assert not uses_checkpointing(formation(), "literal", on_gpu=False)
-
-
 def test_a_stage_says_all_that_the_trainer_asks() -> None:
     from keepsight.train.vismem.stages import Stage
 

@@ -1,4 +1,4 @@
-"""A memory is what its definition says, in either form, and forming it leaves no trace."""
+"""A memory is what its definition says, and forming it leaves no trace."""
 
 import copy
 
@@ -20,7 +20,6 @@ from keepsight.vismem.sequences import pad
 from keepsight.vismem.vision import VisionWalk
 
 TYPES = ("short", "long")
-FORMS = ("literal", "incremental")
 
 
 def formed(name, rows=None, plan=None, **config):
@@ -155,12 +154,12 @@ def test_literal_short_memory_is_the_encoder_with_appended_positions(name):
         embeddings = tower.embeddings
         embeddings.register_forward_hook(lambda m, a, o: torch.cat([patches.x, own])[None])
         states = tower(inputs["pixel_values"].flatten(0, -4)[:1]).last_hidden_state[0, -7:]
-    torch.testing.assert_close(walk.literal(patches, own, rotary) / states.std(), states / states.std(), **CLOSE)
+    torch.testing.assert_close(walk.through(patches, own, rotary) / states.std(), states / states.std(), **CLOSE)
 
 
 @torch.no_grad()
-def dense(walk, patches, own, rotary, mutual):
-    """The definition with one dense mask per block over [patches | own], nothing kept, nothing segmented."""
+def dense(walk, patches, own, rotary):
+    """The definition with one dense mask per block over [patches | own], nothing segmented."""
     total = len(patches.x)
     x = torch.cat([patches.x, own])
     if rotary is not None:
@@ -175,31 +174,24 @@ def dense(walk, patches, own, rotary, mutual):
         mask[total:, total:] = True
         if not windowed:
             mask[total:, :total] = True
-            mask[:total, total:] = mutual
+            mask[:total, total:] = True
         query, key, value = (t.transpose(0, 1) for t in walk._qkv(index, x, rotary))
         weights = (query @ key.transpose(1, 2) * query.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf).softmax(-1)
         x = walk._finish(index, x, (weights @ value).transpose(0, 1))
     return walk._normed(x[total:]) if walk.depth == len(walk.blocks) else x[total:]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_short_memory_equals_its_definition_with_dense_masks(name, form):
-    model, _, out = formed(name, form=form, plan=[{0: "short", 2: "short", 3: "long"}], slot_layout="grid")
+def test_short_memory_equals_its_definition_with_dense_masks(name):
+    model, _, out = formed(name, plan=[{0: "short"}], slot_layout="grid")
     branch = VisMemBranch.of(model)
-    first, second, _ = out.invocations[0]
-    patches = first.formation.sight.patches
+    patches = out.invocations[0][0].formation.sight.patches
     assert len(patches.images) > 1
     walk, own = VisionWalk(branch.backbone, branch.active.short_bank), torch.randn(6, branch.backbone.vision_size)
     places = torch.stack([torch.arange(6), torch.arange(6) % 2], -1)
     rotary = branch.formers()._rotary(places, own)
     with torch.no_grad():
-        if form == "literal":
-            ours = walk.literal(patches, own, rotary)
-        else:
-            kept = second.formation.sight.patch_states
-            assert kept is not None  # generation kept them
-            ours = walk.incremental(kept, own, rotary)
-    expected = dense(walk, patches, own, rotary, form == "literal")
+        ours = walk.through(patches, own, rotary)
+    expected = dense(walk, patches, own, rotary)
     torch.testing.assert_close(ours / expected.std(), expected / expected.std(), **CLOSE)
 
 
@@ -209,16 +201,15 @@ def long_definition(branch, formation):
     memory, formers = branch.active, branch.formers()
     visual, text = formation.sight.visual[None], formation.text[None]
     seen, thought = (torch.ones(1, t.shape[1], dtype=torch.bool) for t in (visual, text))
-    queries = memory.builder(visual, seen, text, thought, one_way=branch.config.form == "incremental")
+    queries = memory.builder(visual, seen, text, thought)
     x = torch.cat([match_rms(t, memory.embedding_rms) for t in (visual, text, queries)] + [memory.long_slots[None]], 1)
     with scope.base_only():
         states = formers._decode(x, torch.ones(1, x.shape[1], dtype=torch.bool))
     return memory.as_embeddings(states[:, -branch.config.num_long :], short=False)[0]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_long_memory_equals_its_definition(name, form):
-    model, _, out = formed(name, ROWS, [{0: "long", 4: "long"}, {0: "short", 4: "long"}, {4: "long"}], form=form)
+def test_long_memory_equals_its_definition(name):
+    model, _, out = formed(name, ROWS, [{0: "long", 4: "long"}, {0: "short", 4: "long"}, {4: "long"}])
     branch = VisMemBranch.of(model)
     for row in out.invocations:
         for invocation in row:
@@ -227,37 +218,9 @@ def test_long_memory_equals_its_definition(name, form):
                 torch.testing.assert_close(invocation.latents, expected, **CLOSE)
 
 
-def test_the_two_forms_differ(name):
-    """They are different functions (documented), for either type."""
-    found = {}
-    for form in FORMS:
-        _, _, out = formed(name, form=form)
-        found[form] = out.invocations[0]
-    for a, b in zip(*found.values(), strict=True):
-        assert (a.latents - b.latents).abs().max() > 1e-3
-
-
-def test_incremental_reads_each_image_once(name):
-    model, inputs = built(name, [Row(1, (2, 2), 5, seed=2)], form="incremental")
-    branch = VisMemBranch.of(model)
-    lengths = []
-    layer = branch.backbone.layers[0]
-    handle = layer.register_forward_pre_hook(
-        lambda m, a, k: lengths.append((a[0] if a else k["hidden_states"]).shape[1]) if scope.is_base_only() else None,
-        with_kwargs=True,
-    )
-    out = generate(model, inputs, n=50, memory=forced([{1: "long", 3: "long", 5: "long"}]))
-    handle.remove()
-    visual = len(out.sights[0].visual)
-    k, n = branch.config.num_queries, branch.config.num_long
-    visual += branch.backbone.needs_padding
-    assert lengths == [visual, *(len(i.formation.text) + k + n for i in out.invocations[0])]
-
-
 @pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("form", FORMS)
-def test_batch_of_formations_equals_singles(name, form, kind):
-    model, _, out = formed(name, ROWS, [{0: kind}, {4: kind}, {} if kind == "short" else {2: kind}], form=form)
+def test_batch_of_formations_equals_singles(name, kind):
+    model, _, out = formed(name, ROWS, [{0: kind}, {4: kind}, {} if kind == "short" else {2: kind}])
     formations = [i.formation for row in out.invocations for i in row]
     formers = VisMemBranch.of(model).formers()
     with torch.no_grad():
@@ -298,9 +261,8 @@ def test_text_states_are_capped(name):
     torch.testing.assert_close(again, out.invocations[0][0].latents, **CLOSE)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_gradients_equal_finite_differences(name, form):
-    model, _, out = formed(name, form=form)
+def test_gradients_equal_finite_differences(name):
+    model, _, out = formed(name)
     model = model.double()
     branch = VisMemBranch.of(model)
     formations = [copy.deepcopy(i.formation) for i in out.invocations[0]]
@@ -445,7 +407,6 @@ def test_defaults_are_the_papers():
     assert (config.long_rank, config.long_alpha, config.long_dropout) == (16, 32, 0.1)
     assert config.short_targets == config.long_targets == ["q_proj", "v_proj"]
     assert config.max_text_states is None
-    assert config.form == "literal"
 
 
 def test_pad_is_left_and_masked():
@@ -494,5 +455,3 @@ def test_a_token_sequence_that_was_not_kept_is_an_error():
     branch.config.long_input = "tokens"
     with pytest.raises(KeepsightError, match="were not kept here"):
         branch.formers().form("long", [out.invocations[0][1].formation])
-    with pytest.raises(ValueError, match="literal"):
-        VisMemConfig(long_input="tokens", form="incremental")

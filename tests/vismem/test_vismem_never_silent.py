@@ -90,20 +90,6 @@ def test_a_model_without_a_head_is_told_so():
         attach(BY_NAME["qwen3_vl"].build().model)
 
 
-def test_an_incremental_memory_needs_its_cache():
-    """A decoder that takes no cache, by whatever name, forms no memory without the image."""
-    model, inputs = built("qwen2_5_vl", [Row(1, (2, 2), 5, seed=2)], form="incremental")
-    branch = VisMemBranch.of(model)
-
-    def drop(module, args, kwargs):
-        if scope.is_base_only():
-            return args, {k: v for k, v in kwargs.items() if not isinstance(v, Cache)}
-
-    branch.backbone.decoder.register_forward_pre_hook(drop, with_kwargs=True)
-    with pytest.raises(keepsight.KeepsightError, match="did not use it"):
-        generate(model, inputs, memory=forced([{2: "long"}]))
-
-
 def test_a_forward_in_training_is_seen_to_as_well():
     model, inputs = built("qwen2_5_vl", [Row(1, (2, 2), 5, seed=2)])
     labels = inputs["input_ids"]

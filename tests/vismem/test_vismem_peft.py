@@ -66,7 +66,7 @@ def test_add_set_delete_disable(name):
     model, inputs = built(name)
     base = generate(BY_NAME[name].build(), inputs).sequences
     first = latents(model, inputs)
-    model.add_adapter("second", VisMemConfig(**(SIZES | {"num_long": 3, "form": "incremental"})))
+    model.add_adapter("second", VisMemConfig(**(SIZES | {"num_long": 3})))
     assert same(latents(model, inputs), first)  # added, not active
     strengthen(model, "second")
     model.set_adapter("second")
@@ -170,7 +170,7 @@ def test_another_base_and_other_names_are_refused(tmp_path):
         ({"max_text_states": -1}, "positive whole number"),
         ({"short_targets": ["mlp"]}, "q_proj, k_proj, v_proj, o_proj"),
         ({"long_targets": []}, "expected some of"),
-        ({"form": "fast"}, "'literal', 'incremental'"),
+        ({"form": "incremental"}, "train this memory anew"),
         ({"slot_layout": "ring"}, "'strip', 'grid'"),
         ({"policy": "always"}, "expected one of"),
         ({"policy": "forced"}, "named with each call"),
@@ -189,9 +189,10 @@ def test_bad_settings_are_lessons(setting, message):
         VisMemConfig(**setting)
 
 
-def test_incremental_needs_softmax_attention():
-    with pytest.raises(keepsight.UnsupportedModelError, match="form='literal'"):
-        attach(BY_NAME["qwen3_5"].build(), form="incremental")
+def test_a_configuration_of_before_is_read():
+    """There were two forms once; what was trained in the one that is left is what it was."""
+    assert VisMemConfig(form="literal", num_long=3) == VisMemConfig(num_long=3)
+    assert "form" not in VisMemConfig(form="literal").to_dict()
 
 
 def test_keepsight_load(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from peft.utils import PeftType
 
@@ -50,14 +50,10 @@ class VisMemConfig(MemoryConfig):
         long_alpha: as above.
         long_dropout: as above.
         long_targets: as above.
-        form: "literal": as published, one vision-encoder or language-model pass over everything seen per invocation.
-            "incremental": patches, and what was written so far, do not attend to the appended positions, so their keys
-            and values under the adapter are computed once per image, and an invocation costs only its own positions.
-            The two are different functions: train and use a memory in the same form.
         long_input: X, what the long-term former runs on. "states": H, the last hidden states of the image and of the
             text since the last memory. "tokens": the paper's words, "the token sequence of the language model": its
-            input embeddings of everything so far, prompt and question, image, text and earlier memories, in order. It
-            needs `form="literal"`. Why "states" is the default, with figures: docs/vismem.md.
+            input embeddings of everything so far, prompt and question, image, text and earlier memories, in order.
+            Why "states" is the default, with figures: docs/vismem.md.
         slot_layout: where the short-term memory's positions lie: "strip", under the image; or "grid", spread over it.
         max_text_states: how many of the latest text states the memory is formed from; None: all since the last memory.
             With `long_input="tokens"` also how many tokens behind the prompt.
@@ -79,6 +75,15 @@ class VisMemConfig(MemoryConfig):
         ValueError: for unknown names, and for values no model could use.
     """
 
+    #: What saved configurations may still hold, the only value of it that means what is computed now, and a lesson.
+    retired: ClassVar[dict[str, tuple[Any, str]]] = {
+        "form": (
+            "literal",
+            "every memory is formed as published now ('literal'). The incremental form, another function, is gone (it "
+            "was slower on a GPU): train this memory anew.",
+        )
+    }
+
     num_queries: int = field(default=8)
     num_short: int = field(default=8)
     num_long: int = field(default=16)
@@ -93,7 +98,6 @@ class VisMemConfig(MemoryConfig):
     long_alpha: float = field(default=32)
     long_dropout: float = field(default=0.1)
     long_targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
-    form: Literal["literal", "incremental"] = field(default="literal")
     long_input: Literal["states", "tokens"] = field(default="states")
     slot_layout: Literal["strip", "grid"] = field(default="strip")
     max_text_states: int | None = field(default=None)
@@ -142,13 +146,7 @@ class VisMemConfig(MemoryConfig):
             wrong = [t for t in getattr(self, name) if t not in PROJECTIONS]
             if wrong or not getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected some of {', '.join(PROJECTIONS)}.")
-        _one_of("form", self.form, ("literal", "incremental"))
         _one_of("long_input", self.long_input, ("states", "tokens"))
-        if self.long_input == "tokens" and self.form == "incremental":
-            raise ValueError(
-                "long_input='tokens' reads everything again for each memory, and form='incremental' keeps what it "
-                "read. Choose form='literal', or long_input='states'."
-            )
         _one_of("slot_layout", self.slot_layout, ("strip", "grid"))
         if self.policy == "forced":
             raise ValueError(
@@ -170,8 +168,7 @@ class VisMemConfig(MemoryConfig):
 
         Raises:
             AdapterMismatchError: if the config was resolved for another base.
-            UnsupportedModelError: if the model's vision encoder is not described in `keepsight.backbone`, or the
-                incremental form is asked of a model with linear attention.
+            UnsupportedModelError: if the model's vision encoder is not described in `keepsight.backbone`.
         """
         text = backbone.text_config
         found = self.check_base(backbone.model.config)
@@ -191,11 +188,6 @@ class VisMemConfig(MemoryConfig):
                     f"and a {type(mixer).__name__} has no {', '.join(missing)}. This language model can have no latent "
                     "memory (VisMem), unless other long_targets are among its own; it can have a PVM."
                 )
-        if self.form == "incremental" and not all(backbone.has_softmax_attention(layer) for layer in backbone.layers):
-            raise UnsupportedModelError(
-                "form='incremental' keeps keys and values, which layers with linear attention do not have. "
-                "Use form='literal' on this model."
-            )
         if self.query_width is None:
             self.query_width = max(min(512, text.hidden_size) // self.query_heads, 1) * self.query_heads
         if self.token_ids is None:

@@ -4,10 +4,8 @@
     long    language model:   [H | Q | M_init]                   -> last positions   (long_input="tokens": the input
                               embeddings of everything so far in place of H)
 
-In both forms the queries Q come from the query builder. The incremental form keeps, per image: keys and values of the
-visual states in the query builder, of the patches in the vision encoder, and of the visual states in the language
-model, the latter two under the adapters. A text state takes part in one memory only (H restarts when a memory ends),
-so it is computed once in either form.
+The queries Q come from the query builder. Nothing is kept between two memories of an image: a form that kept keys and
+values was slower on a GPU (LOG.md, 2026-11-28).
 """
 
 from __future__ import annotations
@@ -17,16 +15,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
 
 from keepsight.backbone import Backbone
-from keepsight.compat import cache_argument
 from keepsight.errors import KeepsightError
 from keepsight.vismem import layout
 from keepsight.vismem.memory import Formation, Sight
 from keepsight.vismem.module import LatentMemory, match_rms
 from keepsight.vismem.scope import BANK, base_only, calls, low_rank
-from keepsight.vismem.sequences import pad, pad_left
+from keepsight.vismem.sequences import pad
 from keepsight.vismem.tokens import SHORT
 from keepsight.vismem.vision import Rotary, VisionWalk
 
@@ -71,10 +67,6 @@ class Formers:
         change = calls.here.change
         return latents if change is None else change(kind, latents)
 
-    @property
-    def _is_incremental(self) -> bool:
-        return self.config.form == "incremental"
-
     def _texts(self, formations: Sequence[Formation]) -> tuple[torch.Tensor, torch.Tensor]:
         limit = self.config.max_text_states
         return pad([f.text if limit is None else f.text[-limit:] for f in formations])
@@ -83,23 +75,7 @@ class Formers:
 
     def _queries(self, formations: Sequence[Formation], text: torch.Tensor, text_valid: torch.Tensor) -> torch.Tensor:
         visual, visual_valid = pad([f.sight.visual for f in formations])
-        states: Any = visual
-        if self._is_incremental:
-            kept = [self._kept_queries(f.sight) for f in formations]
-            states = [
-                tuple(torch.stack([pad_left(row[layer][i][0], visual.shape[1], 1) for row in kept]) for i in (0, 1))
-                for layer in range(len(self.memory.builder.layers))
-            ]
-        return self.memory.builder(states, visual_valid, text, text_valid)
-
-    def _kept_queries(self, sight: Sight) -> Any:
-        if sight.query_states is not None and not torch.is_grad_enabled():
-            return sight.query_states
-        everything = torch.ones(1, len(sight.visual), dtype=torch.bool, device=sight.visual.device)
-        states = self.memory.builder.read(sight.visual[None], everything)
-        if not torch.is_grad_enabled():
-            sight.query_states = states
-        return states
+        return self.memory.builder(visual, visual_valid, text, text_valid)
 
     # Short-term: vision encoder
 
@@ -124,15 +100,7 @@ class Formers:
             learned = layout.learned_positions(table.detach(), squares, patches.extent).to(own)
             own = torch.cat([own[:count], own[count:] + learned])
         rotary = self._rotary(torch.cat([layout.query_coordinates(count, patches.extent), squares]), own)
-        if self._is_incremental:
-            kept = sight.patch_states
-            if kept is None or torch.is_grad_enabled():
-                kept = walk.keep(patches)
-                if not torch.is_grad_enabled():
-                    sight.patch_states = kept
-            states = walk.incremental(kept, own, rotary)
-        else:
-            states = walk.literal(patches, own, rotary)
+        states = walk.through(patches, own, rotary)
         return self.backbone.project_vision(states[count:].unflatten(0, (-1, side * side)))
 
     def _rotary(self, coordinates: torch.Tensor, like: torch.Tensor) -> Rotary | None:
@@ -150,31 +118,9 @@ class Formers:
         text_valid: torch.Tensor,
         queries: torch.Tensor,
     ) -> torch.Tensor:
-        if self._is_incremental and self.backbone.has_sliding_windows and not bool(text_valid.all()):
-            # Padding between what is kept and the text would lie in the windows.
-            rows = zip(formations, text, text_valid, queries, strict=True)
-            return torch.cat([self._long([f], t[None, v], v[None, v], q[None]) for f, t, v, q in rows])
-        count = self.config.num_long
-        slots = self.memory.long_slots.expand(len(formations), -1, -1)
-        own = torch.cat([self._as_input(queries), slots.to(self._dtype)], 1)
-        if not self._is_incremental:
-            seen, valid = pad(
-                [torch.cat([f.sight.visual, t[v]]) for f, t, v in zip(formations, text, text_valid, strict=True)]
-            )
-            valid = torch.cat([valid, valid.new_ones(own.shape[:2])], 1)
-            return self._decode(torch.cat([self._as_input(seen), own], 1), valid)[:, -count:]
-        prefixes = [self._kept_prefix(f.sight) for f in formations]
-        _, valid = pad([f.sight.visual for f in formations])
-        if valid.shape[1] and self.backbone.needs_padding:
-            valid = F.pad(valid, (1, 0))
-        longest, cache = valid.shape[1], None
-        if longest:
-            cache = DynamicCache()
-            for layer in range(len(self.backbone.layers)):
-                states = [self._stacked(prefixes, layer, i, longest) for i in (0, 1)]
-                cache.update(*states, layer)
-        valid = torch.cat([valid, text_valid, text_valid.new_ones(own.shape[:2])], 1)
-        return self._decode(torch.cat([self._as_input(text), own], 1), valid, cache)[:, -count:]
+        rows = zip(formations, text, text_valid, strict=True)
+        seen, valid = pad([torch.cat([f.sight.visual, t[v]]) for f, t, v in rows])
+        return self._behind(self._as_input(seen), valid, queries)
 
     def _long_of_tokens(self, formations: Sequence[Formation], queries: torch.Tensor) -> torch.Tensor:
         """The same with the token sequence as X: input embeddings, which are not rescaled."""
@@ -189,29 +135,14 @@ class Formers:
                 )
             sequences.append(torch.cat([prompt, tokens if limit is None else tokens[-limit:]]))
         seen, valid = pad(sequences)
-        slots = self.memory.long_slots.expand(len(formations), -1, -1)
+        return self._behind(seen.to(self._dtype), valid, queries)
+
+    def _behind(self, x: torch.Tensor, valid: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """The last [B, N, D] of the language model on [X | Q | M_init], for inputs X [B, L, D] `valid` at [B, L]."""
+        slots = self.memory.long_slots.expand(len(x), -1, -1)
         own = torch.cat([self._as_input(queries), slots.to(self._dtype)], 1)
         valid = torch.cat([valid, valid.new_ones(own.shape[:2])], 1)
-        return self._decode(torch.cat([seen.to(self._dtype), own], 1), valid)[:, -self.config.num_long :]
-
-    @staticmethod
-    def _stacked(prefixes: list[Any], layer: int, which: int, longest: int) -> torch.Tensor:
-        like = next(p for p in prefixes if p)[layer][which]
-        empty = like[:, :, :0]
-        return torch.cat([pad_left(p[layer][which] if p else empty, longest, 2) for p in prefixes])
-
-    def _kept_prefix(self, sight: Sight) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        if sight.prefix_states is not None and not torch.is_grad_enabled():
-            return sight.prefix_states
-        states: list[tuple[torch.Tensor, torch.Tensor]] = []
-        if len(sight.visual):
-            cache = DynamicCache()
-            valid = torch.ones(1, len(sight.visual), dtype=torch.bool, device=sight.visual.device)
-            self._decode(self._as_input(sight.visual[None]), valid, cache)
-            states = [(layer.keys, layer.values) for layer in cache.layers]
-        if not torch.is_grad_enabled():
-            sight.prefix_states = states
-        return states
+        return self._decode(torch.cat([x, own], 1), valid)[:, -self.config.num_long :]
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -221,33 +152,19 @@ class Formers:
         """Hidden states [B, L, D] with the norm of input embeddings: the two differ by orders of magnitude."""
         return match_rms(states, self.memory.embedding_rms).to(self._dtype)
 
-    def _decode(self, x: torch.Tensor, valid: torch.Tensor, cache: Any = None) -> torch.Tensor:
-        """The decoder's last hidden states [B, L, D] of inputs x, after what `cache` holds; `valid` covers both."""
-        if cache is not None and any(
-            layer.training and getattr(layer, "gradient_checkpointing", False) for layer in self.backbone.layers
-        ):
-            raise KeepsightError(
-                "form='incremental' reads kept keys and values, which transformers drops under gradient checkpointing: "
-                "the memory would not see the image. Call model.gradient_checkpointing_disable(), or use "
-                "form='literal'."
-            )
-        added = int(self.backbone.needs_padding and (cache is None or not cache.get_seq_length()))
+    def _decode(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """The decoder's last hidden states [B, L, D] of inputs x that are `valid` [B, L]."""
+        added = int(self.backbone.needs_padding)
         if added:
             x, valid = F.pad(x, (0, 0, 1, 0)), F.pad(valid, (1, 0))
-        positions = (valid.long().cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :]
+        positions = (valid.long().cumsum(-1) - 1).clamp(min=0)
         bank = self.memory.long_bank
         with low_rank(bank):
             output = self.backbone.decoder(
                 inputs_embeds=x,
                 attention_mask=valid.long(),
                 position_ids=positions,
-                use_cache=cache is not None,
+                use_cache=False,
                 **{BANK: bank},
-                **cache_argument(self.backbone.decoder, cache),
-            )
-        if cache is not None and int(cache.get_seq_length()) != valid.shape[1]:
-            raise KeepsightError(
-                f"The decoder was given a KV cache and did not use it: {int(cache.get_seq_length())} of "
-                f"{valid.shape[1]} positions are in it. form='incremental' would form memories without the image."
             )
         return output.last_hidden_state[:, added:]

@@ -1,4 +1,4 @@
-"""What a latent memory is formed from, and what of it is kept between invocations.
+"""What a latent memory is formed from.
 
 `Sight` is what one prompt shows: the visual states of the language model and the patches of the vision encoder. It is
 collected once, from what passed by while the model read its prompt, so that the memory sees exactly what the model
@@ -15,8 +15,7 @@ import torch
 
 from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightError
-from keepsight.vismem.module import KeysValues
-from keepsight.vismem.vision import BlockStates, Patches
+from keepsight.vismem.vision import Patches
 
 
 @dataclass
@@ -28,18 +27,11 @@ class Sight:
         patches: the images' patches as they enter the vision encoder; None without an image, and then there is no
             short-term memory.
         prompt: input embeddings of the prompt [P, D], padding left out: for `long_input="tokens"`.
-        query_states: incremental form: keys and values of `visual` in the query builder.
-        patch_states: incremental form: keys and values of `patches` under the short-term former's adapter.
-        prefix_states: incremental form: keys and values of `visual` under the long-term former's adapter, per layer,
-            each [1, H_kv, M, d], or with one position of padding before them (`Backbone.needs_padding`).
     """
 
     visual: torch.Tensor
     patches: Patches | None = None
     prompt: torch.Tensor | None = field(default=None, repr=False)
-    query_states: list[KeysValues] | None = field(default=None, repr=False)
-    patch_states: list[BlockStates | None] | None = field(default=None, repr=False)
-    prefix_states: list[tuple[torch.Tensor, torch.Tensor]] | None = field(default=None, repr=False)
 
 
 @dataclass

@@ -22,9 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-#: Keys and values of one query-builder layer, each [B, heads, L, d].
-KeysValues = tuple[torch.Tensor, torch.Tensor]
-
 
 class QueryBuilderLayer(nn.Module):
     """One pre-norm layer: x_l = FF(LN(x + SA(LN(x)))) + x."""
@@ -39,27 +36,13 @@ class QueryBuilderLayer(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(
-        self, x: torch.Tensor, mask: torch.Tensor, past: KeysValues | None = None
-    ) -> tuple[torch.Tensor, KeysValues]:
-        """One layer.
-
-        Args:
-            x: new positions [B, T, W].
-            mask: bool [B, 1, T, L + T], true where a position may look: L earlier positions, then the new ones.
-            past: keys and values of the L earlier positions.
-
-        Returns:
-            x [B, T, W], and the keys and values of the new positions.
-        """
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[B, T, W] -> [B, T, W]; mask: bool [B, 1, T, T], true where a position may look."""
         query, key, value = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        new = (key, value)
-        if past is not None:
-            key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
         seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         inner = x + self.out(seen.transpose(1, 2).flatten(2))
-        return self.down(F.gelu(self.up(self.mlp_norm(inner)))) + x, new
+        return self.down(F.gelu(self.up(self.mlp_norm(inner)))) + x
 
 
 class QueryBuilder(nn.Module):
@@ -81,80 +64,42 @@ class QueryBuilder(nn.Module):
         self.layers = nn.ModuleList(QueryBuilderLayer(width, heads) for _ in range(layers))
         self.expand = nn.Linear(width, hidden_size)
 
-    def read(self, visual: torch.Tensor, valid: torch.Tensor) -> list[KeysValues]:
-        """Keys and values of the visual states alone: what the incremental form keeps per image.
-
-        Args:
-            visual: [B, M, D].
-            valid: bool [B, M].
-
-        Returns:
-            Per layer, keys and values, each [B, heads, M, d].
-        """
-        x, kept = self._reduce(visual), []
-        mask = self_and(valid[:, None].expand(-1, visual.shape[1], -1))
-        for layer in self.layers:
-            x, states = layer(x, mask)
-            kept.append(states)
-        return kept
-
     def forward(
-        self,
-        visual: torch.Tensor | list[KeysValues],
-        visual_valid: torch.Tensor,
-        text: torch.Tensor,
-        text_valid: torch.Tensor,
-        one_way: bool = False,
+        self, visual: torch.Tensor, visual_valid: torch.Tensor, text: torch.Tensor, text_valid: torch.Tensor
     ) -> torch.Tensor:
         """The queries.
 
         Args:
-            visual: visual states [B, M, D]; or what `read` returned for them (then `one_way` is meant).
+            visual: visual states [B, M, D].
             visual_valid: bool [B, M].
             text: text states [B, Z, D], oldest first.
             text_valid: bool [B, Z].
-            one_way: the incremental form: visual states attend to visual states only, a text state to all visual and
-                to earlier text. Otherwise all of H attends to all of H. The queries attend to everything in both, and
-                nothing attends to the queries.
 
         Returns:
             Q [B, K, D].
         """
-        x, count = self._reduce(text), self.queries.shape[0]
+        x, count = self._reduce(torch.cat([visual, text], 1)), self.queries.shape[0]
         x = torch.cat([x, self.queries.to(x.dtype).expand(x.shape[0], -1, -1)], 1)
-        mask = query_mask(visual_valid, text_valid, count, one_way or isinstance(visual, list))
-        if isinstance(visual, list):
-            mask = mask[:, :, visual_valid.shape[1] :]
-            for layer, past in zip(self.layers, visual, strict=True):
-                x, _ = layer(x, mask, past)
-        else:
-            x = torch.cat([self._reduce(visual), x], 1)
-            for layer in self.layers:
-                x, _ = layer(x, mask)
+        mask = query_mask(torch.cat([visual_valid, text_valid], 1), count)
+        for layer in self.layers:
+            x = layer(x, mask)
         return self.expand(x[:, -count:])
 
     def _reduce(self, states: torch.Tensor) -> torch.Tensor:
         return self.reduce(self.norm(states.to(self.reduce.weight.dtype)))
 
 
-def self_and(allowed: torch.Tensor) -> torch.Tensor:
-    """[B, T, T] -> [B, 1, T, T] with an open diagonal: a padded row that sees nothing would be NaN."""
-    return (allowed | torch.eye(allowed.shape[-1], dtype=torch.bool, device=allowed.device))[:, None]
+def query_mask(valid: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """Who may look at whom in the query builder: bool [B, 1, L + K, L + K], of L states that are `valid` and K queries.
 
-
-def query_mask(visual_valid: torch.Tensor, text_valid: torch.Tensor, num_queries: int, one_way: bool) -> torch.Tensor:
-    """Who may look at whom in the query builder: bool [B, 1, T, T] over T = [M visual | Z text | K queries]."""
-    visual, text = visual_valid.shape[1], text_valid.shape[1]
-    valid = torch.cat([visual_valid, text_valid], 1)
-    known = visual + text
-    allowed = valid.new_zeros(valid.shape[0], known + num_queries, known + num_queries)
+    All of H attends to all of H, the queries to everything, and nothing to the queries. A padded row sees itself: one
+    that sees nothing would be NaN.
+    """
+    known = valid.shape[1]
+    allowed = valid.new_zeros(len(valid), known + num_queries, known + num_queries)
     allowed[:, :, :known] = valid[:, None]
     allowed[:, known:, known:] = True
-    if one_way:
-        allowed[:, :visual, visual:] = False
-        later = torch.ones(text, text, dtype=torch.bool, device=valid.device).triu(1)
-        allowed[:, visual:known, visual:known] &= ~later
-    return self_and(allowed)
+    return (allowed | torch.eye(known + num_queries, dtype=torch.bool, device=valid.device))[:, None]
 
 
 class LowRank(nn.Module):

@@ -6,8 +6,7 @@ attention:
 
 - in blocks that see a whole image, the appended positions attend to all patches of their row and to each other;
 - in blocks that attend inside windows (Qwen2.5-VL), the appended positions are a window of their own;
-- patches attend to their own image or window, as always. In the literal form they also attend to the appended
-  positions (in whole-image blocks); in the incremental form they do not, so their keys and values can be kept.
+- patches attend to their own image or window, as always, and in whole-image blocks to the appended positions too.
 
 The walk touches no module and no hook of the base, and PEFT layers are called without their adapters, so nothing is
 switched on or off anywhere.
@@ -29,8 +28,6 @@ from keepsight.vismem.scope import base_only
 
 #: Rotary embeddings of S positions: cosines and sines, each [S, head width].
 Rotary = tuple[torch.Tensor, torch.Tensor]
-#: Keys and values of all patches of a row in one block, each [S, heads, d].
-BlockStates = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class VisionWalk:
         self.read = backbone.vision_layers_read()
         self.depth = max(self.read)
 
-    def literal(self, patches: Patches, extra: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+    def through(self, patches: Patches, extra: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
         """Patches and appended positions see each other.
 
         Args:
@@ -99,23 +96,7 @@ class VisionWalk:
         """
         x, read = patches.x, []
         for index in range(self.depth):
-            x, extra = self._checkpointed(self._literal_block, index, x, extra, patches, rotary)
-            read.append((index + 1, extra))
-        return self._collect(read)
-
-    def keep(self, patches: Patches) -> list[BlockStates | None]:
-        """Keys and values of the patches alone under the adapter, per block (None where nothing reads them)."""
-        x, kept = patches.x, []
-        for index in range(self.depth):
-            x, states = self._checkpointed(self._patch_block, index, x, patches)
-            kept.append(None if index in self.windowed else states)
-        return kept
-
-    def incremental(self, kept: list[BlockStates | None], extra: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
-        """As `literal`, but the patches do not see the appended positions, and `keep` has been there before."""
-        read = []
-        for index in range(self.depth):
-            extra = self._checkpointed(self._extra_block, index, extra, kept[index], rotary)
+            x, extra = self._checkpointed(self._block, index, x, extra, patches, rotary)
             read.append((index + 1, extra))
         return self._collect(read)
 
@@ -123,7 +104,9 @@ class VisionWalk:
         """States of patches alone where the projector reads them [S, d * layers read], as the encoder makes them."""
         x, read = patches.x, []
         for index in range(self.depth):
-            x, _ = self._patch_block(index, x, patches)
+            query, key, value = self._qkv(index, x, patches.rotary)
+            seen = attend_inside(query, key, value, patches.windows if index in self.windowed else patches.images)
+            x = self._finish(index, x, seen)
             read.append((index + 1, x))
         return self._collect(read)
 
@@ -133,7 +116,7 @@ class VisionWalk:
             return checkpoint(_under_base_only, function, *args, use_reentrant=False)
         return function(*args)
 
-    def _literal_block(
+    def _block(
         self, index: int, x: torch.Tensor, extra: torch.Tensor, patches: Patches, rotary: Rotary | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         query, key, value = self._qkv(index, x, patches.rotary)
@@ -145,19 +128,6 @@ class VisionWalk:
             seen = attend_inside(query, key, value, patches.images, own_key, own_value)
             own = self._look(index, own_query, torch.cat([key, own_key]), torch.cat([value, own_value]))
         return self._finish(index, x, seen), self._finish(index, extra, own)
-
-    def _patch_block(self, index: int, x: torch.Tensor, patches: Patches) -> tuple[torch.Tensor, BlockStates]:
-        query, key, value = self._qkv(index, x, patches.rotary)
-        seen = attend_inside(query, key, value, patches.windows if index in self.windowed else patches.images)
-        return self._finish(index, x, seen), (key, value)
-
-    def _extra_block(
-        self, index: int, extra: torch.Tensor, kept: BlockStates | None, rotary: Rotary | None
-    ) -> torch.Tensor:
-        query, key, value = self._qkv(index, extra, rotary)
-        if kept is not None:
-            key, value = torch.cat([kept[0], key]), torch.cat([kept[1], value])
-        return self._finish(index, extra, self._look(index, query, key, value))
 
     def _look(self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """The appended positions [E, H, d] look at all patches and at each other [S + E, H, d], in one block."""

@@ -170,9 +170,6 @@ class VisMemOptions:
     num_queries: int = setting(8, "K, queries that the query builder makes.", MEMORY)
     num_short: int = setting(8, "N_s, latents of a short-term memory.", MEMORY)
     num_long: int = setting(16, "N_l, latents of a long-term memory.", MEMORY)
-    form: Literal["literal", "incremental"] = setting(
-        "literal", "literal: as published. incremental: an invocation costs only its own positions.", MEMORY
-    )
     long_input: Literal["states", "tokens"] = setting(
         "states",
         "What a long-term memory is formed from. states: hidden states of the image and the latest text. tokens: the "

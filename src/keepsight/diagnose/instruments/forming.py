@@ -71,8 +71,6 @@ def _watch_long(formers: Formers, formation: Formation, layout: VisualLayout | N
     seen: dict[int, torch.Tensor] = {}
 
     def look(row: int, query: torch.Tensor, key: torch.Tensor, mask: Any, kwargs: dict) -> None:
-        if key.shape[2] - padding != total or query.shape[2] < latents:  # the incremental form reads the prefix apart
-            return
         scores = scores_of(query[:, :, -latents:], key[:, :, padding:], kwargs)[0]  # [H, N, K]
         later = torch.ones(latents, total, dtype=torch.bool, device=key.device).triu(total - latents + 1)
         scores = scores.masked_fill(later, float("-inf"))
@@ -82,12 +80,10 @@ def _watch_long(formers: Formers, formation: Formation, layout: VisualLayout | N
         seen[row] = scores.softmax(-1).mean(0)[:, :visual].cpu()
 
     metered = Metered([Backbone.mixer(backbone.layers[i]) for i in layers], look)
-    # a layer has its own configuration back after one call; the incremental form calls the decoder twice
-    handle = backbone.decoder.register_forward_pre_hook(lambda decoder, args: metered.on())
+    metered.on()
     try:
         formers.form("long", [formation])
     finally:
-        handle.remove()
         metered.off()
     if len(seen) < len(layers):
         return None

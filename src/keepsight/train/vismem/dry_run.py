@@ -94,7 +94,7 @@ def dry_run_vismem(
     traced = trace(model, rows, whole, visual)
     seen = visual + min(config.max_text_states or settings.max_new_tokens // MEMORIES, settings.max_new_tokens)
     forming = 0.0 if is_second else rows * MEMORIES * (seen + config.num_queries + config.num_long) / (rows * whole)
-    checkpoints = uses_checkpointing(settings, config.form, runs_on_gpu(settings))
+    checkpoints = uses_checkpointing(settings, runs_on_gpu(settings))
     logits = rows * (settings.max_new_tokens + latents) * backbone.text_config.vocab_size * (stored + 3 * 4)
     plain, checkpointed = (round(kept * (1 + forming)) + logits for kept in (traced.kept, traced.checkpointed))
     shape = ModelShape.of(model)

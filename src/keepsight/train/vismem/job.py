@@ -206,7 +206,7 @@ class StageJob(TrainJob[RlSettings]):
             return result_card(self.base, title, rows, trainer, "keepsight, vision-language", library)
         sizes = VisMemBranch.of(trainer.model).config
         rows = [
-            ("method", f"VisMem (arXiv 2511.11007), {sizes.form} form"),
+            ("method", "VisMem (arXiv 2511.11007)"),
             ("K, N_s, N_l", f"{sizes.num_queries}, {sizes.num_short}, {sizes.num_long}"),
             *rows,
         ]

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.errors import KeepsightWarning
 from keepsight.train.run.fields import MEMORY, REWARD, RUN, STEPS, documented, setting
 from keepsight.train.run.settings import CommonSettings
 
@@ -19,9 +19,8 @@ SCHEDULES = ("cosine", "linear", "constant")
 class RlSettings(CommonSettings):
     """What both stages share. Defaults are the paper's where it names them; "ours" marks what it does not.
 
-    Gradients are checkpointed by default on a GPU, but not where an incremental memory is formed, whose kept keys and
-    values cannot be computed twice. `end_lr`, of the end tokens' rows, is of stage II. The gradient norm is ours. The
-    paper gives `target_kl` and no rule for it.
+    Gradients are checkpointed by default on a GPU. `end_lr`, of the end tokens' rows, is of stage II. The gradient norm
+    is ours. The paper gives `target_kl` and no rule for it.
     """
 
     epochs: float = setting(2.0, "Passes over the data.", STEPS)
@@ -156,30 +155,6 @@ class InvocationSettings(RlSettings):
             raise ValueError(f"start_bias={self.start_bias}: expected a number.")
 
 
-def uses_checkpointing(settings: RlSettings, form: str, on_gpu: bool) -> bool:
-    """Whether a stage checkpoints gradients.
-
-    Args:
-        settings: of the stage.
-        form: of the memory. Stage I forms memories with gradients; stage II takes them as they were, in either form.
-        on_gpu: whether the model is on a GPU.
-
-    Raises:
-        KeepsightError: if it was asked for and cannot be combined with the memory's form.
-    """
-    wanted = settings.gradient_checkpointing
-    if form != "incremental" or not isinstance(settings, FormationSettings):
-        return on_gpu if wanted is None else wanted
-    if wanted:
-        raise KeepsightError(
-            "gradient_checkpointing cannot be combined with form='incremental', whose kept keys and values it would "
-            "compute twice. Use form='literal', or leave gradient checkpointing off and lower rows_per_forward."
-        )
-    if on_gpu and wanted is None:
-        warnings.warn(
-            "Gradient checkpointing, which is usual on a GPU, is off: form='incremental' cannot be combined with it. "
-            "If memory runs out, lower rows_per_forward. (gradient_checkpointing=False says that this is meant.)",
-            KeepsightWarning,
-            stacklevel=3,
-        )
-    return False
+def uses_checkpointing(settings: RlSettings, on_gpu: bool) -> bool:
+    """Whether a stage checkpoints gradients: as asked, otherwise on a GPU."""
+    return on_gpu if settings.gradient_checkpointing is None else settings.gradient_checkpointing

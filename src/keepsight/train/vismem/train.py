@@ -31,7 +31,7 @@ from keepsight.train.vismem.loading import (
     load_new,
     plan_vismem,
 )
-from keepsight.train.vismem.settings import FormationSettings, InvocationSettings, RlSettings, uses_checkpointing
+from keepsight.train.vismem.settings import FormationSettings, InvocationSettings, RlSettings
 from keepsight.train.vismem.stages import FormationStage, InvocationStage, Stage
 from keepsight.vismem import VisMemConfig
 
@@ -97,7 +97,6 @@ def train_vismem_formation(
     engine = _begin(asked, settings)
     config, base = adapter_config(source) if goes_on else (plan_vismem(source, vismem)[0], str(source))
     asked.check_base(base, settings, engine)
-    uses_checkpointing(settings, config.form, settings.on_gpu)
     warm = f", after {settings.warm_start_steps} steps of warm start (ours)" if settings.warm_start_steps else ""
     say(f"{_about(FormationStage)}{warm}")
     new, formed = partial(load_new, base, vismem), partial(load_formed, str(source), base)

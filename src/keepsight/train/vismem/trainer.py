@@ -15,7 +15,6 @@ import contextlib
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from keepsight.backbone import Backbone
 from keepsight.checkpoints.atomic import new_folder, write_text
-from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.errors import KeepsightError
 from keepsight.train.rewards.rewards import Reward
 from keepsight.train.run import output
 from keepsight.train.run.checksums import digest
@@ -40,7 +39,7 @@ from keepsight.train.vismem.settings import FormationSettings, RlSettings, uses_
 from keepsight.train.vismem.stages import Stage, without_policy
 from keepsight.train.vismem.update import Update
 from keepsight.train.vismem.warm_start import WarmStartReport, warm_up
-from keepsight.vismem import MemoryPolicy, VisMemBranch
+from keepsight.vismem import MemoryPolicy
 from keepsight.vismem.writing.policy import NO_MEMORY
 
 TRAINED = "trained.safetensors"
@@ -98,10 +97,7 @@ class VisMemTrainer:
         self.state = VisMemState(
             max_steps=steps, kl_coefficient=self.settings.kl, is_world_process_zero=accelerator.is_main_process
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", KeepsightWarning)  # who made the settings was warned
-            form = VisMemBranch.of(model).config.form
-            checkpoints = uses_checkpointing(self.settings, form, base.device.type == "cuda")
+        checkpoints = uses_checkpointing(self.settings, base.device.type == "cuda")
         self.accounts = Accounts(self.state, accelerator.num_processes, checkpoints, stage.forms_again)
         self.collector = Collector(model, processor, rewards, stage, self.accounts)
         self.update = Update(stage, accelerator, self.state, self.accounts, checkpoints)
