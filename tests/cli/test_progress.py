@@ -99,3 +99,20 @@ def test_transient_bars_come_back_for_the_next_stage(terminal: io.StringIO) -> N
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_command_is_not_silent_before_its_first_stage(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading, checking and importing are no stage, and take long on large data and slow disks."""
+    import keepsight.cli
+
+    monkeypatch.setattr(progress, "EVERY", 0.1)
+    found: list[str] = []
+    monkeypatch.setattr(keepsight.cli, "_load", lambda name: found.extend(wait_for(capsys, 2)))
+    with pytest.raises(SystemExit):
+        keepsight.cli.LazyGroup(name="keepsight").main(["info", "x"])
+    assert [line.startswith("... keepsight info, ") for line in found] == [True, True]
+    with keepsight.cli._never_silent(["serve"]):  # a server waits for others
+        time.sleep(0.4)
+    assert capsys.readouterr().err.count("...") == 0

@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -87,7 +88,8 @@ class LazyGroup(TyperGroup):
             if debug:
                 os.environ["KEEPSIGHT_DEBUG"] = "1"
             try:
-                status = super().main(words, "keepsight", **{**more, "standalone_mode": False})
+                with _never_silent(words):
+                    status = super().main(words, "keepsight", **{**more, "standalone_mode": False})
             except ClickError as error:
                 context = getattr(error, "ctx", None)
                 path = context.command_path if context is not None else "keepsight"
@@ -99,6 +101,16 @@ class LazyGroup(TyperGroup):
             if status == 130:
                 raise KeyboardInterrupt
         raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _never_silent(words: list[str]) -> AbstractContextManager[Any]:
+    """Lines in a log file from a command that computes between the stages that it tells of, or before them."""
+    from keepsight.cli.console import first_of_all
+    from keepsight.cli.progress import EVERY, Progress
+
+    if not words or words[0] in ("serve", "chat") or not first_of_all():  # a server waits for others
+        return nullcontext()
+    return Progress(f"keepsight {words[0]}", every=1.25 * EVERY)  # so that a stage, which knows more, speaks first
 
 
 def _asked(error: Any) -> str:

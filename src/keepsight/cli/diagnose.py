@@ -110,8 +110,9 @@ def diagnose(
     asked = for_evaluation(mixture_of_words(dataset, columns or (), ignore or (), image_folder)) if dataset else None
     base_name, infos = check_sources(source, adapter or [], base)
     processor = load_processor(base_name, infos)
-    sources = load_sources(asked, split)[0] if asked is not None else []
-    given = _samples(image or [], video, prompt, sources, processor)
+    with Waiting("checking the questions"):
+        sources = load_sources(asked, split)[0] if asked is not None else []
+        given = _samples(image or [], video, prompt, sources, processor)
     refuse_twins(infos, "Leave one of them out.")
     with Waiting(f"loading {base_name}"):
         options: dict[str, Any] = {"dtype": dtype, "device": device, "attn_implementation": attention}

@@ -72,8 +72,9 @@ def evaluate(
     asked_for = for_evaluation(mixture_of_words(data, columns or (), ignore or (), image_folder))
     base_name, infos = check_sources(source, adapter or [], base)
     processor = load_processor(base_name, infos)
-    sources, _ = load_sources(asked_for, split)
-    asked = [sample for one in sources for sample in read_dataset(one, processor=processor)][:samples]
+    with Waiting("checking the questions"):
+        sources, _ = load_sources(asked_for, split)
+        asked = [sample for one in sources for sample in read_dataset(one, processor=processor)][:samples]
     unanswered = sum(sample.answer is None for sample in asked)
     if unanswered or not asked:
         raise KeepsightError(f"{unanswered} of {len(asked)} questions have no answer to compare with.")

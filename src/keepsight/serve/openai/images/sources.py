@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
+from keepsight.data.images import is_base64
 from keepsight.serve.errors import ApiError, bad
 from keepsight.serve.openai.images.decode import check_bytes
 from keepsight.serve.openai.images.fetch import Fetcher
@@ -50,12 +51,18 @@ class ImageSources:
         if scheme in ("http", "https"):
             if self.fetcher is None:
                 raise bad(
-                    "This server fetches no remote images. Send the image itself, as a data URL "
+                    "This server fetches no remote images or videos. Send the file itself, as a data URL "
                     "(data:image/png;base64,...), or upload it to /v1/files.",
                     param,
                     "remote_image_not_allowed",
                 )
             return self.fetcher.fetch(url, param, deadline)
+        if is_base64(url):
+            raise bad(
+                "This is base64 and does not say so. Write data:image/png;base64, before it.",
+                param,
+                "invalid_image_url",
+            )
         return self._local(url, param)
 
     def read_video(self, url: str, param: str, deadline: float | None = None) -> list[bytes]:
