@@ -54,13 +54,18 @@ class VisionParts:
     project: Project = in_a_row
 
 
+#: The placeholder tokens of a family that takes no videos.
+IMAGES = (("image", "image_token_id"),)
+
+
 def _one(config: Any) -> int:
     return 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What differs between VLM families. Names are attributes of the module that holds the vision encoder.
+    """What differs between VLM families. Names are attributes of the module that holds the vision encoder. The defaults
+    are what most are called, and videos beside images.
 
     Attributes:
         name: what people call the family.
@@ -80,8 +85,8 @@ class Family:
     """
 
     name: str
-    vision_tower: str
-    projector: str
+    vision_tower: str = "vision_tower"
+    projector: str = "multi_modal_projector"
     visual_tokens: tuple[tuple[str, str], ...] = (("image", "image_token_id"), ("video", "video_token_id"))
     merge_side: Callable[[Any], int] = _one
     sees_both_ways: str | None = None

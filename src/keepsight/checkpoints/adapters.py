@@ -15,8 +15,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft.utils import PeftType
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
 
 from keepsight.backbone import Backbone, family_of
+from keepsight.checkpoints.bases import meta_model
 from keepsight.checkpoints.shards import not_whole
 from keepsight.errors import BrokenAdapterError
 from keepsight.loading import STORED_PREFIX, check_tensors, is_embedding
@@ -218,11 +220,8 @@ def decoder_path(model_type: str) -> str:
     Raises:
         UnsupportedModelError: if keepsight does not know the family.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
     family_of(SimpleNamespace(model_type=model_type), "The memory's base")
-    with torch.device("meta"):
-        return Backbone.of(AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type))).decoder_path
+    return Backbone.of(meta_model(AutoConfig.for_model(model_type))).decoder_path
 
 
 def has_processor(folder: Path) -> bool:

@@ -44,10 +44,9 @@ def check_attention(
     if attention is None or attention not in get_args(Attention):  # a kernel of the caller's own: transformers judges
         return
     import torch
-    from transformers import AutoModelForImageTextToText
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-    from keepsight.checkpoints.bases import base_config
+    from keepsight.checkpoints.bases import base_config, meta_model
 
     config: Any = base_config(source, revision)
     if attention in _FLASH:
@@ -64,8 +63,7 @@ def check_attention(
                 "sdpa."
             )
     try:
-        with torch.device("meta"):
-            AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
+        meta_model(config, attn_implementation=attention)
     except (ImportError, ValueError) as error:
         why = " ".join(str(error).split()).partition(". ")[0]
         raise KeepsightError(

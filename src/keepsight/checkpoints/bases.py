@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_utils import str_to_torch_dtype
 
 from keepsight.backbone import family_of
 from keepsight.checkpoints.shards import read_header, weight_files
@@ -67,6 +68,17 @@ def base_config(source: str | Path, revision: str | None = None, local: bool = F
     return config
 
 
+def meta_model(config: Any, **kwargs: Any) -> Any:
+    """A VLM without weights, on the meta device.
+
+    Args:
+        config: its configuration.
+        kwargs: of `AutoModelForImageTextToText.from_config`.
+    """
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, **kwargs)
+
+
 def check_weights(source: str | Path) -> None:
     """Find missing, truncated and wrongly named weights of a local model by the files' headers, in milliseconds; and
     such as are NaN or infinite, by the first values of each.
@@ -98,15 +110,13 @@ def _check_names(folder: Path, source: str) -> None:
     config = AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None) is not None or is_deepspeed_zero3_enabled():
         return  # packed or shared-out tensors, which only their libraries can tell of; `read_base` asks them
-    with torch.device("meta"):
-        model_class: Any = type(AutoModelForImageTextToText.from_config(config))
-        stored = {
-            tensor.name: torch.empty(tensor.shape, dtype=_dtype(tensor.dtype))
-            for file in weight_files(folder)
-            for tensor in read_header(file)
-        }
+    stored = {  # a dtype that torch has not is a byte here, which no weight is
+        tensor.name: torch.empty(tensor.shape, dtype=str_to_torch_dtype.get(tensor.dtype, torch.uint8), device="meta")
+        for file in weight_files(folder)
+        for tensor in read_header(file)
+    }
     with _no_progress_bar():
-        model, found = model_class.from_pretrained(
+        model, found = type(meta_model(config)).from_pretrained(
             None,
             config=config,
             state_dict=stored,
@@ -123,21 +133,6 @@ def _check_names(folder: Path, source: str) -> None:
                 f"{source}: {name} is stored as {str(kind).removeprefix('torch.')}, and its config.json tells of no "
                 "quantization: expected are numbers of 16 or 32 bits. Save the model again with save_pretrained."
             )
-
-
-_DTYPES = {
-    "BOOL": torch.bool,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
-
-def _dtype(stored: str) -> torch.dtype:
-    """ "F32" -> torch.float32; what torch has no such name for is a byte, which no weight is."""
-    numbers = {"F": "float", "I": "int", "U": "uint"}
-    found = _DTYPES.get(stored) or getattr(torch, f"{numbers.get(stored[:1], '')}{stored[1:]}", None)
-    return found if isinstance(found, torch.dtype) else torch.uint8
 
 
 def read_base(source: str | Path, **kwargs: Any) -> Any:

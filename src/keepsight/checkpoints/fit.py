@@ -9,9 +9,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
-
 from keepsight.checkpoints.adapters import CONFIG, MEMORIES, WEIGHTS, AdapterInfo
+from keepsight.checkpoints.bases import meta_model
 from keepsight.errors import AdapterMismatchError, BrokenAdapterError, KeepsightError
 from keepsight.loading import RESIZED_REMEDY, most_alike
 from keepsight.peft_method import config_from_adapter
@@ -57,22 +56,6 @@ def _other_base(info: AdapterInfo, base: str, why: str) -> str:
     )
 
 
-def meta_model(config: Any, rows: int | None = None) -> Any:
-    """A base without weights.
-
-    Args:
-        config: its configuration.
-        rows: of its embedding, where they are not the configuration's.
-    """
-    from transformers import AutoModelForImageTextToText
-
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-        if rows is not None and rows != model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(rows, mean_resizing=False)
-    return model
-
-
 def _load_on_meta(info: AdapterInfo, config: Any) -> str | None:
     """What PEFT would leave out when it loads the adapter; None for nothing."""
     from peft import PeftModel
@@ -87,7 +70,10 @@ def _load_on_meta(info: AdapterInfo, config: Any) -> str | None:
             "by position. Use an adapter of weights, such as LoRA."
         )
     peft_config.inference_mode = True
-    model = PeftModel(meta_model(config, info.embedding_rows), peft_config, _NAME, low_cpu_mem_usage=True)
+    base, rows = meta_model(config), info.embedding_rows
+    if rows is not None and rows != base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    model = PeftModel(base, peft_config, _NAME, low_cpu_mem_usage=True)
     result: Any = set_peft_model_state_dict(model, info.tensors, _NAME, low_cpu_mem_usage=True)
     mark = PEFT_TYPE_TO_PREFIX_MAPPING[peft_config.peft_type]
     own = sorted(name for name in model.state_dict() if mark in name and f".{_NAME}" in name)

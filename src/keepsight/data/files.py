@@ -227,27 +227,24 @@ def _is_lines(text: str) -> bool:
 
 
 def _one_value(text: str, name: str) -> Table:
-    found: Any = None
-    rows: list[Any] = []
-    lines: list[int] = []
+    is_list = text.lstrip().startswith("[")
+    elements: list[tuple[int, Any]] = []
     try:
-        if text.lstrip().startswith("["):
-            for line, row in elements_of(text):
-                lines.append(line)
-                rows.append(row)
-            return _objects(rows, name, lines if len(set(lines)) == len(lines) else None)
-        found = value_of(text)
+        for element in elements_of(text) if is_list else [(1, value_of(text))]:
+            elements.append(element)
     except json.JSONDecodeError as error:
         raise DataError(f"{name}, line {error.lineno}: not valid JSON ({error.msg}){_begins(text)}.") from error
     except UnusableError as error:
-        place = f", row {len(rows)}" if text.lstrip().startswith("[") else ""
+        place = f", row {len(elements)}" if is_list else ""
         raise DataError(f"{name}{place}: {error}.") from error
-    notes: tuple[str, ...] = ()
-    if isinstance(found, dict):
-        found, notes = samples_in(found, name)
-    if not isinstance(found, list):
+    if is_list:
+        lines = [line for line, _ in elements]
+        return _objects([row for _, row in elements], name, lines if len(set(lines)) == len(lines) else None)
+    found = elements[0][1]
+    if not isinstance(found, dict):
         raise DataError(f"{name} holds one JSON {type(found).__name__}; expected a list of samples.")
-    return _objects(found, name, None, notes)
+    rows, notes = samples_in(found, name)
+    return _objects(rows, name, None, notes)
 
 
 def _objects(rows: list[Any], name: str, lines: list[int] | None, notes: tuple[str, ...] = ()) -> Table:

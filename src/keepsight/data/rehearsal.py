@@ -7,7 +7,7 @@ long that Qwen's processors refuse them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,8 @@ class Rehearsal:
         ignored = self._unused(sample)
         self._check_words(sample)
         told = self._check_vocabulary(sample)
-        special = self._special(sample)
+        texts = [text for _, _, text in _texts(sample)]
+        special = tuple(token for token in self._specials if any(token in text for text in texts))
         told |= {"special tokens in the words, read as such": special} if special else {}
         for index, image in enumerate(images or ()):
             self._check_size(index, image)
@@ -153,19 +154,10 @@ class Rehearsal:
                     "To do without: --ignore system. Or put its words into the question.",
                 )
 
-    def _texts(self, sample: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
-        """(message, its role, text) of all words."""
-        for index, message in enumerate(sample["messages"]):
-            for part in message["content"]:
-                if part["type"] == "text":
-                    yield index, message["role"], part["text"]
-
     def _check_words(self, sample: dict[str, Any]) -> None:
         """Placeholder tokens in words would be taken for pictures."""
-        answers = sample.get("answer")
-        answers = answers if isinstance(answers, (list, tuple)) else [answers]
-        texts = [(f"messages[{index}]", text) for index, _, text in self._texts(sample)]
-        for where, text in (*texts, *(("answer", one) for one in answers if isinstance(one, str))):
+        texts = [(f"messages[{index}]", text) for index, _, text in _texts(sample)]
+        for where, text in (*texts, *(("answer", one) for one in _answers(sample) if isinstance(one, str))):
             found = _PLACEHOLDERS.search(text) if self.collator is None else None
             token = found[0] if found else self._placeholder(text)
             if token:
@@ -175,13 +167,9 @@ class Rehearsal:
                     "way, or leave the sample out.",
                 )
 
-    def _special(self, sample: dict[str, Any]) -> tuple[str, ...]:
-        """Special tokens that stand in the words: a tokenizer makes one token of them, as if a template had put it."""
-        texts = [text for _, _, text in self._texts(sample)]
-        return tuple(token for token in self._specials if any(token in text for text in texts))
-
     @cached_property
     def _specials(self) -> tuple[str, ...]:
+        """Special tokens: a tokenizer makes one token of them in words too, as if a template had put it."""
         if self.collator is None:
             return ()
         return tuple(str(token) for token in self.collator.tokenizer.added_tokens_decoder.values() if token.special)
@@ -197,26 +185,20 @@ class Rehearsal:
         if self._writes_all:
             return {}
         told: dict[str, tuple[str, ...]] = {}
-        texts = [*self._texts(sample)]
         if not self.answered:
-            answers = sample.get("answer")
-            answers = answers if isinstance(answers, (list, tuple)) else [answers]
-            missing = [word for one in answers if one is not None for word in self._unknown(str(one))[0]]
+            missing = [word for one in _answers(sample) if one is not None for word in self._unknown(str(one))[0]]
             if missing:
                 told["answers that the model cannot write"] = tuple(missing)
-        for index, role, text in texts:
+        for index, role, text in _texts(sample):
             missing, known = self._unknown(text)
             if not missing:
                 continue
-            words = ", ".join(map(repr, list(dict.fromkeys(missing))[:_HOW_MANY_WORDS]))
-            if role == "assistant" and self.answered:
+            learned = role == "assistant" and self.answered
+            if learned or len(missing) > known:
+                words = ", ".join(map(repr, list(dict.fromkeys(missing))[:_HOW_MANY_WORDS]))
                 raise DataError(
-                    f"messages[{index}]: the model cannot write {words}: not in its tokenizer's vocabulary",
-                    "Train a model that knows such words (most know all; the built-in one knows a few dozen).",
-                )
-            if len(missing) > known:
-                raise DataError(
-                    f"messages[{index}]: the model cannot read {words}: not in its tokenizer's vocabulary",
+                    f"messages[{index}]: the model cannot {'write' if learned else 'read'} {words}: not in its "
+                    "tokenizer's vocabulary",
                     "Train a model that knows such words (most know all; the built-in one knows a few dozen).",
                 )
             told["words that the model cannot read"] = (*told.get("words that the model cannot read", ()), *missing)
@@ -265,3 +247,17 @@ class Rehearsal:
         except Exception as error:
             return f"which this model's processor refuses ({short(error)})"
         return None
+
+
+def _texts(sample: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
+    """(message, its role, text) of all words."""
+    for index, message in enumerate(sample["messages"]):
+        for part in message["content"]:
+            if part["type"] == "text":
+                yield index, message["role"], part["text"]
+
+
+def _answers(sample: dict[str, Any]) -> Sequence[Any]:
+    """The reference answers, of whatever kind; one of None where there are none."""
+    found = sample.get("answer")
+    return found if isinstance(found, (list, tuple)) else [found]

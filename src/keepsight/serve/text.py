@@ -50,10 +50,6 @@ class TextStream:
         self._waiting += piece
         if entry is not None:
             self._entries.append((begin, self.length, entry))
-        found = [i for i in (self._waiting.find(s) for s in self.stop) if i >= 0]
-        if found:
-            self.is_stopped = True
-            return self._release(min(found))
         return self._release(len(self._waiting) - self._held_back())
 
     def finish(self) -> tuple[str, list[Any]]:
@@ -61,10 +57,6 @@ class TextStream:
         if self.is_stopped:
             return "", []
         self._waiting += self._piece(is_last=True)
-        found = [i for i in (self._waiting.find(s) for s in self.stop) if i >= 0]
-        if found:
-            self.is_stopped = True
-            return self._release(min(found))
         return self._release(len(self._waiting))
 
     def _piece(self, is_last: bool = False) -> str:
@@ -92,6 +84,10 @@ class TextStream:
         return 0
 
     def _release(self, count: int) -> tuple[str, list[Any]]:
+        """Give out so many characters, or those before a stop string."""
+        found = [i for i in (self._waiting.find(s) for s in self.stop) if i >= 0]
+        self.is_stopped = bool(found)
+        count = min(found, default=count)
         text, self._waiting = self._waiting[:count], self._waiting[count:]
         self._given += len(text)
         if self.is_stopped:  # tokens that belong to the stop string are not reported

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from keepsight.backbone.parts import Family
+from keepsight.backbone.parts import IMAGES, Family
 from keepsight.backbone.projecting import on_full_images
 from keepsight.backbone.towers import SIGLIP
-
-_IMAGES = (("image", "image_token_id"),)
 
 
 def _pooled_side(config: Any) -> int:
@@ -21,19 +19,15 @@ def _pooled_side(config: Any) -> int:
 ROWS: dict[str, Family] = {
     "gemma3": Family(
         name="Gemma 3",
-        vision_tower="vision_tower",
-        projector="multi_modal_projector",
-        visual_tokens=_IMAGES,
+        visual_tokens=IMAGES,
         merge_side=_pooled_side,
         vision=replace(SIGLIP, project=on_full_images),
         sees_both_ways="token_type_ids",
     ),
-    "gemma4": Family(name="Gemma 4", vision_tower="vision_tower", projector="embed_vision"),
+    "gemma4": Family(name="Gemma 4", projector="embed_vision"),
     "paligemma": Family(
         name="PaliGemma",
-        vision_tower="vision_tower",
-        projector="multi_modal_projector",
-        visual_tokens=_IMAGES,
+        visual_tokens=IMAGES,
         vision=SIGLIP,
         text_type=1,
     ),

@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
-from keepsight.backbone.parts import Family, VisionParts
+from keepsight.backbone.parts import IMAGES, Family, VisionParts
 from keepsight.backbone.projecting import as_sized_images, shuffled
 from keepsight.backbone.towers import CLIP_LAYERS, PIXTRAL, SIGLIP_LAYERS
 from keepsight.errors import KeepsightError
 
-_IMAGES = (("image", "image_token_id"),)
-_STYLE: dict[str, Any] = {"vision_tower": "vision_tower", "projector": "multi_modal_projector"}
 #: What the projector reads: the hidden states of a layer.
 _LAYERS = {"clip_vision_model": CLIP_LAYERS, "siglip_vision_model": SIGLIP_LAYERS}
 
@@ -79,8 +77,7 @@ def _shuffled_side(config: Any) -> int:
 ROWS: dict[str, Family] = {
     "internvl": Family(
         name="InternVL",
-        **_STYLE,
-        visual_tokens=_IMAGES,
+        visual_tokens=IMAGES,
         merge_side=_shuffled_side,
         vision=VisionParts(
             blocks="encoder.layer",
@@ -99,21 +96,19 @@ ROWS: dict[str, Family] = {
         ),
     ),
     "llava_onevision": Family(
-        name="LLaVA-OneVision", **_STYLE, vision={"siglip_vision_model": SIGLIP_LAYERS}, tiles=_onevision_tiles
+        name="LLaVA-OneVision", vision={"siglip_vision_model": SIGLIP_LAYERS}, tiles=_onevision_tiles
     ),
-    "llava": Family(name="LLaVA, Pixtral", **_STYLE, visual_tokens=_IMAGES, vision=_LAYERS | {"pixtral": PIXTRAL}),
-    "llava_next": Family(name="LLaVA-NeXT", **_STYLE, visual_tokens=_IMAGES, vision=_LAYERS, tiles=_next_tiles),
+    "llava": Family(name="LLaVA, Pixtral", visual_tokens=IMAGES, vision=_LAYERS | {"pixtral": PIXTRAL}),
+    "llava_next": Family(name="LLaVA-NeXT", visual_tokens=IMAGES, vision=_LAYERS, tiles=_next_tiles),
     "mistral3": Family(
         name="Mistral 3",
-        **_STYLE,
-        visual_tokens=_IMAGES,
+        visual_tokens=IMAGES,
         merge_side=attrgetter("spatial_merge_size"),
         vision={"pixtral": replace(PIXTRAL, project=as_sized_images)},
     ),
     "aya_vision": Family(
         name="Aya Vision",
-        **_STYLE,
-        visual_tokens=_IMAGES,
+        visual_tokens=IMAGES,
         merge_side=attrgetter("downsample_factor"),
         vision={"siglip_vision_model": SIGLIP_LAYERS},
     ),

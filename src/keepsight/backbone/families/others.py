@@ -6,15 +6,14 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
-from keepsight.backbone.parts import Family, VisionParts
+from keepsight.backbone.parts import IMAGES, Family, VisionParts
 from keepsight.backbone.projecting import downsampled
 from keepsight.backbone.towers import SIGLIP
 
-_IMAGES = (("image", "image_token_id"),)
 _IDEFICS: dict[str, Any] = {
     "vision_tower": "vision_model",
     "projector": "connector",
-    "visual_tokens": _IMAGES,
+    "visual_tokens": IMAGES,
     "merge_side": attrgetter("scale_factor"),
     "vision": replace(SIGLIP, padding="patch_attention_mask"),
 }
@@ -37,24 +36,21 @@ ROWS: dict[str, Family] = {
     "glm46v": Family(name="GLM-4.6V", **_GLM),
     "ovis2": Family(
         name="Ovis2",
-        vision_tower="vision_tower",
         projector="visual_embeddings_table",
-        visual_tokens=_IMAGES,
+        visual_tokens=IMAGES,
         no_vismem="its vision encoder ends in a softmax over visual words",
     ),
     "kimi_k25": Family(
         name="Kimi-K2.5",
-        vision_tower="vision_tower",
         projector="mm_projector",
         no_vismem="its decoder's attention is latent (MLA), without the projections that the long-term memory adapts",
     ),
     "minicpmv4_6": Family(
         name="MiniCPM-V 4.6",
-        vision_tower="vision_tower",
         projector="merger",
         no_vismem="its vision encoder merges patches between its blocks, where a memory's own positions have no place",
     ),
     "deepseek_vl": Family(
-        name="DeepSeek-VL", vision_tower="vision_model", projector="aligner", visual_tokens=_IMAGES, vision=SIGLIP
+        name="DeepSeek-VL", vision_tower="vision_model", projector="aligner", visual_tokens=IMAGES, vision=SIGLIP
     ),
 }

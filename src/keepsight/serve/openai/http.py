@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from keepsight.serve.errors import ApiError, cut_off, log_error, too_large
@@ -59,28 +59,22 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 async def _read(request: Request, most: int, keep: bool = True) -> bytes:
     pieces: list[bytes] = []
     size = 0
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise Gone
-        piece = message.get("body", b"")
-        size += len(piece)
-        if size > most:
-            # What follows is thrown away and not refused at once: a client that is still sending would see a broken
-            # connection and not the answer. Up to a point.
-            pieces.clear()
+    try:
+        async for piece in request.stream():
+            size += len(piece)
             if size > 4 * most:
-                raise _too_large_body(most)
-        elif keep:
-            pieces.append(piece)
-        if not message.get("more_body", False):
+                break
             if size > most:
-                raise _too_large_body(most)
-            return b"".join(pieces)
-
-
-def _too_large_body(most: int) -> ApiError:
-    return too_large(f"The request has more than {most:,} bytes.", code="request_too_large")
+                # What follows is thrown away and not refused at once: a client that is still sending would see a
+                # broken connection and not the answer. Up to a point.
+                pieces.clear()
+            elif keep:
+                pieces.append(piece)
+    except ClientDisconnect:
+        raise Gone from None
+    if size > most:
+        raise too_large(f"The request has more than {most:,} bytes.", code="request_too_large")
+    return b"".join(pieces)
 
 
 async def discard_body(request: Request, limits: Limits) -> None:

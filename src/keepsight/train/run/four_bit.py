@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
 from transformers.utils import is_bitsandbytes_available
 
 from keepsight.backbone import Backbone
-from keepsight.checkpoints.bases import base_config
+from keepsight.checkpoints.bases import base_config, meta_model
 from keepsight.checkpoints.load import load
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.installed import MissingExtraError
@@ -95,8 +94,7 @@ def four_bit(source: str | Path, compute: torch.dtype = torch.bfloat16) -> Any:
     """
     from transformers import BitsAndBytesConfig
 
-    with torch.device("meta"):
-        backbone = Backbone.of(AutoModelForImageTextToText.from_config(base_config(source)))
+    backbone = Backbone.of(meta_model(base_config(source)))
     whole = (backbone.vision_tower, backbone.projector, backbone.model.get_output_embeddings())
     kept = [name for name, module in backbone.model.named_modules() if any(module is part for part in whole)]
     return BitsAndBytesConfig(
