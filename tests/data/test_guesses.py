@@ -15,7 +15,7 @@ import pytest
 from tiny_training import draw_digit, write_rows
 
 from keepsight.data.check import CheckedData, DataError, check_dataset, load_dataset_any
-from keepsight.data.reading import reading_of
+from keepsight.data.tables.reading import reading_of
 
 
 def look(source: Any, *columns: str, **options: Any) -> CheckedData:

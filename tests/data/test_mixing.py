@@ -15,7 +15,7 @@ from keepsight.data.check import check_dataset, read_sample
 from keepsight.data.errors import DataError
 from keepsight.data.mixing import MixedData, check_sources
 from keepsight.data.mixture import load_sources, mixture_of_words
-from keepsight.data.reading import Reading
+from keepsight.data.tables.reading import Reading
 from keepsight.train.run.controls import hold_out
 
 

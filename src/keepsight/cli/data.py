@@ -14,7 +14,7 @@ from keepsight.cli.console import facts_table, out, quiet, say, with_examples
 from keepsight.cli.options import Command
 from keepsight.cli.progress import Progress
 from keepsight.data.mixture import load_sources, mixture_of_words
-from keepsight.data.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP
+from keepsight.data.tables.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP
 from keepsight.errors import KeepsightError
 
 data_app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, no_args_is_help=True)

@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 from keepsight.data.checked import CheckedData
 from keepsight.data.errors import DataError
-from keepsight.data.files import short
 from keepsight.data.formats import IMAGES
 from keepsight.data.guesses import UnknownFormatError, picture_columns
-from keepsight.data.reading import Reading, Source, load_dataset_any
 from keepsight.data.rehearsal import Rehearsal
 from keepsight.data.rows import as_row, check_images, read_sample
 from keepsight.data.samples import Kind, sample_reader
+from keepsight.data.tables.files import short
+from keepsight.data.tables.reading import Reading, Source, load_dataset_any
 from keepsight.errors import KeepsightError
 
 __all__ = [

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.data.errors import DataError
-from keepsight.data.reading import Source
 from keepsight.data.rows import as_dataset
+from keepsight.data.tables.reading import Source
 from keepsight.words import counted
 
 _SHOWN = 5

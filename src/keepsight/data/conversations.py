@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keepsight.data.errors import DataError
-from keepsight.data.json_values import as_json
+from keepsight.data.tables.json_values import as_json
 from keepsight.words import counted
 
 _ROLES = ("system", "user", "assistant", "tool")

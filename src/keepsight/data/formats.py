@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from keepsight.data.errors import DataError
-from keepsight.data.json_values import as_json
+from keepsight.data.tables.json_values import as_json
 
 Row = Mapping[str, Any]
 

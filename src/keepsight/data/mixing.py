@@ -11,7 +11,7 @@ from typing import Any
 from keepsight.data.check import CheckedData
 from keepsight.data.errors import DataError
 from keepsight.data.mixture import Together, load_sources
-from keepsight.data.reading import Source
+from keepsight.data.tables.reading import Source
 from keepsight.words import counted
 
 _MOST_TIMES = 1000

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.data.errors import DataError
-from keepsight.data.reading import Part, Reading, Rows, Source, load_dataset_any, reading_of
+from keepsight.data.tables.reading import Part, Reading, Rows, Source, load_dataset_any, reading_of
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from keepsight.data.conversations import TEMPLATE_KEYS
 from keepsight.data.errors import DataError
-from keepsight.data.files import short
+from keepsight.data.tables.files import short
 from keepsight.errors import KeepsightError
 
 if TYPE_CHECKING:

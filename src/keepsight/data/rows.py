@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.data.errors import DataError
-from keepsight.data.files import import_datasets
 from keepsight.data.images import ImageError, MissingImageError, find_image, is_base64, open_image
-from keepsight.data.reading import Source
 from keepsight.data.samples import images_in
+from keepsight.data.tables.files import import_datasets
+from keepsight.data.tables.reading import Source
 
 
 def check_images(sample: dict[str, Any], folders: tuple[Path, ...], decode: bool) -> list[Any] | None:

@@ -33,9 +33,9 @@ from keepsight.data.formats import (
     text_of,
 )
 from keepsight.data.guesses import unknown
-from keepsight.data.json_values import as_json
 from keepsight.data.lost import refuse_loss, refuse_preferences
-from keepsight.data.reading import Source
+from keepsight.data.tables.json_values import as_json
+from keepsight.data.tables.reading import Source
 
 Kind = Literal["chat", "prompt"]
 """What a sample is for: "chat" to learn its answers by heart, "prompt" to be answered and rewarded."""

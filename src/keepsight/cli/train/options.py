@@ -9,7 +9,7 @@ from typing import Any, Literal
 from keepsight.cli.console import UsageError, first_of_all, warn
 from keepsight.cli.options import is_default
 from keepsight.data.mixture import Mixture, for_evaluation, mixture_of_words
-from keepsight.data.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP
+from keepsight.data.tables.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP
 from keepsight.errors import KeepsightError
 from keepsight.train.rewards import DEFAULT_REWARDS
 from keepsight.train.run.fields import DATA, MEMORY, REWARD, RUN, setting

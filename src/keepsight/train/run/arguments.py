@@ -11,8 +11,8 @@ from keepsight.data.check import CheckedData, Kind, OverLong, Policy, Progress, 
 from keepsight.data.collate import ConversationCollator
 from keepsight.data.mixing import check_sources
 from keepsight.data.mixture import for_evaluation
-from keepsight.data.reading import Source
 from keepsight.data.rehearsal import Rehearsal
+from keepsight.data.tables.reading import Source
 from keepsight.train.run import output, preflight
 from keepsight.train.run.controls import Control, control_folder, hold_out
 from keepsight.train.run.engines import Engine, current_engine

@@ -19,8 +19,8 @@ from typing import Any
 
 from keepsight.data.errors import DataError
 from keepsight.data.images import PICTURES
-from keepsight.data.json_values import UnusableError, elements_of, value_of
-from keepsight.data.objects import samples_in
+from keepsight.data.tables.json_values import UnusableError, elements_of, value_of
+from keepsight.data.tables.objects import samples_in
 from keepsight.errors import KeepsightError
 from keepsight.installed import MissingExtraError
 

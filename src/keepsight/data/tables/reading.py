@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.data.errors import DataError
-from keepsight.data.files import SUFFIXES, Table, import_datasets, kind_of, of_dataset, read_table, short
-from keepsight.data.layout import data_files
+from keepsight.data.tables.files import SUFFIXES, Table, import_datasets, kind_of, of_dataset, read_table, short
+from keepsight.data.tables.layout import data_files
 from keepsight.errors import KeepsightError
 from keepsight.words import some
 

@@ -7,8 +7,8 @@ import warnings
 from pathlib import Path
 
 from keepsight.data.errors import DataError
-from keepsight.data.files import SUFFIXES, kind_of
 from keepsight.data.images import PICTURES
+from keepsight.data.tables.files import SUFFIXES, kind_of
 from keepsight.errors import KeepsightWarning
 from keepsight.words import some
 
