@@ -85,12 +85,7 @@ class CrossAttention(nn.Module):
         return key, self._heads(self.v_proj(v_lat)).transpose(1, 2)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        attention: Attention = sdpa,
+        self, x: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, attention: Attention
     ) -> torch.Tensor:
         """Attend from latent text states [B, T, W] to keys and values [B, H_kv, M, d]; returns [B, T, W]."""
         query = self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2)

@@ -131,7 +131,7 @@ class AttentionMeter:
             for row, layout in enumerate(layouts):
                 edge[row, torch.as_tensor(layout.slots[layout.edge], device=edge.device)] = True
             self._visual, self._edge = _extended(self._visual, mask, start), _extended(self._edge, edge, start)
-            self._layouts = _joined(self._layouts, layouts, start, batch, self._visual)
+            self._layouts = _joined(self._layouts, layouts, start, batch)
         splice = vismem_scope.current_splice()
         if splice is not None and splice.mask.shape == (batch, length):
             self._memory = _extended(self._memory, splice.mask.to(call.device), start)
@@ -291,9 +291,7 @@ def _at(mask: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return mask[:, slots.clamp(max=mask.shape[1] - 1)] & (slots < mask.shape[1])
 
 
-def _joined(
-    known: list[VisualLayout], new: list[VisualLayout], start: int, batch: int, visual: torch.Tensor
-) -> list[VisualLayout]:
+def _joined(known: list[VisualLayout], new: list[VisualLayout], start: int, batch: int) -> list[VisualLayout]:
     """Layouts of a prompt that came in several calls."""
     empty = np.zeros(0, np.int64)
     known = known or [VisualLayout((), empty, empty, empty, empty, empty)] * batch

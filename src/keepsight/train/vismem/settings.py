@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-from keepsight.errors import KeepsightWarning
 from keepsight.train.run.fields import MEMORY, REWARD, RUN, STEPS, documented, setting
 from keepsight.train.run.settings import CommonSettings
 
@@ -19,8 +17,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 class RlSettings(CommonSettings):
     """What both stages share. Defaults are the paper's where it names them; "ours" marks what it does not.
 
-    Gradients are checkpointed by default on a GPU. `end_lr`, of the end tokens' rows, is of stage II. The gradient norm
-    is ours. The paper gives `target_kl` and no rule for it.
+    Gradients are checkpointed by default on a GPU. The gradient norm is ours. The paper gives `target_kl` and no rule.
     """
 
     epochs: float = setting(2.0, "Passes over the data.", STEPS)
@@ -28,7 +25,6 @@ class RlSettings(CommonSettings):
     group_size: int = setting(16, "G, trajectories per question.", REWARD)
     iterations: int = setting(1, "Optimiser steps per batch of trajectories.", STEPS)
     lr: float = setting(5e-5, "Peak learning rate.", STEPS)
-    end_lr: float | None = None
     warmup_ratio: float = setting(0.2, "Share of the steps with a rising rate.", STEPS)
     scheduler: Literal["cosine", "linear", "constant"] = setting("cosine", "How the rate falls.", STEPS)
     weight_decay: float = setting(0.0, "Of everything that is trained.", STEPS)
@@ -66,7 +62,7 @@ class RlSettings(CommonSettings):
                 "prompt, and alone it would never be better or worse."
             )
         self._positive("temperature", "clip")
-        self._not_negative("kl", "end_lr", "target_kl")
+        self._not_negative("kl", "target_kl")
         if self.target_kl == 0:
             raise ValueError("target_kl=0: expected a number above 0, or None for a coefficient that stays.")
         if self.scheduler not in SCHEDULES:
@@ -110,12 +106,6 @@ class FormationSettings(RlSettings):
             raise ValueError("Both invocation probabilities are 0, so no memory would ever be formed.")
         if self.warm_start_steps < 0 or self.warm_start_batch < 1 or not self.warm_start_lr > 0:
             raise ValueError("warm_start_steps, warm_start_batch and warm_start_lr: expected positive numbers.")
-        if self.end_lr is not None:
-            warnings.warn(
-                "end_lr has no effect in stage I: the special tokens' rows are trained in stage II.",
-                KeepsightWarning,
-                stacklevel=3,
-            )
 
 
 @documented
@@ -150,7 +140,7 @@ class InvocationSettings(RlSettings):
             raise ValueError(f"train={self.train!r}: expected 'tokens' or 'lora'.")
         if self.lora_rank < 1 or not self.lora_alpha > 0:
             raise ValueError("lora_rank and lora_alpha: expected positive numbers.")
-        self._not_negative("alpha", "invocation_cost")
+        self._not_negative("alpha", "invocation_cost", "end_lr")
         if not math.isfinite(self.start_bias):
             raise ValueError(f"start_bias={self.start_bias}: expected a number.")
 
