@@ -9,13 +9,13 @@ import sys
 
 import keepsight
 from keepsight.diagnose import AttentionMeter, Battery, Reader, fit_trace, logit_lens, memory_of
-from keepsight.lab.cases import lab_cases
+from keepsight.lab.cases import DigitGrids
 
 
 def main(source: str = "keepsight/reference") -> None:
     model, processor = keepsight.load(source)
     reader = Reader(model, processor)
-    cases = lab_cases(processor, count=4, length=1024)
+    cases = DigitGrids(processor).cases(count=4, length=1024)
     inputs = reader.inputs(cases[0].sample)
 
     with AttentionMeter(model, every=4) as meter:

@@ -36,10 +36,8 @@ def main() -> None:
     parser.add_argument("--lock", type=Path, help="a file of locks/; without one, the newest of everything")
     given = parser.parse_args()
     python = make_venv(given.venv)
-    settings = pip_settings(python)
+    settings = pip_settings(python, given.lock)
     uv = get_uv(python, pinned(given.lock).get("uv") if given.lock else None)
-    if given.lock and (constraint := settings.pop("constraint", None)):
-        print(f"{given.lock} says every version: pip's own constraints ({constraint}) are left out.", flush=True)
     installer = [*uv, *uv_options(python, settings)] if uv else [str(python), "-m", "pip", "install"]
     if given.lock:
         wanted = ["-e", f"{ROOT}[dev]"]
@@ -83,13 +81,19 @@ def get_uv(python: Path, version: str | None) -> list[str] | None:
     return None
 
 
-def pip_settings(python: Path) -> dict[str, str]:
-    """What pip is configured with (`pip config list`); the environment's word is the last, as it is for pip."""
+def pip_settings(python: Path, lock: Path | None = None) -> dict[str, str]:
+    """What pip is configured with (`pip config list`); the environment's word is the last, as it is for pip.
+
+    Beside a lock, which says every version itself, pip's own constraints are left out.
+    """
     listed = subprocess.run([str(python), "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
     found: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}
     for section, key, value in re.findall(r"^(global|install|:env:)\.([\w-]+)=(.+)$", listed, re.MULTILINE):
         found[section][key] = str(ast.literal_eval(value))
-    return {**found["global"], **found["install"], **found[":env:"]}
+    settings = {**found["global"], **found["install"], **found[":env:"]}
+    if lock is not None and (constraint := settings.pop("constraint", None)):
+        print(f"{lock} says every version: pip's own constraints ({constraint}) are left out.", flush=True)
+    return settings
 
 
 def environment(settings: dict[str, str], more_indexes: bool = True) -> dict[str, str]:

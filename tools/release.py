@@ -72,7 +72,7 @@ def try_out(wheel: Path, lock: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         python = make_venv(folder / "env")
-        settings = pip_settings(python)
+        settings = pip_settings(python, lock)
         uv = get_uv(python, pinned(lock).get("uv"))
         wanted = f"{wheel.resolve()}[lab]"
         if uv:

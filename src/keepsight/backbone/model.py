@@ -178,6 +178,10 @@ class Backbone:
         """How many positions at the start of each image the projector is not given: a class token."""
         return int(getattr(self.model.config, "vision_feature_select_strategy", None) == "default")
 
+    def value_behind(self, name: str) -> int:
+        """What an input with one value per token says of text behind a prompt: text that is seen, and no image."""
+        return {"attention_mask": 1, "token_type_ids": self.family.text_type}.get(name, 0)
+
     def vision_layers_read(self) -> tuple[int, ...]:
         """After how many blocks the projector reads the vision encoder's states (usually after the last, once)."""
         depth = len(self.vision_blocks)

@@ -80,10 +80,10 @@ class Reader:
         longer = dict(inputs)
         tail = torch.atleast_2d(text.to(inputs["input_ids"].device))
         longer["input_ids"] = torch.cat([inputs["input_ids"], tail], 1)
-        text_type = self.backbone.family.text_type
-        for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", text_type)):
+        for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
             if name in longer:
-                longer[name] = torch.cat([longer[name], torch.full_like(tail, value, dtype=longer[name].dtype)], 1)
+                behind = torch.full_like(tail, self.backbone.value_behind(name), dtype=longer[name].dtype)
+                longer[name] = torch.cat([longer[name], behind], 1)
         return longer
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from keepsight.backbone import Backbone
 from keepsight.vismem import scope
 from keepsight.vismem.embeddings import watch_visual_embeddings
 from keepsight.vismem.layout import grid_shape
@@ -41,7 +42,7 @@ def look(branch: Any, inputs: Mapping[str, Any]) -> Moment:
     backbone = branch.backbone
     tokens = branch.tokens
     arguments = _left_padded({k: v for k, v in inputs.items() if k not in ("labels", "position_ids")})
-    arguments = _with_token(arguments, tokens.invoke[SHORT])
+    arguments = _with_token(arguments, tokens.invoke[SHORT], backbone)
     device = branch.weight.device
     arguments = {k: v.to(device) if torch.is_tensor(v) else v for k, v in arguments.items()}
     ids, valid = arguments["input_ids"], arguments["attention_mask"].bool()
@@ -102,12 +103,12 @@ def _left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
     return {k: v.gather(1, order.to(v.device)) if k in same else v for k, v in inputs.items()}
 
 
-def _with_token(inputs: dict[str, Any], token: int) -> dict[str, Any]:
+def _with_token(inputs: dict[str, Any], token: int, backbone: Backbone) -> dict[str, Any]:
     """One more column: a token that every row may see."""
     ids = inputs["input_ids"]
     longer = dict(inputs)
     for name, value in inputs.items():
         if torch.is_tensor(value) and value.shape == ids.shape:
-            new = {"input_ids": token, "attention_mask": 1}.get(name, 0)
+            new = token if name == "input_ids" else backbone.value_behind(name)
             longer[name] = torch.cat([value, value.new_full((len(value), 1), new)], 1)
     return longer

@@ -128,11 +128,23 @@ def stack_prompts(prompts: Sequence[Prompt], pad: int) -> dict[str, torch.Tensor
         if is_tokenwise(name, prompts):
             values = [prompt.get(name, torch.zeros_like(prompt["input_ids"])) for prompt in prompts]
             values = [pad_left(v, longest, 1, pad if name == "input_ids" else 0) for v in values]
-        elif values[0].ndim == 5:  # LLaVA: [images, tiles, 3, H, W], with as many tiles as the largest image has
-            tiles = max(v.shape[1] for v in values)
-            values = [F.pad(v, (0,) * 6 + (0, tiles - v.shape[1])) for v in values]
-        batch[name] = torch.cat(values)
+        batch[name] = torch.cat(_of_one_size(values))
     return batch
+
+
+def _of_one_size(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Inputs of several prompts that differ in more than their first dimension, filled up behind as processors do.
+
+    LLaVA's images have as many tiles as the largest has, Idefics' prompts as many images as the longest has, and
+    Pixtral's pictures the size of the largest; what is a picture and what is not stands in another input.
+    """
+    shape = [max(sizes) for sizes in zip(*(v.shape[1:] for v in values), strict=True)]
+
+    def lacking(value: torch.Tensor) -> list[int]:
+        pairs = zip(reversed(value.shape[1:]), reversed(shape), strict=True)
+        return [side for has, wanted in pairs for side in (0, wanted - has)]
+
+    return [F.pad(value, lacking(value)) for value in values]
 
 
 def is_tokenwise(name: str, prompts: Sequence[Prompt]) -> bool:

@@ -78,13 +78,13 @@ def log_probs(
     length, pad = max(len(t.ids) for t in trajectories), padding_id(base)
     if prefixes is None:
         own = [prompts[t.prompt] for t in trajectories]
-        inputs = with_completions(own, trajectories, pad, base.device) | {"use_cache": False}
+        inputs = with_completions(own, trajectories, pad, Backbone.of(model)) | {"use_cache": False}
     else:
         ids, valid = completions(trajectories, pad)
         found = prefixes.take([t.prompt for t in trajectories])
         inputs = continued(base, found, ids.to(base.device), valid.to(base.device))
     with splice(model, inputs["input_ids"], latents):
-        logits = model(**inputs, logits_to_keep=length + 1).logits[:, :-1]
+        logits = model(**inputs, logits_to_keep=length + 1).logits[:, -length - 1 : -1]  # Qwen-Omni returns all
     ids, chosen = inputs["input_ids"][:, -length:], chosen_mask(trajectories).to(base.device)
     admitted = pad_right([t.admitted for t in trajectories])
     tokens = VisMemBranch.of(model).tokens
@@ -121,7 +121,7 @@ def log_probs_without_memory(
 
 
 def with_completions(
-    prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], pad: int, device: Any
+    prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], pad: int, backbone: Backbone
 ) -> dict[str, torch.Tensor]:
     """Inputs of one uncached forward: prompts padded on the left, what was written after them on the right."""
     inputs = stack_prompts(prompts, pad)
@@ -130,9 +130,9 @@ def with_completions(
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     for name, value in inputs.items():
         if name in more or is_tokenwise(name, prompts):
-            added = more.get(name, torch.zeros_like(more["input_ids"]))
+            added = more.get(name, torch.full_like(ids, backbone.value_behind(name)))
             inputs[name] = torch.cat([value, added.to(value)], 1)
-    return {name: value.to(device) for name, value in inputs.items()}
+    return {name: value.to(backbone.model.device) for name, value in inputs.items()}
 
 
 def completions(trajectories: Sequence[Trajectory], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,8 +176,9 @@ class Prefixes:
     trajectories come sorted by prompt.
 
     Not where the policy itself is trained, nor under gradient checkpointing (which takes no cache), nor on models with
-    linear attention, whose state cannot be gone on from by several positions at once, nor beside a visual memory, whose
-    own states in the cache are not keys and values of the decoder: there, whole sequences are read.
+    linear attention, whose state cannot be gone on from by several positions at once, nor with sliding windows, whose
+    caches drop what lies before them, nor beside a visual memory, whose own states in the cache are not keys and values
+    of the decoder: there, whole sequences are read.
 
     Args:
         model: carries VisMem; in eval mode.
@@ -190,8 +191,9 @@ class Prefixes:
     def __init__(self, model: Any, prompts: Sequence[Prompt]):
         if not self.can_read(model):
             raise KeepsightError(
-                "Keys and values alone do not stand for a prompt of this model: it has linear attention, or carries a "
-                "PVM beside the latent memory. Leave prefixes out: log_probs(..., prefixes=None) reads whole sequences."
+                "Keys and values alone do not stand for a prompt of this model: it has linear attention or sliding "
+                "windows, or carries a PVM beside the latent memory. Leave prefixes out: log_probs(..., prefixes=None) "
+                "reads whole sequences."
             )
         self.model, self.prompts = model, prompts
         self._kept: dict[int, Prefix] = {}
@@ -202,7 +204,9 @@ class Prefixes:
         backbone = Backbone.of(model)
         others = getattr(backbone.model, "peft_config", {}).values()
         has_pvm = any(isinstance(config, PvmConfig) for config in others)
-        return not has_pvm and all(Backbone.has_softmax_attention(layer) for layer in backbone.layers)
+        if has_pvm or backbone.has_sliding_windows:
+            return False
+        return all(Backbone.has_softmax_attention(layer) for layer in backbone.layers)
 
     def take(self, rows: Sequence[int]) -> list[Prefix]:
         """The prefixes of some rows' prompts."""
