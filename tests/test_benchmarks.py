@@ -163,3 +163,20 @@ def test_all_of_a_gpus_benchmarks_in_one_go(tmp_path: Path, capfd: pytest.Captur
 
 def test_the_limits_of_a_gpus_benchmarks_fit_nine_minutes() -> None:
     assert sum(step.limit for step in importlib.import_module("gpu").STEPS) <= 9 * 60
+
+
+def test_growth_counts_what_torch_counts() -> None:
+    """The formulas of benchmarks/growth.py give the operations that really run."""
+    growth = importlib.import_module("growth")
+    for name, pair in growth.check(visual=64).items():
+        assert pair["formula"] == pytest.approx(pair["counted"], rel=0.02), name
+
+
+def test_growth_is_drawn_and_written(tmp_path: Path) -> None:
+    growth = importlib.import_module("growth")
+    report = growth.main(["--quick", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "quick" / "growth.json").read_text()) == json.loads(json.dumps(report))
+    assert (tmp_path / "quick" / "growth.png").stat().st_size > 1000
+    for axis, rows in report["growth"].items():
+        assert [r["at"] for r in rows] == list(growth.AXES[axis])
+        assert all(r["pvm_step"] > 0 and r["vismem_sample"] > 0 for r in rows)

@@ -79,6 +79,43 @@ def vismem_cost_table() -> str:
     return table(head, rows)
 
 
+GROWTH = BENCHMARKS / "growth.json"
+_AXES = {"visual": "{} visual tokens", "images": "{} images of 1,024", "text": "{} text before", "batch": "batch of {}"}
+
+
+def growth_table() -> str:
+    """What both memories add at the 8B shape, from bytes and operations."""
+    rows, usual = [], raw(GROWTH)["assumed"]["usual"]
+    for axis, found in raw(GROWTH)["growth"].items():
+        for r in found:
+            if axis != "visual" and r["at"] == usual[axis]:
+                continue  # the usual point stands among the visual tokens
+            keeps = f"{r['pvm_keeps_mib']:,.1f} of {r['cache_mib']:,.0f}"
+            shares = [f"{100 * r[name]:.2f}" for name in ("pvm_step", "pvm_prompt")]
+            formed = f"{r['short_ms']:,.0f} / {r['long_ms']:,.0f}"
+            samples = [f"{100 * r[name]:.0f}" for name in ("vismem_sample", "vismem_sample_8")]
+            rows.append(
+                [_AXES[axis].format(thousands(r["at"])), f"{r['step_ms']:.1f}", *shares, keeps, formed, *samples]
+            )
+    head = ["", "a token, ms", "PVM: a token, + %", "the prompt, + %", "keeps, MiB of the cache's"]
+    return table([*head, "VisMem: short / long, ms", "2 memories, + %", "8, + %"], rows)
+
+
+def growth_counted() -> str:
+    """How far the formulas are from what torch counted, at most."""
+    found = [pair for size in raw(GROWTH)["counted"].values() for pair in size.values()]
+    return f"{100 * max(abs(p['formula'] / p['counted'] - 1) for p in found):.1f} %"
+
+
+def many_devices(what: str, part: str = "total") -> str:
+    """Of a 72B base with a PVM over 8 GPUs: what is kept or moved, in GB, MB or KB."""
+    found = raw(GROWTH)["many"]
+    if what in ("one", "fsdp2"):
+        return f"{found[what][part] / 1e9:,.1f} GB"
+    scale, unit = {"tp_moves_per_token": (1e6, "MB"), "tp_cache_per_token": (1e3, "KB")}.get(what, (1e9, "GB"))
+    return f"{found[what] / scale:,.1f} {unit}"
+
+
 def serve_table() -> str:
     """Tokens per second on the Hugging Face path."""
     found = raw(BENCHMARKS / "serve" / "cpu-15m.json")["result"]["summary"]
