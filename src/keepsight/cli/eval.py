@@ -24,7 +24,9 @@ def evaluate(
     source: Source = BUILT_IN,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", "-d", help="Questions with answers, in any format that training reads; repeat."),
+        typer.Option(
+            "--data", "--dataset", "-d", help="Questions with answers, in any format that training reads; repeat."
+        ),
     ] = None,
     columns: Annotated[list[str] | None, typer.Option(help=COLUMNS_HELP)] = None,
     ignore: Annotated[list[str] | None, typer.Option(help=IGNORE_HELP)] = None,
