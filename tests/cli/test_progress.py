@@ -113,6 +113,7 @@ def test_a_command_is_not_silent_before_its_first_stage(
     with pytest.raises(SystemExit):
         keepsight.cli.LazyGroup(name="keepsight").main(["info", "x"])
     assert [line.startswith("... keepsight info, ") for line in found] == [True, True]
-    with keepsight.cli._never_silent(["serve"]):  # a server waits for others
+    with keepsight.cli._never_silent(["serve"]) as speaking:
+        speaking.end()  # a server that waits for others
         time.sleep(0.4)
     assert capsys.readouterr().err.count("...") == 0

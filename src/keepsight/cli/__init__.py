@@ -88,8 +88,8 @@ class LazyGroup(TyperGroup):
             if debug:
                 os.environ["KEEPSIGHT_DEBUG"] = "1"
             try:
-                with _never_silent(words):
-                    status = super().main(words, "keepsight", **{**more, "standalone_mode": False})
+                with _never_silent(words) as speaking:
+                    status = super().main(words, "keepsight", obj=speaking, **{**more, "standalone_mode": False})
             except ClickError as error:
                 context = getattr(error, "ctx", None)
                 path = context.command_path if context is not None else "keepsight"
@@ -104,11 +104,14 @@ class LazyGroup(TyperGroup):
 
 
 def _never_silent(words: list[str]) -> AbstractContextManager[Any]:
-    """Lines in a log file from a command that computes between the stages that it tells of, or before them."""
+    """Lines in a log file from a command that computes between the stages that it tells of, or before them.
+
+    It is the `obj` of the command's context, so that a server can end it when it begins to wait for others.
+    """
     from keepsight.cli.console import first_of_all
     from keepsight.cli.progress import EVERY, Progress
 
-    if not words or words[0] in ("serve", "chat") or not first_of_all():  # a server waits for others
+    if not words or not first_of_all():
         return nullcontext()
     return Progress(f"keepsight {words[0]}", every=1.25 * EVERY)  # so that a stage, which knows more, speaks first
 

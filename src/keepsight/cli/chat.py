@@ -16,6 +16,7 @@ from keepsight.cli.model import Adapters, Base, Device, Dtype, Source
     ("the same page on a server for others", "KEEPSIGHT_API_KEY=... keepsight serve my-memory --chat --host 0.0.0.0"),
 )
 def chat(
+    context: typer.Context,
     source: Source = "keepsight/reference-vismem",
     adapter: Adapters = None,
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
@@ -30,4 +31,4 @@ def chat(
     """
     from keepsight.cli.serve import serve
 
-    serve(source, adapter=adapter, port=port, base=base, dtype=dtype, device=device, chat=True)
+    serve(context, source, adapter=adapter, port=port, base=base, dtype=dtype, device=device, chat=True)

@@ -64,6 +64,10 @@ class Progress:
         if done >= total:
             del self.stages[stage]
 
+    def end(self) -> None:
+        """Say no more."""
+        self.ended.set()
+
     def at(self, place: str) -> None:
         """Where the whole is, for the lines of a log file."""
         self.stages = {"": place}

@@ -32,6 +32,7 @@ _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
     ),
 )
 def serve(
+    context: typer.Context,
     source: Source = BUILT_IN,
     adapter: Adapters = None,
     model: Annotated[
@@ -172,6 +173,8 @@ def serve(
     others = "".join(f"; also {name}" for name in sets if name != settings.name)
 
     def ready() -> None:
+        if context.obj is not None:  # from here on it waits for others, and may be silent
+            context.obj.end()
         say(
             f"[serving {settings.name} on http://{address_of(taken)}/v1; memory: {memories}{others}; process "
             f"{os.getpid()}]"
