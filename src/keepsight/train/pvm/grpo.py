@@ -94,10 +94,11 @@ def train_pvm_grpo(
     settings, folder = settings or GrpoSettings(), Path(output_dir)
     how = (check, resume, overwrite, controls, say, on_log, on_check)
     asked = RunArguments(dataset, folder, eval_dataset, eval_split, split, *how)
-    rewards, engine = load_rewards(settings.rewards), asked.begin(settings)
+    rewards, engine = load_rewards(settings.rewards), asked.engine
+    asked.begin(settings)
     base, adapters = check_sources(source)
     learner, plan = _what_learns(str(source), base, adapters, pvm, policy, lora_rank, settings)
-    asked.check_base(base, settings, engine, policy)
+    asked.check_base(base, settings, policy)
     _check_kl(learner, settings)
     _check_groups(settings, engine)
     if writer is not None:
@@ -143,7 +144,6 @@ def train_pvm_grpo(
         processor=processor,
         rewards=rewards,
         writer=writer,
-        engine=engine,
         checkpoint=checkpoint,
         callbacks=callbacks or [],
     )

@@ -96,9 +96,10 @@ def train_pvm(
             f"{source} is an adapter. Training puts a new memory on a plain VLM: name the base model. To go on with an "
             "unfinished run: --resume. To refine a trained memory by reinforcement: keepsight train pvm-grpo."
         )
-    engine, plan = asked.begin(settings), plan_memory(source, pvm)
+    asked.begin(settings)
+    engine, plan = asked.engine, plan_memory(source, pvm)
     check_weights(source)
-    asked.check_base(source, settings, engine)
+    asked.check_base(source, settings)
     chosen = _without_blindfold(settings, plan, say)
     memory = Learner(memory=PvmConfig() if pvm is None else pvm)
     learners = [(control, control_learner(control, memory, plan)) for control in controls]  # raises what cannot be
@@ -137,7 +138,6 @@ def train_pvm(
         held_out=held_out,
         processor=processor,
         collator=collator,
-        engine=engine,
         checkpoint=checkpoint,
         callbacks=callbacks or [],
     )

@@ -39,21 +39,22 @@ class RunArguments:
     on_log: OnLog | None
     on_check: Callable[[int, int], None] | None
 
-    def begin(self, settings: CommonSettings) -> Engine:
-        """Refuse settings and a folder that cannot be used; returns what launched the processes."""
-        engine = current_engine()
-        preflight.check_settings(settings)
-        if engine.is_main:
-            output.check_output(self.folder, self.resume, self.overwrite)
-        return engine
+    @property
+    def engine(self) -> Engine:
+        """What launched the processes."""
+        return current_engine()
 
-    def check_base(
-        self, base: str | Path, settings: CommonSettings, engine: Engine, policy: PolicyChoice = "none"
-    ) -> None:
+    def begin(self, settings: CommonSettings) -> None:
+        """Refuse settings and a folder that cannot be used."""
+        preflight.check_settings(settings)
+        if self.engine.is_main:
+            output.check_output(self.folder, self.resume, self.overwrite)
+
+    def check_base(self, base: str | Path, settings: CommonSettings, policy: PolicyChoice = "none") -> None:
         """Refuse a base that cannot be held, or attended with, as the settings ask."""
         preflight.check_kernel(settings, base)
         names = tuple(control.name for control in self.controls)
-        check_four_bit(base, settings.load_in_4bit, engine, policy, names)
+        check_four_bit(base, settings.load_in_4bit, self.engine, policy, names)
 
     def checkpoint(self) -> Path | None:
         """Where to go on from."""

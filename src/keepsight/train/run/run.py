@@ -54,7 +54,6 @@ class TrainJob(ABC, Generic[Settings]):
         settings: of the stage.
         data: checked training data.
         held_out: checked data to evaluate on.
-        engine: what launched the processes.
         checkpoint: where to go on from.
         processor: saved with the result; None where the trainer saves its own.
     """
@@ -67,7 +66,6 @@ class TrainJob(ABC, Generic[Settings]):
     settings: Settings
     data: CheckedData
     held_out: CheckedData | None
-    engine: Engine
     checkpoint: Path | None
     processor: Any = None
 
@@ -86,6 +84,11 @@ class TrainJob(ABC, Generic[Settings]):
     @abstractmethod
     def card(self, trainer: Any) -> str:
         """The README of the result."""
+
+    @property
+    def engine(self) -> Engine:
+        """What launched the processes."""
+        return self.asked.engine
 
     @property
     def learns(self) -> bool:

@@ -19,7 +19,7 @@ from keepsight.train.rewards.rewards import DEFAULT_REWARDS, Reward, load_reward
 from keepsight.train.run import preflight
 from keepsight.train.run.arguments import RunArguments
 from keepsight.train.run.controls import Control
-from keepsight.train.run.engines import Engine, check_engine
+from keepsight.train.run.engines import check_engine
 from keepsight.train.run.preflight import Say, silent
 from keepsight.train.run.trainer import OnLog
 from keepsight.train.vismem.job import StageJob, VisMemReport
@@ -94,14 +94,14 @@ def train_vismem_formation(
     goes_on = find_adapter(source) is not None
     if goes_on and vismem is not None:
         raise KeepsightError(f"{source} is an adapter with a configuration of its own; leave `vismem` out.")
-    engine = _begin(asked, settings)
+    _begin(asked, settings)
     config, base = adapter_config(source) if goes_on else (plan_vismem(source, vismem)[0], str(source))
-    asked.check_base(base, settings, engine)
+    asked.check_base(base, settings)
     warm = f", after {settings.warm_start_steps} steps of warm start (ours)" if settings.warm_start_steps else ""
     say(f"{_about(FormationStage)}{warm}")
     new, formed = partial(load_new, base, vismem), partial(load_formed, str(source), base)
     start = partial(formed if goes_on else new, settings, say)
-    return _train(FormationStage, str(source), base, config, asked, settings, scored, text_only, engine, start)
+    return _train(FormationStage, str(source), base, config, asked, settings, scored, text_only, start)
 
 
 def train_vismem_invocation(
@@ -146,28 +146,27 @@ def train_vismem_invocation(
             f"{source} is no adapter. Stage II teaches when to invoke a memory that stage I has formed: name the "
             "folder that `keepsight train vismem-formation` wrote."
         )
-    engine = _begin(asked, settings)
+    _begin(asked, settings)
     config, base = adapter_config(source)
-    asked.check_base(base, settings, engine)
+    asked.check_base(base, settings)
     say(_about(InvocationStage))
     if not settings.invocation_cost:
         say("invocation_cost is 0, as in the paper: a memory that never harms may end up invoked always")
     start = partial(load_invoking, str(source), base, settings, say)
-    return _train(InvocationStage, str(source), base, config, asked, settings, scored, text_only, engine, start)
+    return _train(InvocationStage, str(source), base, config, asked, settings, scored, text_only, start)
 
 
-def _begin(asked: RunArguments, settings: RlSettings) -> Engine:
-    """Refuse what cannot be used of all that is asked, before the base is looked at; returns the engine."""
+def _begin(asked: RunArguments, settings: RlSettings) -> None:
+    """Refuse what cannot be used of all that is asked, before the base is looked at."""
     if asked.resume and asked.overwrite:
         raise KeepsightError("resume goes on with a run and overwrite starts anew; choose one of them.")
-    engine = asked.begin(settings)
-    check_engine(engine, "vismem", on_gpu=settings.on_gpu)
+    asked.begin(settings)
+    check_engine(asked.engine, "vismem", on_gpu=settings.on_gpu)
     if any(control.name == "mlp" for control in asked.controls):
         raise KeepsightError(
             "--control mlp is PVM's: a branch beside every block, which VisMem has not. Take lora, which has as many "
             "parameters as the memory; `keepsight diagnose` holds a memory against another image's and against noise."
         )
-    return engine
 
 
 def _train(
@@ -179,7 +178,6 @@ def _train(
     settings: RlSettings,
     rewards: list[Reward],
     text_only: Literal["error", "skip", "keep"],
-    engine: Engine,
     start: Callable[[], LoadedStage],
 ) -> VisMemReport:
     """Read the data, check them and tell about them; then train."""
@@ -196,7 +194,6 @@ def _train(
         rewards=rewards,
         data=data.mixed(),
         held_out=held_out,
-        engine=engine,
         checkpoint=asked.checkpoint(),
         start=start,
     )
