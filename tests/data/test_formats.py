@@ -228,6 +228,11 @@ def test_images_in_the_data_in_every_way(name: str, folder: Path) -> None:
         assert samples(look(rows)) == EXPECTED
 
 
+def test_an_image_may_be_framed_as_openai_frames_its_address(folder: Path) -> None:
+    rows = [{"image": {"url": f"{i} ü.png"}, "question": QUESTION, "answer": answer(i)} for i in range(COUNT)]
+    assert samples(look(jsonl(rows, folder))) == EXPECTED
+
+
 def test_an_answer_may_be_in_parts_where_the_question_is_text(folder: Path) -> None:
     rows = [{"images": [f"{i} ü.png"], "messages": [*turns(i, mark="")[:1], parts({}, i)[1]]} for i in range(COUNT)]
     assert samples(look(jsonl(rows, folder))) == EXPECTED

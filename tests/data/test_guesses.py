@@ -130,6 +130,9 @@ OBJECTS: dict[str, tuple[Any, Any]] = {
     "InternVL's list": ({"a": {"root": "p/", "annotation": "a.jsonl"}}, "give these, a.jsonl with --image-folder p/"),
     "columns": ({"image": ["0.png"], "question": ["x"], "answer": ["y"]}, "holds columns, and expected are rows"),
     "pandas' columns": ({"image": {"0": "0.png"}, "question": {"0": "x"}}, "holds columns, and expected are rows"),
+    "captions under pictures": ({"0.png": "A 0.", "1.png": "A 1."}, ["0.png", "1.png"]),
+    "splits": ({"train": [{"image": "0.png", **QA}], "test": [{"image": "1.png", **QA}]}, "several lists of samples"),
+    "nothing": ({}, "is empty"),
     "one sample": ({"image": "0.png", **QA}, "one JSON object with the keys image, question, answer"),
 }
 

@@ -244,7 +244,12 @@ def as_list(cell: Any) -> list[Any]:
             return [cell]  # a file's name
     if isinstance(cell, dict) and all(_PLACE.fullmatch(str(key)) for key in cell):  # MiniCPM-V: {"<image_00>": FILE}
         return [cell[key] for key in sorted(cell, key=lambda key: int(_PLACE.fullmatch(key)[1])) if filled(cell[key])]  # type: ignore[index]
-    return list(cell) if isinstance(cell, (list, tuple)) else [cell]
+    return [_plain(one) for one in cell] if isinstance(cell, (list, tuple)) else [_plain(cell)]
+
+
+def _plain(one: Any) -> Any:
+    """An image without OpenAI's frame around its address."""
+    return one["url"] if isinstance(one, dict) and isinstance(one.get("url"), str) else one
 
 
 def _is_turn(one: Any) -> bool:
@@ -288,5 +293,8 @@ def said(answer: Any) -> tuple[str, str]:
     if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
         return str(answer), ""
     if not isinstance(answer, str):
-        raise DataError(f"answer: expected text, found {answer!r:.60}")
+        raise DataError(
+            f"answer: expected text, found {answer!r:.60}",
+            "An answer is what the model is to say: words, a number, or several in a list.",
+        )
     return answer, ""

@@ -13,11 +13,14 @@ from keepsight.words import some
 def samples_in(found: dict[str, Any], name: str) -> tuple[list[Any], tuple[str, ...]]:
     """(the samples that an object holds, what had to be decided to find them).
 
-    They are its only list of objects; COCO's captions, each with its picture; or objects under their ids.
+    They are its only list of objects; COCO's captions, each with its picture; objects under their ids; or texts under
+    their pictures' names.
 
     Raises:
         DataError: naming what the object looks like.
     """
+    if not found:
+        raise DataError(f"{name} is empty: it holds no samples.")
     lists = [key for key, value in found.items() if _are_objects(value)]
     if {"images", "annotations"} <= set(lists):
         return _coco_captions(found["images"], found["annotations"], name)
@@ -30,8 +33,14 @@ def samples_in(found: dict[str, Any], name: str) -> tuple[list[Any], tuple[str, 
         others = [key for key in found if key != lists[0]]
         more = f"; beside it and not used: {some(others)}" if others else ""
         return found[lists[0]], (f"read from {lists[0]!r}{more}",)
+    if len(lists) == len(found):
+        raise DataError(f"{name} holds several lists of samples ({some(lists)}). Write each into a file of its own.")
     values = list(found.values())
-    if values and all(isinstance(value, dict) for value in values):
+    if all(isinstance(value, str) for value in values) and all(is_picture_name(key) for key in found):
+        return [{"file_name": key, "text": value} for key, value in found.items()], (
+            "a text under each picture's name",
+        )
+    if all(isinstance(value, dict) for value in values):
         if all({"root", "annotation"} <= set(value) for value in values):
             one = values[0]
             raise DataError(
