@@ -38,7 +38,7 @@ def main(job_file: str, answers_file: str) -> None:
         if policy and "at" in policy:  # JSON knows no numbers as keys
             policy["at"] = {int(words): kind for words, kind in policy["at"].items()}
         policy = MemoryPolicy(**policy) if policy else None
-        batch = VllmBatch(engine.llm, engine._batch.vocabulary, model, processor.tokenizer, policy)
+        batch = VllmBatch(engine.llm, engine._batch.asking.vocabulary, model, processor.tokenizer, policy)
         rounds.append(_answers(batch, processor, requests, job["max_tokens"], job["bias"]))
     Path(answers_file).write_text(json.dumps({"rounds": rounds}))
     engine.close()

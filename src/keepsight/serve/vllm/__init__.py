@@ -14,6 +14,7 @@ And, an experiment, VisMem with vLLM as the writer:
 latent_folder.py  the folder that vLLM loads
 rows.py           a VLM of vLLM that knows the four special tokens
 limits.py         what its sampler may choose
+asking.py         an answer in vLLM's words: its prompt with memories in it, how tokens are chosen
 vismem.py         answers written by vLLM, memories formed beside it
 engine.py         the same for `keepsight serve`
 """

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import os
 from typing import Any
 
 from keepsight.errors import KeepsightError
@@ -62,6 +63,19 @@ def check_version() -> None:
     reason = why_not()
     if reason:
         raise UnsupportedVllmError(reason)
+
+
+def prepare(**more: str) -> None:
+    """Check the version, and set what vLLM reads from the environment, where the user has not: the engine lives in this
+    process, whose signals are ours, and which hands it tensors; its log holds what is amiss; it reports to nobody.
+
+    Args:
+        more: further variables.
+    """
+    check_version()
+    own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    for name, value in {**own, **more}.items():
+        os.environ.setdefault(name, value)
 
 
 def check_signature(function: Any, expected: str) -> None:

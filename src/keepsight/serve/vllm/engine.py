@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,12 @@ from keepsight.errors import KeepsightError
 from keepsight.serve.hf.engine import BatchEngine
 from keepsight.serve.hf.rows import Job
 from keepsight.serve.metrics import Metrics
-from keepsight.serve.vllm.check import check_version
+from keepsight.serve.vllm.check import prepare
 from keepsight.serve.vllm.latent_folder import write_model
 from keepsight.serve.vllm.vismem import VllmBatch
 from keepsight.vismem.writing.policy import MemoryPolicy
 
 _LIMITS = "keepsight.serve.vllm.limits:MemoryLimits"
-#: What vLLM reads from the environment, unless it is set: the engine lives in this process, whose signals are ours; its
-#: log holds what is amiss; it reports to nobody; and it samples as on a CPU, where `MemoryLimits` is tested (the second
-#: model runner, which GPUs get by default, refuses logits processors of the first).
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 class VllmEngine(BatchEngine):
@@ -64,9 +54,9 @@ class VllmEngine(BatchEngine):
         metrics: Metrics | None = None,
         **options: Any,
     ):
-        check_version()
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        # `MemoryLimits` is tested as vLLM samples on a CPU: the second model runner, which GPUs get by default, refuses
+        # logits processors of the first.
+        prepare(VLLM_USE_V2_MODEL_RUNNER="0")
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 

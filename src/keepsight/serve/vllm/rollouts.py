@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from keepsight.train.run.learner import Learner
     from keepsight.train.run.settings import GrpoSettings
 
-#: The engine lives in this process, which hands it tensors; unless the user has said otherwise.
-_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
-
 
 @documented
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +97,9 @@ class VllmRollouts:
             trainer: TRL's GRPOTrainer, made without `use_vllm`.
             base: name of the base model.
         """
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        from keepsight.serve.vllm.check import prepare
+
+        prepare()
         trainer.vllm_generation = _generation(self, trainer, base)
         trainer.use_vllm, trainer._last_loaded_step = True, -1
 
