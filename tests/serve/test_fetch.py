@@ -251,6 +251,7 @@ def test_local_paths_are_read_from_allowed_folders_only(folders):
     assert refused(opened.read, f"{inside}/big.png") == "image_too_large"
     assert refused(closed.read, f"{inside}/image.png") == "local_image_not_allowed"
     assert refused(closed.read, "https://good.example/a.png") == "remote_image_not_allowed"
+    assert refused(closed.read, "iVBORw0KGgo" + "A" * 80) == "invalid_image_url"  # base64 that does not say so
 
 
 def test_data_urls():
