@@ -86,6 +86,10 @@ def test_answers_are_checked_in_any_thread() -> None:
 GOOD = "<think>it is red</think><answer>B</answer>"
 
 
+#: Zero-width spaces and joiners, a soft hyphen, a mark of order, a variation selector, fillers, no-break and wide spaces.
+INVISIBLE = ("\u200b", "\u200d\u2060", "\u00ad", "\ufeff", "\u200e", "\ufe0f", "\u3164", "\u2800", "\u00a0\u3000")
+
+
 @pytest.mark.parametrize(
     ("completion", "form", "answer"),
     [
@@ -106,6 +110,10 @@ GOOD = "<think>it is red</think><answer>B</answer>"
         ("<think></think><answer></answer>", 0, 0),  # the form without a word in it is none
         ("<think> \n</think><answer>B</answer>", 0, 1),
         ("<think>so</think><answer> </answer>", 0, 0),
+        *((f"<think>{blank}</think><answer>B</answer>", 0, 1) for blank in INVISIBLE),
+        *((f"<think>so</think><answer>{blank}</answer>", 0, 0) for blank in INVISIBLE),
+        ("<think>√2 > 1?</think><answer>B</answer>", 1, 1),
+        ("<think>+</think><answer>★</answer>", 1, 0),
     ],
 )
 def test_the_papers_rewards(completion: Any, form: int, answer: int) -> None:

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -159,7 +160,8 @@ def score_completions(
 def format_reward(completions: Sequence[Any], **columns: Any) -> list[float]:
     """1 for exactly `<think>...</think><answer>...</answer>`, each tag once and around words, with nothing else beside.
 
-    The paper's form, but for one thing: empty tags, which would earn it without a thought, earn nothing.
+    The paper's form, but for one thing: tags around nothing that can be seen (empty, spaces, zero-width characters),
+    which would earn it without a thought, earn nothing.
     """
     return [float(_has_form(text_of(completion))) for completion in completions]
 
@@ -206,7 +208,15 @@ def text_of(completion: Any) -> str:
 
 def _has_form(text: str) -> bool:
     before, thought, between, said, after = _TAG.split(text) if _TAG.findall(text) == _FORM else [""] * 5
-    return bool(thought.strip() and said.strip()) and not (before + between + after).strip()
+    return _is_seen(thought) and _is_seen(said) and not (before + between + after).strip()
+
+
+def _is_seen(text: str) -> bool:
+    """Whether a reader sees anything of it: not of spaces of any width, marks with no letter, or letters of no ink."""
+    return any(
+        unicodedata.category(char)[0] in "LNPS" and not unicodedata.name(char, "").endswith(("FILLER", "BLANK"))
+        for char in text
+    )
 
 
 def _answers(answer: Sequence[Any] | None, count: int) -> Sequence[Any]:
