@@ -86,7 +86,7 @@ def test_answers_are_checked_in_any_thread() -> None:
 GOOD = "<think>it is red</think><answer>B</answer>"
 
 
-#: Zero-width spaces and joiners, a soft hyphen, a mark of order, a variation selector, fillers, no-break and wide spaces.
+#: Zero-width spaces and joiners, a soft hyphen, a mark of order, a variation selector, fillers, wide spaces.
 INVISIBLE = ("\u200b", "\u200d\u2060", "\u00ad", "\ufeff", "\u200e", "\ufe0f", "\u3164", "\u2800", "\u00a0\u3000")
 
 
