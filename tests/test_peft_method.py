@@ -1,6 +1,7 @@
 """What both methods share as methods of PEFT."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,21 @@ def test_adapter_names_are_refused(method: str) -> None:
     for call in (model, model.generate, model.get_base_model()):
         with pytest.raises(keepsight.KeepsightError, match=r"adapter_names=.*set_adapter\('default'\)"):
             call(**inputs, adapter_names=["default"])
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_what_was_taken_off_is_off_and_cannot_be_saved(method: str, tmp_path: Path) -> None:
+    """Twice is as once; and a file that was saved before is not written over by an empty one."""
+    model: PeftModel = get_peft_model(BY_NAME["qwen3_vl"].build(), CONFIGS[method]())
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    base = model.unload()
+    assert model.unload() is base
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+    with pytest.raises(keepsight.KeepsightError, match="nothing to save"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+    assert get_peft_model(base, CONFIGS[method]()).unload() is base
 
 
 def test_memory_off_is_of_one_model_and_one_thread() -> None:

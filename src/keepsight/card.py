@@ -5,13 +5,18 @@ PEFT leaves a template to fill in, with the base's folder on this machine as its
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from transformers.utils import PushToHubMixin
 
+from keepsight.errors import KeepsightWarning
 from keepsight.shipped import REFERENCE_NAME, VISMEM_NAME, portable_name
 
 CARD = "README.md"
@@ -30,6 +35,36 @@ def names_base(base: str | None) -> str:
     """The line of a card's metadata that names its base, or nothing."""
     named = hub_name(base)
     return f"base_model: {named}\n" if named else ""
+
+
+def to_be_written(config: Any) -> Any:
+    """A memory's config as `save_pretrained` is to write it: where that is done to publish it (`push_to_hub`), without
+    the name of a folder of this machine, which helps nobody elsewhere and is nobody's business.
+
+    Args:
+        config: the memory's; is left as it is.
+    """
+    base = portable_name(config.base_model_name_or_path)
+    if not base or base in (REFERENCE_NAME, VISMEM_NAME) or hub_name(base) or not _is_published():
+        return config
+    warnings.warn(
+        f"What is published does not name its base: {base} is a folder of this machine. Name it by its id on the hub "
+        "before: model.peft_config[NAME].base_model_name_or_path = 'owner/name'. Without, it is loaded with "
+        "keepsight.load(..., base=...).",
+        KeepsightWarning,
+        stacklevel=5,
+    )
+    config = copy.copy(config)
+    config.base_model_name_or_path = None
+    return config
+
+
+def _is_published() -> bool:
+    """Whether transformers' `push_to_hub` runs, which saves to a folder of its own and sends that."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not PushToHubMixin.push_to_hub.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 def finish(folder: Path, config: Any) -> None:

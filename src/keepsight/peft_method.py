@@ -107,8 +107,9 @@ class MemoryConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's own; then the card, and files that everybody may read."""
-        super().save_pretrained(save_directory, **kwargs)
-        card.finish(Path(save_directory), self)
+        config = card.to_be_written(self)
+        super(MemoryConfig, config).save_pretrained(save_directory, **kwargs)
+        card.finish(Path(save_directory), config)
 
 
 @dataclass
@@ -419,7 +420,12 @@ class MemoryTuner(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """PEFT's own; warns of an embedding that the recorded base does not have."""
+        """PEFT's own, if there is a memory to be saved; warns of an embedding that the recorded base does not have."""
+        if not cls._memories(model, adapter_name):
+            raise KeepsightError(
+                f"The model carries no memory of the adapter {adapter_name!r} any more (unload() takes it off), so "
+                "there is nothing to save. Save before unloading."
+            )
         base = config.base_model_name_or_path or getattr(model, "name_or_path", None)
         loading.warn_of_resized_embedding(model, base)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)

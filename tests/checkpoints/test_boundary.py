@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -354,3 +356,33 @@ def test_the_card_of_an_adapter_with_a_name(bases: dict[str, Path], tmp_path: Pa
     model = attach(read_base(bases["qwen3_vl"], dtype=torch.float32), adapter_name="memory")
     model.save_pretrained(tmp_path)
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("README.md")] == [Path("memory/README.md")]
+
+
+@pytest.mark.parametrize("method", ["pvm", "vismem"])
+@pytest.mark.parametrize("named", [None, "owner/name"])
+def test_what_is_published_names_no_folder_of_this_machine(
+    method: str, named: str | None, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`push_to_hub` saves to a folder of its own and sends that; what is sent is looked at in place of the sending."""
+    from transformers.utils import hub
+
+    model, sent = METHODS[method](read_base(bases["qwen3_vl"])), []
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = named or str(bases["qwen3_vl"])
+
+    def send(self: Any, folder: str, *_: Any, **__: Any) -> None:
+        assert str(bases["qwen3_vl"]) not in "".join(p.read_text() for p in Path(folder).glob("*.json"))
+        sent.append(json.loads((Path(folder) / "adapter_config.json").read_text()))
+
+    monkeypatch.setattr(
+        hub, "hf_api", lambda: SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name))
+    )
+    card = SimpleNamespace(save=lambda file: Path(file).write_text(""))
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: card)
+    monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", send)
+    for one in (model, config):
+        said = nullcontext() if named else pytest.warns(keepsight.KeepsightWarning, match="a folder of this machine")
+        with said:
+            one.push_to_hub("me/memory")
+    assert [one["base_model_name_or_path"] for one in sent] == [named, named]
+    assert config.base_model_name_or_path == (named or str(bases["qwen3_vl"]))

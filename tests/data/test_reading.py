@@ -112,6 +112,47 @@ def test_a_header_that_cannot_be_used_is_named(header: str, tmp_path: Path) -> N
         assert asked(tmp_path) == ["read 1"]
 
 
+def several(*marks: str) -> str:
+    """A header of datasets "set0", "set1", ..., one file each; what else is said of each."""
+    return "configs:\n" + "".join(
+        f"- config_name: set{i}\n  data_files: {i}.jsonl\n{mark}" for i, mark in enumerate(marks)
+    )
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (several("", ""), "none of them as the default"),
+        (several("  default: true\n", "  default: true\n"), "several of them as the default"),
+        (several("", "  default: true\n"), 1),
+        (several("  default: true\n", ""), 0),
+        (several("", "").replace("set1", "default"), 1),  # the hub's own rule
+        (several("", "").split("- config_name: set1")[0], 0),
+    ],
+)
+def test_of_several_datasets_in_a_header_the_default_is_read_or_none(
+    header: str, expected: Any, tmp_path: Path
+) -> None:
+    for index in range(3):
+        put(tmp_path / f"{index}.jsonl", row(index))
+    put(tmp_path / "train.jsonl", row(7))  # by its name, what a folder without a header would give
+    (tmp_path / "README.md").write_text(f"---\n{header}---\n# Digits\n")
+    if isinstance(expected, int):
+        assert asked(tmp_path) == [f"read {expected}"]
+        assert bool(load_dataset_any(tmp_path).notes) == (header.count("config_name") > 1)
+        return
+    with pytest.raises(DataError, match=rf"2 datasets \(set0, set1\), and {expected}.*default: true"):
+        load_dataset_any(tmp_path)
+
+
+@pytest.mark.parametrize("files", ["[two.jsonl, one.jsonl]", "[{split: train, path: [one.jsonl, two.jsonl]}]"])
+def test_files_of_any_names_are_a_split_if_a_readme_says_so(files: str, tmp_path: Path) -> None:
+    for index, name in enumerate(("one", "two", "three")):
+        put(tmp_path / "data" / f"{name}.jsonl", row(index))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- data_dir: data\n  data_files: {files}\n---\n")
+    assert asked(tmp_path) == ["read 0", "read 1"]
+
+
 @pytest.mark.parametrize("header", ["license: mit", "license: mit\nconfigs: []", ""])
 def test_a_header_that_says_nothing_of_files_is_no_fault(header: str, tmp_path: Path) -> None:
     put(tmp_path / "one.jsonl", row(1))

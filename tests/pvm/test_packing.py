@@ -105,3 +105,22 @@ def test_lengths_without_positions_are_refused() -> None:
     model = attach(base)
     with pytest.raises(keepsight.KeepsightError, match="packing=False"):
         model(**inputs, cu_seq_lens_q=torch.tensor([0, 4, inputs["input_ids"].shape[1]]))
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "qwen3_5"])
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.filterwarnings("ignore:inputs_embeds were given", "ignore:.*brings more of an image")
+def test_positions_that_pass_zero_begin_no_sample(name: str, use_cache: bool) -> None:
+    """Qwen's models remember by how much positions lag behind an image, and count the next text from there."""
+    family = BY_NAME[name]
+    model = attach(family.build())
+    embeds = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeds, use_cache=use_cache).logits
+        model(**make_inputs(family, model, [Row(2, (4, 4), 3, seed=1)]))
+        assert -20 < int(model.get_base_model().model.rope_deltas) < 0
+        found = model(inputs_embeds=embeds, use_cache=use_cache).logits
+    torch.testing.assert_close(found, expected, **CLOSE)
+    mask = torch.arange(20)[None] < 4
+    with torch.no_grad(), keepsight.pvm.visual_positions(mask):
+        assert (model(inputs_embeds=embeds, use_cache=use_cache).logits - expected).abs().max() > 1e-3

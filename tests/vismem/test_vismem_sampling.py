@@ -151,6 +151,37 @@ def test_latents_are_never_lost_without_a_word():
         model(**inputs)
 
 
+@pytest.mark.parametrize("graphs", [{}, {"fullgraph": True}], ids=["in graphs", "in one graph"])
+def test_latents_are_never_lost_in_a_compiled_forward(graphs):
+    model, inputs = built("internvl_qwen3", [Row(1, (2, 2), 5, seed=2)])
+    out = generate(model, inputs, memory=forced([{2: "long"}]))
+    text = out.sequences[:, inputs["input_ids"].shape[1] :]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", **graphs)
+    with torch.no_grad():
+        for call in (model, compiled):
+            with pytest.raises(keepsight.KeepsightError, match="splice"):
+                call(input_ids=text)
+        with splice(model, text, out):
+            expected = model(input_ids=text).logits
+        with splice(model, text, out):
+            torch.testing.assert_close(compiled(input_ids=text).logits, expected, **CLOSE)
+
+
+def test_invocations_are_an_outputs_or_the_output():
+    model, inputs = built("qwen2_5_vl", [Row(1, (2, 2), 5, seed=2)])
+    out = generate(model, inputs, memory=forced([{2: "long"}]))
+    turn = with_continuation(inputs, out.sequences[:, inputs["input_ids"].shape[1] :])
+    found = [generate(model, turn, memory="off", invocations=given).sequences for given in (out, out.invocations)]
+    assert torch.equal(*found)
+    for wrong in (out.invocations[0], out.sequences, dict(enumerate(out.invocations)), [out], "free", [[1]]):
+        with pytest.raises(keepsight.KeepsightError, match=r"invocations: found .*expected is, for each row.*out\.inv"):
+            generate(model, turn, invocations=wrong)
+        if not torch.is_tensor(wrong):
+            with pytest.raises(keepsight.KeepsightError, match="invocations: found"):
+                splice(model, turn["input_ids"], wrong)
+
+
 def test_reversed_writes_the_token_of_what_it_forms():
     model, inputs = built("qwen2_5_vl", [Row(1, (2, 2), 5, seed=2)])
     loving(model, 50.0)

@@ -72,7 +72,7 @@ def find_packing(arguments: Mapping[str, Any], like: torch.Tensor, text_config: 
     if mask is None and not has_cache and not placed:
         begins = step != 1  # transformers' own rule
     else:  # three-dimensional ones go back behind a video too, but only a sample's first is zero throughout
-        begins = (positions.to(like.device) == 0).all(0) if placed else step < 1
+        begins = _from_zero(positions.to(like.device)) if placed else step < 1
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:  # padding has positions of no meaning
             real = mask[:, -length:].to(like.device).bool()
             begins = begins & real & real.roll(1, -1)
@@ -91,6 +91,15 @@ def find_packing(arguments: Mapping[str, Any], like: torch.Tensor, text_config: 
     elif mixed is None and flash and batch > 1:
         mixed = "flash attention looks at positions only where the batch is a single row"
     return Packing(samples, mixed)
+
+
+def _from_zero(places: torch.Tensor) -> torch.Tensor:
+    """Where three-dimensional positions [3, B, T] are zero throughout, and do not only pass zero [B, T].
+
+    Behind images positions lag; Qwen's models keep by how much, and count text that comes without pixels from there,
+    which may be below zero.
+    """
+    return (places == 0).all(0) & (places.roll(1, -1) != -1).any(0)
 
 
 _NO_POSITIONS = "cu_seq_lens or seq_idx alone do not keep them apart in this decoder's attention"

@@ -52,6 +52,8 @@ class PvmModel(MemoryTuner):
 
     def _detach(self) -> None:
         decoder = Backbone.of(self.model).decoder
+        if not hasattr(decoder, _ROUTE):
+            return
         getattr(decoder, _ROUTE).remove()
         delattr(decoder, _ROUTE)
         for layer in decoder.layers:

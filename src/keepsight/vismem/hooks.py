@@ -30,6 +30,7 @@ from keepsight.peft_method import refuse_adapter_names
 from keepsight.vismem import scope
 from keepsight.vismem.config import PROJECTIONS
 from keepsight.vismem.scope import BANK, calls
+from keepsight.vismem.tokens import latent_places
 from keepsight.vismem.vision import bare
 
 _PAST_THE_HEAD = (
@@ -148,27 +149,16 @@ class VisMemRoute:
         if ids is None:
             return None
         call.embedded = True
-        output = self.branch.active.rows.embed(ids, output, self.branch.config.token_ids, self.branch.embedding_scale)
         splice = call.splice
-        if splice is None or splice.mask.shape != ids.shape:
-            self._refuse_lost(ids)
+        given = splice if splice is not None and splice.mask.shape == ids.shape else None
+        if given is None and ids.ndim and ids.shape[-1] > 1 and not ids.is_meta:  # a place stands before an end token
+            ids = _without_places(ids, list(self.branch.tokens.end.values()))
+        output = self.branch.active.rows.embed(ids, output, self.branch.config.token_ids, self.branch.embedding_scale)
+        if given is None:
             return output
-        splice.was_used = True
-        values = splice.values.to(output.device, output.dtype)
-        return output.masked_scatter(splice.mask.to(output.device)[..., None], values)
-
-    def _refuse_lost(self, ids: torch.Tensor) -> None:
-        """Raise if ids hold the places of latents that nobody gave."""
-        if ids.ndim != 2 or torch.compiler.is_compiling() or ids.is_meta:
-            return
-        lost = int(self.branch.tokens.latent_mask(ids).sum())
-        if lost:
-            raise KeepsightError(
-                f"The input_ids hold the places of {lost} latents of memories (end tokens before an end token), and no "
-                "latents were given. For generate: model.generate(..., invocations=out.invocations) of the output that "
-                "they come from; for a forward: with splice(model, input_ids, out.invocations): ...; or leave the "
-                "memories out of the text: ids[~branch.tokens.memory_mask(ids)]."
-            )
+        given.was_used = True
+        values = given.values.to(output.device, output.dtype)
+        return output.masked_scatter(given.mask.to(output.device)[..., None], values)
 
     def _write_logits(self, head: Any, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         active = self.branch.active
@@ -176,6 +166,38 @@ class VisMemRoute:
             return None
         calls.here.scored = True
         return active.rows.score(args[0], output, self.branch.config.token_ids)
+
+
+def _without_places(ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """The ids, unless they hold the places of latents, which nobody gave; asked in compiled graphs too."""
+    if torch.compiler.is_compiling():
+        return _compiled_without_places(ids, ends)
+    lost = int(latent_places(ids, ends).sum())
+    if lost:
+        raise KeepsightError(
+            f"The input_ids hold the places of {lost} latents of memories (end tokens before an end token), and no "
+            "latents were given. For generate: model.generate(..., invocations=out.invocations) of the output that "
+            "they come from; for a forward: with splice(model, input_ids, out.invocations): ...; or leave the "
+            "memories out of the text: ids[~branch.tokens.memory_mask(ids)]."
+        )
+    return ids
+
+
+# A graph cannot ask what ids hold; an operator of its own, which graphs hold as one step, can. What comes of it goes
+# into the embedding, so that no graph leaves it out; and it waits for the device, so that none is recorded with it.
+@torch.library.custom_op(
+    "keepsight::without_places",
+    mutates_args=(),
+    schema="(Tensor ids, int[] ends) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+def _compiled_without_places(ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    return _without_places(ids, ends).clone()
+
+
+@_compiled_without_places.register_fake
+def _(ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    return torch.empty_like(ids)
 
 
 def _note_hidden(decoder: Any, args: tuple, kwargs: dict, output: Any) -> None:

@@ -149,8 +149,13 @@ class MemoryTokens:
 
     def latent_mask(self, ids: torch.Tensor) -> torch.Tensor:
         """Bool [B, T], true where whole sequences [B, T] hold latents: end tokens before another end token."""
-        ends = self.end_mask(ids)
-        return torch.cat([ends[:, :-1] & ends[:, 1:], ends[:, -1:] & False], 1)
+        return latent_places(ids, self.end.values())
+
+
+def latent_places(ids: torch.Tensor, ends: Iterable[int]) -> torch.Tensor:
+    """Bool [..., T], true where whole sequences [..., T] hold latents: an end token's id before another's."""
+    ending = _is_one_of(ids, ends)
+    return torch.cat([ending[..., :-1] & ending[..., 1:], ending[..., -1:] & False], -1)
 
 
 def _is_one_of(ids: torch.Tensor, tokens: Iterable[int]) -> torch.Tensor:

@@ -52,7 +52,9 @@ class VisMemModel(MemoryTuner):
 
     def _detach(self) -> None:
         decoder = Backbone.of(self.model).decoder
-        branch = getattr(decoder, BRANCH)
+        branch = getattr(decoder, BRANCH, None)
+        if branch is None:
+            return
         branch.route.remove()
         self.model.loss_function = branch.base_loss
         delattr(decoder, BRANCH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 from keepsight.data.errors import DataError
 from keepsight.data.images import PICTURES
@@ -28,13 +29,14 @@ _NOT_DATA = (
 _DEEPEST = 3
 
 
-def data_files(folder: Path, split: str, name: str) -> list[Path]:
-    """The files of a split, in order.
+def data_files(folder: Path, split: str, name: str) -> tuple[list[Path], tuple[str, ...]]:
+    """The files of a split, in order, and what had to be decided to choose them.
 
     Args:
         folder: may hold a data file, shards of one (`train-00000-of-00002.parquet`), splits of both, all of it in
             folders (`data/`, `train/`), or images with a `metadata` file.
-        split: the one wanted. A file belongs to the split that its name or its folder names.
+        split: the one wanted. A file belongs to the split that a README.md of the hub's form says, or else that its
+            name or its folder names.
         name: of the folder, for messages.
 
     Raises:
@@ -48,7 +50,7 @@ def data_files(folder: Path, split: str, name: str) -> list[Path]:
     beside = {path.with_suffix("") for path in pictures}
     if not files or (len(files) > 1 and all(path.with_suffix("") in beside for path in files)):
         raise DataError(_nothing(name, found, pictures))
-    declared = _declared(folder)
+    declared, notes = _declared(folder, name)
     by_split: dict[str, list[Path]] = {}
     for path in files:
         by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
@@ -62,7 +64,7 @@ def data_files(folder: Path, split: str, name: str) -> list[Path]:
         there = ", ".join(sorted(key for key in by_split if key)) or "none with a name"
         raise DataError(f"{name} has no split {split!r}. It has: {there}.")
     shards = {(path.parent, re.sub(r"\d+", "#", path.name)) for path in chosen}
-    if len(shards) > 1:
+    if len(shards) > 1 and not declared:
         within = {path.parent for path in chosen}
         if len(within) > 1 and len(within) == len(shards):
             folders = some(sorted(str(parent.relative_to(folder)) for parent in within))
@@ -70,7 +72,7 @@ def data_files(folder: Path, split: str, name: str) -> list[Path]:
         names = some(str(path.relative_to(folder)) for path in chosen)
         raise DataError(f"{name} holds {len(chosen)} data files ({names}); name one of them.")
     _check_shards(chosen, name)
-    return sorted(chosen, key=_by_number)
+    return sorted(chosen, key=_by_number), notes
 
 
 def _walk(folder: Path, deep: int) -> list[Path]:
@@ -114,33 +116,35 @@ def _by_number(path: Path) -> list[tuple[int, str]]:
     return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", path.as_posix())]
 
 
-def _declared(folder: Path) -> dict[str, list[Path]]:
-    """Split -> files, as a README.md of the hub's form declares them; empty where it does not."""
+def _declared(folder: Path, name: str) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
+    """Split -> files, as a README.md of the hub's form declares them, and what was decided; empty where it does not.
+
+    Raises:
+        DataError: if it declares several datasets, and not which one is meant.
+    """
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     header = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---", text, re.DOTALL)
     if header is None:
-        return {}
+        return {}, ()
     import yaml
 
     try:
         configs = (yaml.safe_load(header[1]) or {}).get("configs") or []
-        several = [config for config in configs if config.get("data_files")]
-        if len(several) > 1:
-            several = [config for config in several if config.get("default")] or several
-        if len(several) != 1:
-            return {}
-        files = several[0]["data_files"]
-        entries = files if isinstance(files, list) and isinstance(files[0], dict) else [{"path": files}]
-        found = {}
-        for entry in entries:
-            patterns = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
-            paths = {path for pattern in patterns for path in folder.glob(pattern) if kind_of(path)}
-            if paths:
-                found[str(entry.get("split", "train"))] = sorted(paths)
-        if not found:
-            raise ValueError(f"no file is there of {some(str(entry['path']) for entry in entries)}")
-        return found
+        several = {str(config.get("config_name", "default")): config for config in configs if config.get("data_files")}
+        default = [one for one, config in several.items() if one == "default" or config.get("default")]
+        if len(several) > 1 and len(default) != 1:
+            raise DataError(
+                f"The header of {readme} declares {len(several)} datasets ({some(several)}), and "
+                f"{'several' if default else 'none'} of them as the default. Name the file or the folder of the one "
+                f"that is meant in place of {name}; or write `default: true` beside its config_name, and at no other."
+            )
+        if not several:
+            return {}, ()
+        chosen = default[0] if default else next(iter(several))
+        found = _splits(several.pop(chosen), folder)
+    except DataError:
+        raise
     except (yaml.YAMLError, AttributeError, KeyError, IndexError, TypeError, ValueError, NotImplementedError) as error:
         warnings.warn(
             f"The header of {readme} cannot be read as the hub's ({' '.join(str(error).split())[:120]}), so what "
@@ -149,7 +153,23 @@ def _declared(folder: Path) -> dict[str, list[Path]]:
             KeepsightWarning,
             stacklevel=2,
         )
-        return {}
+        return {}, ()
+    return found, (f"{chosen!r}, the default in README.md; not used: {some(several)}",) if several else ()
+
+
+def _splits(config: Any, folder: Path) -> dict[str, list[Path]]:
+    """Split -> files of one dataset that a README.md declares."""
+    folder, files = folder / config.get("data_dir", ""), config["data_files"]
+    entries = files if isinstance(files, list) and isinstance(files[0], dict) else [{"path": files}]
+    found = {}
+    for entry in entries:
+        patterns = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
+        paths = {path for pattern in patterns for path in folder.glob(pattern) if kind_of(path)}
+        if paths:
+            found[str(entry.get("split", "train"))] = sorted(paths)
+    if not found:
+        raise ValueError(f"no file is there of {some(str(entry['path']) for entry in entries)}")
+    return found
 
 
 def _nothing(name: str, found: list[Path], pictures: list[Path]) -> str:

@@ -133,11 +133,13 @@ def _of_folder(name: str, folder: Path, split: str, reading: Reading) -> Source:
             raise DataError(f"{name} is empty: it holds no samples.") from error
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{name}: a dataset folder that cannot be read ({short(error)}).") from error
-    files = data_files(folder, split, name)
-    return _of_files(name if len(files) > 1 else str(files[0]), files, (folder,), reading)
+    files, notes = data_files(folder, split, name)
+    return _of_files(name if len(files) > 1 else str(files[0]), files, (folder,), reading, notes)
 
 
-def _of_files(name: str, files: list[Path], folders: tuple[Path, ...], reading: Reading) -> Source:
+def _of_files(
+    name: str, files: list[Path], folders: tuple[Path, ...], reading: Reading, decided: tuple[str, ...] = ()
+) -> Source:
     """Shards, one after the other. Images are looked for beside each, then in the folder that was named."""
     tables: list[Table] = []
     parts: list[Part] = []
@@ -149,7 +151,7 @@ def _of_files(name: str, files: list[Path], folders: tuple[Path, ...], reading: 
         parts.append(Part(shard, start, table.lines, tuple(dict.fromkeys((path.parent, *folders)))))
         start += len(table.rows)
     columns = tuple(dict.fromkeys(column for table in tables for column in table.columns))
-    notes = tuple(dict.fromkeys(note for table in tables for note in table.notes))
+    notes = tuple(dict.fromkeys((*decided, *(note for table in tables for note in table.notes))))
     if len(files) > 1:
         notes = (f"{len(files)} files: {some(part.name for part in parts)}", *notes)
     return Source(name, _together([table.rows for table in tables]), columns, tuple(parts), reading, notes)

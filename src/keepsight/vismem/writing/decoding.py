@@ -38,7 +38,7 @@ def generate(
     branch: VisMemBranch,
     *args: Any,
     memory: MemoryPolicy | str | None = None,
-    invocations: Invocations | None = None,
+    invocations: Invocations | VisMemOutput | None = None,
     rollout: Any = None,
     **kwargs: Any,
 ) -> Any:
@@ -49,8 +49,8 @@ def generate(
         args: as for transformers' `generate`.
         memory: when memory is invoked: a `MemoryPolicy`, or its name. Default: the config's policy.
         invocations: the memories that stand in `input_ids`, per row: `out.invocations` of the output that they come
-            from, where an earlier answer is part of the prompt (a conversation). They are read as they were written,
-            with "off", too, which then means that no further one is invoked.
+            from (or the output itself), where an earlier answer is part of the prompt (a conversation). They are read
+            as they were written, with "off", too, which then means that no further one is invoked.
         rollout: `RolloutOptions`, for training and experiments.
         kwargs: as for transformers' `generate`. Memory positions count towards `max_new_tokens`.
 
@@ -63,6 +63,7 @@ def generate(
     model = branch.backbone.model
     plain = type(model).generate
     ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    invocations = None if invocations is None else invocations_of(invocations)
     has_history = isinstance(ids, torch.Tensor) and bool(branch.tokens.memory_mask(ids).any())
     if invocations is not None and any(invocations) and not has_history:
         raise KeepsightError("invocations were given, and input_ids hold no memory: give the sequences they stand in.")
@@ -113,7 +114,30 @@ def generate(
     return output
 
 
-def splice(model: Any, sequences: torch.Tensor, invocations: Invocations | torch.Tensor) -> AbstractContextManager[Any]:
+def invocations_of(given: Any) -> Invocations:
+    """Per row its memories, of a whole output or as they are.
+
+    Raises:
+        KeepsightError: if they are neither.
+    """
+    rows: Any = given.invocations if isinstance(given, VisMemOutput) else given
+    lists = isinstance(rows, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in rows)
+    if not lists or not all(isinstance(one, Invocation) for row in rows for one in row):
+        raise KeepsightError(
+            f"invocations: found {_kind(rows)}; expected is, for each row, the list of its memories: out.invocations "
+            "of the output that the sequences come from (generate(..., return_dict_in_generate=True))."
+        )
+    return rows
+
+
+def _kind(value: Any) -> str:
+    inside = next(iter(value), None) if isinstance(value, (list, tuple)) else None
+    return type(value).__name__ + (f" of {type(inside).__name__}" if inside is not None else "")
+
+
+def splice(
+    model: Any, sequences: torch.Tensor, invocations: Invocations | VisMemOutput | torch.Tensor
+) -> AbstractContextManager[Any]:
     """Give whole sequences their memories: for one uncached forward, as in training.
 
     Example:
@@ -123,12 +147,13 @@ def splice(model: Any, sequences: torch.Tensor, invocations: Invocations | torch
     Args:
         model: a model that carries VisMem.
         sequences: ids [B, T], as `generate` returned them.
-        invocations: the output's; or latents [n, D] in their order, for memories formed anew with gradients.
+        invocations: the output's, or the output; or latents [n, D] in their order, for memories formed anew with
+            gradients.
     """
     branch = VisMemBranch.of(model)
     mask = branch.tokens.latent_mask(sequences)
     if not torch.is_tensor(invocations):
-        invocations = splice_values(mask, invocations, branch.backbone.text_config.hidden_size)
+        invocations = splice_values(mask, invocations_of(invocations), branch.backbone.text_config.hidden_size)
     if len(invocations) != int(mask.sum()):
         raise KeepsightError(f"{int(mask.sum())} memory positions in the sequences, {len(invocations)} latents.")
     return scope.spliced(mask, invocations)
