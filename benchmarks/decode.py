@@ -6,6 +6,8 @@ Three models with the same weights decode in turn, within one run, so that whate
     pvm           keepsight's PVM: visual keys and values projected once, read from the KV cache
     reprojected   the same PVM, but every step projects all visual tokens again in every block, as the published code
                   does. It exists in the benchmark only, and must give pvm's logits before anything is timed.
+    beside        with --graph: pvm with its branches on a second stream, beside the feed-forward networks; must give
+                  pvm's logits to the bit
 
 Weights are random and the vision tower is replaced by precomputed embeddings: neither changes what a decode step does.
 
@@ -36,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 VARIANTS = ("base", "pvm", "reprojected")
+BESIDE = "beside"
 RESULTS = Path(__file__).parent / "results" / "decode"
 MEASURED = (
     "src/keepsight/pvm",
@@ -94,6 +97,8 @@ def check_effect(decoders: dict[str, Decoder]) -> float:
     effect = (steps["pvm"] - steps["base"]).abs().max().item()
     if not effect > 0:
         raise RuntimeError("pvm's logits are the base's: its memory is not being read, so nothing is timed.")
+    if BESIDE in steps and not torch.equal(steps[BESIDE], steps["pvm"]):
+        raise RuntimeError("on a second stream the memory gives other logits than in order, so nothing is timed.")
     return effect
 
 
@@ -196,8 +201,9 @@ def make_decoders(
     inputs = make_prompt(visual_tokens, text_tokens, device, batch)
     room = inputs["input_ids"].shape[1] + steps
     return {
-        name: kind(model, inputs, embeds, room, mode, static, reproject=name == "reprojected")
-        for name, model in (("base", base), ("pvm", pvm), ("reprojected", pvm))
+        name: kind(model, inputs, embeds, room, mode, static, reproject=name == "reprojected", beside=name == BESIDE)
+        for name, model in (("base", base), *((name, pvm) for name in (*VARIANTS[1:], BESIDE)))
+        if name != BESIDE or kind is GraphDecoder
     }
 
 
@@ -264,6 +270,10 @@ def show(report: dict[str, Any], console: Console) -> None:
             quartiles(summary["added_ms"]["pvm"], ".2f"),
         )
     console.print(table)
+    for result in report["results"]:
+        if BESIDE in result["summary"]["ratio_to_base"]:
+            ratio = quartiles(result["summary"]["ratio_to_base"][BESIDE], ".4f")
+            console.print(f"{result['visual_tokens']} visual tokens, pvm beside the FFN / base: {ratio}", markup=False)
     best = report.get("ceilings")
     if best is not None:
         speed = best["copy_bytes_per_second"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from keepsight.backbone import Backbone
 from keepsight.compat import cache_argument
 from keepsight.pvm import replace_memory
 from keepsight.pvm.cache import VisualCache
+from keepsight.pvm.streams import overlap
 
 IMAGE, VIDEO, START, END = 10, 11, 12, 13
 GATE = 0.1  # any value but 0, at which the logits could not tell the variants apart
@@ -131,6 +133,7 @@ class Decoder:
         compiled: torch.compile mode, or None for eager.
         static: whether the KV cache has a fixed size.
         reproject: project all visual tokens again at every step.
+        beside: run the branches beside the feed-forward networks (`keepsight.pvm.streams.overlap`).
     """
 
     def __init__(
@@ -142,6 +145,7 @@ class Decoder:
         compiled: str | None,
         static: bool,
         reproject: bool = False,
+        beside: bool = False,
     ):
         self.model = model
         self.cache: Any = (
@@ -171,7 +175,7 @@ class Decoder:
         self.memory = VisualCache.of(self.cache)
         self.blocks = blocks_of(model)
         assert bool(self.blocks) == (self.memory is not None)
-        self.reproject = reproject
+        self.reproject, self.beside = reproject, beside
         self.packed = remembered[0] if remembered else None
         self.forward: Callable[..., Any] = self._forward
         if compiled is not None:
@@ -184,7 +188,8 @@ class Decoder:
             assert self.memory is not None
             kept = self.memory.states
             self.memory.states = {name: block.project(self.packed) for name, block in self.blocks.items()}
-        output = self.model(input_ids=token, position_ids=position, **self.given, use_cache=True, logits_to_keep=1)
+        with overlap() if self.beside else contextlib.nullcontext():
+            output = self.model(input_ids=token, position_ids=position, **self.given, use_cache=True, logits_to_keep=1)
         if self.reproject:
             self.memory.states = kept  # or the projections would be outputs of the compiled graph
         return output.logits

@@ -119,8 +119,9 @@ def figures(step: Step, file: Path) -> list[tuple[str, str]]:
 
     if step.kind == "decode":
         return [
-            (f"pvm / base, {r['visual_tokens']:,} visual tokens", spread(r["summary"]["ratio_to_base"]["pvm"]))
+            (f"{name} / base, {r['visual_tokens']:,} visual tokens", spread(r["summary"]["ratio_to_base"][name]))
             for r in report["results"]
+            for name in ("pvm", "beside")
         ]
     if step.kind == "train":
         rows = report["summary"].items()

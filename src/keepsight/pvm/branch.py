@@ -19,6 +19,7 @@ from keepsight.pvm.config import PvmConfig
 from keepsight.pvm.kernels import attention_for
 from keepsight.pvm.memory import VisualMemory
 from keepsight.pvm.module import ParallelMlpBlock, PvmBlock
+from keepsight.pvm.streams import Fork, Updates, may_overlap
 from keepsight.threads import PerThread
 
 BRANCH = "visual_memory"  # name of the branch in its decoder layer; must not contain PEFT's prefix "pvm_"
@@ -31,6 +32,7 @@ class InFlight:
 
     memory: Any = None  # between mixer and mlp of one layer
     residual: torch.Tensor | None = None  # [B, T, D], likewise
+    fork: Fork | None = None  # likewise, where the branch runs beside the mlp
     reached: dict[int, str] | None = None  # layer -> the last hook that fired, while the decoder runs
     call: Any = None  # while the VLM runs: see hooks.py
     encoded: bool = False  # the vision encoder has run, and the VLM not since
@@ -112,26 +114,35 @@ class PvmBranch(nn.Module, MemoryBranch):
     def take_residual(self, norm: nn.Module, args: tuple, kwargs: dict) -> None:
         """Pre-hook of what the mlp's branch begins with: x [B, T, D] waits for its end."""
         flight = flights.here
-        flight.residual = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        if flight.memory is not None:
+        flight.residual = x = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        memory, flight.fork = flight.memory, None
+        if memory is not None:
             flight.note(self.index, NORM)
+            if may_overlap(x, memory.visual_mask is not None):
+                flight.fork = Fork(x, lambda: self._updates(memory, x))
 
     def add_update(self, mlp: nn.Module, args: tuple, output: Any) -> Any:
         """Hook of what the mlp's branch ends with: adds gate * out to its output [B, T, D]."""
         flight = flights.here
-        memory, x = flight.memory, flight.residual
-        flight.memory = flight.residual = None
+        memory, x, fork = flight.memory, flight.residual, flight.fork
+        flight.memory = flight.residual = flight.fork = None
         if memory is None or x is None:  # off; a call in which it is on and this happens ends in an error (hooks.py)
             return output
         flight.note(self.index, MLP)
         y, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        for name, block in self.active_blocks:
-            update = self._look(name, block, memory, x) if block.reads_memory else self._think(block, memory, x)
-            if update is not None:
-                if update.ndim == 3 and y.ndim == 2:  # some mixtures of experts return [B * T, D]
-                    update = update.flatten(0, 1)
-                y = y + update.to(y.dtype)
+        for update in self._updates(memory, x) if fork is None else fork.join():
+            if update.ndim == 3 and y.ndim == 2:  # some mixtures of experts return [B * T, D]
+                update = update.flatten(0, 1)
+            y = y + update.to(y.dtype)
         return y if rest is None else (y, *rest)
+
+    def _updates(self, memory: VisualMemory, x: torch.Tensor) -> Updates:
+        """gate * out [B, T, D] of every block that is on."""
+        updates = (
+            self._look(name, block, memory, x) if block.reads_memory else self._think(block, memory, x)
+            for name, block in self.active_blocks
+        )
+        return [update for update in updates if update is not None]
 
     def _look(self, name: str, block: Any, memory: VisualMemory, x: torch.Tensor) -> torch.Tensor | None:
         """The update [B, T, D] of a memory block; None where there is nothing to look at."""
