@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import keepsight
 from keepsight.lab.digits import CELLS, draw_grids
@@ -112,7 +111,7 @@ def tell(adapter: str, folder: Path, behind: int = 3, words: int = 32, rows: int
                 )
                 for row in part
             ]
-            images = [[Image.open(folder / row["image"])] for row in part]
+            images = [[keepsight.open_image(folder / row["image"])] for row in part]
             inputs = processor(text=texts, images=images, return_tensors="pt", padding=True)
             seeds = list(range(first, first + len(part)))
             at = {} if kind is None else {behind: kind}

@@ -18,6 +18,7 @@ from keepsight.errors import (
 if TYPE_CHECKING:
     from keepsight import diagnose as diagnose
     from keepsight.checkpoints.load import load
+    from keepsight.data.images import open_image
     from keepsight.lab.samples import example_image
     from keepsight.peft_method import memory_off
     from keepsight.pvm import PvmConfig
@@ -37,6 +38,7 @@ __all__ = [
     "example_image",
     "load",
     "memory_off",
+    "open_image",
 ]
 __version__ = "0.2.0"
 
@@ -49,6 +51,7 @@ _DEFINED_IN = {
     "example_image": "keepsight.lab.samples",
     "load": "keepsight.checkpoints.load",
     "memory_off": "keepsight.peft_method",
+    "open_image": "keepsight.data.images",
 }
 
 

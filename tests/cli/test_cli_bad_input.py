@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 import transformers
@@ -28,6 +29,15 @@ def test_bad_images(how: str, lesson: str, trained: Trained, image: Path) -> Non
     result = keepsight_cli("generate", trained[0], "--image", corrupt(image, how), "--prompt", "describe")
     assert lesson in message(result)
     assert "digit.png" in result.stderr
+
+
+def test_a_picture_that_the_processor_refuses_is_named(image: Path, tmp_path: Path) -> None:
+    strip = tmp_path / "strip.png"
+    PIL.Image.new("RGB", (2048, 9)).save(strip)
+    given = ("--image", image, "--image", strip, "--prompt", "describe")
+    result = keepsight_cli("generate", "keepsight/reference", *given)
+    assert "cannot read" in message(result)
+    assert f"{strip} (2048 x 9 pixels)" in message(result)
 
 
 @pytest.mark.parametrize(

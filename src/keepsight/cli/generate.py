@@ -56,7 +56,7 @@ def generate(
     """Ask a model about images. The answer streams to stdout; everything else goes to stderr."""
     from keepsight.data.images import open_image
 
-    images = [open_image(path) for path in image or []]
+    images = [(path, open_image(path)) for path in image or []]
     if not prompt.strip():
         raise KeepsightError("--prompt is empty; ask something.")
     check_device(device)
@@ -114,7 +114,7 @@ def _refuse_typed(model: Any, processor: Any, prompt: str) -> None:
 def _answer(
     model: Any,
     processor: Any,
-    images: list[Any],
+    images: list[tuple[str, Any]],
     prompt: str,
     max_new_tokens: int,
     temperature: float,
@@ -127,9 +127,14 @@ def _answer(
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    # The chat template writes all special tokens; training tokenizes in the same way.
-    inputs = processor(text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt")
-    inputs = inputs.to(model.device)
+    given = [[picture for _, picture in images]] if images else None
+    try:  # the chat template writes all special tokens; training tokenizes in the same way
+        inputs = processor(text=[text], images=given, add_special_tokens=False, return_tensors="pt").to(model.device)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        sizes = ", ".join(f"{path} ({picture.width} x {picture.height} pixels)" for path, picture in images)
+        raise KeepsightError(
+            f"This model's processor ({type(processor).__name__}) cannot read {sizes or 'the prompt'}: {error}"
+        ) from error
     if seed is not None:
         torch.manual_seed(seed)
     stream = _make_streamer(processor.tokenizer)
