@@ -17,7 +17,7 @@ DATA=${1:?questions with answers and images}
 OUT=${2:?a folder for the result}
 accelerate launch --config_file "$(dirname "$0")/../accelerate/ddp.yaml" -m keepsight.cli train vismem-formation Qwen/Qwen2.5-VL-7B-Instruct \
   --data "$DATA" --output-dir "$OUT" \
-  --num-queries 8 --num-short 8 --num-long 16 --form literal \
+  --num-queries 8 --num-short 8 --num-long 16 \
   --batch-size 8 --group-size 16 --epochs 2 --max-new-tokens 512 \
   --lr 5e-5 --scheduler cosine --warmup-ratio 0.2 --clip 0.2 --kl 0.015 --target-kl 0.03 \
   --reward format=0.1 --reward answer=0.9 \
