@@ -110,9 +110,11 @@ def test_a_source_that_is_not_there(source: str, lesson: str, image: Path) -> No
 @pytest.mark.usefixtures("no_loading")
 def test_a_model_of_an_unknown_family(tmp_path: Path, image: Path) -> None:
     transformers.LlamaConfig().save_pretrained(tmp_path / "llama")
-    text = message(keepsight_cli("generate", tmp_path / "llama", "-i", image, "-p", "x"))
-    assert "(model_type 'llama')" in text
-    assert "Supported: Qwen3-VL, " in text
+    save_file({"model.norm.weight": torch.ones(4)}, tmp_path / "llama" / "model.safetensors")
+    for command in (("generate", tmp_path / "llama", "-i", image, "-p", "x"), ("info", tmp_path / "llama")):
+        text = message(keepsight_cli(*command))
+        assert "(model_type 'llama')" in text
+        assert "Supported: Qwen3-VL, " in text
 
 
 def test_a_processor_without_a_chat_template(tiny_vlm: Path, image: Path, tmp_path: Path) -> None:

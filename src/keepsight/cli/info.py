@@ -27,7 +27,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """What is in an adapter, or what memory a model would get. Reads no base weights."""
-    from keepsight.checkpoints.bases import check_weights
+    from keepsight.checkpoints.bases import base_config, check_weights
     from keepsight.checkpoints.sources import as_adapter, check_recorded
 
     quiet()
@@ -35,6 +35,7 @@ def info(
     if adapter is not None:
         facts = adapter_facts(adapter) | {"fits_base": check_recorded(adapter) or None}
     else:
+        base_config(source)  # first of all, that it is a VLM
         if any(Path(source).expanduser().glob("*.safetensors*")):  # a configuration by itself is enough
             check_weights(source)
         facts = model_facts(source)
