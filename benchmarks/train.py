@@ -142,7 +142,6 @@ def main(argv: list[str] | None = None) -> Path | None:
         "text_tokens",
         "batch",
         "checkpointing",
-        "form",
         "dtype",
         "repeats",
         "warmup",

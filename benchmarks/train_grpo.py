@@ -222,7 +222,7 @@ def measure(
     written = {}
     for name, trainer in own.items():
         steps[name]()
-        written[name] = trainer.progress.tokens_generated / rows
+        written[name] = trainer.state.tokens_generated / rows
     lengths = {"trl": words, "trl-equal": round(written["vismem-replay"])}
     stock = {name: trl_trainer(again(), processor, samples, args, length) for name, length in lengths.items()}
     steps = {name: trl_step(trainer, samples, args.group) for name, trainer in stock.items()} | steps

@@ -34,6 +34,13 @@ def test_supervised_steps_train_as_many_parameters(tmp_path: Path) -> None:
     assert report["clock"] == "process time"
 
 
+def test_steps_of_reinforcement_write_equally_many_positions(tmp_path: Path) -> None:
+    report = json.loads(train.main(["grpo", "--quick", "--device", "cpu", "--out", str(tmp_path)]).read_text())
+    assert report["samples_seconds"].keys() == {"trl", "trl-equal", "vismem-replay", "vismem-score"}
+    written = report["settings"]["positions_written_per_trajectory"]
+    assert written["trl-equal"] == round(written["vismem-replay"]) > written["trl"]
+
+
 def test_peak_memory_counts_what_lives_at_once() -> None:
     megabyte = 2**18  # float32 entries
     with stepping.peak_bytes(torch.device("cpu")) as read:
