@@ -1,13 +1,16 @@
 """A forward with labels, a compiled one, a trainer's: the base's own loss over all tokens, or refused by name."""
 
+import warnings
+
 import pytest
 import torch
 from families import Row, make_inputs
+from helpers import with_continuation
 from peft import LoraConfig, get_peft_model
 from vismem_helpers import BY_NAME, attach, built, forced, generate
 
 import keepsight
-from keepsight.vismem import VisMemBranch, VisMemConfig
+from keepsight.vismem import VisMemBranch, VisMemConfig, splice
 
 LORA = {"target_modules": r".*language_model.*\.(q_proj|v_proj)", "init_lora_weights": False}
 
@@ -168,3 +171,31 @@ def test_stock_trainers_are_refused_by_name(tmp_path):
     for trainer in trainers:
         with pytest.raises(keepsight.KeepsightError, match="keepsight train vismem-formation"):
             trainer.train()
+
+
+def test_a_trainer_that_forms_no_memory_is_told_so(tmp_path):
+    """transformers' own Trainer goes through the head, and teaches the special tokens' rows alone."""
+    from transformers import Trainer, TrainingArguments
+
+    model, inputs = built("qwen3_vl", [Row((2, 2), 4, seed=1)])
+    options = {"output_dir": str(tmp_path), "max_steps": 1, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    batch = inputs | {"labels": inputs["input_ids"]}
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    trainer = Trainer(model, TrainingArguments(**options), train_dataset=[0], data_collator=lambda rows: batch)
+    with pytest.warns(keepsight.KeepsightWarning, match="keepsight train vismem-formation"):
+        trainer.train()
+    changed = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
+    assert changed
+    assert all(".rows." in name for name in changed)
+    # Nothing is said where nothing is trained, where latents are given, or where only something else learns.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", keepsight.KeepsightWarning)
+        with torch.no_grad():
+            model(**inputs)
+        out = generate(model, inputs, memory=forced([{1: "long"}]))
+        longer = with_continuation(inputs, out.sequences[:, inputs["input_ids"].shape[1] :])
+        with splice(model, out.sequences, out.invocations):
+            model(**longer, labels=out.sequences).loss.backward()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".rows." in name)
+        model(**inputs)

@@ -1,6 +1,6 @@
 """The route by which latents and special tokens reach an unforked model, and what is recorded on the way.
 
-    model          pre-hook   refuses calls whose loss goes past the head
+    model          pre-hook   refuses calls whose loss goes past the head, and warns of training without a memory
                    hook       sees to it that embedding and head were called, and so the special tokens seen
     embedding      pre-hook   ids that the base has no row for are hidden from it
                    hook       the special tokens' rows and the waiting latents are written over its output
@@ -18,6 +18,7 @@ arguments, from which the token mixer's hook restores it.
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from keepsight.backbone import Backbone
-from keepsight.errors import KeepsightError
+from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.peft_method import refuse_adapter_names
 from keepsight.vismem import scope
 from keepsight.vismem.config import PROJECTIONS
@@ -38,6 +39,13 @@ _PAST_THE_HEAD = (
     "by lm_head.weight themselves), where a latent memory's special tokens have no logits. Train a memory with "
     "`keepsight train vismem-formation` and `keepsight train vismem-invocation`; to train something else with it off, "
     "use `with model.disable_adapter():` or `model.base_model.disable_adapter_layers()`."
+)
+
+_NO_MEMORY = (
+    "This forward trains a latent memory and holds none: query builder and formers get no gradient, and of the memory "
+    "only the special tokens' rows can learn. Train it with `keepsight train vismem-formation` and `keepsight train "
+    "vismem-invocation`, or give latents that were formed with gradients (`keepsight.vismem.splice`); to train "
+    "something else with it off, use `with model.disable_adapter():` or `model.base_model.disable_adapter_layers()`."
 )
 
 
@@ -119,7 +127,13 @@ class VisMemRoute:
             )
         if kwargs.get("fused_lm_head"):  # TRL's
             raise KeepsightError(_PAST_THE_HEAD)
+        if model.training and torch.is_grad_enabled() and call.splice is None and self._learns_to_form():
+            warnings.warn(_NO_MEMORY, KeepsightWarning, stacklevel=2)
         call.embedded = call.scored = False
+
+    def _learns_to_form(self) -> bool:
+        # A graph cannot warn. Every memory is formed from the query builder's output.
+        return not torch.compiler.is_compiling() and self.branch.active.builder.queries.requires_grad
 
     def _end(self, model: Any, args: tuple, kwargs: dict, output: Any) -> None:
         if self.branch.active is None:
