@@ -88,6 +88,29 @@ def check_tensors(stored: Mapping[str, torch.Tensor], expected: Mapping[str, tor
             )
 
 
+def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
+    """Refuse a stored tensor that holds NaN or infinite values.
+
+    Args:
+        name: in the file.
+        tensor: as stored; one on the meta device, whose values were looked at before, passes.
+        where: what holds it, for the error.
+
+    Raises:
+        BrokenAdapterError: naming the tensor.
+    """
+    if tensor.is_meta:
+        return
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+        tensor = tensor.float()  # torch does not ask 8-bit numbers
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise BrokenAdapterError(
+            f"{where}: {bad} of {tensor.numel()} values of {name} are NaN or infinite. The training run that wrote it "
+            "diverged; use an earlier checkpoint or train with a lower learning rate."
+        )
+
+
 def check_stored(
     state_dict: Mapping[str, torch.Tensor],
     own: Mapping[str, torch.Tensor],
@@ -103,7 +126,7 @@ def check_stored(
         adapter_name: for errors.
 
     Raises:
-        BrokenAdapterError: as `check_tensors`.
+        BrokenAdapterError: as `check_tensors`, and as `check_finite`.
         AdapterMismatchError: for an embedding of another size than the base's.
     """
     stored = dict(state_dict)
@@ -118,7 +141,10 @@ def check_stored(
                 f"{len(tensor)}. Give the base as many before the adapter is loaded: "
                 f"model.resize_token_embeddings({len(stored[name])}). (keepsight.load does.)"
             )
-    check_tensors(stored, {**own, **embeddings}, f"The file of the adapter {adapter_name!r}")
+    where = f"The file of the adapter {adapter_name!r}"
+    check_tensors(stored, {**own, **embeddings}, where)
+    for name, tensor in stored.items():
+        check_finite(name, tensor, where)
 
 
 def check_placed(extra: Sequence[str], own: Mapping[str, torch.Tensor], fresh: set[str], adapter_name: str) -> None:

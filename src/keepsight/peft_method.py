@@ -19,6 +19,7 @@ from torch import nn
 
 from keepsight import card, compat, loading
 from keepsight.errors import AdapterMismatchError, KeepsightError, MergeError
+from keepsight.settings import check_kinds
 from keepsight.tested import warn_of_untested
 from keepsight.threads import PerThread
 
@@ -36,7 +37,7 @@ def add_peft_type(name: str) -> None:
 
 
 def refuse_unknown_keys(cls: type) -> type:
-    """Class decorator: make `cls(**kwargs)` raise ValueError for unknown names.
+    """Class decorator: make `cls(**kwargs)` raise ValueError for unknown names, and for values of another kind.
 
     What `cls.retired` names, setting -> (value, lesson), may be given with that value only, and is dropped.
 
@@ -58,6 +59,7 @@ def refuse_unknown_keys(cls: type) -> type:
                 near = difflib.get_close_matches(name, names, 1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"{cls.__name__} has no setting {name!r}.{hint} Known: {', '.join(sorted(names))}.")
+        check_kinds(cls, kwargs)
         init(self, *args, **kwargs)
 
     setattr(cls, "__init__", checked)  # noqa: B010 - mypy refuses the plain assignment

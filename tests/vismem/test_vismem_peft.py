@@ -166,7 +166,10 @@ def test_another_base_and_other_names_are_refused(tmp_path):
     [
         ({"num_querys": 8}, "Did you mean 'num_queries'"),
         ({"num_long": 0}, "positive whole number"),
-        ({"num_short": 2.5}, "positive whole number"),
+        ({"num_short": 2.5}, "num_short=2.5: expected a whole number"),
+        ({"untied_rows": "no"}, "untied_rows=.no.: expected true or false"),
+        ({"short_alpha": float("inf")}, "short_alpha=inf: expected a finite number"),
+        ({"token_ids": ["1", "2", "3", "4"]}, "expected a list of whole numbers or None"),
         ({"max_text_states": -1}, "positive whole number"),
         ({"short_targets": ["mlp"]}, "q_proj, k_proj, v_proj, o_proj"),
         ({"long_targets": []}, "expected some of"),

@@ -21,7 +21,7 @@ from keepsight.backbone import Backbone, family_of
 from keepsight.checkpoints.bases import meta_model
 from keepsight.checkpoints.shards import not_whole
 from keepsight.errors import BrokenAdapterError
-from keepsight.loading import STORED_PREFIX, check_tensors, is_embedding
+from keepsight.loading import STORED_PREFIX, check_finite, check_tensors, is_embedding
 from keepsight.peft_method import config_from_adapter
 from keepsight.pvm import PvmConfig
 from keepsight.shipped import resolve_adapter
@@ -102,7 +102,7 @@ def inspect_adapter(path: str | Path) -> AdapterInfo:
     if not isinstance(config, dict) or "peft_type" not in config:
         raise BrokenAdapterError(f"{path / CONFIG} names no peft_type, so it does not describe a PEFT adapter.")
     method = config["peft_type"]
-    if method not in PeftType.__members__:
+    if not isinstance(method, str) or method not in PeftType.__members__:
         raise BrokenAdapterError(
             f"{path / CONFIG}: peft_type {method!r} is no method of the PEFT that is installed, nor of keepsight (PVM, "
             "VISMEM). Correct the name, or install the PEFT release that wrote the adapter."
@@ -154,24 +154,13 @@ def _read_weights(file: Path) -> tuple[dict[str, torch.Tensor], dict[int, float]
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 tensor = tensors.get_tensor(name)
                 stored[name] = torch.empty_like(tensor, device="meta")
-                bad = _count_not_finite(tensor)
-                if bad:
-                    raise BrokenAdapterError(
-                        f"{file}: {bad} of {tensor.numel()} values of {name} are NaN or infinite. The training run "
-                        "that wrote it diverged; use an earlier checkpoint or train with a lower learning rate."
-                    )
+                check_finite(name, tensor, str(file))
                 layer = name.partition(".layers.")[2].partition(".")[0]
                 if name.endswith("pvm_blocks.gate") and layer.isdecimal() and tensor.numel() == 1:
                     gates[int(layer)] = tensor.float().item()
     except SafetensorError as error:
         raise BrokenAdapterError(not_whole(file, error)) from error
     return stored, dict(sorted(gates.items()))
-
-
-def _count_not_finite(tensor: torch.Tensor) -> int:
-    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
-        tensor = tensor.float()  # torch does not ask 8-bit numbers
-    return int((~torch.isfinite(tensor)).sum())
 
 
 def _check_memory(info: AdapterInfo) -> None:

@@ -76,14 +76,12 @@ class PvmConfig(MemoryConfig):
         if self.layers is not None:
             if not self.layers:
                 raise ValueError("layers=[] gives no layer a memory; leave layers out for the default, or name some.")
-            if any(isinstance(i, bool) or not isinstance(i, int) for i in self.layers):
-                raise ValueError(f"layers={self.layers!r}: expected a list of layer indices such as [8, 16, 24].")
             if len(set(self.layers)) != len(self.layers):
                 raise ValueError(f"layers={self.layers} names a layer twice; each layer can carry one block.")
             self.layers = sorted(self.layers)
         for name in ("width", "ffn_width", "head_dim", "num_kv_heads"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r}: expected a positive whole number.")
 
     @property

@@ -127,12 +127,8 @@ class VisMemConfig(MemoryConfig):
         for name in ("query_width", "max_text_states"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
-        if isinstance(self.max_invocations, bool) or not isinstance(self.max_invocations, int):
-            raise ValueError(f"max_invocations={self.max_invocations!r}: expected a whole number.")
         if self.max_invocations < 1:
             raise ValueError(f"max_invocations={self.max_invocations}: to invoke nothing, write policy='off'.")
-        if self.min_words is not None and (isinstance(self.min_words, bool) or not isinstance(self.min_words, int)):
-            raise ValueError(f"min_words={self.min_words!r}: expected a whole number, or None.")
         if self.min_words is not None and self.min_words < 0:
             raise ValueError(f"min_words={self.min_words}: expected words between two memories, from 0.")
         for name in ("short_alpha", "long_alpha"):
@@ -222,7 +218,7 @@ class VisMemConfig(MemoryConfig):
 
 
 def _positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if value < 1:
         raise ValueError(f"{name}={value!r}: expected a positive whole number.")
 
 
