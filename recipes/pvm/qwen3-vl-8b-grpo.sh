@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# PVM, stage 2, as the paper ran it: GRPO on the language model and the memory of Qwen3-VL-8B, 8 GPUs.
+# PVM, stage 2, with the settings that the paper gives: GRPO on the language model and the memory of Qwen3-VL-8B, 8 GPUs.
 # Base: Qwen/Qwen3-VL-8B-Instruct
 # Source: arXiv 2605.00814, section 5 (training details).
 #

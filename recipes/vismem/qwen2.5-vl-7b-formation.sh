@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# VisMem, stage I (formation), on 8 GPUs, as the paper ran it.
+# VisMem, stage I (formation), on 8 GPUs, with the settings that the paper gives.
 # Base: Qwen/Qwen2.5-VL-7B-Instruct
 # Source: arXiv 2511.11007, the section on training and its table of hyper-parameters.
 #

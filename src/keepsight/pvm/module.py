@@ -110,8 +110,9 @@ class SwiGLU(nn.Module):
 def _init_linear(block: nn.Module) -> None:
     """Draw every matrix with standard deviation fan_in ** -0.5.
 
-    That is about the usual 0.02 at the width of a 4B model and keeps the branch's scale at any other width. Never
-    zero, W_up least of all: with gate = 0 and W_up = 0 no parameter would ever get a gradient.
+    It keeps the branch's scale at any width. At a width of 2560 it is the usual 0.02 for the maps down to the latent
+    width, and 0.044 for most of those within and out of it (docs/pvm.md). Never zero, W_up least of all: with gate = 0
+    and W_up = 0 no parameter would ever get a gradient.
     """
     for module in block.modules():
         if isinstance(module, nn.Linear):
