@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -318,6 +319,20 @@ def test_a_resized_embedding(method: str, tied: bool, tmp_path: Path) -> None:
     with pytest.warns(keepsight.KeepsightWarning, match="was trained on"):
         again, _ = keepsight.load(tmp_path / "memory", base=tmp_path / "resized")
     assert torch.equal(logits(again, {"input_ids": ids}), before)
+
+
+def test_a_base_whose_tokenizer_knows_more_words(tmp_path: Path) -> None:
+    model, processor = keepsight.load("keepsight/reference")
+    processor.tokenizer.add_tokens(["<a>", "<b>"])
+    for target in (model, processor):
+        target.save_pretrained(tmp_path)
+    with pytest.warns(keepsight.KeepsightWarning, match=r"has embeddings for 78: .*'<a>' \(number 78\).*resize"):
+        keepsight.load(tmp_path)
+    model.resize_token_embeddings(80)
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", keepsight.KeepsightWarning)
+        keepsight.load(tmp_path)
 
 
 def test_tokens_of_a_vismem_are_its_own(tmp_path: Path) -> None:

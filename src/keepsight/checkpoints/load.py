@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from keepsight.checkpoints.adapters import MEMORIES, AdapterInfo, has_processor
 from keepsight.checkpoints.attention import check_attention
 from keepsight.checkpoints.bases import read_base
 from keepsight.checkpoints.sources import check_sources
-from keepsight.errors import AdapterMismatchError, KeepsightError
+from keepsight.errors import AdapterMismatchError, KeepsightError, KeepsightWarning
 from keepsight.shipped import resolve_base
 from keepsight.tested import warn_of_untested
 from keepsight.vismem import add_memory_tokens
@@ -164,10 +165,26 @@ def _complete(
         raise AdapterMismatchError(f"The adapters bring embeddings of different sizes: {sorted(rows)} rows.")
     for count in rows - {model.get_input_embeddings().num_embeddings}:
         model.resize_token_embeddings(count, mean_resizing=False)  # the adapter fills it
+    if not any(has_processor(info.path) for info in adapters):
+        _warn_of_words_beyond(processor, model, base_name)
     model = attach(model, adapters, trainable=trainable)
     if any(info.method == "VISMEM" for info in adapters):
         add_memory_tokens(processor, model)
     return model.eval(), processor
+
+
+def _warn_of_words_beyond(processor: Any, model: Any, base_name: str) -> None:
+    """A base may be published with words that it never learned; a prompt that holds one ends in an IndexError."""
+    words, rows = processor.tokenizer.get_vocab(), model.get_input_embeddings().num_embeddings
+    beyond = sorted((index, word) for word, index in words.items() if index >= rows)
+    if beyond:
+        warnings.warn(
+            f"The tokenizer of {base_name} knows {len(words)} tokens, its model has embeddings for {rows}: a prompt "
+            f"with {beyond[0][1]!r} (number {beyond[0][0]}) cannot be read. Where tokens were added, resize the "
+            "embedding before the model is saved: model.resize_token_embeddings(len(tokenizer)).",
+            KeepsightWarning,
+            stacklevel=4,
+        )
 
 
 def attach(model: Any, adapters: list[AdapterInfo], trainable: bool = False) -> Any:
