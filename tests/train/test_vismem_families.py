@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from families import Row, make_inputs
-from vismem_training import RANDOM, ROWS, seeds
+from vismem_training import RANDOM, ROWS, rolled, seeds
 
 sys.path.append(str(Path(__file__).parents[1] / "vismem"))
 from vismem_helpers import BY_NAME, EVERY, attach
 
 from keepsight.backbone import Backbone
-from keepsight.train.vismem.replay import Prefixes, chosen_mask, pad_right
+from keepsight.train.vismem.replay import Prefixes
 from keepsight.train.vismem.rollout import Trajectory, sample
 from keepsight.train.vismem.settings import FormationSettings, InvocationSettings
 from keepsight.train.vismem.stages import FormationStage, InvocationStage, Stage
@@ -29,13 +29,6 @@ from keepsight.vismem import MemoryPolicy
 
 CLOSE = {"rtol": 0.0, "atol": 3e-5}
 STEP: dict[str, Any] = {"max_steps": 1, "batch_size": 3, "group_size": 2, "device": "cpu"}
-
-
-def written(model: Any, prompts: Any, policy: MemoryPolicy) -> tuple[list[Trajectory], torch.Tensor]:
-    """(trajectories, the log-probabilities with which they were drawn [n, T])."""
-    found = sample(model, prompts, seeds(2 * len(prompts)), policy, copies=2, max_words=12, with_log_probs=True)
-    drawn = pad_right([t.log_probs for t in found if t.log_probs is not None])
-    return found, torch.where(chosen_mask(found), drawn, 0)
 
 
 def has_gradient(parameter: torch.nn.Parameter) -> bool:
@@ -62,7 +55,7 @@ def test_a_step_of_every_stage(name: str) -> None:
             torch.testing.assert_close(seen.detach(), drawn, **CLOSE)
 
     formation = FormationStage(model, FormationSettings(**STEP))
-    found, drawn = written(model, prompts, RANDOM)
+    found, drawn = rolled(model, prompts, RANDOM, copies=2)
     assert {i.kind for t in found for i in t.invocations} == {"short", "long"}
     passes(formation, found, drawn)
     without = [path for path, p in formation.trained().items() if not has_gradient(p)]
@@ -70,7 +63,7 @@ def test_a_step_of_every_stage(name: str) -> None:
     assert torch.isfinite(formation.reference(prompts, found)).all()
 
     invocation = InvocationStage(model, InvocationSettings(**STEP, start_bias=3.0))
-    found, drawn = written(model, prompts, MemoryPolicy("free", max_invocations=2))
+    found, drawn = rolled(model, prompts, MemoryPolicy("free", max_invocations=2), copies=2)
     assert any(t.invoked for t in found)
     passes(invocation, found, drawn)
     assert any(has_gradient(p) for p in invocation.trained().values())
@@ -88,8 +81,8 @@ def test_pictures_of_other_sizes_share_a_batch(name: str) -> None:
         prompts.append(inputs | {"pixel_values": inputs["pixel_values"][..., :height, :width]})
     assert prompts[0]["pixel_values"].shape[-2:] != prompts[1]["pixel_values"].shape[-2:]
     model = attach(model, delimiter_ids=[7, 8, 9])
-    together, _ = written(model, prompts, RANDOM)
-    alone = sample(model, prompts[1:], seeds(4)[2:], RANDOM, copies=2, max_words=12)
+    together, _ = rolled(model, prompts, RANDOM, copies=2)
+    alone = sample(model, prompts[1:], seeds(4)[2:], RANDOM, copies=2, max_words=14)
     assert all(torch.equal(a.ids, b.ids) for a, b in zip(together[2:], alone, strict=True))
 
 
