@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from families import FIRST_WORD, IMAGE, LAST_WORD, Row, TinyFamily, make_inputs
 from peft import get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
 
 import keepsight
 
@@ -109,3 +110,11 @@ def counted(module_class: Any, name: str) -> Iterator[list[int]]:
         yield calls
     finally:
         setattr(module_class, name, original)
+
+
+def torch_counts_attention() -> bool:
+    """Whether this torch's counter of operations sees attention on a CPU."""
+    heads = torch.zeros(1, 1, 8, 8)
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+    return counter.get_total_flops() > 0

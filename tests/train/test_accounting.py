@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import BY_NAME, Row, make_inputs
+from helpers import torch_counts_attention
 from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,10 +34,7 @@ def test_operations_are_about_those_that_torch_counts(name: str) -> None:
     model: Any = get_peft_model(family.build(), keepsight.PvmConfig(layers=[1, 3], width=32))
     inputs = make_inputs(family, model, ROWS)
     rows, length = inputs["input_ids"].shape
-    attended = torch.zeros(1, 1, 8, 8)
-    with FlopCounterMode(display=False) as counter:
-        torch.nn.functional.scaled_dot_product_attention(attended, attended, attended)
-    if not counter.get_total_flops():
+    if not torch_counts_attention():
         pytest.skip("this torch does not count attention on CPUs")
     for trained in ("memory", "all"):
         if trained == "all":
