@@ -224,6 +224,7 @@ class TinyFamily:
         token_types: ids [B, T] -> further text arguments.
         packed: whether the pixels of all images lie in one sequence, without a repetition of the family's own.
         several: whether transformers repeats rows that have several images as they are, for beams and samples.
+        since: the release of transformers from which on the family can carry a memory.
         count: (model, pixel arguments) -> visual tokens of each image; default: as the model makes them.
     """
 
@@ -240,6 +241,7 @@ class TinyFamily:
     token_types: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None
     count: Callable[..., list[int]] | None = None
     processor_kwargs: dict[str, Any] = field(default_factory=dict)
+    since: str = "5.17"
 
     def skip_wrong_copies(self) -> None:
         """Skip what writes several continuations of a prompt where transformers itself gives them wrong pixels."""

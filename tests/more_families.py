@@ -13,56 +13,20 @@ from families import (
     START,
     VIDEO,
     VOCAB,
-    TinyFamily,
     _qwen_images,
     _text,
     qwen2_5_vl,
     qwen3_5,
     qwen3_vl_moe,
 )
-
-_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_MROPE = _PLAIN_ROPE | {"mrope_section": [2, 3, 3]}
-
-
-def _vit(model_type: str, **more: Any) -> dict[str, Any]:
-    return {
-        "model_type": model_type,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 16,
-        "patch_size": 4,
-    } | more
+from newest_families import ROWS as NEWEST
+from packaging.version import Version
+from tiny_parts import GLM_TOKENS, MROPE, four_each, modality_types, padded, row, sized, tiles, vit
 
 
 def _omni_images(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
     """As Qwen's; these models want no types of tokens."""
     return _qwen_images(config, sizes, draw)
-
-
-def _squares(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
-    """Square pictures, whatever sizes are asked for."""
-    return {"pixel_values": torch.cat([draw(1, 3, 16, 16) for _ in sizes])}
-
-
-def _sized(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
-    """Pictures of their own sizes, in the corner of a canvas."""
-    return _squares(config, sizes, draw) | {"image_sizes": torch.tensor([(8 * h, 8 * w) for h, w in sizes])}
-
-
-def _padded(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
-    """The same, and a mask that says where they are."""
-    given = _squares(config, sizes, draw)
-    given["pixel_attention_mask"] = torch.zeros(len(sizes), 16, 16, dtype=torch.long)
-    for mask, (h, w) in zip(given["pixel_attention_mask"], sizes, strict=True):
-        mask[: 8 * h, : 8 * w] = 1
-    return given
-
-
-def _modality_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
 
 
 def _image_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -74,14 +38,10 @@ def _prefix_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"token_type_ids": torch.zeros_like(ids)}
 
 
-def _four_each(model: Any, arguments: dict[str, Any]) -> list[int]:
-    return [4] * len(arguments["pixel_values"])
-
-
 def qwen2_vl() -> Any:
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
     return transformers.Qwen2VLConfig(
-        text_config=_text(rope_parameters=_MROPE),
+        text_config=_text(rope_parameters=MROPE),
         vision_config=vision | {"temporal_patch_size": 2, "mlp_ratio": 2},
         **_TOKENS,
     )
@@ -100,7 +60,7 @@ _AUDIO = {
 
 def qwen2_5_omni() -> Any:
     vision = {k: v for k, v in qwen2_5_vl().vision_config.to_dict().items() if k != "model_type"}
-    text = _text(rope_parameters=_MROPE)
+    text = _text(rope_parameters=MROPE)
     return transformers.Qwen2_5OmniThinkerConfig(
         text_config=text,
         vision_config=vision,
@@ -118,7 +78,7 @@ def qwen3_omni() -> Any:
     vision = {k: v for k, v in moe.vision_config.to_dict().items() if k != "model_type"}
     text = _text(
         head_dim=16,
-        rope_parameters=_MROPE | {"mrope_interleaved": True},
+        rope_parameters=MROPE | {"mrope_interleaved": True},
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=32,
@@ -144,7 +104,7 @@ def gemma3() -> Any:
             sliding_window=8,
             layer_types=["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
         ),
-        vision_config=_vit("siglip_vision_model", vision_use_head=False),
+        vision_config=vit("siglip_vision_model", vision_use_head=False),
         mm_tokens_per_image=4,
         image_token_index=IMAGE,
         boi_token_index=START,
@@ -196,7 +156,7 @@ def _gemma4_images(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
 def paligemma() -> Any:
     return transformers.PaliGemmaConfig(
         text_config=_text(model_type="gemma", head_dim=16),
-        vision_config=_vit("siglip_vision_model", vision_use_head=False, projection_dim=64),
+        vision_config=vit("siglip_vision_model", vision_use_head=False, projection_dim=64),
         projection_dim=64,
         hidden_size=64,
         image_token_index=IMAGE,
@@ -207,7 +167,7 @@ def paligemma() -> Any:
 def pixtral() -> Any:
     return transformers.LlavaConfig(
         text_config=_text(model_type="mistral", head_dim=16),
-        vision_config=_vit("pixtral", head_dim=16),
+        vision_config=vit("pixtral", head_dim=16),
         image_token_index=IMAGE,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
@@ -217,7 +177,7 @@ def pixtral() -> Any:
 def llava() -> Any:
     return transformers.LlavaConfig(
         text_config=_text(model_type="llama"),
-        vision_config=_vit("clip_vision_model", num_hidden_layers=3, patch_size=8),
+        vision_config=vit("clip_vision_model", num_hidden_layers=3, patch_size=8),
         image_token_index=IMAGE,
     )
 
@@ -225,24 +185,16 @@ def llava() -> Any:
 def llava_next() -> Any:
     return transformers.LlavaNextConfig(
         text_config=_text(model_type="mistral", sliding_window=64),
-        vision_config=_vit("clip_vision_model", num_hidden_layers=3, patch_size=8),
+        vision_config=vit("clip_vision_model", num_hidden_layers=3, patch_size=8),
         image_token_index=IMAGE,
         image_grid_pinpoints=[[16, 16], [16, 32]],
     )
 
 
-def _tiles(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
-    """Two tiles of a low picture, three of a high one."""
-    return {
-        "pixel_values": torch.stack([draw(3, 3, 16, 16) for _ in sizes]),
-        "image_sizes": torch.tensor([(16, 16 * h) for h, _ in sizes]),
-    }
-
-
 def mistral3() -> Any:
     return transformers.Mistral3Config(
         text_config=_text(model_type="mistral", head_dim=16),
-        vision_config=_vit("pixtral", head_dim=16),
+        vision_config=vit("pixtral", head_dim=16),
         image_token_index=IMAGE,
         spatial_merge_size=2,
         vision_feature_layer=-1,
@@ -254,7 +206,7 @@ def aya_vision() -> Any:
         text_config=_text(
             model_type="cohere2", sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2
         ),
-        vision_config=_vit("siglip_vision_model", vision_use_head=False),
+        vision_config=vit("siglip_vision_model", vision_use_head=False),
         image_token_index=IMAGE,
     )
 
@@ -262,7 +214,7 @@ def aya_vision() -> Any:
 def idefics3() -> Any:
     return transformers.Idefics3Config(
         text_config=_text(model_type="llama"),
-        vision_config=_vit("idefics3_vision"),
+        vision_config=vit("idefics3_vision"),
         image_token_id=IMAGE,
         scale_factor=2,
         pad_token_id=PAD,
@@ -272,7 +224,7 @@ def idefics3() -> Any:
 def smolvlm() -> Any:
     return transformers.SmolVLMConfig(
         text_config=_text(model_type="llama"),
-        vision_config=_vit("smolvlm_vision"),
+        vision_config=vit("smolvlm_vision"),
         image_token_id=IMAGE,
         scale_factor=2,
         pad_token_id=PAD,
@@ -293,34 +245,24 @@ def _glm_vision() -> dict[str, Any]:
     }
 
 
-_GLM_TOKENS = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
-    "image_start_token_id": START,
-    "image_end_token_id": 123,
-    "video_start_token_id": 118,
-    "video_end_token_id": 117,
-}
-
-
 def glm4v() -> Any:
     return transformers.Glm4vConfig(
-        text_config=_text(rope_parameters=_MROPE | {"partial_rotary_factor": 1.0}),
+        text_config=_text(rope_parameters=MROPE | {"partial_rotary_factor": 1.0}),
         vision_config=_glm_vision(),
-        **_GLM_TOKENS,
+        **GLM_TOKENS,
     )
 
 
 def glm46v() -> Any:
     return transformers.Glm46VConfig(
-        text_config=glm4v().text_config.to_dict(), vision_config=glm4v().vision_config.to_dict(), **_GLM_TOKENS
+        text_config=glm4v().text_config.to_dict(), vision_config=glm4v().vision_config.to_dict(), **GLM_TOKENS
     )
 
 
 def glm4v_moe() -> Any:
     text = _text(
         head_dim=16,
-        rope_parameters=_MROPE | {"partial_rotary_factor": 1.0},
+        rope_parameters=MROPE | {"partial_rotary_factor": 1.0},
         n_routed_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=32,
@@ -329,11 +271,11 @@ def glm4v_moe() -> Any:
         n_group=1,
         topk_group=1,
     )
-    return transformers.Glm4vMoeConfig(text_config=text, vision_config=_glm_vision(), **_GLM_TOKENS)
+    return transformers.Glm4vMoeConfig(text_config=text, vision_config=_glm_vision(), **GLM_TOKENS)
 
 
 def ovis2() -> Any:
-    vision = _vit("ovis2_vision", vocab_size=32, num_visual_indicator_tokens=5)
+    vision = vit("ovis2_vision", vocab_size=32, num_visual_indicator_tokens=5)
     return transformers.Ovis2Config(
         text_config=_text(model_type="qwen2"),
         vision_config={k: v for k, v in vision.items() if k != "model_type"},
@@ -382,7 +324,7 @@ def _kimi_images(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
 def deepseek_vl() -> Any:
     return transformers.DeepseekVLConfig(
         text_config=_text(model_type="llama"),
-        vision_config=_vit("siglip_vision_model", vision_use_head=False),
+        vision_config=vit("siglip_vision_model", vision_use_head=False),
         image_token_id=IMAGE,
     )
 
@@ -391,7 +333,7 @@ def minicpmv() -> Any:
     text = qwen3_5().text_config.to_dict()
     return transformers.MiniCPMV4_6Config(
         text_config=text,
-        vision_config={k: v for k, v in _vit("").items() if k != "model_type"} | {"image_size": 32},
+        vision_config={k: v for k, v in vit("").items() if k != "model_type"} | {"image_size": 32},
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         insert_layer_id=0,
@@ -405,32 +347,33 @@ def _minicpm_images(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
     }
 
 
-def _row(name: str, config: Any, model_class: str, images: Any = _squares, **more: Any) -> TinyFamily:
-    return TinyFamily(name, config, f"{model_class}ForConditionalGeneration", images, **({"marks": False} | more))
-
-
 ROWS = [
-    _row("qwen2_vl", qwen2_vl, "Qwen2VL", _qwen_images, marks=True),
-    _row("qwen2_5_omni_thinker", qwen2_5_omni, "Qwen2_5OmniThinker", _omni_images, marks=True, packed=True),
-    _row("qwen3_omni_moe_thinker", qwen3_omni, "Qwen3OmniMoeThinker", _omni_images, marks=True, packed=True),
-    _row("gemma3", gemma3, "Gemma3", token_types=_image_types, marks=True, several=False),
-    _row("gemma4", gemma4, "Gemma4", _gemma4_images, token_types=_modality_types, marks=True, several=False),
-    _row("paligemma", paligemma, "PaliGemma", token_types=_prefix_types),
-    _row("llava", llava, "Llava"),
-    _row("pixtral", pixtral, "Llava", _sized),
-    _row("llava_next", llava_next, "LlavaNext", _tiles),
-    _row("mistral3", mistral3, "Mistral3", _sized),
-    _row("aya_vision", aya_vision, "AyaVision"),
-    _row("idefics3", idefics3, "Idefics3", _padded, by_row=True, count=_four_each),
-    _row("smolvlm", smolvlm, "SmolVLM", _padded, by_row=True, count=_four_each),
-    _row("glm4v", glm4v, "Glm4v", _qwen_images, marks=True, several=False),
-    _row("glm4v_moe", glm4v_moe, "Glm4vMoe", _qwen_images, marks=True, several=False),
-    _row("glm46v", glm46v, "Glm46V", _qwen_images, marks=True, several=False),
-    _row("ovis2", ovis2, "Ovis2"),
-    _row("kimi_k25", kimi, "Kimi_K25", _kimi_images, marks=True, packed=True),
-    _row("minicpmv4_6", minicpmv, "MiniCPMV4_6", _minicpm_images, hybrid=True, pixel_dim=-1, packed=True),
-    _row("deepseek_vl", deepseek_vl, "DeepseekVL", count=lambda model, given: [16] * len(given["pixel_values"])),
+    row("qwen2_vl", qwen2_vl, "Qwen2VL", _qwen_images, marks=True),
+    row("qwen2_5_omni_thinker", qwen2_5_omni, "Qwen2_5OmniThinker", _omni_images, marks=True, packed=True),
+    row("qwen3_omni_moe_thinker", qwen3_omni, "Qwen3OmniMoeThinker", _omni_images, marks=True, packed=True),
+    row("gemma3", gemma3, "Gemma3", token_types=_image_types, marks=True, several=False),
+    row("gemma4", gemma4, "Gemma4", _gemma4_images, token_types=modality_types, marks=True, several=False),
+    row("paligemma", paligemma, "PaliGemma", token_types=_prefix_types),
+    row("llava", llava, "Llava"),
+    row("pixtral", pixtral, "Llava", sized),
+    row("llava_next", llava_next, "LlavaNext", tiles),
+    row("mistral3", mistral3, "Mistral3", sized),
+    row("aya_vision", aya_vision, "AyaVision"),
+    row("idefics3", idefics3, "Idefics3", padded, by_row=True, count=four_each),
+    row("smolvlm", smolvlm, "SmolVLM", padded, by_row=True, count=four_each),
+    row("glm4v", glm4v, "Glm4v", _qwen_images, marks=True, several=False),
+    row("glm4v_moe", glm4v_moe, "Glm4vMoe", _qwen_images, marks=True, several=False),
+    row("glm46v", glm46v, "Glm46V", _qwen_images, marks=True, several=False),
+    row("ovis2", ovis2, "Ovis2"),
+    row("kimi_k25", kimi, "Kimi_K25", _kimi_images, marks=True, packed=True),
+    row("minicpmv4_6", minicpmv, "MiniCPMV4_6", _minicpm_images, hybrid=True, pixel_dim=-1, packed=True),
+    row("deepseek_vl", deepseek_vl, "DeepseekVL", count=lambda model, given: [16] * len(given["pixel_values"])),
+    *NEWEST,
 ]
 
 #: Those that this release of transformers has: the oldest supported ones lack the newest families.
-MORE = [row for row in ROWS if hasattr(transformers, row.model_class)]
+MORE = [
+    tiny
+    for tiny in ROWS
+    if hasattr(transformers, tiny.model_class) and Version(transformers.__version__) >= Version(tiny.since)
+]

@@ -1,6 +1,7 @@
 """docs/families.md says what the code does."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,11 @@ from families import BY_NAME
 from families import FAMILIES as TINY
 from more_families import MORE, ROWS
 from peft import get_peft_model
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import keepsight
-from keepsight.backbone import FAMILIES, UNFIT, family_of
+from keepsight.backbone import FAMILIES, REMOTE, UNFIT, UNTRIED, family_of
+from keepsight.checkpoints.bases import base_config
 from keepsight.errors import UnsupportedModelError
 
 
@@ -33,6 +36,32 @@ def test_the_page_is_current():
 def test_every_supported_family_is_tested():
     absent = {row.name for row in ROWS if row not in MORE}  # of this release of transformers
     assert {family.config().model_type for family in (*TINY, *MORE)} == set(FAMILIES) - absent
+
+
+def test_every_vlm_of_transformers_is_accounted_for():
+    """Supported, refused with its reason, or named as untried; and in one of these lists only."""
+    listed = [*FAMILIES, *UNFIT, *REMOTE, *UNTRIED]
+    assert len(listed) == len(set(listed))
+    assert set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) <= set(listed)
+    assert not set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) & set(REMOTE)
+
+
+def test_every_missing_vismem_has_its_reason():
+    assert all("not described in keepsight yet" not in f.no_vismem for f in FAMILIES.values() if f.vision is None)
+
+
+@pytest.mark.parametrize("model_type", [*REMOTE, "of_nobody"])
+def test_a_model_with_code_of_its_own_is_told_so_and_its_code_is_not_run(model_type, tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": model_type, "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}})
+    )
+    (tmp_path / "configuration_own.py").write_text("raise SystemExit('this code must not run')")
+    with pytest.raises(UnsupportedModelError, match="trust_remote_code") as error:
+        base_config(tmp_path)
+    said = str(error.value)
+    assert REMOTE.get(model_type, "") in said
+    assert "Qwen3-VL, " in said
+    assert "open an issue" in said
 
 
 @pytest.mark.parametrize("model_type", UNFIT)
@@ -57,8 +86,8 @@ def tiny(kind):
     if kind == "another VLM":
         vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         vision |= {"image_size": 8, "patch_size": 4, "model_type": "clip_vision_model"}
-        return transformers.VipLlavaForConditionalGeneration(
-            transformers.VipLlavaConfig(vision_config=vision, text_config=llama, vision_feature_layers=[0, 1])
+        return transformers.VideoLlavaForConditionalGeneration(
+            transformers.VideoLlavaConfig(vision_config=vision, text_config=llama, vision_feature_layer=0)
         )
     return torch.nn.Linear(2, 2)
 
@@ -67,7 +96,7 @@ WHY = {
     "language model": "takes no images",
     "encoder-decoder": "is an encoder-decoder",
     "part": r"is a part of Qwen3-VL \(qwen3_vl\)",
-    "another VLM": "takes images, and is none of the model families",
+    "another VLM": "has no row for it yet",
     "module": "is no model of transformers",
 }
 

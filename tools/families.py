@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from keepsight.backbone import FAMILIES, UNFIT
+from keepsight.backbone import FAMILIES, REMOTE, UNFIT, UNTRIED
 from keepsight.serve.vllm.names import SERVED
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
@@ -29,8 +29,22 @@ def table() -> str:
     lines += [f"- {reason}: {', '.join(names)};" for reason, names in reasons.items()]
     lines[-1] = lines[-1][:-1] + "."
     lines += ["", "These VLMs of transformers cannot have a memory:"]
-    lines += [f"- `{model_type}`: {reason}" for model_type, reason in UNFIT.items()]
+    lines += _by_reason(UNFIT)
+    lines += ["", "These have their code beside their weights (`trust_remote_code`), which keepsight does not run:"]
+    lines += [f"- `{model_type}`{reason and ': ' + reason}" for model_type, reason in REMOTE.items()]
+    lines += [
+        "",
+        "transformers 5.24 has these too, and nobody tried a memory on them yet; a row may be all that is missing:",
+    ]
+    lines += [", ".join(f"`{model_type}`" for model_type in UNTRIED) + "."]
     return "\n".join(lines)
+
+
+def _by_reason(reasons: dict[str, str]) -> list[str]:
+    shared: dict[str, list[str]] = {}
+    for model_type, reason in reasons.items():
+        shared.setdefault(reason, []).append(f"`{model_type}`")
+    return [f"- {', '.join(names)}: {reason}" for reason, names in shared.items()]
 
 
 def written(page: str) -> str:

@@ -376,7 +376,7 @@ def _fail_while_forming(module, args):
 
 
 def test_base_is_bit_identical_before_and_after(name):
-    base = BY_NAME[name].build()
+    base = BY_NAME[name].build().requires_grad_(False)  # as adapters freeze it: torch adds up in another order then
     inputs = make_inputs(BY_NAME[name], base, ROWS)
     start = {k: v.clone() for k, v in base.state_dict().items()}
     with torch.no_grad():

@@ -30,6 +30,9 @@ ESSENTIAL = (
     "glm4v_moe",
     "glm46v",
     "deepseek_vl",
+    "llava_next_video",
+    "lighton_ocr",
+    "qianfan_ocr",
 )
 NAMES = tuple(tiny.name for tiny in EVERY if tiny.name not in ESSENTIAL)
 SIZES = {

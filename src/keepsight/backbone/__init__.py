@@ -16,6 +16,7 @@ The decoders of all families share one shape, on which the memories rest:
 
 from keepsight.backbone.model import Backbone
 from keepsight.backbone.parts import Family, VisionParts
-from keepsight.backbone.table import FAMILIES, UNFIT, family_of
+from keepsight.backbone.table import FAMILIES, family_of
+from keepsight.backbone.unfit import REMOTE, UNFIT, UNTRIED
 
-__all__ = ["FAMILIES", "UNFIT", "Backbone", "Family", "VisionParts", "family_of"]
+__all__ = ["FAMILIES", "REMOTE", "UNFIT", "UNTRIED", "Backbone", "Family", "VisionParts", "family_of"]

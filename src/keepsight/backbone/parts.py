@@ -26,6 +26,7 @@ class VisionParts:
         scales: parameters that multiply the two updates (InternVL).
         qkv: the attention's input projections: one fused layer, or three.
         qk_norms: norms of q and k, over all heads at once (InternVL).
+        head_norms: norms of q and k, of every head by itself (GLM-OCR).
         output: the attention's output projection.
         rotary: attribute of the tower that makes rotary embeddings, (x, coordinates [S, 2]) -> (cos, sin).
         position_table: dotted attribute of the tower: the learned positions of a square grid.
@@ -44,6 +45,7 @@ class VisionParts:
     scales: tuple[str, ...] = ()
     qkv: tuple[str, ...] = ("qkv",)
     qk_norms: tuple[str, ...] = ()
+    head_norms: tuple[str, ...] = ()
     output: str = "proj"
     rotary: str | None = "rotary_pos_emb"
     position_table: str | None = None

@@ -1,4 +1,4 @@
-"""All families, those that cannot have a memory and why, and the error for everything else."""
+"""All families, and the error for everything else."""
 
 from __future__ import annotations
 
@@ -6,28 +6,11 @@ from typing import Any
 
 from keepsight.backbone.families import gemma, llava, others, qwen
 from keepsight.backbone.parts import Family
+from keepsight.backbone.unfit import why_remote, why_unfit
 from keepsight.errors import UnsupportedModelError
 
 #: `config.model_type` -> family.
 FAMILIES: dict[str, Family] = {**qwen.ROWS, **llava.ROWS, **gemma.ROWS, **others.ROWS}
-
-#: `config.model_type` of VLMs that cannot have a memory -> why, as a sentence.
-UNFIT: dict[str, str] = {
-    "mllama": (
-        "Llama 3.2 Vision's images enter through cross-attention in some decoder layers, not as input embeddings, so "
-        "there are no visual embeddings in the decoder's input for a memory to keep."
-    ),
-    "llama4": (
-        "Llama 4's own forward fails in transformers 5.24 (it asks its language model's output for image_outputs, "
-        "which that has not), so no memory could be tested on it."
-    ),
-    "qwen2_5_omni": (
-        "What can have one is its thinker: load Qwen2_5OmniThinkerForConditionalGeneration from the same checkpoint."
-    ),
-    "qwen3_omni_moe": (
-        "What can have one is its thinker: load Qwen3OmniMoeThinkerForConditionalGeneration from the same checkpoint."
-    ),
-}
 
 
 def family_of(config: Any, name: str = "The model") -> Family:
@@ -61,8 +44,11 @@ def _names() -> str:
 
 def _reason(config: Any, model_type: str) -> str:
     """Why a model of transformers is none of the families, as sentences."""
-    if model_type in UNFIT:
-        return UNFIT[model_type]
+    known = why_unfit(model_type)
+    if known is not None:
+        return known
+    if getattr(config, "auto_map", None):
+        return why_remote()
     whole = next((t for t in FAMILIES if model_type.startswith(f"{t}_")), None)
     if whole is not None and not hasattr(config, "vision_config"):
         return f"It is a part of {FAMILIES[whole].name} ({whole}): give the whole model, vision encoder and all."

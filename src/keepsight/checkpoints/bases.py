@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import str_to_torch_dtype
 
@@ -49,13 +50,16 @@ def base_config(source: str | Path, revision: str | None = None, local: bool = F
     if not folder.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") > 1):
         raise FileNotFoundError(f"{source}: no such folder.")
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision, local_files_only=local)
+        config = AutoConfig.from_pretrained(path, revision=revision, local_files_only=local, trust_remote_code=False)
     except OSError as error:
         raise FileNotFoundError(
             f"{source}: no such folder here, and no model of that name can be reached on the Hugging Face hub. "
             "Check the name, your connection, and whether the model needs a login (hf auth login)."
         ) from error
     except (ValueError, KeyError) as error:
+        stored, _ = PreTrainedConfig.get_config_dict(path, revision=revision, local_files_only=local)
+        if stored.get("model_type") not in CONFIG_MAPPING:  # not transformers' own: the family's error says more
+            family_of(SimpleNamespace(**stored), str(source))
         raise KeepsightError(
             f"{source}: its config.json cannot be used ({' '.join(str(error).split())[:300]})"
         ) from error

@@ -143,7 +143,10 @@ class VisionWalk:
         projected = [self._updated(index, f"{n}_proj", x, y) for n, y in zip("qkv", projected, strict=True)]
         for i, name in enumerate(self.parts.qk_norms):
             projected[i] = getattr(attention, name)(projected[i])
-        query, key, value = (t.unflatten(-1, (attention.num_heads, -1)) for t in projected)
+        heads = [t.unflatten(-1, (attention.num_heads, -1)) for t in projected]
+        for i, name in enumerate(self.parts.head_norms):
+            heads[i] = getattr(attention, name)(heads[i])
+        query, key, value = heads
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
         return query, key, value

@@ -24,7 +24,14 @@ ROWS: dict[str, Family] = {
         vision=replace(SIGLIP, project=on_full_images),
         sees_both_ways="token_type_ids",
     ),
-    "gemma4": Family(name="Gemma 4", projector="embed_vision"),
+    "gemma4": Family(
+        name="Gemma 4",
+        projector="embed_vision",
+        no_vismem=(
+            "its vision encoder has norms behind its branches and on its values, and pools patches by their places: "
+            "a memory does not describe that yet"
+        ),
+    ),
     "paligemma": Family(
         name="PaliGemma",
         visual_tokens=IMAGES,

@@ -11,7 +11,7 @@ import torch
 
 from keepsight.backbone.parts import IMAGES, Family, VisionParts
 from keepsight.backbone.projecting import as_sized_images, shuffled
-from keepsight.backbone.towers import CLIP_LAYERS, PIXTRAL, SIGLIP_LAYERS
+from keepsight.backbone.towers import CLIP_LAYERS, PIXTRAL, SIGLIP, SIGLIP_LAYERS
 from keepsight.errors import KeepsightError
 
 #: What the projector reads: the hidden states of a layer.
@@ -74,27 +74,29 @@ def _shuffled_side(config: Any) -> int:
     return round(1 / config.downsample_ratio)
 
 
-ROWS: dict[str, Family] = {
-    "internvl": Family(
-        name="InternVL",
-        visual_tokens=IMAGES,
-        merge_side=_shuffled_side,
-        vision=VisionParts(
-            blocks="encoder.layer",
-            norms=("layernorm_before", "layernorm_after"),
-            attention="attention",
-            scales=("lambda_1", "lambda_2"),
-            qkv=("q_proj", "k_proj", "v_proj"),
-            qk_norms=("q_norm", "k_norm"),
-            output="projection_layer",
-            rotary=None,
-            position_table="embeddings.position_embeddings",
-            class_token=True,
-            raster=True,
-            final_norm="layernorm",
-            project=shuffled,
-        ),
+_INTERN: dict[str, Any] = {
+    "visual_tokens": IMAGES,
+    "merge_side": _shuffled_side,
+    "vision": VisionParts(
+        blocks="encoder.layer",
+        norms=("layernorm_before", "layernorm_after"),
+        attention="attention",
+        scales=("lambda_1", "lambda_2"),
+        qkv=("q_proj", "k_proj", "v_proj"),
+        qk_norms=("q_norm", "k_norm"),
+        output="projection_layer",
+        rotary=None,
+        position_table="embeddings.position_embeddings",
+        class_token=True,
+        raster=True,
+        final_norm="layernorm",
+        project=shuffled,
     ),
+}
+
+ROWS: dict[str, Family] = {
+    "internvl": Family(name="InternVL", **_INTERN),
+    "qianfan_ocr": Family(name="Qianfan-OCR", **_INTERN | {"vision": replace(_INTERN["vision"], blocks="layers")}),
     "llava_onevision": Family(
         name="LLaVA-OneVision", vision={"siglip_vision_model": SIGLIP_LAYERS}, tiles=_onevision_tiles
     ),
@@ -111,5 +113,25 @@ ROWS: dict[str, Family] = {
         visual_tokens=IMAGES,
         merge_side=attrgetter("downsample_factor"),
         vision={"siglip_vision_model": SIGLIP_LAYERS},
+    ),
+    "cohere2_vision": Family(
+        name="Command A Vision",
+        visual_tokens=IMAGES,
+        merge_side=attrgetter("downsample_factor"),
+        vision={"siglip_vision_model": SIGLIP},
+    ),
+    "vipllava": Family(
+        name="ViP-LLaVA",
+        visual_tokens=IMAGES,
+        no_vismem="its vision encoder is read at several depths, without the class token; not described yet",
+    ),
+    "llava_next_video": Family(name="LLaVA-NeXT-Video", vision=_LAYERS, tiles=_next_tiles),
+    "lighton_ocr": Family(
+        name="LightOnOCR",
+        vision_tower="vision_encoder",
+        projector="vision_projection",
+        visual_tokens=IMAGES,
+        merge_side=attrgetter("spatial_merge_size"),
+        vision={"pixtral": replace(PIXTRAL, project=as_sized_images)},
     ),
 }

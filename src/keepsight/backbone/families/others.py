@@ -28,6 +28,9 @@ _GLM: dict[str, Any] = {
     ),
 }
 
+_RESAMPLED = "its projector resamples a whole image into a fixed number of tokens, of which a memory's are none"
+_PADDED = "its vision encoder takes images of any shape in ways that keepsight does not describe yet"
+
 ROWS: dict[str, Family] = {
     "idefics3": Family(name="Idefics3", **_IDEFICS),
     "smolvlm": Family(name="SmolVLM", **_IDEFICS),
@@ -53,4 +56,32 @@ ROWS: dict[str, Family] = {
     "deepseek_vl": Family(
         name="DeepSeek-VL", vision_tower="vision_model", projector="aligner", visual_tokens=IMAGES, vision=SIGLIP
     ),
+    "idefics2": Family(
+        name="Idefics2",
+        vision_tower="vision_model",
+        projector="connector",
+        visual_tokens=IMAGES,
+        no_vismem=_RESAMPLED,
+    ),
+    "glm_ocr": Family(
+        name="GLM-OCR",
+        **_GLM
+        | {"vision": VisionParts(final_norm="post_layernorm", project=downsampled, head_norms=("q_norm", "k_norm"))},
+    ),
+    "got_ocr2": Family(
+        name="GOT-OCR 2.0",
+        visual_tokens=IMAGES,
+        no_vismem="its vision encoder's attention has relative positions, of which a memory's own positions have none",
+    ),
+    "lfm2_vl": Family(
+        name="LFM2-VL", visual_tokens=IMAGES, merge_side=attrgetter("downsample_factor"), no_vismem=_PADDED
+    ),
+    "exaone4_5": Family(
+        name="EXAONE 4.5",
+        vision_tower="visual",
+        projector="visual.merger",
+        merge_side=attrgetter("vision_config.spatial_merge_size"),
+        no_vismem="its vision encoder's heads share keys and values, which a memory's adapter does not know yet",
+    ),
+    "paddleocr_vl": Family(name="PaddleOCR-VL", vision_tower="visual", projector="projector", no_vismem=_PADDED),
 }

@@ -1,0 +1,140 @@
+"""The VLMs that have no row: which cannot have a memory and why, and which nobody tried yet."""
+
+from __future__ import annotations
+
+_ENCODER_DECODER = (
+    "It is an encoder-decoder; a memory stands beside the layers of a decoder that reads images and text alike."
+)
+_NO_PLACES = (
+    "Its decoder's layers are not residual blocks with a norm before their feed-forward network under names that "
+    "keepsight knows."
+)
+_IMAGE_TOKENS = (
+    "Its images are written as tokens of its vocabulary, like words, so there are no visual embeddings beside the text "
+    "for a memory to keep."
+)
+
+#: `config.model_type` of transformers' VLMs that cannot have a memory -> why, as a sentence.
+UNFIT: dict[str, str] = {
+    "mllama": (
+        "Llama 3.2 Vision's images enter through cross-attention in some decoder layers, not as input embeddings, so "
+        "there are no visual embeddings in the decoder's input for a memory to keep."
+    ),
+    "idefics": (
+        "IDEFICS' images enter through cross-attention between its decoder's layers, not as input embeddings, so there "
+        "are no visual embeddings in the decoder's input for a memory to keep. Idefics2 and Idefics3 can have one."
+    ),
+    "llama4": (
+        "Llama 4's own forward fails in transformers 5.24 (it asks its language model's output for image_outputs, "
+        "which that has not), so no memory could be tested on it."
+    ),
+    "qwen2_5_omni": (
+        "What can have one is its thinker: load Qwen2_5OmniThinkerForConditionalGeneration from the same checkpoint."
+    ),
+    "qwen3_omni_moe": (
+        "What can have one is its thinker: load Qwen3OmniMoeThinkerForConditionalGeneration from the same checkpoint."
+    ),
+    **dict.fromkeys(("chameleon", "emu3"), _IMAGE_TOKENS),
+    **dict.fromkeys(
+        ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"), _ENCODER_DECODER
+    ),
+    **dict.fromkeys(
+        (
+            "apertus1p5",
+            "blip",
+            "blip-2",
+            "git",
+            "hyperclovax_vision_v2",
+            "instructblip",
+            "instructblipvideo",
+            "kosmos-2",
+            "kosmos-2.5",
+            "lfm3_vl",
+            "nemotron_h_omni",
+            "qwen4_exp",
+        ),
+        _NO_PLACES,
+    ),
+    "pi0": "It answers with the movements of a robot, not with text.",
+    "evolla": "It reads proteins, not images.",
+    "mistral4": "It is a language model, without images.",
+    "diffusion_gemma": "It writes all words at once, by diffusion; a memory is looked at word by word.",
+}
+
+_REMOTE = (
+    "Its code lies beside its weights and would have to be trusted (trust_remote_code), which keepsight does not do: "
+    "it works on models that transformers has itself."
+)
+#: `config.model_type` of VLMs whose code is not in transformers -> what to take instead, as a sentence; or nothing.
+REMOTE: dict[str, str] = {
+    "kimi_vl": "Of Moonshot's VLMs, transformers has Kimi-K2.5.",
+    "minicpmv": "Of MiniCPM-V, transformers has 4.6.",
+    "minicpmo": "Of MiniCPM's VLMs, transformers has MiniCPM-V 4.6.",
+    "ovis": "Of Ovis, transformers has Ovis2, as checkpoints that end in -hf.",
+    "ovis2_5": "Of Ovis, transformers has Ovis2, as checkpoints that end in -hf.",
+    "deepseek_vl_v2": "Of DeepSeek-VL, transformers has the first, as deepseek-community/deepseek-vl-1.3b-chat.",
+    "multi_modality": "Of DeepSeek-VL, transformers has checkpoints of deepseek-community, not those of deepseek-ai.",
+    "internvl_chat": "Take the same model's checkpoint that ends in -hf: transformers has InternVL itself.",
+    "llava_qwen": "Take the same model's checkpoint that ends in -hf: transformers has LLaVA-OneVision itself.",
+    "llava_llama": "Take the same model's checkpoint that ends in -hf: transformers has LLaVA itself.",
+    "phi3_v": "",
+    "phi4mm": "",
+    "molmo": "",
+    "qwen": "Of Qwen's VLMs, transformers has Qwen2-VL and what came after it.",
+}
+
+#: VLMs of transformers 5.24 that no row describes and nobody tried.
+UNTRIED = (
+    "aria",
+    "cohere_compass",
+    "cosmos3_edge",
+    "cosmos3_omni",
+    "deepseek_ocr2",
+    "deepseek_vl_hybrid",
+    "dots3_note",
+    "ernie4_5_vl_moe",
+    "fast_vlm",
+    "fuyu",
+    "gemma3n",
+    "gemma4_unified",
+    "glm5_next",
+    "glmga",
+    "granite4_vision",
+    "granite_docling",
+    "hunyuan_vl",
+    "hy_v4_vl",
+    "inkling2",
+    "inkling2_loop",
+    "inkling_mm_model",
+    "janus",
+    "minicpm_ocr",
+    "minicpmv4_7",
+    "minimax_m3_vl",
+    "mistral_large4",
+    "molmo2",
+    "muse_glimmer",
+    "muse_spark",
+    "perception_lm",
+    "pp_chart2table",
+    "shieldgemma2",
+    "step3p7",
+    "unlimited_ocr",
+    "video_llama_3",
+    "video_llava",
+)
+
+
+def why_unfit(model_type: str) -> str | None:
+    """Why a VLM that is known by name has no row, as sentences; None where it is not known."""
+    if model_type in UNFIT:
+        return UNFIT[model_type]
+    if model_type in REMOTE:
+        return f"{_REMOTE} {REMOTE[model_type]}".rstrip()
+    if model_type in UNTRIED:
+        return "transformers has it, and keepsight has no row for it yet: nobody tried a memory on it."
+    return None
+
+
+def why_remote() -> str:
+    """Why a model whose code is not in transformers is none of ours."""
+    return _REMOTE
