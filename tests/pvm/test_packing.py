@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from families import BY_NAME, Row, TinyFamily, make_inputs
-from helpers import CLOSE, attach
+from helpers import CLOSE, attach, generate
+from more_families import MORE
 
 import keepsight
 
 ROWS = [Row(2, (2, 2), 4, seed=1), Row(3, (1, 2), 2, (2, 2), 3, seed=2), Row(4, seed=3)]
+EVERY = BY_NAME | {family.name: family for family in MORE}
 APART = ["qwen3_vl", "qwen2_5_vl", "internvl_qwen2", "internvl_qwen3", "llava_onevision"]
 
 
@@ -84,6 +86,56 @@ def test_samples_that_the_decoder_would_mix_are_refused(change: dict[str, Any], 
         together["position_ids"] = together["position_ids"][1:]
     with pytest.raises(keepsight.KeepsightError, match=f"packed into one row, and .*{reason}"), torch.no_grad():
         model(**together, use_cache=change.get("use_cache", False))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_no_sample_reads_another_one_whatever_the_decoder_makes_of_positions(name: str) -> None:
+    """Flat positions for every family: another first image changes nothing behind it, or the row is refused."""
+    family = EVERY[name]
+    base = family.build()
+    first, other, second = (make_inputs(family, base, [Row(3, (2, 2), 4, seed=seed)]) for seed in (1, 3, 2))
+    start, length = first["input_ids"].shape[1], second["input_ids"].shape[1]
+    flat = {"position_ids": torch.cat([torch.arange(start), torch.arange(length)])[None]}
+    mask = {"attention_mask": torch.ones(1, start + length, dtype=torch.long)}
+    model = attach(base)
+
+    def behind(one: dict[str, Any], more: dict[str, Any]) -> torch.Tensor:
+        row = {n: torch.cat([one[n], second[n]], _dim(family, n)) for n in one if n != "attention_mask"}
+        with torch.no_grad():
+            return model(**row, **flat, **more).logits[:, start:]
+
+    for attention in ("sdpa", "eager"):
+        base.set_attn_implementation(attention)
+        for more in ({"use_cache": False}, {"use_cache": True}, {"use_cache": False, **mask}):
+            try:
+                found = behind(first, more)
+            except keepsight.KeepsightError as error:
+                refused = "packed into one row" in str(error)
+                assert refused
+            else:
+                torch.testing.assert_close(found, behind(other, more), rtol=0, atol=1e-6)
+
+
+def _dim(family: TinyFamily, name: str) -> int:
+    if name == "pixel_values":
+        return 1 if family.by_row else family.pixel_dim
+    return 1 if family.by_row or name in ("input_ids", "mm_token_type_ids", "token_type_ids") else 0
+
+
+@pytest.mark.parametrize("name", ["gemma3", "paligemma"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_is_no_packing(name: str, cache: str, attention: str) -> None:
+    """Padded rows, whose masks and positions transformers makes, are written as each alone."""
+    family = EVERY[name]
+    model = family.build()
+    model.set_attn_implementation(attention)
+    rows = [Row(6, (2, 2), 4, seed=1), Row(1, (2, 2), 3, seed=2)]
+    inputs = make_inputs(family, model, rows)
+    model = attach(model)
+    together = generate(model, inputs, cache_implementation=cache)
+    alone = generate(model, make_inputs(family, model, rows[1:]), cache_implementation=cache)
+    torch.testing.assert_close(torch.stack(together.logits, 1)[1:], torch.stack(alone.logits, 1), **CLOSE)
 
 
 def test_linear_attention_is_refused() -> None:

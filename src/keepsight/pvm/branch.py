@@ -109,6 +109,8 @@ class PvmBranch(nn.Module, MemoryBranch):
         flight.memory = kwargs.get(MEMORY)  # where mixer and mlp stand side by side, x waits already
         if flight.memory is not None:
             flight.note(self.index, MIXER)
+            if isinstance(flight.memory, VisualMemory):
+                flight.memory.check_attention(kwargs, self.text_config)
         return without_memory(mixer, args, kwargs)
 
     def take_residual(self, norm: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -145,7 +145,9 @@ class PvmRoute:
             memory = VisualMemory(past=past)
         else:
             assert embeds is not None
-            packing = find_packing(kwargs, embeds, self.backbone.text_config, self._fills_cache(decoder, cache, kwargs))
+            given = None if call is None else call.arguments.get("attention_mask")
+            fills = self._fills_cache(decoder, cache, kwargs)
+            packing = find_packing(kwargs, embeds, self.backbone.text_config, fills, given)
             memory = VisualMemory(embeds, mask, past, int(start), packing)
         return args, {**kwargs, MEMORY: memory}
 

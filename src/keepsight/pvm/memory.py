@@ -13,7 +13,7 @@ import torch
 
 from keepsight.errors import KeepsightError
 from keepsight.pvm.cache import VisualCache
-from keepsight.pvm.packing import Packing
+from keepsight.pvm.packing import Packing, require_kept_apart
 from keepsight.pvm.scope import replaced
 
 
@@ -85,6 +85,16 @@ class VisualMemory:
             self.valid = torch.cat([self.past.valid.to(valid.device), valid], 1)
             self.slots = torch.cat([self.past.slots.to(slots.device), slots], 1)
             self.is_full = is_full and self.past.is_full
+
+    def check_attention(self, arguments: dict[str, Any], text_config: Any) -> None:
+        """Raises KeepsightError if a layer's attention mixes packed samples.
+
+        Args:
+            arguments: keyword arguments of the attention.
+            text_config: the decoder's configuration.
+        """
+        if self._samples is not None:
+            require_kept_apart(self._samples, arguments, text_config, self.start)
 
     def view(self, length: int, causal: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What each of this call's `length` positions may retrieve.

@@ -35,11 +35,14 @@ class Packing:
             raise KeepsightError(
                 f"Several samples are packed into one row, and {self.mixed}, so that each would see the "
                 "others' text and images. Train with one sample per row (packing=False, padding_free=False), or give "
-                "position_ids [B, T] that start again with each sample, no attention_mask, and use_cache=False."
+                "position_ids [B, T] that start again with each sample ([4, B, T] where images lie in three "
+                "dimensions: these first, then the VLM's get_rope_index), no attention_mask, and use_cache=False."
             )
 
 
-def find_packing(arguments: Mapping[str, Any], like: torch.Tensor, text_config: Any, has_cache: bool) -> Packing | None:
+def find_packing(
+    arguments: Mapping[str, Any], like: torch.Tensor, text_config: Any, has_cache: bool, given: Any = None
+) -> Packing | None:
     """The samples in the rows of one decoder call; nothing waits for the device.
 
     Args:
@@ -47,12 +50,13 @@ def find_packing(arguments: Mapping[str, Any], like: torch.Tensor, text_config: 
         like: [B, T, D], what enters it.
         text_config: the decoder's configuration.
         has_cache: whether the call fills a KV cache.
+        given: the VLM's own attention mask, of which some make the decoder's before it is called.
 
     Returns:
         None where nothing can be packed: no positions are given.
     """
     batch, length = like.shape[:2]
-    flash = "flash" in (getattr(text_config, "_attn_implementation", None) or "")
+    flash = _is_flash(text_config)
     ends = next((arguments[n] for n in ("cu_seq_lens_q", "cu_seq_lens_k") if arguments.get(n) is not None), None)
     if ends is not None and flash and batch == 1:
         at = torch.arange(length, device=ends.device, dtype=ends.dtype)
@@ -65,7 +69,7 @@ def find_packing(arguments: Mapping[str, Any], like: torch.Tensor, text_config: 
             return Packing(torch.ones(batch, length, dtype=torch.long, device=like.device), _NO_POSITIONS)
         if positions is None:
             return None
-    mask = arguments.get("attention_mask")
+    mask = given if isinstance(given, torch.Tensor) and given.ndim == 2 else arguments.get("attention_mask")
     ready_made = mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)
     row = (positions[0] if positions.ndim == 3 else positions).to(like.device)
     step = row.diff(dim=-1, prepend=row[:, :1] - 1)
@@ -93,6 +97,42 @@ def find_packing(arguments: Mapping[str, Any], like: torch.Tensor, text_config: 
     return Packing(samples, mixed)
 
 
+def require_kept_apart(samples: torch.Tensor, arguments: Mapping[str, Any], text_config: Any, start: int = 0) -> None:
+    """Look at what the attention of one layer is really given: what a decoder makes of positions is its own affair.
+
+    Args:
+        samples: [B, T], as in `Packing`.
+        arguments: keyword arguments of the layer's attention.
+        text_config: the decoder's configuration.
+        start: slot of the first position.
+
+    Raises:
+        KeepsightError: if a position may attend to another sample.
+    """
+    mask, batch, length = arguments.get("attention_mask"), *samples.shape
+    if mask is None:
+        told = any(arguments.get(name) is not None for name in ("position_ids", "cu_seq_lens_q"))
+        if not (told and _is_flash(text_config)):
+            Packing(samples, _NO_MASK).require_apart()
+        return
+    if hasattr(mask, "mask_mod"):  # of flex attention
+        from torch.nn.attention.flex_attention import create_mask
+
+        mask = create_mask(mask.mask_mod, batch, 1, length, start + length, device=str(samples.device))
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+        return
+    mask = mask[..., start : start + length].to(samples.device)
+    is_open = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    same = samples[:, :, None] == samples[:, None, :]
+    is_padding = same.sum(-1, keepdim=True) == 1  # its positions do not count on; whom it sees does not matter
+    if bool((is_open & ~(same | is_padding)[:, None]).any()):
+        Packing(samples, _OPEN_MASK).require_apart()
+
+
+def _is_flash(text_config: Any) -> bool:
+    return "flash" in (getattr(text_config, "_attn_implementation", None) or "")
+
+
 def _from_zero(places: torch.Tensor) -> torch.Tensor:
     """Where three-dimensional positions [3, B, T] are zero throughout, and do not only pass zero [B, T].
 
@@ -102,6 +142,8 @@ def _from_zero(places: torch.Tensor) -> torch.Tensor:
     return (places == 0).all(0) & (places.roll(1, -1) != -1).any(0)
 
 
+_NO_MASK = "this decoder gives its attention no mask for such positions"
+_OPEN_MASK = "the mask of this decoder's attention lets them see each other"
 _NO_POSITIONS = "cu_seq_lens or seq_idx alone do not keep them apart in this decoder's attention"
 
 
