@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,23 @@ def test_words_between_memories_and_a_loop_is_told_of(min_words):
         warnings.simplefilter("error")
         out = generate(model, inputs, n=40, memory=forced([{0: "short", 1: "long"}]))
     assert len(out.invocations[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"max_invocations": -1},
+        {"max_invocations": 2.5},
+        {"max_invocations": True},
+        {"min_words": "3"},
+        {"name": "random", "probability": "x"},
+        *({"name": "forced", "at": at} for at in ("short", {"0": "short"}, {0.5: "long"}, [{0: "short"}, None])),
+    ],
+    ids=repr,
+)
+def test_a_policy_of_the_wrong_kind_is_refused_when_it_is_written(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{list(setting)[-1]}=.*: expected"):
+        MemoryPolicy(**setting)
 
 
 @loops

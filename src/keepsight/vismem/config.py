@@ -61,7 +61,7 @@ class VisMemConfig(MemoryConfig):
             "off", "random", "only_short", "only_long" or "reversed"; see `MemoryPolicy`.
         max_invocations: guard against invocation loops: at most so many per sequence.
         min_words: another guard, where the model decides: so many words at least between two memories. None: as many as
-            the first of the two has latents, so that an answer is never mostly memory.
+            the first of the two has latents.
         random_probability: policy "random": probability of an invocation after a delimiter.
         delimiters: what ends a clause; `add_memory_tokens` finds their tokens. Invocation tokens start as the first.
         token_names: the four special tokens: short invoke, short end, long invoke, long end.

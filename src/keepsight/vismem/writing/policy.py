@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from keepsight.errors import KeepsightError
+from keepsight.settings import check_kinds
 from keepsight.vismem.config import PolicyName, VisMemConfig
 from keepsight.vismem.tokens import LONG, SHORT, TYPES
 
@@ -38,17 +39,18 @@ class MemoryPolicy:
     min_words: int | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(type(self), {n: getattr(self, n) for n in ("probability", "max_invocations", "min_words")})
         if self.name not in get_args(PolicyName):
             raise KeepsightError(f"memory={self.name!r}: expected one of {', '.join(get_args(PolicyName))}.")
         if (self.name == "forced") != (self.at is not None):
             raise KeepsightError(
                 "MemoryPolicy('forced', at={0: 'short', 20: 'long'}) names the places; other policies take no `at`."
             )
-        plans = [self.at] if isinstance(self.at, Mapping) else list(self.at or ())
-        for plan in plans:
-            wrong = [(place, kind) for place, kind in plan.items() if kind not in TYPES or place < 0]
-            if wrong:
-                raise KeepsightError(f"at={plan}: expected text tokens written (from 0) -> 'short' or 'long'.")
+        for plan in [self.at] if isinstance(self.at, (Mapping, str)) else list(self.at or ()):
+            if not isinstance(plan, Mapping) or not all(_is_place(at, kind) for at, kind in plan.items()):
+                raise KeepsightError(f"at={plan!r}: expected text tokens written (from 0) -> 'short' or 'long'.")
+        if self.max_invocations is not None and self.max_invocations < 0:
+            raise KeepsightError(f"max_invocations={self.max_invocations}: expected memories in a sequence, from 0.")
         if self.probability is not None:
             if self.name != "random":
                 raise KeepsightError(f"probability={self.probability} has no effect under policy {self.name!r}.")
@@ -100,6 +102,10 @@ class MemoryPolicy:
         """Raise unless per-row settings fit the number of rows."""
         if self.at is not None and not isinstance(self.at, Mapping) and len(self.at) != rows:
             raise KeepsightError(f"at holds {len(self.at)} entries for {rows} rows (num_return_sequences counts).")
+
+
+def _is_place(at: Any, kind: Any) -> bool:
+    return isinstance(at, int) and not isinstance(at, bool) and at >= 0 and kind in TYPES
 
 
 #: Draws nothing, writes what it is told, and never invokes.
