@@ -1,5 +1,6 @@
 """The house keeps its plan: imports go down, nothing goes round in circles, no folder hides its story in a crowd."""
 
+import ast
 import importlib
 import importlib.util
 import subprocess
@@ -41,6 +42,18 @@ def test_the_picture_is_drawn_from_the_contract() -> None:
     picture = importlib.util.module_from_spec(place)
     place.loader.exec_module(picture)
     assert picture.PICTURE.read_text() == picture.draw(), "run python tools/picture.py"
+
+
+def test_nothing_that_is_loaded_may_bring_code() -> None:
+    """transformers asks at the terminal whether to run a model's own code, unless it is told."""
+    found = []
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "from_pretrained":
+                given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                if ast.unparse(node.func).startswith("Auto") and given.get("trust_remote_code") != "False":
+                    found.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert found == []
 
 
 @pytest.mark.parametrize(

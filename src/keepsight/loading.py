@@ -209,7 +209,8 @@ def warn_of_resized_embedding(model: Any, base: str | None) -> None:
     try:
         from transformers import AutoConfig
 
-        recorded = AutoConfig.from_pretrained(resolve_base(str(base)), local_files_only=True).get_text_config()
+        found = AutoConfig.from_pretrained(resolve_base(str(base)), local_files_only=True, trust_remote_code=False)
+        recorded = found.get_text_config()
         rows, before = model.get_input_embeddings().num_embeddings, recorded.vocab_size
     except (OSError, ValueError, KeyError, AttributeError):  # no base that can be read here: nothing to compare with
         return

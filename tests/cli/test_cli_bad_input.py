@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +15,9 @@ from command_line import CONFIG, WEIGHTS, Trained, corrupt, keepsight_cli, messa
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_training import FLAGS
+
+import keepsight
+from keepsight.errors import UnsupportedModelError
 
 
 @pytest.mark.parametrize(
@@ -107,14 +112,52 @@ def test_a_source_that_is_not_there(source: str, lesson: str, image: Path) -> No
     assert lesson in message(keepsight_cli("info", source))
 
 
+#: Ways into keepsight that take a model, behind its name.
+DOORS = (
+    ("info",),
+    ("generate", "-i", "IMAGE", "-p", "x"),
+    ("chat",),
+    ("serve",),
+    ("diagnose",),
+    ("eval", "-d", "DATA"),
+    ("train", "pvm", "-d", "DATA", "-o", "OUT"),
+    ("train", "pvm", "-d", "DATA", "--dry-run"),
+    ("train", "pvm-grpo", "-d", "DATA", "-o", "OUT"),
+    ("train", "vismem-formation", "-d", "DATA", "-o", "OUT"),
+    ("data", "check", "DATA", "--model"),
+)
+OTHERS = {
+    "llama": "takes no images",
+    "bert": "takes no images",
+    "t5": "is an encoder-decoder",
+    "video_llava": "has no row for it yet",
+    "mllama": "cross-attention",
+    "kimi_vl": "trust_remote_code",
+}
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
 @pytest.mark.usefixtures("no_loading")
-def test_a_model_of_an_unknown_family(tmp_path: Path, image: Path) -> None:
-    transformers.LlamaConfig().save_pretrained(tmp_path / "llama")
-    save_file({"model.norm.weight": torch.ones(4)}, tmp_path / "llama" / "model.safetensors")
-    for command in (("generate", tmp_path / "llama", "-i", image, "-p", "x"), ("info", tmp_path / "llama")):
-        text = message(keepsight_cli(*command))
-        assert "(model_type 'llama')" in text
-        assert "Supported: Qwen3-VL, " in text
+def test_a_model_of_an_unknown_family_is_refused_at_every_door(model_type: str, tmp_path: Path, image: Path) -> None:
+    folder, data = tmp_path / "other", tmp_path / "data.jsonl"
+    if model_type in transformers.CONFIG_MAPPING:
+        transformers.CONFIG_MAPPING[model_type]().save_pretrained(folder)
+    else:
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": {"AutoConfig": "a.B"}}))
+        (folder / "a.py").write_text("raise SystemExit('this code must not run')")
+    save_file({"model.norm.weight": torch.ones(4)}, folder / "model.safetensors")
+    data.write_text(json.dumps({"image": str(image), "prompt": "x", "answer": "1"}) + "\n")
+    for door in DOORS:
+        words = [{"IMAGE": image, "DATA": data, "OUT": tmp_path / "out"}.get(word, word) for word in door]
+        place = len(words) if words[-1] == "--model" else 2 if words[0] == "train" else 1
+        text = message(keepsight_cli(*words[:place], folder, *words[place:]))
+        assert f"(model_type '{model_type}')" in text, door
+        assert OTHERS[model_type] in text, door
+        assert "Supported: Qwen3-VL, " in text, door
+        assert "open an issue" in text, door
+    with pytest.raises(UnsupportedModelError, match=re.escape(OTHERS[model_type])):
+        keepsight.load(folder)
 
 
 def test_a_processor_without_a_chat_template(tiny_vlm: Path, image: Path, tmp_path: Path) -> None:

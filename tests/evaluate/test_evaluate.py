@@ -13,7 +13,8 @@ from keepsight.cli import app
 from keepsight.diagnose.cases import Sample
 from keepsight.errors import KeepsightError
 from keepsight.evaluate.answering import Answer, Answerer, Question
-from keepsight.evaluate.run import EvalSettings, Evaluation, evaluate
+from keepsight.evaluate.keeping import Kept, fingerprint
+from keepsight.evaluate.run import EvalSettings, Evaluation, evaluate, questions_of
 from keepsight.evaluate.scoring import final_answer, is_right
 from keepsight.lab.digits import CELLS, draw_grids
 
@@ -114,6 +115,37 @@ def test_what_cannot_be_asked_is_refused(grids):
             EvalSettings(**settings)
     with pytest.raises(KeepsightError, match="no answer to compare"):
         evaluate(model, processor, [Sample("read", tuple(grids[0][:1]))], EvalSettings(), False)
+
+
+@pytest.mark.parametrize("asked", [1, 3, 4, 6])
+def test_what_was_interrupted_goes_on_to_the_same_end(asked, grids, tmp_path):
+    """With it or without it, and behind a line that was cut off."""
+    model, processor = keepsight.load("keepsight/reference-vismem")
+    samples = [Sample("read", (image,), answer="nine 9") for image in grids[0][:4]]
+    settings = EvalSettings(max_new_tokens=6, batch_size=2)
+    whole = evaluate(model, processor, samples, settings, True)
+    file, key = tmp_path / "new" / "a.part", {"questions": fingerprint(questions_of(samples))}
+    kept = Kept(file, key)
+    kept.add("on", whole.on[:asked])
+    kept.add("off", whole.off[: max(asked - 4, 0)])
+    with file.open("a") as lines:
+        lines.write('{"memory": "o')
+    asks = []
+    again = Kept(file, key)
+    resumed = evaluate(model, processor, samples, settings, True, lambda *told: asks.append(told), again)
+    assert (resumed.on, resumed.off) == (whole.on, whole.off)
+    assert len(asks) == -(-max(4 - asked, 0) // 2) + -(-(4 - max(asked - 4, 0)) // 2)
+    assert (Kept(file, key).answers("on"), Kept(file, key).answers("off")) == (whole.on, whole.off)
+    for other, word in (({"questions": "?"}, "questions"), (key | {"--max-new-tokens": 7}, "--max-new-tokens")):
+        with pytest.raises(KeepsightError, match=f"asked otherwise .{word}"):
+            Kept(file, other)
+    again.complete()
+    assert not file.exists()
+
+
+def test_other_pictures_are_other_questions(grids):
+    ask = [fingerprint(questions_of([Sample("read", (image,), answer="1")])) for image in (*grids[0][:2], grids[0][0])]
+    assert ask[0] == ask[2] != ask[1]
 
 
 def test_the_command(tmp_path, grids, monkeypatch):

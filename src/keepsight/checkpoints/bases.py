@@ -111,7 +111,7 @@ def _not_finite(source: str, name: str) -> KeepsightError:
 
 def _check_names(folder: Path, source: str) -> None:
     """transformers' own loading, with all its renaming and ignoring, on the meta device."""
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None or is_deepspeed_zero3_enabled():
         return  # packed or shared-out tensors, which only their libraries can tell of; `read_base` asks them
     stored = {  # a dtype that torch has not is a byte here, which no weight is
@@ -151,7 +151,12 @@ def read_base(source: str | Path, **kwargs: Any) -> Any:
             one is not finite, naming it.
     """
     model, found = AutoModelForImageTextToText.from_pretrained(
-        source, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **kwargs
+        source,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **kwargs,
     )
     check_loaded(found, str(source))
     check_finite(model, str(source))

@@ -147,7 +147,7 @@ def load_processor(base_name: str | Path, adapters: Sequence[AdapterInfo] = ()) 
     """
     source = next((a.path for a in adapters if has_processor(a.path)), base_name)
     try:
-        return AutoProcessor.from_pretrained(resolve_base(source))
+        return AutoProcessor.from_pretrained(resolve_base(source), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise KeepsightError(
             f"{source}: its processor cannot be loaded ({' '.join(str(error).split())[:200]}). A VLM's folder holds "

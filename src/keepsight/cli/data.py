@@ -121,9 +121,12 @@ def _rehearsal(model: str | None, answered: bool, ignore: tuple[str, ...]) -> An
 
     if model is None:
         return Rehearsal(None, answered, ignore=ignore)
+    from keepsight.checkpoints.bases import base_config
     from keepsight.checkpoints.load import load_processor
     from keepsight.data.collate import ConversationCollator
 
+    if not Path(model, "adapter_config.json").is_file():  # whose processor stands beside it
+        base_config(model)
     return Rehearsal(ConversationCollator(load_processor(model)), answered, count=True, ignore=ignore)
 
 

@@ -65,10 +65,15 @@ def diagnose(
         str, typer.Option(help="Layers to meter: auto (up to twelve), all, or indices: 8,16,24.")
     ] = "auto",
     samples: Annotated[int, typer.Option(help="At most so many samples for the causal table.", min=1)] = 32,
-    memory: Annotated[
+    method: Annotated[
         Literal["auto", "PVM", "VisMem"],
-        typer.Option(help="Which memory to examine in a model that carries both; auto: PVM."),
+        typer.Option(
+            "--method", case_sensitive=False, help="Which memory to examine in a model that carries both; auto: PVM."
+        ),
     ] = "auto",
+    memory: Annotated[
+        Literal["auto", "PVM", "VisMem"] | None, typer.Option(hidden=True, help="--method as it was called before.")
+    ] = None,
     kind: Annotated[
         Literal["auto", "short", "long"],
         typer.Option(help="VisMem: the type that is formed where text is only read; auto: as the model would."),
@@ -130,7 +135,7 @@ def diagnose(
         layers=chosen,
         curves=1 if given else 4,
         samples=samples,
-        memory=memory,
+        memory=memory or method,
         kind=kind,
         probe_images=probe_images,
         temperature=temperature,

@@ -56,12 +56,14 @@ def evaluate(
     """Does a memory answer better, and where? Each question is answered with it and without, greedily.
 
     The table cuts the questions into groups by the length of the answers without the memory: a memory should help the
-    long ones. Differences are paired, with 95 % bootstrap intervals over questions.
+    long ones. Differences are paired, with 95 % bootstrap intervals over questions. Interrupted, it goes on when it is
+    called again as it was.
     """
     from keepsight.checkpoints.load import load_checked, load_processor
     from keepsight.checkpoints.sources import check_sources
     from keepsight.diagnose.cases import read_dataset
-    from keepsight.evaluate.run import EvalSettings
+    from keepsight.evaluate.keeping import Kept, fingerprint
+    from keepsight.evaluate.run import EvalSettings, questions_of
     from keepsight.evaluate.run import evaluate as ask
 
     check_device(device)
@@ -84,14 +86,31 @@ def evaluate(
     methods = {info.method for info in infos}
     if memory != "on" and "VISMEM" not in methods:
         raise KeepsightError(f"--memory {memory} is a policy of a VisMem, and {source} carries none.")
+    described = {"source": source, "base": base_name, "adapters": sorted(methods)}
+    same = {
+        "model": described | {"weights": [_version_of(info.path) for info in infos], "dtype": dtype},
+        "--memory": memory,
+        "--max-new-tokens": max_new_tokens,
+        "questions": fingerprint(questions_of(asked)),
+    }
+    kept = Kept(output.with_name(output.name + ".part"), same)
+    if began := len(kept.answers(memory)) + len(kept.answers("off")):
+        say(f"{began:,} answers are there already ({kept.file}): going on behind them.")
     with Waiting(f"loading {base_name}"):
         model, _ = load_checked(base_name, infos, dtype=dtype, device=device, processor=processor)
     with Progress("the evaluation", announce=True) as progress:
-        found = ask(model, processor, asked, settings, bool(methods & {"PVM", "VISMEM"}), progress)
-    found.model = {"source": source, "base": base_name, "adapters": sorted(methods)}
+        found = ask(model, processor, asked, settings, bool(methods & {"PVM", "VISMEM"}), progress, kept)
+    found.model = described
     found.save(output)
+    kept.complete()
     _show(found)
     say(f"every answer: {output}")
+
+
+def _version_of(adapter: Path) -> list[int]:
+    """Changes when an adapter is trained anew."""
+    file = adapter / "adapter_model.safetensors"
+    return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
 
 
 def _show(found: Any) -> None:

@@ -15,6 +15,7 @@ from keepsight.diagnose.cases import Sample
 from keepsight.diagnose.statistics import Estimate, estimate
 from keepsight.errors import KeepsightError
 from keepsight.evaluate.answering import Answer, Answerer, Question
+from keepsight.evaluate.keeping import Kept
 from keepsight.evaluate.scoring import RULES, Match, is_right
 
 SCHEMA = "keepsight.eval/1"
@@ -129,6 +130,11 @@ class Evaluation:
         write_text(file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
+def questions_of(samples: Sequence[Sample]) -> list[Question]:
+    """What samples ask, without what answers them."""
+    return [Question(sample.messages, sample.images, sample.videos) for sample in samples]
+
+
 def evaluate(
     model: Any,
     processor: Any,
@@ -136,6 +142,7 @@ def evaluate(
     settings: EvalSettings,
     has_memory: bool,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    kept: Kept | None = None,
 ) -> Evaluation:
     """Ask every question, without the memory and, if there is one, with it.
 
@@ -146,6 +153,7 @@ def evaluate(
         settings: how.
         has_memory: whether the model carries a memory to compare.
         progress: called as (stage, done, total).
+        kept: answers of an earlier run of the same, which are not asked again; new ones are added.
 
     Raises:
         KeepsightError: if a sample has no reference.
@@ -156,12 +164,15 @@ def evaluate(
         if sample.answer is None or sample.reply:
             what = "has no answer to compare with" if sample.answer is None else "begins the reply, which this cannot"
             raise KeepsightError(f"Question {number} ({sample.prompt[:40]!r}) {what}.")
-    questions = [Question(s.messages, s.images, s.videos) for s in samples]
+    questions = questions_of(samples)
 
     def ask(memory: str, stage: str) -> list[Answer]:
-        answerer, found = Answerer(model, processor, memory), []
-        for start in range(0, len(questions), settings.batch_size):
-            found += answerer.answers(questions[start : start + settings.batch_size], settings.max_new_tokens)
+        answerer, found = Answerer(model, processor, memory), [] if kept is None else kept.answers(memory)
+        for start in range(len(found), len(questions), settings.batch_size):
+            new = answerer.answers(questions[start : start + settings.batch_size], settings.max_new_tokens)
+            found += new
+            if kept is not None:
+                kept.add(memory, new)
             progress(stage, len(found), len(questions))
         return found
 

@@ -58,7 +58,7 @@ def load_reference(path: str | Path | None = None) -> tuple[Any, Any]:
             f"{folder} is no checkpoint folder: it has no config.json. Make one: keepsight lab pretrain -o {folder}"
         )
     model = read_base(folder, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     return model.eval(), processor
 
 

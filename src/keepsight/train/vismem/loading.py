@@ -205,7 +205,7 @@ def _with_policy(source: str, base_name: str, settings: InvocationSettings) -> t
     """(model with memory, processor, PEFT's wrapper of the policy's new LoRA)."""
     _, infos = check_sources(source)
     base, _ = _load(base_name, base_name, settings)
-    processor = AutoProcessor.from_pretrained(infos[0].path)
+    processor = AutoProcessor.from_pretrained(infos[0].path, trust_remote_code=False)
     path = Backbone.of(base).decoder_path.replace(".", r"\.")
     lora = LoraConfig(
         r=settings.lora_rank,
