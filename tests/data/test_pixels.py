@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageSequence
+from PIL import Image, ImageSequence, features
 
 from keepsight.data.images import ImageError, open_image
 from keepsight.data.pixels import as_seen
@@ -295,3 +295,35 @@ def test_a_browser_shows_the_same() -> None:
         step_y, step_x = seen.shape[0] // 4, seen.shape[1] // 4
         grid = seen[step_y // 2 :: step_y, step_x // 2 :: step_x][:4, :4].astype(int)
         assert abs(grid - np.array(expected)).max() <= 3, name
+
+
+def _as(kind: str) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(stream, kind)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (_as("PDF"), "PDF"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0", "video"),
+    ],
+)
+def test_what_is_no_picture_is_named_wherever_it_is_given(content: bytes, what: str) -> None:
+    with pytest.raises(ImageError, match=what):
+        open_image(content)
+    with pytest.raises(ApiError, match=what):
+        decode_image(content, Limits(), "p")
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "AVIF"])
+def test_the_server_names_a_picture_of_a_format_that_it_does_not_take(kind: str) -> None:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow writes no AVIF")
+    with pytest.raises(ApiError, match=f"it is (a )?{kind}, so save it as PNG"):
+        decode_image(_as(kind), Limits(), "p")

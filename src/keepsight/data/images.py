@@ -30,6 +30,7 @@ __all__ = [
     "is_of_pictures",
     "is_picture_name",
     "open_image",
+    "what_it_is",
 ]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -86,7 +87,7 @@ def _as_lessons(name: str, content: Any = None) -> Iterator[None]:
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not an image that Pillow can read{_what_it_is(content)}.") from error
+        raise ImageError(f"{name}: not an image that Pillow can read{what_it_is(_head(content))}.") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(
             f"{name}: too large to open safely; it claims more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels. "
@@ -209,21 +210,37 @@ def _plain(name: str) -> str:
     return unquote(unicodedata.normalize("NFC", name)).strip().casefold()
 
 
-def _what_it_is(content: Any) -> str:
-    head = content.getvalue()[:64] if isinstance(content, io.BytesIO) else Path(content).read_bytes()[:64]
+def what_it_is(head: bytes) -> str:
+    """What a file that is not taken for an image seems to be, and what to do with it; nothing if nobody knows.
+
+    Args:
+        head: how it begins, 64 bytes or more.
+    """
+    text, brand = head.lstrip().lower(), head[8:12] if head[4:8] == b"ftyp" else None
     if head.startswith(b"version https://git-lfs"):
         return "; it is a Git LFS pointer, so fetch the real file with `git lfs pull`"
     if head.startswith(b"%PDF"):
         return "; it is a PDF, so convert its page to PNG first"
-    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+    if text.startswith((b"<!doctype html", b"<html")):
         return "; it is a web page"
-    if head.lstrip().lower().startswith((b"<svg", b"<?xml")):
+    if text.startswith((b"<svg", b"<?xml")):
         return "; it is a drawing (SVG), so export it as PNG first"
-    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+    if brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return "; it is HEIC, a phone's format, so save it as JPEG first"
-    if head[4:8] == b"ftyp":
+    if brand in (b"avif", b"avis"):
+        return "; it is AVIF, so save it as PNG first"
+    if brand is not None:
         return "; it is a video, so give the frame you mean"
+    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "; it is a TIFF, so save it as PNG first"
     return ""
+
+
+def _head(content: Any) -> bytes:
+    if isinstance(content, io.BytesIO):
+        return content.getvalue()[:64]
+    with Path(content).open("rb") as file:
+        return file.read(64)
 
 
 def _pillow() -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from keepsight.data.images import what_it_is
 from keepsight.data.pixels import ImageError, as_seen
 from keepsight.serve.errors import ApiError, bad, too_large
 from keepsight.serve.openai.settings import Limits
@@ -33,7 +34,8 @@ def decode_image(content: bytes, limits: Limits, param: str, left: int | None = 
     check_bytes(len(content), limits, param)
     if not content:
         raise bad("The image is empty (0 bytes).", param, "invalid_image")
-    with opened(content, "image", f"Not an image that can be read; expected {', '.join(FORMATS)}.", param) as image:
+    unreadable = f"Not an image that this server reads{what_it_is(content[:64])}. Expected is {', '.join(FORMATS)}."
+    with opened(content, "image", unreadable, param) as image:
         width, height = image.size
         if width * height > limits.max_image_pixels:
             raise too_large(
