@@ -75,8 +75,12 @@ def test_a_batch_is_its_rows(task):
 
     folder, rows = task
     model, processor = keepsight.load(MEMORY)
-    asked = [Question.of("read", [open_image(folder / row["images"][0])]) for row in rows[:5]]
-    asked.append(Question.of("read", [open_image(folder / "0.png"), open_image(folder / "1.png")]))
+
+    def read(*names):
+        parts = [*({"type": "image"} for _ in names), {"type": "text", "text": "read"}]
+        return Question([{"role": "user", "content": parts}], tuple(open_image(folder / name) for name in names))
+
+    asked = [read(row["images"][0]) for row in rows[:5]] + [read("0.png", "1.png")]
     answerer = Answerer(model, processor, "on")
     assert answerer.answers(asked, 24) == [answerer.answers([one], 24)[0] for one in asked]
 
