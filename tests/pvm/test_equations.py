@@ -1,5 +1,6 @@
 """The block equals the paper's equations, written here once more in plain tensors; sizes equal the published ones."""
 
+import copy
 import math
 
 import pytest
@@ -74,6 +75,28 @@ def test_retrieval_does_not_depend_on_the_length_of_the_text():
     alone = block(query, *states)
     long = block(torch.cat([torch.randn(1, 4000, 48).double(), query], 1), *states)[:, -1:]
     torch.testing.assert_close(long, alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [PvmBlock, ParallelMlpBlock])
+def test_autocast_computes_what_half_precision_will(kind):
+    """A block with float32 weights under autocast equals its bfloat16 copy bit for bit: training is inference."""
+    torch.manual_seed(0)
+    block = kind(SHAPE, init_gate=0.3)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            if parameter.ndim == 1:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+    half = copy.deepcopy(block).bfloat16()
+    x, visual = torch.randn(2, 5, 48).bfloat16(), torch.randn(2, 7, 48).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = block(x, *(block.project(visual) if block.reads_memory else ()))
+    expected = half(x, *(half.project(visual) if half.reads_memory else ()))
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+    found.float().square().sum().backward()
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 for n, p in block.named_parameters() if "vision" not in n
+    )
 
 
 def test_output_has_the_gate_as_its_rms():

@@ -62,6 +62,18 @@ def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torc
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm whose weight takes the dtype of its input, as a linear map's does under autocast.
+
+    torch has one kernel for it where both agree, and half a dozen where they do not; and a block that is trained under
+    autocast computes what it will compute when it is loaded in half precision.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., d] -> [..., d], in x's dtype."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class CrossAttention(nn.Module):
     """Cross-attention from text to visual embeddings, with per-head RMSNorm on q and k and no rotary embedding."""
 
@@ -73,8 +85,8 @@ class CrossAttention(nn.Module):
         self.k_proj = nn.Linear(shape.width, kv_width, bias=shape.bias)
         self.v_proj = nn.Linear(shape.width, kv_width, bias=shape.bias)
         self.o_proj = nn.Linear(shape.width, shape.width, bias=shape.bias)
-        self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.eps)
-        self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.eps)
+        self.q_norm = RMSNorm(shape.head_dim, eps=shape.eps)
+        self.k_norm = RMSNorm(shape.head_dim, eps=shape.eps)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # [B, T, H, d]
@@ -139,8 +151,8 @@ class PvmBlock(nn.Module):
         self.text_reducer = nn.Linear(shape.hidden_size, shape.width, bias=False)  # W_txt
         self.vision_reducer = nn.Linear(shape.hidden_size, shape.width, bias=False)  # W_vis
         self.output_expander = nn.Linear(shape.width, shape.hidden_size, bias=False)  # W_up
-        self.input_norm = nn.RMSNorm(shape.width, eps=shape.eps)
-        self.post_attn_norm = nn.RMSNorm(shape.width, eps=shape.eps)
+        self.input_norm = RMSNorm(shape.width, eps=shape.eps)
+        self.post_attn_norm = RMSNorm(shape.width, eps=shape.eps)
         self.cross_attn = CrossAttention(shape)
         self.mlp = SwiGLU(shape.width, shape.ffn_width)
         self.gate = nn.Parameter(torch.full((1,), float(init_gate)))  # lambda
@@ -180,7 +192,7 @@ class PvmBlock(nn.Module):
         h = self.cross_attn(h, key, value, mask, attention)
         h = h + self.mlp(self.post_attn_norm(h))
         out = self.output_expander(h)
-        return self.gate * F.rms_norm(out, out.shape[-1:], eps=self.shape.eps)
+        return self.gate.to(out.dtype) * F.rms_norm(out, out.shape[-1:], eps=self.shape.eps)
 
 
 class ParallelMlpBlock(nn.Module):
@@ -200,8 +212,8 @@ class ParallelMlpBlock(nn.Module):
         fixed = 2 * shape.hidden_size * shape.width + 2 * shape.width + 1
         self.text_reducer = nn.Linear(shape.hidden_size, shape.width, bias=False)
         self.output_expander = nn.Linear(shape.width, shape.hidden_size, bias=False)
-        self.input_norm = nn.RMSNorm(shape.width, eps=shape.eps)
-        self.mlp_norm = nn.RMSNorm(shape.width, eps=shape.eps)
+        self.input_norm = RMSNorm(shape.width, eps=shape.eps)
+        self.mlp_norm = RMSNorm(shape.width, eps=shape.eps)
         self.mlp = SwiGLU(shape.width, round((target - fixed) / (3 * shape.width)))
         self.gate = nn.Parameter(torch.full((1,), float(init_gate)))
         _init_linear(self)
@@ -211,4 +223,4 @@ class ParallelMlpBlock(nn.Module):
         h = self.input_norm(self.text_reducer(x.to(self.text_reducer.weight.dtype)))
         h = h + self.mlp(self.mlp_norm(h))
         out = self.output_expander(h)
-        return self.gate * F.rms_norm(out, out.shape[-1:], eps=self.shape.eps)
+        return self.gate.to(out.dtype) * F.rms_norm(out, out.shape[-1:], eps=self.shape.eps)
