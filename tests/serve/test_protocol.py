@@ -41,9 +41,9 @@ def test_null_is_not_given():
     ("request_", "param", "words"),
     [
         (
-            body([{"type": "image_url", "image_url": {"url": "u", "detail": "low"}}]),
+            body([{"type": "image_url", "image_url": {"url": "u", "detail": "tiny"}}]),
             "image_url.detail",
-            "'auto' or 'high'",
+            "'auto', 'high' or 'low'",
         ),
         (body([{"type": "image_url", "image_url": "u"}]), "image_url", "expected an object"),
         (body([{"type": "image_url", "image_url": {}}]), "image_url.url", "missing"),

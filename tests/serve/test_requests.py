@@ -1,5 +1,9 @@
 """What clients send, field by field: accepted, and with its effect; or refused, by the name that the client used."""
 
+import base64
+import io
+from types import SimpleNamespace
+
 import httpx
 import pytest
 from letters import TEMPLATE, with_letters
@@ -11,6 +15,10 @@ from keepsight.serve.hf.rows import Finished, Job, Piece
 from keepsight.serve.openai.answers import ChatAnswer
 from keepsight.serve.openai.asked.request import ChatRequest
 from keepsight.serve.openai.asked.tools import CallReader, Tool, asks_in_known_form
+from keepsight.serve.openai.images.sources import ImageSources
+from keepsight.serve.openai.images.uploads import Uploads
+from keepsight.serve.openai.prompts import Prompts
+from keepsight.serve.openai.settings import Limits
 
 LENGTH = 16
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
@@ -294,3 +302,17 @@ def test_calls_in_an_answer_and_in_a_stream(reads_calls):
     assert functions == [call["function"] for call in choice["message"].get("tool_calls", [])]
     assert functions == ([{"name": "look_up", "arguments": '{"a": 1}'}] if reads_calls else [])
     assert [call["index"] for call in calls] == list(range(len(calls)))
+
+
+@pytest.mark.parametrize(("size", "seen"), [((1024, 768), (512, 384)), ((300, 600), (256, 512)), ((32, 48), (32, 48))])
+@pytest.mark.parametrize("detail", ["low", "high", "auto"])
+def test_low_detail_makes_large_images_smaller_and_no_other(size, seen, detail):
+    file = io.BytesIO()
+    Image.new("RGB", size, "red").save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    part = {"type": "image_url", "image_url": {"url": url, "detail": detail}}
+    request = ChatRequest.model_validate({"model": NAME, "messages": [{"role": "user", "content": [part]}]})
+    limits = Limits()
+    prompts = SimpleNamespace(limits=limits, sources=ImageSources(limits, Uploads(limits)), takes_videos=False)
+    [image] = Prompts.decode(prompts, Prompts.collect(prompts, request))
+    assert image.size == (seen if detail == "low" else size)

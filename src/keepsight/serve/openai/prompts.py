@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 
 from keepsight.serve.errors import ApiError, bad
 from keepsight.serve.hf.served import Served
-from keepsight.serve.openai.asked.messages import FilePart, ImagePart, TextPart, VideoPart, VideoUrl
+from keepsight.serve.openai.asked.messages import LOW, FilePart, ImagePart, TextPart, VideoPart, VideoUrl
 from keepsight.serve.openai.asked.request import ChatRequest
 from keepsight.serve.openai.images.decode import decode_image
 from keepsight.serve.openai.images.sources import ImageSources
@@ -36,11 +36,13 @@ class Sent:
         place: where it stands in the request.
         files: an image's file; of a video, those of its frames, or one that holds all.
         video: the part, if it is a video.
+        low: an image that is to be read in low detail.
     """
 
     place: str
     files: list[bytes]
     video: VideoUrl | None = None
+    low: bool = False
 
 
 class Prompts:
@@ -90,7 +92,8 @@ class Prompts:
             url = part.image_url.url if isinstance(part, ImagePart) else part.file.file_id
             if isinstance(part, FilePart) and not url.startswith("file-"):
                 raise ApiError(404, "No such file; upload it to /v1/files.", param=place, code="file_not_found")
-            found.append(Sent(place, [self.sources.read(url, place, deadline)]))
+            low = isinstance(part, ImagePart) and part.image_url.detail == "low"
+            found.append(Sent(place, [self.sources.read(url, place, deadline)], low=low))
         return found
 
     def decode(self, sent: list[Sent]) -> list[Any]:
@@ -105,6 +108,8 @@ class Prompts:
             if one.video is None:
                 media.append(decode_image(one.files[0], self.limits, one.place, left))
                 left -= media[-1].width * media[-1].height
+                if one.low:
+                    media[-1].thumbnail((LOW, LOW))  # in place, never larger
             else:
                 media.append(decode_video(one.files, self.limits, one.place, left, one.video.fps))
                 left -= media[-1].pixels

@@ -29,11 +29,15 @@ class TextPart(Strict):
     text: str
 
 
+#: The longer side of an image that is asked to be read in low detail, in pixels: OpenAI's.
+LOW = 512
+
+
 class ImageUrl(Strict):
-    """Where an image is. `detail` "low" is refused: images are always read in full."""
+    """Where an image is. With `detail` "low" it is made smaller first, as OpenAI does: `LOW` pixels a side at most."""
 
     url: str
-    detail: Literal["auto", "high"] = "auto"
+    detail: Literal["auto", "high", "low"] = "auto"
 
 
 class ImagePart(Strict):
