@@ -1,8 +1,6 @@
 """Dry runs: parameters, memory, tokens and operations of a training run, without reading a weight.
 
-The model is built on torch's meta device, from its config.json alone: every tensor has its shape and dtype and no
-values. What is to be learned is put on it as in training, and the decoder's forward and backward run there. So the
-trace goes through the real code: it counts the operations, and the bytes that the backward pass keeps.
+One step is traced on shapes (`tracing.py`), with what is to be learned put on the model as in training.
 
 Not traced: the vision encoder (frozen, it keeps nothing; its operations are counted from its weights), the head (TRL
 computes the loss in chunks), allocator overhead and CUDA's own memory (about 1 GiB).

@@ -259,9 +259,7 @@ class GrpoJob(PvmJob[GrpoSettings]):
     writer: Writer | None
 
     def trainer(self, loaded: tuple[Any, Learner]) -> Any:
-        folder, on_log = self.asked.folder, self.asked.on_log
-        what = (self.processor, loaded[1], self.settings, self.rewards, folder, self.data, self.held_out)
-        trainer = make_grpo_trainer(loaded[0], *what, on_log, self.callbacks)
+        trainer = make_grpo_trainer(self, *loaded)
         if self.writer is not None and self.name == self.stage:  # controls are no models that it knows
             self.writer.attach(trainer, self.base)
         return trainer

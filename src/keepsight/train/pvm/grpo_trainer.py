@@ -6,52 +6,30 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from keepsight.data.check import CheckedData
 from keepsight.data.rows import read_sample
 from keepsight.errors import KeepsightWarning
-from keepsight.train.rewards.rewards import Reward
 from keepsight.train.run.four_bit import trainable_as_it_is
 from keepsight.train.run.learner import Learner
 from keepsight.train.run.settings import GrpoSettings
-from keepsight.train.run.trainer import LearnerTrainer, OnLog, Setup, common_arguments, finish, report_callback
+from keepsight.train.run.trainer import LearnerTrainer, Setup, common_arguments, finish, report_callback
+
+if TYPE_CHECKING:
+    from keepsight.train.pvm.grpo import GrpoJob
 
 _OURS = ("messages", "images", "columns")
 
 
-def make_grpo_trainer(
-    model: Any,
-    processor: Any,
-    learner: Learner,
-    settings: GrpoSettings,
-    rewards: Sequence[Reward],
-    folder: Path,
-    data: CheckedData,
-    eval_data: CheckedData | None = None,
-    on_log: OnLog | None = None,
-    callbacks: list[Any] | None = None,
-) -> Any:
-    """A trainer by GRPO, which checkpoints into `folder`.
-
-    Args:
-        model: what `learner.put_on` returned.
-        processor: of the base; copied, because completions follow prompts that are padded on the left.
-        learner: what is trained.
-        settings: how to train.
-        rewards: from `load_rewards`.
-        folder: gets the checkpoints.
-        data: checked prompts (`kind="prompt"`).
-        eval_data: checked prompts for the evaluation's rewards, or None.
-        on_log: called as `on_log(values, step, total steps)`.
-        callbacks: further transformers callbacks.
-    """
+def make_grpo_trainer(job: GrpoJob, model: Any, learner: Learner) -> Any:
+    """A trainer by GRPO of what `learner.put_on` has put on a model."""
     from trl import GRPOConfig, GRPOTrainer
     from trl.trainer.utils import RepeatSampler
+
+    settings, rewards, data, eval_data = job.settings, job.rewards, job.data, job.held_out
 
     class Order(RepeatSampler):
         """TRL's order of prompts, as a function of seed and epoch alone, so that a resumed epoch repeats it."""
@@ -97,24 +75,16 @@ def make_grpo_trainer(
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
         def _compute_loss(self, model: Any, inputs: Any) -> Any:
-            meter = self.setup.meter
-            if meter is not None:
-                rows, length = inputs["prompt_ids"].shape
-                length += inputs["completion_ids"].shape[1]
-                patches = meter.shape.patches(inputs)
-                if self.model.training:
-                    tokens = int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
-                    checkpointing = settings.checkpoints_gradients
-                    meter.trained(rows, length, tokens=tokens, patches=patches, checkpointing=checkpointing)
-                else:
-                    meter.read(rows, length, patches=patches)
+            rows, length = inputs["prompt_ids"].shape
+            tokens = inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()
+            self.count(rows, length + inputs["completion_ids"].shape[1], tokens, inputs)
             return super()._compute_loss(model, inputs)
 
-    processor = copy.deepcopy(processor)
+    processor = copy.deepcopy(job.processor)  # completions follow prompts that are padded on the left
     processor.tokenizer.padding_side = "left"
     per_prompt = settings.group_size
     args = GRPOConfig(
-        **common_arguments(settings, folder, GRPOConfig, eval_data is not None and learner.learns),
+        **common_arguments(settings, job.asked.folder, GRPOConfig, eval_data is not None and learner.learns),
         # Whole groups in every batch of an evaluation.
         per_device_eval_batch_size=per_prompt * max(1, settings.batch_size // per_prompt),
         steps_per_generation=settings.rollouts // settings.batch_size,
@@ -148,7 +118,7 @@ def make_grpo_trainer(
             train_dataset=as_prompts(data),
             eval_dataset=None if eval_data is None else as_prompts(eval_data),
             processing_class=processor,
-            callbacks=[report_callback(on_log), _signal_callback(settings), *(callbacks or [])],
+            callbacks=[report_callback(job.asked.on_log), _signal_callback(settings), *job.callbacks],
         )
     trainer.model.register_forward_pre_hook(_without_empty, with_kwargs=True)
     return finish(trainer, Setup(settings, learner))

@@ -153,9 +153,7 @@ class SftJob(PvmJob[SftSettings]):
     collator: ConversationCollator
 
     def trainer(self, loaded: tuple[Any, Learner]) -> Any:
-        folder, on_log = self.asked.folder, self.asked.on_log
-        what = (self.processor, loaded[1], self.settings, folder, self.data, self.held_out, self.collator)
-        return make_sft_trainer(loaded[0], *what, on_log, self.callbacks)
+        return make_sft_trainer(self, *loaded)
 
     def samples(self) -> dict[str, Any]:
         return {"base": self.base, "samples": self.data.rows, **self.data.agreed()}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,38 +13,17 @@ from keepsight.data.collate import ConversationCollator
 from keepsight.train.pvm.blindfold import BlindfoldSchedule, SightLosses, blindfold
 from keepsight.train.run.four_bit import trainable_as_it_is
 from keepsight.train.run.learner import Learner
-from keepsight.train.run.settings import SftSettings
-from keepsight.train.run.trainer import LearnerTrainer, OnLog, Setup, common_arguments, finish, report_callback
+from keepsight.train.run.trainer import LearnerTrainer, Setup, common_arguments, finish, report_callback
+
+if TYPE_CHECKING:
+    from keepsight.train.pvm.sft import SftJob
 
 
-def make_sft_trainer(
-    model: Any,
-    processor: Any,
-    learner: Learner,
-    settings: SftSettings,
-    folder: Path,
-    data: CheckedData,
-    eval_data: CheckedData | None,
-    collator: ConversationCollator,
-    on_log: OnLog | None = None,
-    callbacks: list[Any] | None = None,
-) -> Any:
-    """A trainer by supervised fine-tuning, which checkpoints into `folder`.
-
-    Args:
-        model: what `learner.put_on` returned.
-        processor: saved beside every checkpoint.
-        learner: what is trained.
-        settings: how to train.
-        folder: gets the checkpoints.
-        data: checked training data.
-        eval_data: checked data for the evaluation loss, or None.
-        collator: makes batches of samples.
-        on_log: called as `on_log(values, step, total steps)`.
-        callbacks: further transformers callbacks.
-    """
+def make_sft_trainer(job: SftJob, model: Any, learner: Learner) -> Any:
+    """A trainer by supervised fine-tuning of what `learner.put_on` has put on a model."""
     from trl import SFTConfig, SFTTrainer
 
+    settings, data, eval_data = job.settings, job.data, job.held_out
     assert settings.blindfold_steps is not None, "train_pvm has settled the schedule"
     schedule = BlindfoldSchedule.of(settings, 0)
     losses = SightLosses()
@@ -70,20 +48,12 @@ def make_sft_trainer(
             super().log(logs, *args, **kwargs)
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            meter = self.setup.meter
-            if meter is not None:
-                rows, length = inputs["input_ids"].shape
-                patches = meter.shape.patches(inputs)
-                if self.model.training:
-                    tokens = int(inputs["attention_mask"].sum())
-                    checkpointing = settings.checkpoints_gradients
-                    meter.trained(rows, length, tokens=tokens, patches=patches, checkpointing=checkpointing)
-                else:
-                    meter.read(rows, length, patches=patches)
+            rows, length = inputs["input_ids"].shape
+            self.count(rows, length, inputs["attention_mask"].sum(), inputs)
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     args = SFTConfig(
-        **common_arguments(settings, folder, SFTConfig, eval_data is not None and learner.learns),
+        **common_arguments(settings, job.asked.folder, SFTConfig, eval_data is not None and learner.learns),
         per_device_eval_batch_size=settings.batch_size,
         max_length=None,  # the collator cuts, and the check has made sure of what it cuts
         label_names=["labels"],
@@ -92,11 +62,11 @@ def make_sft_trainer(
         trainer = PvmTrainer(
             model=model,
             args=args,
-            data_collator=_RowCollator(collator, data, eval_data),
+            data_collator=_RowCollator(job.collator, data, eval_data),
             train_dataset=data.dataset,
             eval_dataset=None if eval_data is None else _RowCollator.marked(eval_data.dataset),
-            processing_class=processor,
-            callbacks=[report_callback(on_log), *(callbacks or [])],
+            processing_class=job.processor,
+            callbacks=[report_callback(job.asked.on_log), *job.callbacks],
         )
     return finish(trainer, Setup(settings, learner))
 

@@ -106,6 +106,17 @@ class LearnerTrainer(_Base):
             stop_below_learners(self.model)
         return super().compute_loss(model, *args, **kwargs)
 
+    def count(self, rows: int, length: int, tokens: torch.Tensor, batch: Any) -> None:
+        """Count a forward, with its backward in training, over `rows` x `length` positions: `tokens` and padding."""
+        meter = self.setup.meter
+        if meter is None:
+            return
+        patches, checkpointing = meter.shape.patches(batch), self.setup.settings.checkpoints_gradients
+        if self.model.training:
+            meter.trained(rows, length, tokens=int(tokens), patches=patches, checkpointing=checkpointing)
+        else:
+            meter.read(rows, length, patches=patches)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None of TRL's, which tells how to use another kind of model: the result gets one of ours."""
 
