@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import keepsight
 from keepsight.cli import app
+from keepsight.cli.eval import _show
 from keepsight.diagnose.cases import Sample
 from keepsight.errors import KeepsightError
 from keepsight.evaluate.answering import Answer, Answerer, Question
@@ -146,6 +147,17 @@ def test_what_was_interrupted_goes_on_to_the_same_end(asked, grids, tmp_path):
 def test_other_pictures_are_other_questions(grids):
     ask = [fingerprint(questions_of([Sample("read", (image,), answer="1")])) for image in (*grids[0][:2], grids[0][0])]
     assert ask[0] == ask[2] != ask[1]
+
+
+def test_questions_that_all_differ_alike_have_no_interval(capsys):
+    """A bootstrap of equal numbers is one point, which would read as certainty."""
+    texts = [Answer(text, 4, 9) for text in ("1", "1")]
+    for on, word in ((texts, "+0.0 points"), ([Answer("2", 4, 9)] * 2, "-100.0 points")):
+        _show(Evaluation(EvalSettings(memory="free"), ["1", "1"], texts, on))
+        said = capsys.readouterr().out
+        assert f"neither better nor worse that could be shown ({word}, 95 % interval unknown: all alike" in said
+        assert "memory free" in said
+        assert "[+0.0, +0.0]" not in said
 
 
 def test_the_command(tmp_path, grids, monkeypatch):

@@ -113,6 +113,13 @@ def _version_of(adapter: Path) -> list[int]:
     return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
 
 
+def _interval(gain: Any, between: str) -> str:
+    """Questions that all differ alike, or not at all, are resampled to themselves: that is no narrow interval."""
+    if gain.low == gain.high:
+        return "unknown: all alike"
+    return f"{100 * gain.low:+.1f}{between}{100 * gain.high:+.1f}"
+
+
 def _show(found: Any) -> None:
     from rich.table import Table
 
@@ -122,14 +129,14 @@ def _show(found: Any) -> None:
     for column in (
         "tokens of the answer",
         "questions",
-        *(("memory off", "memory on", "on - off") if compared else ("right",)),
+        *(("memory off", f"memory {found.settings.memory}", "difference") if compared else ("right",)),
     ):
         table.add_column(column, justify="right")
     for one, name in (*((s, f"{s.shortest:,} to {s.longest:,}") for s in strata), (whole, "all")):
         row = [name, f"{one.n}", f"{one.off.value:.1%}"]
         if one.on is not None and one.difference is not None:
             gain = one.difference
-            row += [f"{one.on.value:.1%}", f"{100 * gain.value:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"]
+            row += [f"{one.on.value:.1%}", f"{100 * gain.value:+.1f} [{_interval(gain, ', ')}]"]
         table.add_row(*row, style="bold" if name == "all" else None)
     out.print(table)
     most = found.settings.max_new_tokens
@@ -142,10 +149,17 @@ def _show(found: Any) -> None:
         return
     gain = whole.difference
     assert gain is not None
-    sure = "better" if gain.low > 0 else "worse" if gain.high < 0 else "neither better nor worse that could be shown"
+    shown = gain.low < gain.high
+    sure = (
+        "better"
+        if shown and gain.low > 0
+        else "worse"
+        if shown and gain.high < 0
+        else "neither better nor worse that could be shown"
+    )
     out.print(
-        f"With the memory: {sure} ({100 * gain.value:+.1f} points, 95 % interval {100 * gain.low:+.1f} to "
-        f"{100 * gain.high:+.1f}, over {gain.n} questions).",
+        f"With the memory: {sure} ({100 * gain.value:+.1f} points, 95 % interval {_interval(gain, ' to ')}, "
+        f"over {gain.n} questions).",
         soft_wrap=True,
         highlight=False,
     )
