@@ -16,8 +16,11 @@ from studies.eye.stages import generator
 
 _NEAR = 0.3
 """Share of the questions that follow the image at once."""
-_NAMING = 2.0
+_NAMING = 6.0
 """How much more often than another task a name is asked for."""
+
+_VARY = 0.5
+"""How much the drawings vary here: the tower has seen them varied more, and what is new is reading them."""
 
 
 class Alignment:
@@ -32,7 +35,7 @@ class Alignment:
 
     def __init__(self, model: Any, tokenizer: Any, pictures: Pictures, size: Size):
         self.model, self.tokenizer, self.size = model, tokenizer, size
-        self.scenes = Scenes(pictures, sorted(set(pictures.styles) - set(pictures.held_out)))
+        self.scenes = Scenes(pictures, pictures.seen)
         model.requires_grad_(False)
         model.model.language_model.to(getattr(torch, size.dtype))
         if size.lora:
@@ -46,7 +49,7 @@ class Alignment:
     def parameters(self) -> dict[str, tuple[nn.Parameter, float]]:
         """What learns, by name, with its share of the learning rate."""
         return {
-            name: (value, self.size.tower_lr if ".blocks." in name and ".visual." in name else 1.0)
+            name: (value, self.size.tower_lr if ".visual." in name else 1.0)
             for name, value in self.model.named_parameters()
             if value.requires_grad
         }
@@ -54,10 +57,11 @@ class Alignment:
     def batch(self, step: int) -> tuple[torch.Tensor, list[list[sequences.Part]], int]:
         """Images, what is asked about each, and pictures along their side; drawn anew from the step's number."""
         size, draws = self.size, generator(self.size.seed, 2, step)
-        side = size.sides[step % len(size.sides)]
+        often = torch.tensor(size.sides, dtype=torch.float)  # where to look is harder than what it is
+        side = size.sides[int(torch.multinomial(often, 1, generator=draws))]
         images, rows = [], []
         for _ in range(size.align_batch):
-            image, cells = self.scenes.image(side, size.cell, 1.0, draws)
+            image, cells = self.scenes.image(side, size.cell, _VARY, draws)
             possible = tasks_of(cells, side)
             weights = torch.tensor([_NAMING if task == TASKS[0] else 1.0 for task in possible])
             chosen = torch.multinomial(weights, size.questions, replacement=True, generator=draws)

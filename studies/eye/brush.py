@@ -47,6 +47,15 @@ def written(text: str, font: str) -> torch.Tensor:
     return torch.from_numpy(np.asarray(page).copy())
 
 
+def another_colour(paper: int, draws: torch.Generator) -> torch.Tensor:
+    """`[3]` uint8: any colour that can be told from a paper's."""
+    behind = torch.tensor(list(COLOURS.values())[paper])
+    while True:
+        colour = torch.rand(3, generator=draws)
+        if (colour - behind).abs().max() > 0.4:
+            return (255 * colour).to(torch.uint8)
+
+
 def draw(
     drawings: torch.Tensor, ink: torch.Tensor, papers: torch.Tensor, cell: int, vary: float, draws: torch.Generator
 ) -> torch.Tensor:
@@ -79,7 +88,7 @@ def draw(
     colour = grey + (colour - grey) * rich.clamp(min=0.05)
     colour = (colour - 0.5) * (1 + vary * one(-0.4, 0.4)) + 0.5
     colour = colour * (1 + vary * one(-0.25, 0.25, 3, 1, 1)) + vary * one(-0.1, 0.1)
-    swapped = torch.rand(count, generator=draws) < 0.2 * vary  # another hue for some
+    swapped = torch.rand(count, generator=draws) < 0.3 * vary  # another hue for some
     colour = torch.where(swapped.view(count, 1, 1, 1), colour.roll(1, 1), colour)
     colour = torch.where(still > 0, dark.expand_as(colour), colour).clamp(0, 1)
     # where it stands

@@ -58,7 +58,7 @@ def measure(
         grids: how many unseen grids of each kind.
         on_progress: called with what is measured, how much of it is done and of how much.
     """
-    seen = sorted(set(pictures.styles) - set(pictures.held_out))
+    seen = pictures.seen
     side = max(number for number in size.sides if number <= 2)
     rows = []
     for what, styles, fonts in (

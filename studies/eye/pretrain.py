@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,13 +11,20 @@ from torch import nn
 
 from studies.eye import brush
 from studies.eye.pictures import SIDE, Pictures
+from studies.eye.questions import place
 from studies.eye.sizes import Size
 from studies.eye.stages import generator
 
 _WRITING = 0.15
 """Share of the cells that hold writing."""
-_WHITE = 0.4
+_EACH = 1.0
+"""Weight of what every single token of a picture is to be, besides their average."""
+_PLACE, _COLOUR = 0.7, 0.35
+"""Shares of the words for a picture's place and for its paper in what every token is to be; its name has 1."""
+_WHITE = 0.2
 """Share of the cells on white paper, besides those that draw it."""
+_SHAPES = 0.25
+"""Share of the drawings of names to learn that are icons."""
 
 
 class Pretraining(nn.Module):
@@ -31,13 +39,23 @@ class Pretraining(nn.Module):
         words: `[names, D]`, the embedding of every name in `names`.
         names: concepts first, then all others that are drawn.
         size: of the eye.
+        said: embeddings of phrases (`places` and the papers' colours): `[phrases] -> [phrases, D]`.
     """
 
     mean: torch.Tensor
     words: torch.Tensor
+    colours: torch.Tensor
     length: torch.Tensor
 
-    def __init__(self, tower: nn.Module, pictures: Pictures, words: torch.Tensor, names: list[str], size: Size):
+    def __init__(
+        self,
+        tower: nn.Module,
+        pictures: Pictures,
+        words: torch.Tensor,
+        names: list[str],
+        size: Size,
+        said: Callable[[list[str]], torch.Tensor],
+    ):
         super().__init__()
         self.tower, self.size, self.pictures = tower, size, pictures
         self.names = {name: number for number, name in enumerate(names)}
@@ -45,11 +63,16 @@ class Pretraining(nn.Module):
         self.register_buffer("mean", words.mean(0), persistent=False)
         self.register_buffer("words", F.normalize(words - words.mean(0), dim=-1), persistent=False)
         self.register_buffer("length", words.norm(dim=-1).mean(), persistent=False)
-        self.styles = sorted(set(pictures.styles) - set(pictures.held_out))
-        seen = [number for number, style in enumerate(pictures.styles) if style in self.styles]
-        self.known = [number for number in seen if pictures.names[number] in pictures.concepts]
-        left = set(seen) - set(self.known)
-        self.others = sorted(left) if size.others else []
+        self.register_buffer("colours", F.normalize(said(list(brush.COLOURS)) - self.mean, dim=-1), persistent=False)
+        for side in (one for one in size.sides if one > 1):
+            phrases = said([place(number, side) for number in range(side**2)])
+            self.register_buffer(f"places{side}", F.normalize(phrases - self.mean, dim=-1), persistent=False)
+        self.styles = pictures.seen
+        known = set(pictures.concepts)
+        shown = [number for number, style in enumerate(pictures.styles) if style not in pictures.held_out]
+        self.known = [n for n in shown if pictures.names[n] in known and pictures.styles[n] in self.styles]
+        self.icons = [n for n in shown if pictures.names[n] in known and pictures.styles[n] in pictures.shapes]
+        self.others = [n for n in shown if pictures.names[n] not in known] if size.others else []
         sides = max(size.sides)
         wide = words.shape[1]
         self.scale = nn.Parameter(torch.tensor(2.7))
@@ -78,12 +101,23 @@ class Pretraining(nn.Module):
         """Of one batch."""
         images, side, targets = batch
         device = self.scale.device
-        found = self.cells(images.to(device), side)
+        tokens = picture_tokens(self.tower, images.to(device), side, self.size)
+        found = tokens.mean(1)
         targets = {key: value.to(device) for key, value in targets.items()}
         named = targets["name"] >= 0
         cosine = F.normalize(found - self.mean, dim=-1) @ self.words.T
-        total = F.cross_entropy(cosine[named] * self.scale.exp(), targets["name"][named], label_smoothing=0.1)
-        total = total + 0.1 * (found.norm(dim=-1) / self.length - 1).pow(2).mean()
+        right = targets["name"][named]
+        total = F.cross_entropy(cosine[named] * self.scale.exp(), right, label_smoothing=0.1)
+        total = total + 0.1 * (tokens.norm(dim=-1) / self.length - 1).pow(2).mean()
+        # each token by itself is close to words that the language model knows, so that there is little left to learn
+        said = self.words[right] + _COLOUR * self.colours[targets["colour"][named]]
+        if side > 1:
+            where = torch.arange(len(found), device=device) % side**2
+            said = said + _PLACE * self.get_buffer(f"places{side}")[where[named]]
+        each = F.normalize(tokens[named] - self.mean, dim=-1) * F.normalize(said, dim=-1)[:, None]
+        total = total + _EACH * (1 - each.sum(-1)).mean()
+        close = F.normalize(tokens[named] - self.mean, dim=-1) @ self.words.T * self.scale.exp()
+        total = total + _EACH * F.cross_entropy(close.transpose(1, 2), right[:, None].expand(close.shape[:2]))
         for name, head in self.heads.items():
             if name in targets and bool((targets[name] >= 0).any()):
                 logits = head(found / self.length)
@@ -103,23 +137,29 @@ class Pretraining(nn.Module):
         targets["colour"][torch.rand(count, generator=draws) < _WHITE] = 0
         targets["ink"] = torch.rand(count, generator=draws) < _WRITING
         other = torch.rand(count, generator=draws) < self.size.others
-        for place in range(count):
-            if targets["ink"][place]:
-                targets["style"][place] = len(self.styles)
+        icon = torch.rand(count, generator=draws) < _SHAPES
+        for at in range(count):
+            if targets["ink"][at]:
+                targets["style"][at] = len(self.styles)
                 if whole(2):
                     number = whole(100)
                     text = str(number)
-                    targets["tens"][place], targets["ones"][place] = number // 10, number % 10
+                    targets["tens"][at], targets["ones"][at] = number // 10, number % 10
                 else:
                     text = self.short[whole(len(self.short))]
-                    targets["name"][place] = self.names[text]
-                drawn[place, ..., 3] = brush.written(text, brush.FONTS[whole(len(brush.FONTS))])
+                    targets["name"][at] = self.names[text]
+                drawn[at, ..., 3] = brush.written(text, brush.FONTS[whole(len(brush.FONTS))])
             else:
-                among = self.others if other[place] and self.others else self.known
+                among = (
+                    self.others if other[at] and self.others else self.icons if icon[at] and self.icons else self.known
+                )
                 number = among[whole(len(among))]
-                drawn[place] = self.pictures.pixels[number]
-                targets["name"][place] = self.names[self.pictures.names[number]]
-                targets["style"][place] = self.styles.index(self.pictures.styles[number])
+                drawn[at] = self.pictures.pixels[number]
+                targets["name"][at] = self.names[self.pictures.names[number]]
+                if self.pictures.styles[number] in self.styles:
+                    targets["style"][at] = self.styles.index(self.pictures.styles[number])
+                elif not drawn[at, ..., :3].any():  # all black: any colour that its paper is not
+                    drawn[at, ..., :3] = brush.another_colour(int(targets["colour"][at]), draws)
         return drawn, targets
 
     @torch.no_grad()
@@ -135,11 +175,16 @@ class Pretraining(nn.Module):
         return sum(self.names[name] == int(number) for name, number in zip(found, best, strict=True)), len(found)
 
 
-def average_tokens(tower: Any, images: torch.Tensor, side: int, size: Size) -> torch.Tensor:
-    """`[B, 3, S, S]` -> `[B * side * side, D]`, the average token of every picture, row by row."""
+def picture_tokens(tower: Any, images: torch.Tensor, side: int, size: Size) -> torch.Tensor:
+    """`[B, 3, S, S]` -> `[B * side * side, tokens, D]`, the tokens of every picture, pictures row by row."""
     rows, grids = brush.patches(images, size.patch, size.merge)
     with torch.autocast(images.device.type, dtype=torch.bfloat16):
         tokens = tower(rows, grid_thw=grids.to(images.device)).pooler_output
     along = size.tokens
-    laid = tokens.float().view(len(images), side, along, side, along, -1)
-    return laid.mean((2, 4)).reshape(len(images) * side**2, -1)
+    laid = tokens.float().view(len(images), side, along, side, along, -1).transpose(2, 3)
+    return laid.reshape(len(images) * side**2, along**2, -1)
+
+
+def average_tokens(tower: Any, images: torch.Tensor, side: int, size: Size) -> torch.Tensor:
+    """`[B, 3, S, S]` -> `[B * side * side, D]`, the average token of every picture, row by row."""
+    return picture_tokens(tower, images, side, size).mean(1)

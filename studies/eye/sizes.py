@@ -17,10 +17,11 @@ class Size:
         width, depth, heads: the tower's.
         sides: pictures along the side of an image; 1 is a single picture.
         pretrain_steps, pretrain_batch, pretrain_lr: the tower alone; the batch counts pictures.
+        muon_lr: of the matrices of the tower's blocks, which Muon trains; AdamW does the rest.
         others: share of the tower's pictures that show something else than the words to be named.
         align_steps, align_batch, align_lr: through the language model; the batch counts images.
         questions: questions about each image.
-        tower_lr: share of `align_lr` for the blocks of the tower.
+        tower_lr: share of `align_lr` for the tower and its projector; the LoRA has all of it.
         top: how many of the tower's last blocks learn through the language model, besides the projector.
         lora: rank of a LoRA on the language model, merged in at the end; 0 leaves it frozen.
         max_gap: largest distance, in positions, put between image and question in training.
@@ -34,16 +35,17 @@ class Size:
     depth: int = 6
     heads: int = 6
     sides: tuple[int, ...] = (1, 2)
-    pretrain_steps: int = 12000
+    pretrain_steps: int = 3600
     pretrain_batch: int = 64
-    pretrain_lr: float = 6e-4
+    pretrain_lr: float = 1e-3
+    muon_lr: float = 0.01
     others: float = 0.3
-    align_steps: int = 1500
-    align_batch: int = 8
-    align_lr: float = 1e-3
-    questions: int = 4
-    tower_lr: float = 0.2
-    top: int = 2
+    align_steps: int = 300
+    align_batch: int = 4
+    align_lr: float = 2e-3
+    questions: int = 6
+    tower_lr: float = 0.05
+    top: int = 0
     lora: int = 16
     max_gap: int = 2304
     dtype: str = "bfloat16"
@@ -78,6 +80,9 @@ GPU = replace(
     align_steps=4700,
     align_batch=64,
     align_lr=7e-4,
+    questions=4,
+    tower_lr=0.2,
+    top=2,
 )
 """About 300,000 images, each with four questions; 64 px, 4 x 4 tokens a picture. It has not been run yet."""
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from keepsight.errors import KeepsightError
 
 _SAVE_EVERY = 120.0
 """Seconds between checkpoints."""
+_DECAY = 0.03
+_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+"""What AdamW and Muon keep of a parameter."""
 
 
 def generator(*seeds: int) -> torch.Generator:
@@ -47,7 +50,7 @@ def _batches(batch_of: Callable[[int], Any], steps: range, workers: int) -> Iter
 
 
 class Stage:
-    """Steps over parameters, with AdamW, a cosine rate and a checkpoint.
+    """Steps over parameters, with AdamW, or Muon where asked for, a cosine rate and a checkpoint.
 
     Args:
         name: of the stage, and of its file.
@@ -56,6 +59,8 @@ class Stage:
         steps: of the whole stage.
         lr: highest learning rate.
         settings: what a checkpoint must have been made with to go on from it.
+        muon: names of matrices that Muon trains.
+        muon_lr: its highest learning rate.
     """
 
     def __init__(
@@ -66,14 +71,22 @@ class Stage:
         steps: int,
         lr: float,
         settings: dict[str, Any],
+        muon: Collection[str] = (),
+        muon_lr: float = 0.0,
     ):
-        self.name, self.steps, self.lr = name, steps, lr
+        self.name, self.steps = name, steps
         self.file = folder / f"{name}.safetensors"
         self.parameters = {key: parameter for key, (parameter, _) in parameters.items()}
-        self.shares = [share for _, share in parameters.values()]
         self.settings = json.loads(json.dumps(settings))
-        groups = [{"params": [parameter]} for parameter in self.parameters.values()]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.03)
+        others = [key for key in self.parameters if key not in muon]
+        groups = [{"params": [self.parameters[key]], "highest": lr * parameters[key][1]} for key in others]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=_DECAY)
+        ]
+        if muon:
+            groups = [{"params": [self.parameters[key]], "highest": muon_lr * parameters[key][1]} for key in muon]
+            self.optimizers.append(torch.optim.Muon(groups, lr=muon_lr, weight_decay=_DECAY))
+        self.optimizer_of = {key: self.optimizers[key in muon] for key in self.parameters}
         self.step, self.cpu_seconds, self.losses = 0, 0.0, list[float]()
         self._load()
 
@@ -106,20 +119,21 @@ class Stage:
         batches = iter(_batches(batch_of, range(self.step, self.steps), workers))
         while not self.done and not stop():
             share = self.step / self.steps
-            rate = (
-                self.lr * min(1.0, (self.step + 1) / (0.08 * self.steps + 1)) * (0.5 + 0.5 * math.cos(math.pi * share))
-            )
-            for group, of in zip(self.optimizer.param_groups, self.shares, strict=True):
-                group["lr"] = rate * of
+            rate = min(1.0, (self.step + 1) / (0.08 * self.steps + 1)) * (0.5 + 0.5 * math.cos(math.pi * share))
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group["highest"]
             loss = loss_of(next(batches))
             if not torch.isfinite(loss):
                 raise KeepsightError(
                     f"{self.name}: the loss is {loss.item()} at step {self.step}; the checkpoint is kept."
                 )
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             self.step += 1
             self.losses.append(round(loss.item(), 4))
             on_progress(self.name, self.step, self.steps, sum(self.losses[-50:]) / len(self.losses[-50:]))
@@ -134,7 +148,7 @@ class Stage:
         """Write weights, Adam's moments and the step, whole or not at all."""
         tensors = {f"weight.{key}": parameter.detach().contiguous() for key, parameter in self.parameters.items()}
         for key, parameter in self.parameters.items():
-            for name, value in self.optimizer.state.get(parameter, {}).items():
+            for name, value in self.optimizer_of[key].state.get(parameter, {}).items():
                 tensors[f"{name}.{key}"] = value.detach().contiguous().float()
         about = {
             "settings": json.dumps(self.settings),
@@ -163,9 +177,8 @@ class Stage:
             held = set(opened.keys())
             for key, parameter in self.parameters.items():
                 parameter.data.copy_(opened.get_tensor(f"weight.{key}"))
-                if f"exp_avg.{key}" in held:
-                    self.optimizer.state[parameter] = {
-                        "step": opened.get_tensor(f"step.{key}"),
-                        "exp_avg": opened.get_tensor(f"exp_avg.{key}").to(parameter.device),
-                        "exp_avg_sq": opened.get_tensor(f"exp_avg_sq.{key}").to(parameter.device),
+                state = {name: opened.get_tensor(f"{name}.{key}") for name in _STATE if f"{name}.{key}" in held}
+                if state:
+                    self.optimizer_of[key].state[parameter] = {
+                        name: value if name == "step" else value.to(parameter.device) for name, value in state.items()
                     }

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from keepsight.errors import KeepsightError
-from studies.eye import brush, gate, sequences, windows
+from studies.eye import brush, choose, gate, sequences, windows
 from studies.eye.align import answers
 from studies.eye.language import text_difference, with_eye
 from studies.eye.make import made_model, make
-from studies.eye.pictures import Pictures
+from studies.eye.pictures import SIDE, Pictures
+from studies.eye.pretrain import Pretraining
 from studies.eye.questions import TASKS, Question, ask, tasks_of
 from studies.eye.scenes import Scenes
 from studies.eye.stages import generator
@@ -118,6 +119,39 @@ def test_held_out_styles_are_drawn_only_when_asked_for():
     scenes = Scenes(drawings(), ["round", "flat"])
     seen = {cell.style for number in range(30) for cell in scenes.image(2, 24, 1.0, generator(number))[1]}
     assert seen == {"round", "flat", ""}
+
+
+def test_icons_are_for_the_tower_alone(model):
+    """They are drawn in stage (a), in a colour that their paper has not, and nothing is asked about them."""
+    icons = dataclasses.replace(drawings(), pixels=drawings().pixels.clone(), shapes=["flat"])
+    icons.pixels[torch.tensor([style == "flat" for style in icons.styles]), ..., :3] = 0
+    assert icons.seen == ["round"]
+    names = [*CONCEPTS, "other-thing"]
+    phrases = lambda said: torch.randn(len(said), 64)  # noqa: E731
+    learner = Pretraining(model.model.visual, icons, torch.randn(7, 64), names, EXACT, phrases)
+    drawn, targets = learner.sample(200, generator(0))
+    icon = (targets["name"] >= 0) & (targets["style"] < 0)
+    assert 0 < icon.sum() < (targets["name"] >= 0).sum()
+    papers = torch.tensor(list(brush.COLOURS.values()))[targets["colour"]]
+    contrast = (drawn[icon][..., :3].float() / 255 - papers[icon][:, None, None]).abs().amax(-1)
+    assert contrast.min() > 0.39
+
+
+def test_words_are_kept_whose_drawings_are_alike():
+    """Three words drawn alike in every style, three drawn at random: the first are chosen."""
+    draws = torch.Generator().manual_seed(0)
+    styles, alike, random = ["a", "b", "c", "d"], ["bell", "cat", "dog"], ["ant", "bee", "cow"]
+    of = [(name, style) for name in [*alike, *random] for style in styles]
+    pixels = torch.full((len(of), SIDE, SIDE, 4), 255, dtype=torch.uint8)
+    for number, (name, _) in enumerate(of):
+        if name in alike:
+            begin = 8 + 16 * alike.index(name)
+            pixels[number, begin : begin + 12, 10:50, :3] = 0
+        else:
+            pixels[number, ..., :3] = torch.randint(256, (SIDE, SIDE, 3), generator=draws, dtype=torch.uint8)
+    names, styles = [name for name, _ in of], [style for _, style in of]
+    pictures = Pictures(pixels, names, styles, [True] * len(of), [*alike, *random], [])
+    assert choose.choose(pictures, [*alike, *random], kept=3) == (alike, 1.0)
 
 
 def test_drawings_survive_their_file(tmp_path):
