@@ -148,6 +148,9 @@ _NO_POSITIONS = "cu_seq_lens or seq_idx alone do not keep them apart in this dec
 
 
 def _hybrid(text_config: Any) -> str | None:
-    if "linear_attention" in (getattr(text_config, "layer_types", None) or ()):
+    kinds = set(getattr(text_config, "layer_types", None) or ())
+    if "linear_attention" in kinds:
         return "this decoder's linear attention carries its state from one sample into the next"
+    if any("attention" not in kind for kind in kinds):  # LFM2's convolutions
+        return "this decoder's layers without attention carry their state from one sample into the next"
     return None
