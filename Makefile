@@ -65,9 +65,14 @@ test-gpu:
 bench-gpu:
 	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) benchmarks/gpu.py
 
-# What a bare machine with torch and transformers lacks, to be carried there: pip install --no-index --find-links wheels
+# What a machine with torch, torchvision and transformers lacks (a test compares), in the lock's versions, to be carried there:
+# pip install --no-index --no-deps --find-links wheels $(GPU_WHEELS). Run it with the same Python as there, 3.11 or newer.
+GPU_WHEELS = accelerate antlr4-python3-runtime bitsandbytes datasets dill iniconfig latex2sympy2-extended math-verify \
+	multiprocess pandas peft pluggy psutil pyarrow pytest python-dateutil trl tzdata xxhash
 gpu-wheels:
-	$(PYTHON) -m pip download --only-binary :all: --no-deps -d wheels peft accelerate trl datasets rich typer pytest psutil
+	mkdir -p wheels
+	sed -n 's/^\([a-z0-9.-]*==[^ ;]*\).*/\1/p' locks/dev.txt > wheels/versions.txt
+	$(PYTHON) -m pip download --only-binary :all: --no-deps -d wheels -c wheels/versions.txt $(GPU_WHEELS)
 
 $(VENV)/.installed: pyproject.toml locks/dev.txt tools/install.py
 	$(PYTHON) tools/install.py $(VENV) --lock locks/dev.txt
