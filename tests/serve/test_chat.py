@@ -154,7 +154,17 @@ def test_in_a_browser(live, tmp_path, width):
         window.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         window.get(f"{live.url}/chat")
         wait_for(lambda: NAME in window.find_element("id", "model").text)
+        broken = tmp_path / "broken.png"
+        broken.write_text("no picture")
+        window.find_element("id", "file").send_keys(str(broken))
+        wait_for(lambda: "broken.png is not a picture" in window.find_element("id", "drop").text)
+        assert not window.find_element("id", "pic").is_displayed()
+        window.find_element("id", "example").click()  # no file at hand
+        wait_for(lambda: window.find_element("id", "pic").is_displayed())
+        assert window.find_element("id", "text").get_property("value") == "read"
+        window.find_element("id", "text").clear()
         window.find_element("id", "file").send_keys(str(image))
+        wait_for(lambda: image.name in window.find_element("id", "drop").text)
         window.find_element("id", "text").send_keys("read")
         window.find_element("id", "send").click()
         wait_for(lambda: window.find_elements("css selector", ".a span"), 60)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
 from keepsight.serve.errors import bad
 from keepsight.serve.openai.asked.request import parse
 from keepsight.serve.openai.chat.look import Look, look
 from keepsight.serve.openai.http import read_body, require_json
+from keepsight.shipped import IMAGE_NAME, resolve_image
 
 if TYPE_CHECKING:
     from keepsight.serve.openai.api import Api
@@ -34,6 +35,11 @@ def add_chat_page(app: FastAPI, api: Api) -> None:
         """The page. It loads nothing from anywhere, and talks to this server alone."""
         text = files(__package__).joinpath("chat.html").read_text(encoding="utf-8")
         return HTMLResponse(text, headers=_HEADERS)
+
+    @app.get("/chat/example.png", include_in_schema=False)
+    async def example() -> Response:
+        """An image for who has none at hand: the digits that the built-in models read."""
+        return FileResponse(resolve_image(IMAGE_NAME), media_type="image/png")
 
     @app.post("/chat/look", include_in_schema=False)
     async def look_at(request: Request) -> Response:
