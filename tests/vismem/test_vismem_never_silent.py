@@ -7,6 +7,7 @@ not where it was. What a release of transformers renames or moves looks like tha
 import copy
 from collections import OrderedDict
 
+import mutation
 import pytest
 import torch
 from families import Row
@@ -14,6 +15,7 @@ from transformers import Cache
 from vismem_helpers import BY_NAME, attach, built, forced, generate
 
 import keepsight
+from keepsight.backbone import Backbone
 from keepsight.vismem import VisMemBranch, VisMemOutput, scope
 
 
@@ -122,3 +124,50 @@ def test_the_output_is_a_generation_output_of_this_release():
     assert torch.equal(copy.copy(out).sequences, out.sequences)
     plain = generate(model, inputs, memory="off", output_scores=True)
     assert type(plain) is type(base)
+
+
+def by_keyword(module):
+    """Called with its one tensor under a name."""
+    kind = type(module)
+    call = lambda self, x: kind.__call__(self, tensor=x)  # noqa: E731
+    forward = lambda self, tensor: kind.forward(self, tensor)  # noqa: E731
+    module.__class__ = type(kind.__name__, (kind,), {"__call__": call, "forward": forward})
+
+
+def of_blocks(old):
+    return lambda base, backbone: [mutation.renamed(block, old, f"other_{old}") for block in backbone.vision_blocks]
+
+
+def rotary_unseen(base, backbone):
+    mutation.stand_in(getattr(backbone.vision_tower, backbone.vision.rotary), hooks=False)
+
+
+RIGHT = ""
+NAMED_OTHERWISE = {
+    "embedding by keyword": (lambda base, backbone: by_keyword(base.get_input_embeddings()), RIGHT),
+    "head by keyword": (lambda base, backbone: by_keyword(base.get_output_embeddings()), RIGHT),
+    "block's states": (of_blocks("hidden_states"), RIGHT),
+    "block's angles": (of_blocks("position_embeddings"), RIGHT),
+    "block's sequences": (of_blocks("cu_seqlens"), RIGHT),
+    "rotary unseen": (rotary_unseen, "looked for the patches' coordinates"),
+}
+
+
+@pytest.mark.parametrize("change", NAMED_OTHERWISE)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "glm4v"])
+def test_what_is_named_otherwise_is_found_or_missed_aloud(family, change):
+    """An image larger than a window: angles, coordinates and windows all count for what a memory is formed from."""
+    mutate, error = NAMED_OTHERWISE[change]
+    rows, plan = [Row(3, (5, 6), 2, seed=1)], forced([{2: "short"}])
+    model, inputs = built(family, rows)
+    expected = generate(model, inputs, memory=plan)
+    base = BY_NAME[family].build()
+    mutate(base, Backbone.of(base))
+    changed = attach(base)
+    if error:
+        with pytest.raises(keepsight.KeepsightError, match=error):
+            generate(changed, inputs, memory=plan)
+        return
+    out = generate(changed, inputs, memory=plan)
+    torch.testing.assert_close(out.invocations[0][0].latents, expected.invocations[0][0].latents)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits))

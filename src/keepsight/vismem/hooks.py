@@ -64,13 +64,13 @@ class VisMemRoute:
         self._handles: list[Any] = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, with_kwargs=True),
-            embedding.register_forward_pre_hook(self._hide_ids),
+            embedding.register_forward_pre_hook(self._hide_ids, with_kwargs=True),
             embedding.register_forward_hook(self._write_rows),
-            head.register_forward_hook(self._write_logits),
+            head.register_forward_hook(self._write_logits, with_kwargs=True),
             backbone.decoder.register_forward_hook(_note_hidden, with_kwargs=True),
         ]
         for index, block in enumerate(backbone.vision_blocks):
-            note = functools.partial(_note_vision, index)
+            note = functools.partial(_note_vision, index, backbone.vision_size)
             self._handles.append(block.register_forward_pre_hook(note, with_kwargs=True))
         rotary = backbone.vision.rotary
         if rotary is not None:
@@ -148,14 +148,17 @@ class VisMemRoute:
                 "(get_input_embeddings()), where a latent memory is spliced in: no memory would be seen."
             )
 
-    def _hide_ids(self, embedding: Any, args: tuple) -> tuple | None:
+    def _hide_ids(self, embedding: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = calls.here
         call.ids = None
         if self.branch.active is None or call.only_words:
             return None
-        call.ids = ids = args[0]
+        call.ids = ids = args[0] if args else next(iter(kwargs.values()))  # by whatever name
         rows = embedding.weight.shape[0]
-        return (ids.masked_fill(ids >= rows, 0), *args[1:]) if max(self.branch.config.token_ids) >= rows else None
+        if max(self.branch.config.token_ids) < rows:
+            return None
+        hidden = ids.masked_fill(ids >= rows, 0)
+        return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): hidden})
 
     def _write_rows(self, embedding: Any, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         call = calls.here
@@ -174,12 +177,13 @@ class VisMemRoute:
         values = given.values.to(output.device, output.dtype)
         return output.masked_scatter(given.mask.to(output.device)[..., None], values)
 
-    def _write_logits(self, head: Any, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    def _write_logits(self, head: Any, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
         active = self.branch.active
         if active is None:
             return None
         calls.here.scored = True
-        return active.rows.score(args[0], output, self.branch.config.token_ids)
+        states = args[0] if args else next(iter(kwargs.values()))
+        return active.rows.score(states, output, self.branch.config.token_ids)
 
 
 def _without_places(ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
@@ -217,34 +221,45 @@ def _(ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
 def _note_hidden(decoder: Any, args: tuple, kwargs: dict, output: Any) -> None:
     watch = scope.current_watch()
     if watch is not None:
-        watch.hidden, watch.embedded = output.last_hidden_state, kwargs.get("inputs_embeds")
+        watch.hidden, watch.embedded = getattr(output, "last_hidden_state", None), kwargs.get("inputs_embeds")
 
 
 def _note_coordinates(rotary: Any, args: tuple, kwargs: dict) -> None:
     watch = scope.current_watch()
     if watch is not None:
-        coordinates = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-        watch.vision_calls.append({"coordinates": coordinates, "cu_seqlens": {}})
+        integers = (v for v in (*args, *kwargs.values()) if _is_tensor(v, floating=False) and v.ndim == 2)
+        watch.vision_calls.append({"coordinates": next(integers, None), "cu_seqlens": {}})
 
 
 def _note_padding(name: str, tower: Any, args: tuple, kwargs: dict) -> None:
     watch = scope.current_watch()
     if watch is not None:
-        watch.vision_calls.append({"padding": kwargs.get(name), "cu_seqlens": {}})
+        masks = (v for v in (kwargs.get(name), *args, *kwargs.values()) if _is_tensor(v, False) and v.ndim == 3)
+        watch.vision_calls.append({"padding": next(masks, None), "cu_seqlens": {}})
 
 
-def _note_vision(index: int, block: Any, args: tuple, kwargs: dict) -> None:
+def _note_vision(index: int, width: int, block: Any, args: tuple, kwargs: dict) -> None:
+    """By what they are, whatever a release calls them: states [..., width], a pair of angles, ends of sequences."""
     watch = scope.current_watch()
     if watch is None:
         return
-    x = args[0] if args else kwargs["hidden_states"]
+    given = (*args, *kwargs.values())
     if index == 0:
         if not watch.vision_calls or "x" in watch.vision_calls[-1]:
             watch.vision_calls.append({"cu_seqlens": {}})
-        watch.vision_calls[-1]["x"] = x
-        watch.vision_calls[-1]["rotary"] = kwargs.get("position_embeddings")
-    if kwargs.get("cu_seqlens") is not None:
-        watch.vision_calls[-1]["cu_seqlens"][index] = kwargs["cu_seqlens"]
+        states = (v for v in given if _is_tensor(v, True) and v.ndim in (2, 3) and v.shape[-1] == width)
+        pairs = (v for v in given if isinstance(v, tuple) and len(v) == 2 and all(_is_tensor(t, True) for t in v))
+        watch.vision_calls[-1]["x"] = next(states, None)
+        watch.vision_calls[-1]["rotary"] = next(pairs, None)
+    ends = kwargs.get("cu_seqlens")
+    if ends is None:
+        ends = next((v for v in given if _is_tensor(v, False) and v.ndim == 1 and len(v) > 1), None)
+    if ends is not None:
+        watch.vision_calls[-1]["cu_seqlens"][index] = ends
+
+
+def _is_tensor(value: Any, floating: bool) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() == floating
 
 
 def _add_update(index: int, name: str, projection: Any, args: tuple, output: torch.Tensor) -> torch.Tensor | None:

@@ -135,6 +135,7 @@ def read_sights(
     per_row: list[list[Patches]] = [[] for _ in range(len(input_ids))]
     modalities = list(backbone.family.visual_tokens)
     for call in ran:
+        _refuse_half_seen(call, backbone)
         tiles = _tiles(call, backbone)
         counts = _told(backbone, input_ids[::copies], arguments, len(tiles), copies)
         if counts is None:
@@ -161,6 +162,31 @@ def read_sights(
             prompt = embedded[row].detach() if valid is None else embedded[row][valid[row // copies].bool()].detach()
         sights.append(Sight(hidden[row][visual_mask[row]].detach(), seen, prompt))
     return sights
+
+
+def _refuse_half_seen(call: dict[str, Any], backbone: Backbone) -> None:
+    """Raises KeepsightError if something passed by unseen without which a memory would be formed from other states."""
+    vision, lengths = backbone.vision, call["cu_seqlens"]
+    lacks = [
+        what
+        for what, is_missing in (
+            ("the patches (a tensor [..., width])", call["x"] is None),
+            ("rotary embeddings (a pair of cosines and sines)", vision.rotary is not None and call["rotary"] is None),
+            (
+                f"the patches' coordinates (integers, at {vision.rotary})",
+                vision.rotary is not None and call.get("coordinates") is None,
+            ),
+            ("the ends of the windows (integers)", not backbone.windowed_vision_blocks <= set(lengths)),
+        )
+        if is_missing
+    ]
+    if lacks:
+        raise KeepsightError(
+            f"The blocks of the vision encoder ({backbone.family.vision_tower}.{vision.blocks}) ran, and not all that "
+            f"a memory is formed from was seen on the way: looked for {', and '.join(lacks)} among the arguments. This "
+            "release of transformers takes another way than keepsight knows: install one that it was tested with "
+            "(docs/compatibility.md), or generate with memory='off'."
+        )
 
 
 def _tiles(call: dict[str, Any], backbone: Backbone) -> list[_Tile]:
