@@ -101,6 +101,12 @@ def growth_table() -> str:
     return table([*head, "VisMem: short / long, ms", "2 memories, + %", "8, + %"], rows)
 
 
+def growth(axis: str, at: str, what: str) -> str:
+    """`growth visual 1024 pvm_step`: the share that a memory adds to the floor there, in percent."""
+    share = next(r[what] for r in raw(GROWTH)["growth"][axis] if str(r["at"]) == at)
+    return f"+{100 * share:.{0 if what.startswith('vismem') else 2}f} %"
+
+
 def growth_counted() -> str:
     """How far the formulas are from what torch counted, at most."""
     found = [pair for size in raw(GROWTH)["counted"].values() for pair in size.values()]

@@ -65,6 +65,7 @@ ALLOWED = {
     r"16 times the visual tokens": "a size",
     r"target[^.|]*?(?:\d[\d.]* x|\d[\d.]* %)": "a target is what is wanted and not what was found",
     r"within 5 % of": "the same",
+    r"(?:<=|>=) \+?\d[\d.]* (?:%|x)": "a goal, the same",
     r"each photo seen \d+ times": "from the sizes that the sentence gives",
     r"70 % of the questions": "a setting",
     r"right in at least 80 %": "a gate: what is wanted and not what was found",
