@@ -203,3 +203,16 @@ def test_an_index_that_cannot_be_reached_is_named(
 ) -> None:
     monkeypatch.setattr(install, "pip_settings", lambda python: settings)
     assert re.search(said, install.why_unreachable(Path("python")))
+
+
+def test_a_result_stands_only_under_the_name_of_its_own_versions(tmp_path, monkeypatch, capsys):
+    lock = tmp_path / "oldest.txt"
+    lock.write_text("torch==0.0.1 ; python_version >= '3.11' \\\n    --hash=sha256:00\ntrl==1.16.0\n")
+    packages = {"torch": "0.0.1+cpu", "trl": "1.16.0", "peft": "9"}
+    assert compatibility.beside(lock.read_text(), packages) == []
+    assert compatibility.beside(lock.read_text(), packages | {"trl": "1.17.0"}) == ["trl 1.17.0, not 1.16.0"]
+    monkeypatch.setattr(compatibility, "LOCKS", {"oldest": lock})
+    monkeypatch.setattr(compatibility, "RESULTS", tmp_path / "results")
+    assert compatibility.run("oldest", None, ["--no-such-option"]) == 2
+    assert "not the lock's" in capsys.readouterr().out
+    assert not list((tmp_path / "results").iterdir())

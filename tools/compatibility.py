@@ -27,6 +27,7 @@ RESULTS = ROOT / ".results"
 PAGE = ROOT / "docs" / "compatibility.md"
 NAMES = ("locked", "oldest", "newest", "vllm")
 LIBRARIES = ("torch", "transformers", "peft", "trl", "vllm")
+LOCKS = {"locked": ROOT / "locks" / "dev.txt", "oldest": ROOT / "locks" / "oldest.txt"}
 START, END = "<!-- results: written by `make compatibility` -->", "<!-- end of results -->"
 
 
@@ -62,6 +63,12 @@ def run(name: str, unless_as: str | None, pytest_options: list[str]) -> int:
         "python": platform.python_version(),
         "packages": dict(sorted(packages.items())),
     }
+    if name in LOCKS and (strange := beside(LOCKS[name].read_text(), packages)):
+        print(
+            f"{name}: this environment is not the lock's ({', '.join(strange)}), so its result would stand under a name"
+        )
+        print("that it has not earned. Run it by make, or with the environment that make installed.")
+        return 2
     other = read(unless_as) if unless_as else None
     if other and all(other[key] == result[key] for key in ("commit", "python", "packages")):
         print(f"{name}: the newest of everything is exactly what {unless_as} was tested with, so it is not run again.")
@@ -76,6 +83,15 @@ def run(name: str, unless_as: str | None, pytest_options: list[str]) -> int:
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1))
     print("\n".join(lines(name, result)), flush=True)
     return status
+
+
+def beside(lock: str, packages: dict[str, str]) -> list[str]:
+    """The `LIBRARIES` that are installed in another version than a lock's, whatever their build, in words."""
+    locked = dict(re.findall(r"^([\w.-]+)==([^\s;+]+)", lock, re.MULTILINE))
+    found = {library: packages.get(library, "none").partition("+")[0] for library in LIBRARIES if library in locked}
+    return [
+        f"{library} {found[library]}, not {locked[library]}" for library in found if found[library] != locked[library]
+    ]
 
 
 def commit() -> str:
