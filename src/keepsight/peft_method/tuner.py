@@ -1,189 +1,19 @@
-"""What every memory shares as a method of PEFT: its place in the list, its config, its off switch and its tuner."""
+"""PEFT's tuner as all memories need it: beside other methods on one model, loaded in full, never merged."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import difflib
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import PeftType
 from torch import nn
 
-from keepsight import card, compat, loading
-from keepsight.errors import AdapterMismatchError, KeepsightError, MergeError
-from keepsight.settings import check_kinds
+from keepsight import compat, loading
+from keepsight.errors import KeepsightError, MergeError
 from keepsight.tested import warn_of_untested
-from keepsight.threads import PerThread
-
-
-def add_peft_type(name: str) -> None:
-    """Add a member to PEFT's closed list of methods; the rest is PEFT's own `register_peft_method`."""
-    if name in PeftType.__members__:
-        return
-    member: Any = str.__new__(PeftType, name)
-    member._name_, member._value_, member._sort_order_ = name, name, len(PeftType)
-    member.__objclass__ = PeftType
-    type.__setattr__(PeftType, name, member)
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
-
-
-def refuse_unknown_keys(cls: type) -> type:
-    """Class decorator: make `cls(**kwargs)` raise ValueError for unknown names, and for values of another kind.
-
-    What `cls.retired` names, setting -> (value, lesson), may be given with that value only, and is dropped.
-
-    A dataclass raises TypeError, which PEFT takes as "a newer config" when it reads one from disk: it drops the key
-    with a warning, and the user's setting silently has no effect.
-    """
-    init = vars(cls)["__init__"]
-    names = [f.name for f in dataclasses.fields(cls)]
-    retired: dict[str, tuple[Any, str]] = getattr(cls, "retired", {})
-
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in retired.keys() & kwargs.keys():
-            found, (only, lesson) = kwargs.pop(name), retired[name]
-            if found != only:
-                raise ValueError(f"{name}={found!r}: {lesson}")
-        for name in kwargs:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, 1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{cls.__name__} has no setting {name!r}.{hint} Known: {', '.join(sorted(names))}.")
-        check_kinds(cls, kwargs)
-        init(self, *args, **kwargs)
-
-    setattr(cls, "__init__", checked)  # noqa: B010 - mypy refuses the plain assignment
-    return cls
-
-
-def config_from_adapter(cls: type, saved: dict[str, Any]) -> Any:
-    """The config of class `cls` that an `adapter_config.json` holds, as a dictionary."""
-    return cls(**{name: value for name, value in saved.items() if name not in ("peft_type", "auto_mapping")})
-
-
-def check_base(config: Any, model_config: Any, **more: Any) -> dict[str, Any]:
-    """Compare the base that a memory's config was resolved for, if it was, with a model's configuration.
-
-    Args:
-        config: the memory's config, with fields of these names.
-        model_config: the configuration of the model at hand.
-        more: further `base_*` settings of the method, as they are for that model.
-
-    Returns:
-        The `base_*` settings as they would be for that model.
-
-    Raises:
-        AdapterMismatchError: if they differ.
-    """
-    text = model_config.get_text_config()
-    found = {
-        "base_model_type": model_config.model_type,
-        "base_num_layers": text.num_hidden_layers,
-        "base_hidden_size": text.hidden_size,
-        **more,
-    }
-    recorded = {name: getattr(config, name) for name in found}
-    wrong = [name for name, value in recorded.items() if value is not None and value != found[name]]
-    if wrong:
-        raise AdapterMismatchError(
-            "This memory was made for another base model: "
-            + ", ".join(f"{name.removeprefix('base_')} {recorded[name]}, here {found[name]}" for name in wrong)
-            + f". Load it on {config.base_model_name_or_path or 'the model it was trained with'}, "
-            f"or train a new one with a fresh {type(config).__name__}()."
-        )
-    return found
-
-
-class MemoryConfig(PeftConfig):
-    """PEFT's config, as all memories need it: saved with a model card of ours."""
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's own; then the card, and files that everybody may read."""
-        config = card.to_be_written(self)
-        super(MemoryConfig, config).save_pretrained(save_directory, **kwargs)
-        card.finish(Path(save_directory), config)
-
-
-@dataclass
-class _Switch:
-    """What is switched off in one thread."""
-
-    off: tuple[Any, ...] = ()
-
-
-_switches = PerThread(_Switch)
-
-
-@contextlib.contextmanager
-def memory_off(model: nn.Module) -> Iterator[None]:
-    """Switch every memory of `model` off, for the length of the block and in the current thread, and nothing else.
-
-    `PeftModel.disable_adapter()` switches off whatever method came first on the model, a LoRA perhaps, touches which
-    parameters train, and does so for every thread; this does neither.
-
-    Example:
-        >>> with memory_off(model):
-        ...     base = model.generate(**inputs)
-    """
-    switch = _switches.here
-    before = switch.off
-    switch.off = (*before, *(module for module in model.modules() if isinstance(module, MemoryBranch)))
-    try:
-        yield
-    finally:
-        switch.off = before
-
-
-class MemoryBranch(BaseTunerLayer):
-    """What hangs beside a module of the model and holds the memory of every adapter.
-
-    A memory is off for one of two reasons, both of which are looked at here and nowhere else: PEFT's own
-    `disable_adapter`, for everybody, or `memory_off`, for one thread.
-    """
-
-    @property
-    def beside(self) -> Any:
-        """A module of the base, whose device and dtype new memories get."""
-        raise NotImplementedError
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """What PEFT takes device and dtype of new adapters from."""
-        return self.beside.weight
-
-    @property
-    def place(self) -> torch.device:
-        """Where a memory belongs: where its module computes, also where accelerate keeps the module's weight elsewhere
-        (on the CPU, on disk) and brings it for each call. A memory is small, and stays."""
-        if not self.weight.is_meta:
-            return self.weight.device
-        return torch.device(getattr(getattr(self.beside, "_hf_hook", None), "execution_device", None) or "meta")
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device or self.place)
-
-    @property
-    def is_off(self) -> bool:
-        """Whether no adapter of this branch may act in the current thread."""
-        return self.disable_adapters or self in _switches.here.off
-
-    # PEFT calls these on every adapter layer of a model when the adapters of another method are merged.
-
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing of a memory is ever merged."""
-
-    def unmerge(self) -> None:
-        """Nothing was merged."""
 
 
 def refuse_adapter_names(kwargs: dict[str, Any], active: str) -> None:
@@ -196,14 +26,14 @@ def refuse_adapter_names(kwargs: dict[str, Any], active: str) -> None:
         )
 
 
-def offloaded(model: Any) -> bool:
+def _offloaded(model: Any) -> bool:
     """Whether parts of a model's weights wait on the CPU or on disk, from where accelerate brings them."""
     return bool({"cpu", "disk"} & set((getattr(model, "hf_device_map", None) or {}).values()))
 
 
 def _refuse_unhooked(model: Any) -> None:
     """Raise if PEFT has taken off what brings a model's offloaded weights, to divide the model anew."""
-    if offloaded(model) and any(p.is_meta and not hasattr(m, "_hf_hook") for m in model.modules() for p in _own(m)):
+    if _offloaded(model) and any(p.is_meta and not hasattr(m, "_hf_hook") for m in model.modules() for p in _own(m)):
         raise KeepsightError(
             "The model's weights are partly on the CPU or on disk (device_map), and PEFT divides such a model anew as "
             "it loads an adapter, which loses weights that are on disk. Write keepsight.load(ADAPTER, device_map=..., "

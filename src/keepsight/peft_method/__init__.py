@@ -1,0 +1,33 @@
+"""What every memory shares as a method of PEFT: its place in the list, its config, its off switch and its tuner."""
+
+from typing import Any
+
+from peft.utils import PeftType
+
+from keepsight.peft_method.branch import MemoryBranch, memory_off
+from keepsight.peft_method.config import MemoryConfig, check_base, config_from_adapter, refuse_unknown_keys
+from keepsight.peft_method.tuner import MemoryTuner, refuse_adapter_names
+
+__all__ = [
+    "MemoryBranch",
+    "MemoryConfig",
+    "MemoryTuner",
+    "add_peft_type",
+    "check_base",
+    "config_from_adapter",
+    "memory_off",
+    "refuse_adapter_names",
+    "refuse_unknown_keys",
+]
+
+
+def add_peft_type(name: str) -> None:
+    """Add a member to PEFT's closed list of methods; the rest is PEFT's own `register_peft_method`."""
+    if name in PeftType.__members__:
+        return
+    member: Any = str.__new__(PeftType, name)
+    member._name_, member._value_, member._sort_order_ = name, name, len(PeftType)
+    member.__objclass__ = PeftType
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
