@@ -92,8 +92,20 @@ def train_pvm_grpo(
     """
     preflight.require_trl()
     settings, folder = settings or GrpoSettings(), Path(output_dir)
-    how = (check, resume, overwrite, controls, say, on_log, on_check)
-    asked = RunArguments(dataset, folder, eval_dataset, eval_split, split, *how)
+    asked = RunArguments(
+        dataset=dataset,
+        folder=folder,
+        eval_dataset=eval_dataset,
+        eval_split=eval_split,
+        split=split,
+        check=check,
+        resume=resume,
+        overwrite=overwrite,
+        controls=controls,
+        say=say,
+        on_log=on_log,
+        on_check=on_check,
+    )
     rewards, engine = load_rewards(settings.rewards), asked.engine
     asked.begin(settings)
     base, adapters = check_sources(source)

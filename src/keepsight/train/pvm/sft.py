@@ -89,8 +89,20 @@ def train_pvm(
     """
     preflight.require_trl()
     settings, folder = settings or SftSettings(), Path(output_dir)
-    how = (check, resume, overwrite, controls, say, on_log, on_check)
-    asked = RunArguments(dataset, folder, eval_dataset, eval_split, split, *how)
+    asked = RunArguments(
+        dataset=dataset,
+        folder=folder,
+        eval_dataset=eval_dataset,
+        eval_split=eval_split,
+        split=split,
+        check=check,
+        resume=resume,
+        overwrite=overwrite,
+        controls=controls,
+        say=say,
+        on_log=on_log,
+        on_check=on_check,
+    )
     if find_adapter(source) is not None:
         raise KeepsightError(
             f"{source} is an adapter. Training puts a new memory on a plain VLM: name the base model. To go on with an "

@@ -22,7 +22,7 @@ from keepsight.train.run.settings import CommonSettings
 from keepsight.train.run.trainer import OnLog
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunArguments:
     """Arguments of a training function; `keepsight.train.pvm.sft.train_pvm` tells what each of them means."""
 

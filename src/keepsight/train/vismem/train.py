@@ -89,8 +89,20 @@ def train_vismem_formation(
         TrainingDivergedError: if a loss or gradient is not finite; earlier checkpoints stay.
     """
     settings, scored = settings or FormationSettings(), _rewards_of(rewards)
-    how = (check, resume, overwrite, controls, say, on_log, on_check)
-    asked = RunArguments(dataset, Path(output_dir), eval_dataset, eval_split, split, *how)
+    asked = RunArguments(
+        dataset=dataset,
+        folder=Path(output_dir),
+        eval_dataset=eval_dataset,
+        eval_split=eval_split,
+        split=split,
+        check=check,
+        resume=resume,
+        overwrite=overwrite,
+        controls=controls,
+        say=say,
+        on_log=on_log,
+        on_check=on_check,
+    )
     goes_on = find_adapter(source) is not None
     if goes_on and vismem is not None:
         raise KeepsightError(f"{source} is an adapter with a configuration of its own; leave `vismem` out.")
@@ -139,8 +151,20 @@ def train_vismem_invocation(
         KeepsightError, FileNotFoundError, RewardError, TrainingDivergedError: as in `train_vismem_formation`.
     """
     settings, scored = settings or InvocationSettings(), _rewards_of(rewards)
-    how = (check, resume, overwrite, controls, say, on_log, on_check)
-    asked = RunArguments(dataset, Path(output_dir), eval_dataset, eval_split, split, *how)
+    asked = RunArguments(
+        dataset=dataset,
+        folder=Path(output_dir),
+        eval_dataset=eval_dataset,
+        eval_split=eval_split,
+        split=split,
+        check=check,
+        resume=resume,
+        overwrite=overwrite,
+        controls=controls,
+        say=say,
+        on_log=on_log,
+        on_check=on_check,
+    )
     if find_adapter(source) is None:
         raise KeepsightError(
             f"{source} is no adapter. Stage II teaches when to invoke a memory that stage I has formed: name the "
