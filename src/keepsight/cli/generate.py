@@ -123,18 +123,18 @@ def _answer(
 ) -> None:
     import torch
 
+    from keepsight.data.collate import may_refuse
+
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
     given = [[picture for _, picture in images]] if images else None
-    try:  # the chat template writes all special tokens; training tokenizes in the same way
-        inputs = processor(text=[text], images=given, add_special_tokens=False, return_tensors="pt").to(model.device)
-    except (ValueError, TypeError, RuntimeError, IndexError) as error:
-        sizes = ", ".join(f"{path} ({picture.width} x {picture.height} pixels)" for path, picture in images)
-        raise KeepsightError(
-            f"This model's processor ({type(processor).__name__}) cannot read {sizes or 'the prompt'}: {error}"
-        ) from error
+    sizes = ", ".join(f"{path} ({picture.width} x {picture.height} pixels)" for path, picture in images)
+    with may_refuse(processor, sizes or "the prompt"):
+        # the chat template writes all special tokens; training tokenizes in the same way
+        inputs = processor(text=[text], images=given, add_special_tokens=False, return_tensors="pt")
+    inputs = inputs.to(model.device)
     if seed is not None:
         torch.manual_seed(seed)
     stream = _make_streamer(processor.tokenizer)

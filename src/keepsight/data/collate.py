@@ -7,6 +7,8 @@ to answer. Works with every processor that has a chat template; the template nee
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -178,6 +180,25 @@ class ConversationCollator:
             for name, values in rows.items()
         }
         return {**encoded, **joined}
+
+
+@contextmanager
+def may_refuse(processor: Any, what: str) -> Iterator[None]:
+    """The block calls a processor, which has many ways to refuse an image or a text: each becomes one error.
+
+    Args:
+        processor: that is called.
+        what: it reads, for the error's words: the images' sizes, say.
+
+    Raises:
+        KeepsightError: naming both, and what the processor says.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        raise KeepsightError(
+            f"This model's processor ({type(processor).__name__}) cannot read {what}: {error}"
+        ) from error
 
 
 def require_chat_template(processor: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from keepsight.backbone import Backbone
+from keepsight.data.collate import may_refuse, require_chat_template
 from keepsight.diagnose.cases import Case, Sample
 from keepsight.diagnose.memories.interface import Plan
 from keepsight.diagnose.memories.invoked import active_latent_memory, given, parsed
@@ -43,8 +44,6 @@ class Reader:
     """
 
     def __init__(self, model: Any, processor: Any):
-        from keepsight.data.collate import require_chat_template
-
         require_chat_template(processor)
         self.model, self.processor, self.backbone = model, processor, Backbone.of(model)
         branch = active_latent_memory(model)
@@ -64,15 +63,10 @@ class Reader:
         if sample.videos:
             frames = [torch.from_numpy(np.ascontiguousarray(v.transpose(0, 3, 1, 2))) for v in sample.videos]
             given |= {"videos": frames, "do_sample_frames": False}
-        try:
+        sizes = [f"{image.width}x{image.height}" for image in sample.images]
+        sizes += [f"{v.shape[0]} frames of {v.shape[2]}x{v.shape[1]}" for v in sample.videos]
+        with may_refuse(self.processor, ", ".join(sizes) or "the text"):
             inputs = self.processor(**given)
-        except (ValueError, TypeError, RuntimeError, IndexError) as error:
-            sizes = [f"{image.width}x{image.height}" for image in sample.images]
-            sizes += [f"{v.shape[0]} frames of {v.shape[2]}x{v.shape[1]}" for v in sample.videos]
-            raise KeepsightError(
-                f"This model's processor ({type(self.processor).__name__}) cannot read {', '.join(sizes) or 'the text'}"
-                f": {error}"
-            ) from error
         return dict(inputs.to(self.model.device))
 
     def with_text(self, inputs: dict[str, torch.Tensor], text: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from keepsight.backbone import Backbone
-from keepsight.data.collate import require_chat_template
+from keepsight.data.collate import may_refuse, require_chat_template
 from keepsight.diagnose.reader import no_sampling
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.peft_method import MemoryBranch, memory_off
@@ -118,11 +118,9 @@ class Answerer:
             given["images"] = [list(q.images) for q in questions]
         if any(q.videos for q in questions):
             given |= {"videos": [list(q.videos) for q in questions], "do_sample_frames": False}
-        try:
-            return dict(self.processor(**given, padding_side="left").to(self.model.device))
-        except (ValueError, TypeError, RuntimeError, IndexError) as error:
-            name = type(self.processor).__name__
-            raise KeepsightError(f"This model's processor ({name}) cannot read these questions: {error}") from error
+        with may_refuse(self.processor, "these questions"):
+            inputs = self.processor(**given, padding_side="left")
+        return dict(inputs.to(self.model.device))
 
     def _read(self, out: Any, inputs: Mapping[str, torch.Tensor], limit: int) -> list[Answer]:
         prompt = inputs["input_ids"].shape[1]
