@@ -26,10 +26,10 @@ from keepsight.vismem.memory import Invocation  # noqa: E402
 from keepsight.vismem.processor import add_memory_tokens, decode  # noqa: E402
 from keepsight.vismem.scope import replace_latents  # noqa: E402
 from keepsight.vismem.tuner import parameter_groups  # noqa: E402
-from keepsight.vismem.writing.decoding import splice  # noqa: E402
 from keepsight.vismem.writing.output import VisMemOutput  # noqa: E402
 from keepsight.vismem.writing.policy import MemoryPolicy  # noqa: E402
 from keepsight.vismem.writing.rollouts import Replay, RolloutOptions  # noqa: E402
+from keepsight.vismem.writing.splicing import splice  # noqa: E402
 
 __all__ = [
     "Invocation",

@@ -14,7 +14,7 @@ from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.peft_method import MemoryTuner
 from keepsight.vismem.branch import BRANCH, CONTAINER, GUARD, MergeGuard, VisMemBranch
 from keepsight.vismem.config import VisMemConfig
-from keepsight.vismem.writing.decoding import generate
+from keepsight.vismem.writing.generate import generate
 
 
 class VisMemModel(MemoryTuner):

@@ -16,8 +16,9 @@ from transformers import MinLengthLogitsProcessor, SuppressTokensLogitsProcessor
 
 from keepsight.errors import KeepsightError
 from keepsight.vismem.sequences import take_rows
-from keepsight.vismem.writing.decoding import Invocations, MemoryDecoder, Step
+from keepsight.vismem.writing.decoding import MemoryDecoder, Step
 from keepsight.vismem.writing.output import VisMemOutput
+from keepsight.vismem.writing.splicing import Invocations
 from keepsight.vismem.writing.writer import MemoryWriter, RowState
 
 #: What a recomputation of log-probabilities from plain logits can do again.
