@@ -5,7 +5,8 @@ diagnosis, as `keepsight diagnose` makes it.
 """
 
 from keepsight.diagnose.battery.causal import Battery
-from keepsight.diagnose.battery.invocations import InvocationCount, InvocationResult
+from keepsight.diagnose.battery.invocation_results import InvocationResult
+from keepsight.diagnose.battery.invocations import InvocationCount
 from keepsight.diagnose.battery.lengths import LengthResult, LengthScore
 from keepsight.diagnose.battery.probe import Probe
 from keepsight.diagnose.battery.probe_results import LatentProbe

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from keepsight.checkpoints.atomic import write_text
-from keepsight.diagnose.battery.invocations import Formed, InvocationResult
+from keepsight.diagnose.battery.invocation_results import Formed, InvocationResult
 from keepsight.diagnose.battery.lengths import LengthResult
 from keepsight.diagnose.battery.probe_results import LatentProbe
 from keepsight.diagnose.battery.verdict import CausalResult

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from keepsight.diagnose.battery.invocations import Formed
+from keepsight.diagnose.battery.invocation_results import Formed
 from keepsight.diagnose.cases import Sample
 from keepsight.diagnose.instruments.attention import AttentionMeter
 from keepsight.diagnose.instruments.decay import DecayFit, fit_decay

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from keepsight.diagnose.battery.invocations import AFTER, SOON, InvocationResult
+from keepsight.diagnose.battery.invocation_results import AFTER, SOON, InvocationResult
 from keepsight.diagnose.battery.probe_results import LatentProbe
 from keepsight.diagnose.report.sections import Chart, ReportTable, Section
 from keepsight.diagnose.report.svg import Line, Whisker, heat_map, interval_chart, line_chart
