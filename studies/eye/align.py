@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from studies.eye import brush, sequences
-from studies.eye.pictures import Pictures
+from studies.eye import sequences
+from studies.eye.drawings import brush
+from studies.eye.drawings.pictures import Pictures
+from studies.eye.drawings.scenes import Scenes
 from studies.eye.questions import TASKS, ask, tasks_of
-from studies.eye.scenes import Scenes
 from studies.eye.sizes import Size
 from studies.eye.stages import generator
 

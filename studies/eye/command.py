@@ -84,9 +84,9 @@ def make_eye(
     quiet()
     import torch
 
+    from studies.eye.drawings.pictures import pictures
     from studies.eye.language import language_model
     from studies.eye.make import make
-    from studies.eye.pictures import pictures
 
     chosen, until = _size(size), time.monotonic() + 60 * minutes
     torch.set_num_threads(threads)
@@ -120,10 +120,10 @@ def gate_of_eye(
     import torch
     import transformers
 
+    from studies.eye.drawings.pictures import pictures
     from studies.eye.gate import lines, measure
     from studies.eye.language import language_model
     from studies.eye.make import made_model
-    from studies.eye.pictures import pictures
 
     chosen = _size(size)
     torch.set_num_threads(threads)

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from studies.eye import brush, sequences
+from studies.eye import sequences
 from studies.eye.align import answers
-from studies.eye.pictures import Pictures
+from studies.eye.drawings import brush
+from studies.eye.drawings.pictures import Pictures
+from studies.eye.drawings.scenes import Scenes
 from studies.eye.pretrain import average_tokens
 from studies.eye.questions import ask, tasks_of
-from studies.eye.scenes import Scenes
 from studies.eye.sizes import Size
 from studies.eye.stages import generator
 

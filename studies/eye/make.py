@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from keepsight.errors import KeepsightError
 from studies.eye import windows
 from studies.eye.align import Alignment, with_lora
+from studies.eye.drawings.pictures import Pictures
 from studies.eye.language import with_eye, word_embeddings
-from studies.eye.pictures import Pictures
 from studies.eye.pretrain import Pretraining
 from studies.eye.sizes import Size
 from studies.eye.stages import Stage

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from studies.eye import brush
-from studies.eye.pictures import SIDE, Pictures
+from studies.eye.drawings import brush
+from studies.eye.drawings.pictures import SIDE, Pictures
 from studies.eye.questions import place
 from studies.eye.sizes import Size
 from studies.eye.stages import generator

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from studies.eye.brush import COLOURS
+from studies.eye.drawings.brush import COLOURS
 
 TASKS = ("name", "colour", "style", "place", "count", "compare", "read")
 _COLOURS = tuple(COLOURS)

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from keepsight.errors import KeepsightError
-from studies.eye import brush, choose, gate, sequences, windows
+from studies.eye import gate, sequences, windows
 from studies.eye.align import answers
+from studies.eye.drawings import brush, choose
+from studies.eye.drawings.pictures import SIDE, Pictures
+from studies.eye.drawings.scenes import Scenes
 from studies.eye.language import text_difference, with_eye
 from studies.eye.make import made_model, make
-from studies.eye.pictures import SIDE, Pictures
 from studies.eye.pretrain import Pretraining
 from studies.eye.questions import TASKS, Question, ask, tasks_of
-from studies.eye.scenes import Scenes
 from studies.eye.stages import generator
 from tests.studies.eye.tiny_eye import CONCEPTS, SIZE, drawings, language, tokenizer
 

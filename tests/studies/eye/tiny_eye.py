@@ -6,8 +6,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from studies.eye.drawings.pictures import Pictures
 from studies.eye.language import SPECIAL
-from studies.eye.pictures import Pictures
 from studies.eye.sizes import TINY
 
 CONCEPTS = ["apple", "bell", "cat", "dog", "fish", "key"]

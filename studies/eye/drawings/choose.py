@@ -1,8 +1,8 @@
 """Chooses the words that the eye learns: those whose drawings are alike across the training styles.
 
-`python -m studies.eye.choose [WORK]` prints them. No drawing of a style that serves as a test is looked at: of these,
-only the names count. `pictures.py` holds what it printed when 205 words could be chosen; of the 206 that can be now it
-takes 96 of them.
+`python -m studies.eye.drawings.choose [WORK]` prints them. No drawing of a style that serves as a test is looked at:
+of these, only the names count. `pictures.py` holds what it printed when 205 words could be chosen; of the 206 that can
+be now it takes 96 of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from studies.eye.pictures import Pictures, render, things
+from studies.eye.drawings.pictures import Pictures, render, things
 
 KEPT = 100
 SIGNS = frozenset(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from studies.eye.pictures import SIDE
+from studies.eye.drawings.pictures import SIDE
 
 COLOURS = {
     "white": (1.0, 1.0, 1.0),

@@ -30,7 +30,7 @@ microphone microscope moon motorcycle mouth nose package panda peach pear pen pe
 radio ribbon ring rocket rose scroll seedling shell shirt shower spider star sun sunrise syringe taxi telescope
 television thermometer tomato tractor tram tree trophy violin volcano watch whale window woman wrench
 """.split()  # noqa: SIM905
-"""What the eye learns to name: what `studies/eye/choose.py` found to be drawn alike in the training styles."""
+"""What the eye learns to name: what `studies/eye/drawings/choose.py` found to be drawn alike in the training styles."""
 
 _DRAWN_AS = {
     "apple": ("red-apple", "green-apple"),

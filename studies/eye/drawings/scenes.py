@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from studies.eye import brush
-from studies.eye.pictures import SIDE, Pictures
+from studies.eye.drawings import brush
+from studies.eye.drawings.pictures import SIDE, Pictures
 from studies.eye.questions import Cell
 
 _WRITING = 0.2

@@ -1,0 +1,1 @@
+"""Drawings: read from their packages, which of them are words to learn, painted, laid out as images."""
