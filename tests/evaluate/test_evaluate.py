@@ -1,6 +1,7 @@
 """`keepsight eval`: off is the base, a batch is its rows, the table follows from the answers, bad input is refused."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,12 +12,13 @@ from typer.testing import CliRunner
 import keepsight
 from keepsight.cli import app
 from keepsight.cli.eval import _show
-from keepsight.diagnose.cases import Sample
-from keepsight.errors import KeepsightError
+from keepsight.data.formats import references
+from keepsight.diagnose.cases import Sample, read_dataset
+from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.evaluate.answering import Answer, Answerer, Question
 from keepsight.evaluate.keeping import Kept, fingerprint
-from keepsight.evaluate.run import EvalSettings, Evaluation, evaluate, questions_of
-from keepsight.evaluate.scoring import final_answer, is_right
+from keepsight.evaluate.run import EvalSettings, Evaluation, evaluate
+from keepsight.evaluate.scoring import RULES, final_answer, is_right
 from keepsight.lab.digits import CELLS, draw_grids
 
 
@@ -55,7 +57,7 @@ def test_off_is_the_base_and_a_batch_is_its_rows(loaded, grids):
 
 
 def test_table_follows_from_the_answers(grids):
-    found = Evaluation(EvalSettings(strata=3, match="exact"), ["x"] * 7, [], [])
+    found = Evaluation(EvalSettings(strata=3, match="exact"), [("x",)] * 7, [], [])
     found.off = [Answer("x" if i % 2 else "y", 10 * (7 - i), 5) for i in range(7)]
     found.on = [Answer("x", 3, 5) for _ in range(7)]
     strata, whole = found.table()
@@ -72,7 +74,7 @@ def test_table_follows_from_the_answers(grids):
     ("lengths", "sizes"), [([8] * 6, [6]), ([8, 8, 8, 8, 8, 9], [6]), ([1, 2, 2, 2, 3, 4], [1, 3, 2])]
 )
 def test_answers_of_one_length_stay_together(lengths, sizes):
-    found = Evaluation(EvalSettings(strata=3, match="exact"), ["x"] * 6, [Answer("x", n, 5) for n in lengths])
+    found = Evaluation(EvalSettings(strata=3, match="exact"), [("x",)] * 6, [Answer("x", n, 5) for n in lengths])
     strata, _ = found.table()
     assert [s.n for s in strata] == sizes
     assert all(one.longest < other.shortest for one, other in pairwise(strata))
@@ -106,6 +108,53 @@ def test_right_or_wrong(text, reference, match, right):
     assert is_right(text, reference, match) is right
 
 
+ANSWERS = {
+    "docvqa": ["7", "seven"],
+    "textvqa": ["seven", "7", "", "7"],
+    "vqav2": [{"answer": "7", "answer_id": 1}, {"answer": "seven", "answer_id": 2}, {"answer": "7", "answer_id": 3}],
+    "in a table": '["7", "seven"]',
+    "numbers too": [7, "seven"],
+}
+
+
+@pytest.mark.parametrize("answers", ANSWERS.values(), ids=ANSWERS)
+def test_any_of_several_references_counts(answers, grids, tmp_path):
+    """From the file to the report; the one that is given to read is the most frequent."""
+    grids[0][0].save(tmp_path / "0.png")
+    (tmp_path / "q.jsonl").write_text(json.dumps({"image": "0.png", "question": "read", "answers": answers}) + "\n")
+    with pytest.warns(KeepsightWarning, match="of several answers any is right"):
+        (sample,) = read_dataset(tmp_path / "q.jsonl")
+    assert sample.answer == "7"
+    assert set(sample.references) == {"7", "seven"}
+    for match in RULES:
+        given = [Answer(text, 4, 9) for text in ("7", "seven", "8")]
+        found = Evaluation(EvalSettings(match=match), [sample.references] * 3, given)
+        assert found.right("off").tolist() == [True, True, False]
+        found.save(tmp_path / "e.json")
+        report = json.loads((tmp_path / "e.json").read_text())
+        assert {"references": list(sample.references)}.items() <= report["answers"][1].items()
+        assert report["rule"].startswith(f"{match}: ")
+        assert report["rule"].endswith("any of the references counts (3 questions have several)")
+    alone = Evaluation(EvalSettings(), [("7",)], given[:1])
+    assert "references" not in alone.rule
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [("[1, 2, 3, 4]", ("[1, 2, 3, 4]",)), ("[1, 2", ("[1, 2",)), (7, ("7",)), ([], ()), (None, ()), ([7], ("7",))],
+)
+def test_what_is_no_list_of_answers(answer, found):
+    """A box in text is one answer."""
+    assert references(answer) == found
+
+
+def test_references_that_cannot_be_compared_are_named(tmp_path):
+    for answers, word in (([1, 2, 3, 4], "or one .a box"), (["a", {"box": 3}], "expected text, found {'box'")):
+        (tmp_path / "q.jsonl").write_text(json.dumps({"question": "read", "answers": answers}) + "\n")
+        with pytest.raises(KeepsightError, match=rf"(?s)q.jsonl.*{word}"):
+            read_dataset(tmp_path / "q.jsonl")
+
+
 def test_what_cannot_be_asked_is_refused(grids):
     model, processor = keepsight.load("keepsight/reference")
     for memory, word in (("off", "carries no memory"), ("only_short", "policy of a VisMem"), ("never", "expected one")):
@@ -125,7 +174,7 @@ def test_what_was_interrupted_goes_on_to_the_same_end(asked, grids, tmp_path):
     samples = [Sample("read", (image,), answer="nine 9") for image in grids[0][:4]]
     settings = EvalSettings(max_new_tokens=6, batch_size=2)
     whole = evaluate(model, processor, samples, settings, True)
-    file, key = tmp_path / "new" / "a.part", {"questions": fingerprint(questions_of(samples))}
+    file, key = tmp_path / "new" / "a.part", fingerprint(samples)
     kept = Kept(file, key)
     kept.add("on", whole.on[:asked])
     kept.add("off", whole.off[: max(asked - 4, 0)])
@@ -137,15 +186,21 @@ def test_what_was_interrupted_goes_on_to_the_same_end(asked, grids, tmp_path):
     assert (resumed.on, resumed.off) == (whole.on, whole.off)
     assert len(asks) == -(-max(4 - asked, 0) // 2) + -(-(4 - max(asked - 4, 0)) // 2)
     assert (Kept(file, key).answers("on"), Kept(file, key).answers("off")) == (whole.on, whole.off)
-    for other, word in (({"questions": "?"}, "questions"), (key | {"--max-new-tokens": 7}, "--max-new-tokens")):
-        with pytest.raises(KeepsightError, match=f"asked otherwise .{word}"):
+    others = fingerprint([replace(one, also_right=("9",)) for one in samples])
+    assert others["questions"] == key["questions"]
+    for other, word in (
+        (key | {"questions": "?"}, "questions"),
+        (others, "references"),
+        (key | {"--max-new-tokens": 7}, "--max-new-tokens"),
+    ):
+        with pytest.raises(KeepsightError, match=rf"asked otherwise .{word}\)"):
             Kept(file, other)
     again.complete()
     assert not file.exists()
 
 
 def test_other_pictures_are_other_questions(grids):
-    ask = [fingerprint(questions_of([Sample("read", (image,), answer="1")])) for image in (*grids[0][:2], grids[0][0])]
+    ask = [fingerprint([Sample("read", (image,), answer="1")]) for image in (*grids[0][:2], grids[0][0])]
     assert ask[0] == ask[2] != ask[1]
 
 
@@ -153,7 +208,7 @@ def test_questions_that_all_differ_alike_have_no_interval(capsys):
     """A bootstrap of equal numbers is one point, which would read as certainty."""
     texts = [Answer(text, 4, 9) for text in ("1", "1")]
     for on, word in ((texts, "+0.0 points"), ([Answer("2", 4, 9)] * 2, "-100.0 points")):
-        _show(Evaluation(EvalSettings(memory="free"), ["1", "1"], texts, on))
+        _show(Evaluation(EvalSettings(memory="free"), [("1",), ("1",)], texts, on))
         said = capsys.readouterr().out
         assert f"neither better nor worse that could be shown ({word}, 95 % interval unknown: all alike" in said
         assert "memory free" in said

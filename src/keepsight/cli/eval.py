@@ -63,7 +63,7 @@ def evaluate(
     from keepsight.checkpoints.sources import check_sources
     from keepsight.diagnose.cases import read_dataset
     from keepsight.evaluate.keeping import Kept, fingerprint
-    from keepsight.evaluate.run import EvalSettings, questions_of
+    from keepsight.evaluate.run import EvalSettings
     from keepsight.evaluate.run import evaluate as ask
 
     check_device(device)
@@ -91,8 +91,7 @@ def evaluate(
         "model": described | {"weights": [_version_of(info.path) for info in infos], "dtype": dtype},
         "--memory": memory,
         "--max-new-tokens": max_new_tokens,
-        "questions": fingerprint(questions_of(asked)),
-    }
+    } | fingerprint(asked)
     kept = Kept(output.with_name(output.name + ".part"), same)
     if began := len(kept.answers(memory)) + len(kept.answers("off")):
         say(f"{began:,} answers are there already ({kept.file}): going on behind them.")
@@ -139,6 +138,7 @@ def _show(found: Any) -> None:
             row += [f"{one.on.value:.1%}", f"{100 * gain.value:+.1f} [{_interval(gain, ', ')}]"]
         table.add_row(*row, style="bold" if name == "all" else None)
     out.print(table)
+    say(f"An answer is right by --match {found.rule}.")
     most = found.settings.max_new_tokens
     full = sum(answer.tokens >= most for answer in (*found.off, *(found.on or ())))
     if full:

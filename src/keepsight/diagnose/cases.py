@@ -30,7 +30,8 @@ class Sample:
         prompt: what is asked.
         images: PIL images, in order.
         videos: videos, each uint8 [F, H, W, 3].
-        answer: the reference, if there is one.
+        answer: the reference, if there is one; of several, the one that is given to read.
+        also_right: the others; a freely written answer is right when it meets any of them.
         reply: how the reply begins; the answer follows it. It makes an answer stand at any length of output.
         dataset: the name of the data it comes from; invocations are told apart by it.
         before: the words that stand before each image, where not all images come first.
@@ -45,6 +46,12 @@ class Sample:
     dataset: str = ""
     before: tuple[str, ...] = ()
     earlier: tuple[dict[str, Any], ...] = ()
+    also_right: tuple[str, ...] = ()
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All that is right."""
+        return () if self.answer is None else (self.answer, *self.also_right)
 
     @property
     def sees(self) -> bool:
@@ -119,8 +126,8 @@ def without_images(sample: Sample) -> Sample:
 def read_dataset(source: Any, split: str = "train", processor: Any = None) -> list[Sample]:
     """Questions about pictures, of whatever `keepsight.data.check.load_dataset_any` reads, as training reads them.
 
-    An "answer" (or the last message of the assistant) is the reference, "reply" how the reply begins, and "dataset"
-    names the data that a sample comes from; default: the file's name.
+    An "answer" (or the last message of the assistant) is the reference, or a list any of which is right, "reply" how
+    the reply begins, and "dataset" names the data that a sample comes from; default: the file's name.
 
     Args:
         source: the data, a `Reading` of them, or the `Source` that was read.
@@ -132,7 +139,7 @@ def read_dataset(source: Any, split: str = "train", processor: Any = None) -> li
     """
     from keepsight.data.check import Source, check_dataset, load_dataset_any, read_sample
     from keepsight.data.collate import ConversationCollator
-    from keepsight.data.formats import said
+    from keepsight.data.formats import references
     from keepsight.data.rehearsal import Rehearsal
 
     data = source if isinstance(source, Source) else load_dataset_any(source, split)
@@ -146,17 +153,18 @@ def read_dataset(source: Any, split: str = "train", processor: Any = None) -> li
         unused |= dict.fromkeys(name for name in sample if name not in _USED)
         *earlier, question = sample["messages"]
         before, words = _laid_out(question["content"])
-        answer, note = said(sample["answer"])
-        decided |= {note: None} if note else {}
+        answer, *others = references(sample["answer"]) or (None,)
+        decided |= {_SEVERAL: None} if others else {}
         samples.append(
             Sample(
                 prompt=words,
                 images=tuple(sample["images"]),
-                answer=answer or None,
+                answer=answer,
                 reply=str(sample.get("reply") or ""),
                 dataset=str(sample.get("dataset") or own),
                 before=before,
                 earlier=tuple(earlier),
+                also_right=tuple(others),
             )
         )
     told = {subject: list(words) for subject, (_, words) in checked.told.items()}
@@ -168,14 +176,18 @@ def read_dataset(source: Any, split: str = "train", processor: Any = None) -> li
     return samples
 
 
+_SEVERAL = "of several answers any is right; where one is given to read, it is the most frequent"
 _USED = ("messages", "images", "answer", "reply", "dataset", "id")
 
 
 def _asked(rehearse: Any) -> Any:
-    """A rehearsal that also wants a question."""
+    """A rehearsal that also wants a question, and an answer that can be compared with if there is one."""
 
     def check(sample: dict[str, Any], images: list[Any] | None) -> Any:
         from keepsight.data.errors import DataError
+        from keepsight.data.formats import references
+
+        references(sample["answer"])
 
         before, words = _laid_out(sample["messages"][-1]["content"])
         if not any(text.strip() for text in (*before, words)):

@@ -11,19 +11,21 @@ from typing import Any
 
 import numpy as np
 
+from keepsight.diagnose.cases import Sample
 from keepsight.errors import KeepsightError
-from keepsight.evaluate.answering import Answer, Question
+from keepsight.evaluate.answering import Answer
 
 
-def fingerprint(questions: Sequence[Question]) -> str:
-    """Of all that is asked, pixels included."""
-    digest = hashlib.sha256()
-    for question in questions:
-        digest.update(json.dumps(question.messages, sort_keys=True, default=str).encode())
-        for picture in (*question.images, *question.videos):
+def fingerprint(samples: Sequence[Sample]) -> dict[str, str]:
+    """Of all that is asked, pixels included, and of what is right."""
+    asked, right = hashlib.sha256(), hashlib.sha256()
+    for sample in samples:
+        asked.update(json.dumps(sample.messages, sort_keys=True, default=str).encode())
+        right.update(json.dumps(sample.references).encode())
+        for picture in (*sample.images, *sample.videos):
             pixels = np.asarray(picture)
-            digest.update(f"{pixels.shape}".encode() + pixels.tobytes())
-    return digest.hexdigest()
+            asked.update(f"{pixels.shape}".encode() + pixels.tobytes())
+    return {"questions": asked.hexdigest(), "references": right.hexdigest()}
 
 
 class Kept:

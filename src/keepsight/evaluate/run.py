@@ -73,10 +73,17 @@ class Stratum:
 
 @dataclass
 class Evaluation:
-    """All answers, and what follows from them."""
+    """All answers, and what follows from them.
+
+    Attributes:
+        settings: how they were asked for.
+        references: of each question, the answers any of which is right.
+        off, on: what was answered; `on` is None for a model without a memory.
+        model: what it is, for the report.
+    """
 
     settings: EvalSettings
-    references: list[Any]
+    references: list[tuple[str, ...]]
     off: list[Answer]
     on: list[Answer] | None = None
     model: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +93,14 @@ class Evaluation:
         answers = self.on if which == ON else self.off
         assert answers is not None
         pairs = zip(answers, self.references, strict=True)
-        return np.array([is_right(answer.text, reference, self.settings.match) for answer, reference in pairs])
+        return np.array([is_right(answer.text, references, self.settings.match) for answer, references in pairs])
+
+    @property
+    def rule(self) -> str:
+        """When an answer is right, in words."""
+        several = sum(len(one) > 1 for one in self.references)
+        any_of = f"; any of the references counts ({several:,} questions have several)" if several else ""
+        return f"{self.settings.match}: {RULES[self.settings.match]}{any_of}"
 
     def table(self) -> tuple[list[Stratum], Stratum]:
         """Strata from the shortest answers to the longest, and all together."""
@@ -114,25 +128,20 @@ class Evaluation:
         right = {OFF: self.right(OFF)} | ({} if self.on is None else {ON: self.right(ON)})
         answers = {OFF: self.off} | ({} if self.on is None else {ON: self.on})
         rows = [
-            {"reference": reference}
+            {"references": list(references)}
             | {name: asdict(given[i]) | {"right": bool(right[name][i])} for name, given in answers.items()}
-            for i, reference in enumerate(self.references)
+            for i, references in enumerate(self.references)
         ]
         report = {
             "schema": SCHEMA,
             "model": self.model,
             "settings": asdict(self.settings),
-            "rule": RULES[self.settings.match],
+            "rule": self.rule,
             "all": asdict(whole),
             "strata": [asdict(one) for one in strata],
             "answers": rows,
         }
         write_text(file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-
-
-def questions_of(samples: Sequence[Sample]) -> list[Question]:
-    """What samples ask, without what answers them."""
-    return [Question(sample.messages, sample.images, sample.videos) for sample in samples]
 
 
 def evaluate(
@@ -164,7 +173,7 @@ def evaluate(
         if sample.answer is None or sample.reply:
             what = "has no answer to compare with" if sample.answer is None else "begins the reply, which this cannot"
             raise KeepsightError(f"Question {number} ({sample.prompt[:40]!r}) {what}.")
-    questions = questions_of(samples)
+    questions = [Question(sample.messages, sample.images, sample.videos) for sample in samples]
 
     def ask(memory: str, stage: str) -> list[Answer]:
         answerer, found = Answerer(model, processor, memory), [] if kept is None else kept.answers(memory)
@@ -176,7 +185,7 @@ def evaluate(
             progress(stage, len(found), len(questions))
         return found
 
-    result = Evaluation(settings, [sample.answer for sample in samples], [])
+    result = Evaluation(settings, [sample.references for sample in samples], [])
     if has_memory:
         result.on = ask(settings.memory, f"memory {settings.memory}")
     result.off = ask(OFF if has_memory else ON, "memory off" if has_memory else "questions")
