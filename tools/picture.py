@@ -36,6 +36,7 @@ SAYS = {
     "threads": "what each thread has for itself",
     "words": "counts and times in English",
     "settings": "settings take values of their kind",
+    "modes": "who may read what is saved",
 }
 STYLE = """
   text { font: 14px system-ui, sans-serif; fill: #1b1f24 } .s { font-size: 12px; fill: #57606a }

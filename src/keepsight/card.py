@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import re
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +16,7 @@ from huggingface_hub import ModelCard
 from transformers.utils import PushToHubMixin
 
 from keepsight.errors import KeepsightWarning
+from keepsight.modes import readable
 from keepsight.shipped import REFERENCE_NAME, VISMEM_NAME, portable_name
 
 CARD = "README.md"
@@ -74,9 +74,7 @@ def finish(folder: Path, config: Any) -> None:
         folder: with adapter_config.json, and the weights beside it.
         config: the memory's.
     """
-    weights = folder / "adapter_model.safetensors"
-    if weights.is_file():  # written for its owner alone
-        shutil.copymode(folder / "adapter_config.json", weights)
+    readable(folder.glob("adapter_model*.safetensors"))
     above = folder.parent / CARD
     if not (folder.parent / "adapter_config.json").is_file() and above.is_file() and _TEMPLATES in above.read_text():
         above.unlink()  # an adapter with a name of its own lies in a folder of its own; PEFT's template does not

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import warnings
@@ -420,3 +421,38 @@ def test_what_is_published_names_no_folder_of_this_machine(
             one.push_to_hub("me/memory")
     assert [one["base_model_name_or_path"] for one in sent] == [named, named]
     assert config.base_model_name_or_path == (named or str(bases["qwen3_vl"]))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_what_is_saved_can_be_read_by_whom_the_umask_lets_read(umask: int, tmp_path: Path) -> None:
+    """safetensors writes for the owner alone; a memory that is copied or served by another user could not be read."""
+    from keepsight.lab.reference import build_model, save_reference
+
+    before = os.umask(umask)
+    try:
+        save_reference(build_model(seed=1), tmp_path / "base")
+        model, processor = keepsight.load(tmp_path / "base")
+        model = attach(model)
+        model.save_pretrained(tmp_path / "memory")
+        processor.save_pretrained(tmp_path / "memory")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
+        path.name: oct(0o666 & ~umask) for path in files
+    }
+
+
+@pytest.mark.parametrize(
+    ("address", "remedy"),
+    [
+        ("http://127.0.0.1:8000", "keepsight serve MODEL --chat"),
+        ("localhost:8000/v1", "keepsight serve MODEL --chat"),
+        ("https://huggingface.co/owner/name", "by its id: owner/name"),
+    ],
+)
+def test_a_web_address_is_no_model(address: str, remedy: str) -> None:
+    with pytest.raises(keepsight.KeepsightError, match="address") as found:
+        keepsight.load(address)
+    assert remedy in str(found.value)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.errors import KeepsightError
+from keepsight.modes import readable
 
 
 def write_text(file: Path, text: str) -> None:
@@ -91,6 +92,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         fresh = folder / "fresh"
         fresh.mkdir()  # not `folder` itself, which mkdtemp makes readable by its owner only
         yield fresh
+        readable(fresh.rglob("*.safetensors"))
         if target.exists():
             target.rename(replaced)
         try:

@@ -6,6 +6,7 @@ are read where the folder is at hand, and after in any case.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,27 @@ from keepsight.errors import KeepsightError
 from keepsight.loading import most_alike
 from keepsight.shipped import resolve_base
 
+_ADDRESS = re.compile(r"[a-zA-Z][\w+.-]+:/|[\w.-]{2,}:\d+(/|$)")  # "C:/models" is a folder
+
+
+def refuse_address(source: str | Path) -> None:
+    """Refuse a web address where a folder or a hub id is expected.
+
+    Raises:
+        KeepsightError: saying what to write instead.
+    """
+    found = _ADDRESS.match(str(source))
+    if found is None or Path(source).exists():
+        return
+    page = re.match(r"https?:/+(www\.)?(huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)", str(source))
+    if page is not None:
+        raise KeepsightError(f"{source} is the address of a page; a model on the hub is named by its id: {page['id']}")
+    raise KeepsightError(
+        f"{source} is a web address, where a folder or a hub id (owner/name) is expected. A server that runs keeps "
+        "its model to itself: talk to it by the OpenAI API, or start it with its own page, keepsight serve MODEL "
+        "--chat, and open ADDRESS/chat in a browser."
+    )
+
 
 def base_config(source: str | Path, revision: str | None = None, local: bool = False) -> Any:
     """The configuration of a VLM, from a folder or the hub.
@@ -36,6 +58,7 @@ def base_config(source: str | Path, revision: str | None = None, local: bool = F
         FileNotFoundError: if there is no such folder, or nothing of that name can be reached on the hub.
         UnsupportedModelError: if it is not a vision-language model that keepsight knows.
     """
+    refuse_address(source)
     path = resolve_base(source)
     folder = Path(path).expanduser()
     if folder.is_file():

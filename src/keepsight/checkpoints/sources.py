@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keepsight.checkpoints.adapters import CONFIG, AdapterInfo, find_adapter, inspect_adapter
-from keepsight.checkpoints.bases import base_config, check_weights
+from keepsight.checkpoints.bases import base_config, check_weights, refuse_address
 from keepsight.checkpoints.fit import check_fit, check_words
 from keepsight.errors import BrokenAdapterError, KeepsightError, KeepsightWarning, UnsupportedModelError
 from keepsight.shipped import REFERENCE_NAME, resolve_base
@@ -23,6 +23,7 @@ def as_adapter(source: str | Path, revision: str | None = None) -> AdapterInfo |
         FileNotFoundError: if it names a folder that is not there.
         BrokenAdapterError: if the adapter's files are damaged.
     """
+    refuse_address(source)
     path, source = Path(source).expanduser(), str(source)
     if source == REFERENCE_NAME:
         return None

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from keepsight.modes import readable
 from keepsight.shipped import REFERENCE_NAME, reference_path
 
 __all__ = ["REFERENCE_NAME", "build_model", "build_processor", "load_reference", "reference_path", "save_reference"]
@@ -175,5 +176,5 @@ def save_reference(model: Any, folder: str | Path, processor: Any = None) -> Non
         eos_token_id=text.eos_token_id,
     )
     model.save_pretrained(folder, state_dict={name: tensor.half() for name, tensor in model.state_dict().items()})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
+    readable(folder.rglob("*.safetensors"))
     (processor or build_processor()).save_pretrained(folder)

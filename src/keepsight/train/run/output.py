@@ -17,6 +17,7 @@ from keepsight.checkpoints.atomic import write_text
 from keepsight.checkpoints.bases import check_weights
 from keepsight.checkpoints.sources import POLICY, check_recorded
 from keepsight.errors import KeepsightError
+from keepsight.modes import readable
 
 RECORD = "keepsight_run.json"
 TRACES = (RECORD, "keepsight_frozen.json", "cost.json")
@@ -185,6 +186,7 @@ def check_record(folder: Path, settings: dict[str, Any]) -> None:
 
 def put_in_place(source: Path, folder: Path) -> None:
     """Move files and folders from `source` into `folder`, each in one step, so that a reader never sees half of one."""
+    readable(source.rglob("*.safetensors"))
     for path in sorted(source.iterdir(), key=lambda path: (path.is_file(), path.name)):
         target = folder / path.name
         if path.is_dir() and target.exists():

@@ -15,6 +15,7 @@ import torch
 from keepsight.checkpoints.sources import POLICY
 from keepsight.compat import checkpointing_arguments, checkpoints_reentrantly
 from keepsight.errors import KeepsightError
+from keepsight.modes import readable
 from keepsight.train.run.accounting import CostMeter
 from keepsight.train.run.engines import keep_vision_whole
 from keepsight.train.run.learner import Learner
@@ -156,6 +157,7 @@ class LearnerTrainer(_Base):
             self.setup.learner.save_policy(model, folder, state_dict)
             if (folder / POLICY / "config.json").is_file():
                 self.processing_class.save_pretrained(folder / POLICY)
+            readable(folder.rglob("*.safetensors"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         learner = self.setup.learner
