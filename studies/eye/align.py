@@ -17,7 +17,7 @@ from studies.eye.stages import generator
 
 _NEAR = 0.3
 """Share of the questions that follow the image at once."""
-_NAMING = 2.0
+_NAMING = 6.0
 """How much more often than another task a name is asked for."""
 
 _VARY = 0.5
@@ -58,7 +58,8 @@ class Alignment:
     def batch(self, step: int) -> tuple[torch.Tensor, list[list[sequences.Part]], int]:
         """Images, what is asked about each, and pictures along their side; drawn anew from the step's number."""
         size, draws = self.size, generator(self.size.seed, 2, step)
-        side = size.sides[step % len(size.sides)]
+        often = torch.tensor(size.sides, dtype=torch.float)  # where to look is harder than what it is
+        side = size.sides[int(torch.multinomial(often, 1, generator=draws))]
         images, rows = [], []
         for _ in range(size.align_batch):
             image, cells = self.scenes.image(side, size.cell, _VARY, draws)

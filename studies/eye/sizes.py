@@ -40,12 +40,12 @@ class Size:
     pretrain_lr: float = 1e-3
     muon_lr: float = 0.01
     others: float = 0.3
-    align_steps: int = 300
-    align_batch: int = 8
+    align_steps: int = 600
+    align_batch: int = 4
     align_lr: float = 2e-3
-    questions: int = 4
-    tower_lr: float = 0.2
-    top: int = 2
+    questions: int = 6
+    tower_lr: float = 0.05
+    top: int = 0
     lora: int = 16
     max_gap: int = 2304
     dtype: str = "bfloat16"
@@ -80,6 +80,9 @@ GPU = replace(
     align_steps=4700,
     align_batch=64,
     align_lr=7e-4,
+    questions=4,
+    tower_lr=0.2,
+    top=2,
 )
 """About 300,000 images, each with four questions; 64 px, 4 x 4 tokens a picture. It has not been run yet."""
 
