@@ -36,6 +36,21 @@ def _text(**more: Any) -> dict[str, Any]:
     return sizes | more
 
 
+def _merging(**more: Any) -> dict[str, Any]:
+    """A vision encoder as Qwen's and GLM's, whose merger makes one token of 2 x 2 patches."""
+    sizes = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 64,
+    }
+    return sizes | more
+
+
 _TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
 
@@ -43,18 +58,7 @@ _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3,
 def qwen3_vl() -> Any:
     return transformers.Qwen3VLConfig(
         text_config=_text(head_dim=16, rope_parameters=_MROPE, attention_bias=False),
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0],
-        },
+        vision_config=_merging(num_position_embeddings=64, deepstack_visual_indexes=[0]),
         **_TOKENS,
     )
 
@@ -81,18 +85,7 @@ def qwen2_5_vl() -> Any:
         text_config=_text(
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
         ),
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "out_hidden_size": 64,
-            "window_size": 16,
-            "fullatt_block_indexes": [1],
-        },
+        vision_config=_merging(window_size=16, fullatt_block_indexes=[1]),
         **_TOKENS,
     )
 
@@ -108,17 +101,7 @@ def qwen3_5() -> Any:
             linear_num_key_heads=2,
             linear_num_value_heads=2,
         ),
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 64,
-        },
+        vision_config=_merging(num_position_embeddings=64),
         **_TOKENS,
     )
 

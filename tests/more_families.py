@@ -13,6 +13,7 @@ from families import (
     START,
     VIDEO,
     VOCAB,
+    _merging,
     _qwen_images,
     _text,
     qwen2_5_vl,
@@ -232,17 +233,7 @@ def smolvlm() -> Any:
 
 
 def _glm_vision() -> dict[str, Any]:
-    return {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "patch_size": 4,
-        "image_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "out_hidden_size": 64,
-    }
+    return _merging(image_size=16)
 
 
 def glm4v() -> Any:
@@ -333,7 +324,7 @@ def minicpmv() -> Any:
     text = qwen3_5().text_config.to_dict()
     return transformers.MiniCPMV4_6Config(
         text_config=text,
-        vision_config={k: v for k, v in vit("").items() if k != "model_type"} | {"image_size": 32},
+        vision_config=vit(image_size=32),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         insert_layer_id=0,

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 import transformers
-from families import _TOKENS, IMAGE, PAD, VIDEO, _internvl_images, _qwen_images, _text, internvl_qwen3
-from tiny_parts import GLM_TOKENS, MROPE, modality_types, padded, row, sized, tiles, vit
+from families import _TOKENS, IMAGE, PAD, VIDEO, _internvl_images, _merging, _qwen_images, _text, internvl_qwen3
+from tiny_parts import GLM_TOKENS, MROPE, four_each, modality_types, padded, row, sized, tiles, vit
 
 
 def cohere2_vision() -> Any:
@@ -43,7 +43,7 @@ def llava_next_video() -> Any:
 def idefics2() -> Any:
     return transformers.Idefics2Config(
         text_config=_text(model_type="mistral", head_dim=16),
-        vision_config={k: v for k, v in vit("").items() if k != "model_type"},
+        vision_config=vit(),
         perceiver_config={
             "hidden_size": 64,
             "resampler_n_latents": 4,
@@ -58,26 +58,15 @@ def idefics2() -> Any:
 
 
 def glm_ocr() -> Any:
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "patch_size": 4,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "out_hidden_size": 64,
-    }
     return transformers.GlmOcrConfig(
         text_config=_text(head_dim=16, rope_parameters=MROPE | {"partial_rotary_factor": 1.0}),
-        vision_config=vision,
+        vision_config=_merging(),
         **GLM_TOKENS,
     )
 
 
 def got_ocr2() -> Any:
     vision = vit(
-        "",
         output_channels=16,
         window_size=2,
         global_attn_indexes=[1],
@@ -87,7 +76,7 @@ def got_ocr2() -> Any:
     )
     return transformers.GotOcr2Config(
         text_config=_text(model_type="qwen2"),
-        vision_config={k: v for k, v in vision.items() if k != "model_type"},
+        vision_config=vision,
         image_token_index=IMAGE,
     )
 
@@ -117,19 +106,7 @@ def _lfm_images(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
 
 
 def exaone4_5() -> Any:
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "num_key_value_heads": 1,
-        "patch_size": 4,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "out_hidden_size": 64,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
-    }
+    vision = _merging(num_key_value_heads=1, window_size=16, fullatt_block_indexes=[1])
     text = _text(model_type="exaone4", head_dim=16, layer_types=["full_attention"] * 4)
     return transformers.Exaone4_5_Config(
         text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO
@@ -163,10 +140,9 @@ def qianfan_ocr() -> Any:
 
 
 def paddleocr_vl() -> Any:
-    vision = {k: v for k, v in vit("").items() if k != "model_type"}
     return transformers.PaddleOCRVLConfig(
         text_config=_text(head_dim=16, rope_parameters=MROPE),
-        vision_config=vision | {"spatial_merge_size": 2},
+        vision_config=vit(spatial_merge_size=2),
         **_TOKENS,
     )
 
@@ -182,14 +158,7 @@ ROWS = [
     row("cohere2_vision", cohere2_vision, "Cohere2Vision"),
     row("vipllava", vipllava, "VipLlava"),
     row("llava_next_video", llava_next_video, "LlavaNextVideo", tiles),
-    row(
-        "idefics2",
-        idefics2,
-        "Idefics2",
-        padded,
-        by_row=True,
-        count=lambda model, given: [4] * len(given["pixel_values"]),
-    ),
+    row("idefics2", idefics2, "Idefics2", padded, by_row=True, count=four_each),
     row("glm_ocr", glm_ocr, "GlmOcr", _qwen_images, marks=True, several=False),
     row("got_ocr2", got_ocr2, "GotOcr2", _got_images),
     row("lfm2_vl", lfm2_vl, "Lfm2Vl", _lfm_images, hybrid=True, since="5.24"),

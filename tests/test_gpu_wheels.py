@@ -1,6 +1,7 @@
 """`make gpu-wheels` brings along all that a machine with torch and transformers, and without a network, lacks."""
 
 import re
+import sys
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+from install import pinned
 
 #: What the GPU suite and the benchmarks run on, beside keepsight's own requirements.
 RUNS_ON = ("keepsight[train]", "pytest", "psutil", "bitsandbytes")
@@ -38,7 +42,7 @@ def test_the_wheels_are_what_a_bare_machine_lacks() -> None:
     brought = re.search(r"^GPU_WHEELS = (.*?[^\\])$", (ROOT / "Makefile").read_text(), re.DOTALL | re.MULTILINE)
     assert brought
     names = brought[1].replace("\\", " ").split()
-    locked = dict(re.findall(r"^([a-z0-9.-]+)==([^ ;]+)", (ROOT / "locks" / "dev.txt").read_text(), re.MULTILINE))
+    locked = pinned(ROOT / "locks" / "dev.txt")
     assert not set(names) - locked.keys()
     installed = {canonicalize_name(found.name): found.version for found in metadata.distributions()}
     other = [name for name in names if installed.get(name) != locked[name]]

@@ -45,6 +45,7 @@ def load_tool(name):
     return module
 
 
+sys.path.insert(0, str(ROOT / "tools"))  # they import each other
 install, compatibility = load_tool("install"), load_tool("compatibility")
 
 
@@ -209,8 +210,8 @@ def test_a_result_stands_only_under_the_name_of_its_own_versions(tmp_path, monke
     lock = tmp_path / "oldest.txt"
     lock.write_text("torch==0.0.1 ; python_version >= '3.11' \\\n    --hash=sha256:00\ntrl==1.16.0\n")
     packages = {"torch": "0.0.1+cpu", "trl": "1.16.0", "peft": "9"}
-    assert compatibility.beside(lock.read_text(), packages) == []
-    assert compatibility.beside(lock.read_text(), packages | {"trl": "1.17.0"}) == ["trl 1.17.0, not 1.16.0"]
+    assert compatibility.beside(lock, packages) == []
+    assert compatibility.beside(lock, packages | {"trl": "1.17.0"}) == ["trl 1.17.0, not 1.16.0"]
     monkeypatch.setattr(compatibility, "LOCKS", {"oldest": lock})
     monkeypatch.setattr(compatibility, "RESULTS", tmp_path / "results")
     assert compatibility.run("oldest", None, ["--no-such-option"]) == 2

@@ -11,16 +11,21 @@ PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MROPE = PLAIN_ROPE | {"mrope_section": [2, 3, 3]}
 
 
-def vit(model_type: str, **more: Any) -> dict[str, Any]:
-    return {
-        "model_type": model_type,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 16,
-        "patch_size": 4,
-    } | more
+def vit(model_type: str | None = None, **more: Any) -> dict[str, Any]:
+    """Without a `model_type` where a family's own config class knows it."""
+    named = {"model_type": model_type} if model_type else {}
+    return (
+        named
+        | {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        }
+        | more
+    )
 
 
 GLM_TOKENS = {

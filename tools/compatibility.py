@@ -22,7 +22,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from install import ROOT, pinned
+
 RESULTS = ROOT / ".results"
 PAGE = ROOT / "docs" / "compatibility.md"
 NAMES = ("locked", "oldest", "newest", "vllm")
@@ -63,7 +64,7 @@ def run(name: str, unless_as: str | None, pytest_options: list[str]) -> int:
         "python": platform.python_version(),
         "packages": dict(sorted(packages.items())),
     }
-    if name in LOCKS and (strange := beside(LOCKS[name].read_text(), packages)):
+    if name in LOCKS and (strange := beside(LOCKS[name], packages)):
         print(
             f"{name}: this environment is not the lock's ({', '.join(strange)}), so its result would stand under a name"
         )
@@ -85,13 +86,11 @@ def run(name: str, unless_as: str | None, pytest_options: list[str]) -> int:
     return status
 
 
-def beside(lock: str, packages: dict[str, str]) -> list[str]:
+def beside(lock: Path, packages: dict[str, str]) -> list[str]:
     """The `LIBRARIES` that are installed in another version than a lock's, whatever their build, in words."""
-    locked = dict(re.findall(r"^([\w.-]+)==([^\s;+]+)", lock, re.MULTILINE))
-    found = {library: packages.get(library, "none").partition("+")[0] for library in LIBRARIES if library in locked}
-    return [
-        f"{library} {found[library]}, not {locked[library]}" for library in found if found[library] != locked[library]
-    ]
+    wanted = {name: version for name, version in pinned(lock).items() if name in LIBRARIES}
+    found = {name: packages.get(name, "none").partition("+")[0] for name in wanted}
+    return [f"{name} {found[name]}, not {version}" for name, version in wanted.items() if found[name] != version]
 
 
 def commit() -> str:

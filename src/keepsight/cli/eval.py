@@ -149,14 +149,9 @@ def _show(found: Any) -> None:
         return
     gain = whole.difference
     assert gain is not None
-    shown = gain.low < gain.high
-    sure = (
-        "better"
-        if shown and gain.low > 0
-        else "worse"
-        if shown and gain.high < 0
-        else "neither better nor worse that could be shown"
-    )
+    sure = "neither better nor worse that could be shown"
+    if gain.low < gain.high and not gain.low <= 0 <= gain.high:
+        sure = "better" if gain.low > 0 else "worse"
     out.print(
         f"With the memory: {sure} ({100 * gain.value:+.1f} points, 95 % interval {_interval(gain, ' to ')}, "
         f"over {gain.n} questions).",

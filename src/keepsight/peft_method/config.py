@@ -87,7 +87,7 @@ class MemoryConfig(PeftConfig):
     """PEFT's config, as all memories need it: saved with a model card of ours."""
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's own; then the card, and files that everybody may read."""
+        """PEFT's own; then the card, and weights that may be read as the umask says."""
         config = card.to_be_written(self)
         super(MemoryConfig, config).save_pretrained(save_directory, **kwargs)
         card.finish(Path(save_directory), config)
