@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.train.pvm import job
 from keepsight.train.pvm.blindfold import BlindfoldError, BlindfoldSchedule
 from keepsight.train.pvm.sft import SftSettings, TrainingDivergedError, TrainReport, train_pvm
-from keepsight.train.run.output import OutputError, check_space, last_checkpoint
+from keepsight.train.run.output import OutputError, check_output, check_space, last_checkpoint
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -206,6 +207,15 @@ def test_broken_checkpoints_are_passed_over(trained: tuple[Path, TrainReport], t
     found, broken = last_checkpoint(out)
     assert found is None
     assert "NaN or infinite" in broken[1]
+
+
+def test_a_folder_can_be_watched_while_a_run_starts_in_it(tmp_path: Path) -> None:
+    out = tmp_path / "new"
+    with ThreadPoolExecutor() as pool:
+        starting = pool.submit(lambda: [check_output(out) for _ in range(300)])
+        while not starting.done():
+            assert last_checkpoint(out) == (None, [])
+        starting.result()
 
 
 def test_resuming_under_other_settings_is_refused(

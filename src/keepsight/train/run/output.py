@@ -103,11 +103,11 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
     The trainer writes `trainer_state.json` last, so a run killed while saving leaves a checkpoint without it.
     """
-    if not folder.is_dir():
+    try:
+        held = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):  # nothing yet; `check_output` makes the folder and takes it away
         return None, []
-    found = [
-        (int(m[1]), p) for p in folder.iterdir() if p.is_dir() and (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
-    ]
+    found = [(int(m[1]), p) for p in held if (m := re.fullmatch(r"checkpoint-(\d+)", p.name)) and p.is_dir()]
     broken: list[str] = []
     for _, path in sorted(found, reverse=True):
         why = _what_is_wrong(path)
