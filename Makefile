@@ -57,10 +57,13 @@ release: $(VENV)/.installed
 	$(BIN)/python tools/release.py $(if $(TAG),--tag $(TAG))
 
 # On a machine with a GPU, in whatever environment GPU_PYTHON is: torch, transformers and keepsight's requirements.
+# Two tiers, bfloat16 first since it is the shorter one; DEVICE=cpu rehearses them.
 GPU_PYTHON ?= python3
+DEVICE ?= cuda
+TEST_GPU = PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m pytest --device $(DEVICE) -q -p no:benchmark \
+	tests/pvm tests/vismem tests/diagnose tests/test_peft_method.py
 test-gpu:
-	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m pytest --device cuda -q -p no:benchmark \
-		tests/pvm tests/vismem tests/diagnose tests/test_peft_method.py
+	@$(TEST_GPU) -m bfloat16; half=$$?; $(TEST_GPU) -m "not bfloat16" && exit $$half
 
 bench-gpu:
 	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) benchmarks/gpu.py

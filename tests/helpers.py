@@ -50,6 +50,18 @@ def built(family: TinyFamily, rows: list[Row] | None = None, **config: Any) -> t
     return attach(model, **config), inputs
 
 
+def in_bfloat16(given: Any) -> Any:
+    """A model's weights, or the floating point of its inputs, rounded to bfloat16.
+
+    Buffers stay, as they do where transformers loads in that dtype: rotary frequencies among them.
+    """
+    if isinstance(given, dict):
+        return {name: t.bfloat16() if t.is_floating_point() else t for name, t in given.items()}
+    for parameter in given.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return given
+
+
 @torch.no_grad()
 def logits(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> torch.Tensor:
     """[B, T, V]."""

@@ -24,6 +24,7 @@ def test_gate_zero_equals_base(family):
     assert torch.equal(logits(get_peft_model(model, keepsight.PvmConfig()), inputs), base)
 
 
+@pytest.mark.bfloat16
 def test_gate_zero_equals_base_in_bfloat16(family):
     model = family.build().requires_grad_(False).bfloat16()
     inputs = make_inputs(family, model, MIXED_ROWS)
