@@ -10,6 +10,7 @@ import torch
 from families import FIRST_WORD, IMAGE, LAST_WORD, Row, TinyFamily, make_inputs
 from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import keepsight
 
@@ -98,6 +99,15 @@ def generate(model: Any, inputs: dict[str, torch.Tensor], n: int = 6, **kwargs: 
     """`n` tokens, words only, greedy unless told otherwise; returns the output object with raw logits."""
     options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "max_new_tokens": n} | kwargs
     return model.generate(**inputs, logits_processor=[OnlyWords()], **options)
+
+
+def batched_continuously(model: Any, ids: torch.Tensor) -> tuple[list[int], str | None]:
+    """(three tokens that continuous batching writes behind ids [T], what it says went wrong)."""
+    wanted = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=1)
+    sizes = ContinuousBatchingConfig(num_blocks=4, block_size=32, max_batch_tokens=32)
+    out = model.generate_batch([ids.tolist()], generation_config=wanted, continuous_batching_config=sizes)
+    (only,) = out.values()
+    return only.generated_tokens, only.error
 
 
 def cached_and_uncached(model: Any, inputs: dict[str, torch.Tensor], out: Any) -> tuple[torch.Tensor, torch.Tensor]:

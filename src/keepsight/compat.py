@@ -17,6 +17,7 @@ from importlib import metadata
 from typing import Any
 
 from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from keepsight.errors import KeepsightError
@@ -55,6 +56,15 @@ def find_output_cache(output: Any) -> Cache | None:
     if isinstance(output, Mapping):
         return find_cache(output.values())
     return find_cache(output) if isinstance(output, tuple) else None
+
+
+def has_paged_cache(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call is a step of continuous batching, whose cache is no `Cache`, and which knows ids only, no images.
+
+    Args:
+        arguments: those of a model's call, by name.
+    """
+    return any(isinstance(value, PagedAttentionCache) for value in arguments.values())
 
 
 def cache_argument(callee: Any, cache: Cache | None) -> dict[str, Cache]:

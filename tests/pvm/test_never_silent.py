@@ -15,7 +15,7 @@ import mutation
 import pytest
 import torch
 from families import BY_NAME, Row, TinyFamily, make_inputs
-from helpers import CLOSE, attach, generate, logits
+from helpers import CLOSE, attach, batched_continuously, generate, logits
 from more_families import MORE
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
@@ -269,6 +269,19 @@ def test_a_static_cache_is_as_new_after_a_reset() -> None:
     cache.reset()
     again = generate(model, inputs, **cache_argument(model, cache), disable_compile=True).sequences
     assert again.tolist() == generate(model, inputs).sequences.tolist()
+
+
+def test_continuous_batching_writes_text_and_refuses_images_that_did_not_come() -> None:
+    """It takes ids only: a prompt's pixels never come, and its text reads as it does without the memory."""
+    family = BY_NAME["llava_onevision"]
+    model, inputs = built_with("llava_onevision", [Row(2, (2, 2), 4, seed=1)])
+    text = make_inputs(family, model, [Row(6, seed=1)])["input_ids"][0]
+    expected = family.build().generate(input_ids=text[None], max_new_tokens=3, do_sample=False)[0, len(text) :]
+    batched = batched_continuously(model.get_base_model(), text)
+    assert batched == (expected.tolist(), None)
+    written, error = batched_continuously(model.get_base_model(), inputs["input_ids"][0])
+    assert not written
+    assert "no pixels came with them" in str(error)
 
 
 # Embeddings that already hold the image

@@ -11,12 +11,14 @@ import mutation
 import pytest
 import torch
 from families import Row
-from transformers import Cache
+from helpers import batched_continuously
+from transformers import Cache, GenerationConfig
 from vismem_helpers import BY_NAME, attach, built, forced, generate
 
 import keepsight
 from keepsight.backbone import Backbone
 from keepsight.vismem import VisMemBranch, VisMemOutput, scope
+from keepsight.vismem.writing.checks import refuse_mode
 
 
 def without_hooks(module):
@@ -101,6 +103,20 @@ def test_a_forward_in_training_is_seen_to_as_well():
         model(**inputs, labels=labels)
     with model.disable_adapter():
         model(**inputs, labels=labels)
+
+
+def test_loops_that_form_no_memory_are_refused(monkeypatch):
+    model, inputs = built("qwen2_5_vl", [Row(1, (2, 2), 5, seed=2)])
+    written, error = batched_continuously(model.get_base_model(), inputs["input_ids"][0])
+    assert not written
+    assert "forms no latent memories" in str(error)
+    # A way of transformers' that nobody here knows: not through the loop that it is given, or through another one.
+    kind = type(model.get_base_model())
+    monkeypatch.setattr(kind, "generate", lambda model, **given: given["input_ids"])
+    with pytest.raises(keepsight.KeepsightError, match="went another way than the loop"):
+        generate(model, inputs)
+    with pytest.raises(keepsight.KeepsightError, match="ask for group beam search"):
+        refuse_mode(GenerationConfig(num_beams=4, num_beam_groups=2))
 
 
 def test_the_output_is_a_generation_output_of_this_release():

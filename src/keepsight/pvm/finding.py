@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from keepsight.backbone import Backbone
+from keepsight.compat import has_paged_cache
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.pvm.scope import positions_at, positions_given
 
@@ -77,6 +78,8 @@ class ImageFinder:
         elif self.may_be_brought(call, args, kwargs):
             mask = None
         else:
+            if call is not None and reads and has_paged_cache(call.arguments):
+                self._refuse_placeholders(call)
             return None, None
         embeds = self.backbone.decoder_input(args, kwargs)
         if embeds is None:
@@ -97,6 +100,17 @@ class ImageFinder:
                 "the visual memory cannot tell where the images stand. " + ASK
             )
         return mask, embeds
+
+    def _refuse_placeholders(self, call: Given) -> None:
+        """Raises KeepsightError if a step of continuous batching reads a prompt whose images did not come with it."""
+        ids = call.arguments.get("input_ids")
+        if ids is not None and self.backbone.visual_mask(ids).any():
+            raise KeepsightError(
+                "Continuous batching (generate_batch, or cache_implementation='paged') takes token ids only: the "
+                "prompt holds the placeholder tokens of an image, and no pixels came with them, so neither the model "
+                "nor its visual memory sees an image. Leave cache_implementation out, or serve with `keepsight serve` "
+                "or vLLM."
+            )
 
     def _told_mask(
         self, call: Given | None, kwargs: dict, start: Any, embeds: torch.Tensor, reads: bool

@@ -26,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from keepsight.backbone import Backbone
+from keepsight.compat import has_paged_cache
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.peft_method import refuse_adapter_names
 from keepsight.vismem import scope
@@ -118,6 +119,12 @@ class VisMemRoute:
         if self.branch.active is None:
             return
         refuse_adapter_names(kwargs, self.branch.active_name)
+        if has_paged_cache(kwargs):
+            raise KeepsightError(
+                "Continuous batching (generate_batch, or cache_implementation='paged') has a loop of its own, which "
+                "forms no latent memories. Use generate(...) without it, or switch the memory off: `with "
+                "model.disable_adapter():`."
+            )
         call = calls.here
         if call.again:
             raise KeepsightError(

@@ -6,12 +6,24 @@ import warnings
 from typing import Any
 
 from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers.generation import GenerationMode
 
 from keepsight.compat import find_cache
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.vismem.sequences import TextOnly
 from keepsight.vismem.tokens import LONG, SHORT, MemoryTokens
 from keepsight.vismem.writing.policy import MemoryPolicy
+
+_ANOTHER_LOOP = (
+    "penalty_alpha",
+    "dola_layers",
+    "constraints",
+    "force_words_ids",
+    "prefill_chunk_size",
+    "custom_generate",
+    "token_healing",
+)
+_OWN_LOOP = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 def refuse(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -29,12 +41,17 @@ def refuse(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     instead = "Generate without memory (memory='off'), or without that option."
     if (option("num_beams") or 1) > 1:
         raise KeepsightError(f"num_beams={option('num_beams')}: beams cannot be combined with memory. {instead}")
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-        if option(name) is not None:
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
+        if option(name) not in (None, False):
             raise KeepsightError(f"{name}: assisted decoding cannot be combined with memory. {instead}")
-    for name in ("penalty_alpha", "dola_layers", "prefill_chunk_size", "custom_generate", "token_healing"):
+    for name in _ANOTHER_LOOP:
         if option(name):
             raise KeepsightError(f"{name}={option(name)!r} cannot be combined with memory. {instead}")
+    if kwargs.get("cache_implementation") == "paged":
+        raise KeepsightError(
+            "cache_implementation='paged' means continuous batching, which takes no images and has a loop of its own. "
+            + instead
+        )
     if option("guidance_scale") not in (None, 1):
         raise KeepsightError(
             f"guidance_scale={option('guidance_scale')}: the pass without the prompt reads one token at each step, "
@@ -52,6 +69,16 @@ def refuse(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         raise KeepsightError(
             "The KV cache that was given already holds a prompt, whose visual states memory can no longer read. Pass "
             "the whole conversation as input_ids with its images, and its memories as invocations=out.invocations."
+        )
+
+
+def refuse_mode(generation_config: Any) -> None:
+    """Raise if `generate` would have gone another way than by sampling: whatever asked for it is not done by us."""
+    mode = generation_config.get_generation_mode()
+    if mode not in _OWN_LOOP:
+        raise KeepsightError(
+            f"These options of generate ask for {mode.value.replace('_', ' ')}, which cannot be combined with memory. "
+            "Generate without memory (memory='off'), or greedily or by sampling."
         )
 
 

@@ -20,6 +20,7 @@ from keepsight.compat import cache_argument, find_output_cache
 from keepsight.errors import KeepsightError
 from keepsight.vismem import scope
 from keepsight.vismem.memory import Invocation, read_sights
+from keepsight.vismem.writing.checks import refuse_mode
 from keepsight.vismem.writing.output import Record, VisMemOutput
 from keepsight.vismem.writing.splicing import Invocations, splice
 from keepsight.vismem.writing.writer import MemoryWriter, RowState
@@ -57,6 +58,7 @@ class MemoryDecoder:
 
     watch: scope.Watch
     copies = 1  # rows written for each row of the prompt
+    has_run = False
 
     def __init__(self, writer: MemoryWriter, arguments: dict[str, Any], history: Invocations | None = None):
         self.writer, self.arguments, self.history = writer, arguments, history
@@ -75,6 +77,8 @@ class MemoryDecoder:
         **model_kwargs: Any,
     ) -> Any:
         """The loop; called by transformers' `generate` in place of its own."""
+        refuse_mode(generation_config)
+        self.has_run = True
         self.model, self.input_ids, self.model_kwargs = model, input_ids, model_kwargs
         self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
         self.config, self.max_length = generation_config, stopping_criteria.max_length

@@ -95,6 +95,11 @@ def generate(
     with scope.watching() as watch:
         decoder.watch = watch
         output = plain(model, *args, custom_generate=decoder.run, **kwargs)
+    if not decoder.has_run:
+        raise KeepsightError(
+            "transformers' generate went another way than the loop that it was given (custom_generate), so no memory "
+            "was formed. Leave out what asks for that way, or generate without memory (memory='off')."
+        )
     for text in decoder.notes():
         warnings.warn(text, KeepsightWarning, stacklevel=2)
     return output
