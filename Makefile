@@ -31,7 +31,7 @@ test-newest:
 
 # The vLLM plugin, in an environment of its own: vLLM pins other versions than ours.
 test-vllm: .venv-vllm/.installed
-	.venv-vllm/bin/python $(RUN) vllm -q tests_vllm
+	.venv-vllm/bin/python $(RUN) vllm -n 2 -q tests_vllm
 
 # keepsight as a model of lmms-eval, in an environment of its own: lmms-eval needs many things that we do not.
 test-lmms: .venv-lmms/.installed
