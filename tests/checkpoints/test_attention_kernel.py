@@ -11,8 +11,10 @@ from families import BY_NAME
 import keepsight
 from keepsight.backbone import Backbone
 from keepsight.checkpoints import attention
-from keepsight.checkpoints.attention import check_attention
+from keepsight.checkpoints.attention import check_attention, kernel_named
 from keepsight.errors import KeepsightError
+from keepsight.train.run.preflight import check_kernel
+from keepsight.train.run.settings import SftSettings
 
 
 @pytest.fixture
@@ -42,6 +44,14 @@ def test_what_a_family_has_not_is_refused(bfloat: Path) -> None:
         check_attention(bfloat, name)
 
 
+def test_flex_attention_runs_on_a_cpu_and_does_not_train_there(tmp_path: Path) -> None:
+    BY_NAME["internvl_qwen2"].build().config.save_pretrained(tmp_path)
+    assert SftSettings(attention="flex").attention == "flex_attention"  # as the command line may call it
+    check_attention(tmp_path, "flex_attention", "cpu")
+    with pytest.raises(KeepsightError, match=r"flex_attention has no backward pass on a CPU.*--attention sdpa"):
+        check_kernel(SftSettings(attention="flex", device="cpu"), tmp_path)
+
+
 def test_loading_refuses_before_weights_are_read(bfloat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     BY_NAME["qwen3_vl"].build().save_pretrained(bfloat)
     monkeypatch.setattr("keepsight.checkpoints.load.AutoProcessor", lambda: pytest.fail("something was read"))
@@ -53,7 +63,7 @@ def test_the_names_are_those_of_transformers() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     names = set(attention.get_args(attention.Attention))
-    assert names - {"eager"} <= set(ALL_ATTENTION_FUNCTIONS.valid_keys())
+    assert {kernel_named(name) for name in names} - {"eager"} <= set(ALL_ATTENTION_FUNCTIONS.valid_keys())
 
 
 def test_a_chosen_kernel_is_the_one_that_runs() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers.modeling_flash_attention_utils as utils
 from families import BY_NAME, Row, TinyFamily, make_inputs
 from helpers import CLOSE, attach, generate
 from more_families import MORE
@@ -65,6 +68,54 @@ def test_packed_equals_each_alone(name: str, causal: bool) -> None:
         torch.testing.assert_close(gradient, expected[parameter], rtol=1e-3, atol=1e-4)
     with model.disable_adapter(), torch.no_grad():
         assert (states(together) - found).abs().max() > 1e-2  # and the memory matters
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention 2 on a CPU: its two functions as their documentation has them, behind transformers' own code."""
+
+    def dense(q: Any, k: Any, v: Any, softmax_scale: float | None = None, causal: bool = False, **_: Any) -> Any:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=True
+        ).transpose(1, 2)
+
+    def ragged(
+        q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any, max_seqlen_k: Any, **more: Any
+    ) -> Any:
+        ends = cu_seqlens_q.tolist()
+        assert ends == cu_seqlens_k.tolist()
+        return torch.cat([dense(q[None, a:b], k[None, a:b], v[None, a:b], **more)[0] for a, b in pairwise(ends)])
+
+    functions = (dense, ragged, None, utils._pad_input, utils._unpad_input)
+    monkeypatch.setattr(utils, "_lazy_imports", lambda *_, **__: functions)
+    monkeypatch.setattr(utils, "_loaded_implementation", None)
+
+
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("name", APART)
+def test_packed_under_flash_attention(name: str) -> None:
+    """Told apart by positions or by lengths, it equals each alone. A part of the lengths it would not read."""
+    family = BY_NAME[name]
+    base = family.build()
+    rows = ROWS if name != "llava_onevision" else [ROWS[0], Row(3, (1, 2), 5, seed=2), ROWS[2]]
+    together, alone = packed(family, base, rows)
+    model = attach(base)
+    with torch.no_grad():
+        apart = torch.cat([model(**inputs, use_cache=False).logits[0] for inputs in alone])
+    for module in base.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "flash_attention_2"
+    lengths = [inputs["input_ids"].shape[1] for inputs in alone]
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    told = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+    unplaced = {key: value for key, value in together.items() if key != "position_ids"}
+    with torch.no_grad():
+        for inputs in (together, together | told, unplaced | told):
+            torch.testing.assert_close(model(**inputs, use_cache=False).logits[0], apart, **CLOSE)
+        for some in (["cu_seq_lens_q"], ["cu_seq_lens_q", "cu_seq_lens_k"]):
+            with pytest.raises(keepsight.KeepsightError, match="packed into one row, and cu_seq_lens"):
+                model(**unplaced, **{key: told[key] for key in some}, use_cache=False)
 
 
 @pytest.mark.parametrize(

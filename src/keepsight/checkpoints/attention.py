@@ -10,12 +10,18 @@ from keepsight.errors import KeepsightError
 if TYPE_CHECKING:
     import torch
 
-Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
-"""transformers' names of its kernels."""
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention", "flex"]
+"""transformers' names of its kernels, and what is short for one."""
+_SHORT = {"flex": "flex_attention"}
 _FLASH = {
     "flash_attention_2": "pip install flash-attn",
     "flash_attention_3": "it is built from source (github.com/Dao-AILab/flash-attention, hopper/)",
 }
+
+
+def kernel_named(attention: str | None) -> str | None:
+    """A kernel's name as transformers has it."""
+    return _SHORT.get(attention or "", attention)
 
 
 def check_attention(
@@ -25,6 +31,7 @@ def check_attention(
     dtype: str | torch.dtype = "auto",
     autocast: bool = False,
     revision: str | None = None,
+    trains: bool = False,
 ) -> None:
     """Refuse a kernel that is not installed, that this device or dtype has not, or that the base's code cannot use.
 
@@ -37,6 +44,7 @@ def check_attention(
         dtype: of the base; "auto" is the checkpoint's own.
         autocast: whether matrices are multiplied in 16 bits whatever the dtype.
         revision: of `source`, on the hub.
+        trains: whether gradients are needed.
 
     Raises:
         KeepsightError: naming the kernel and what to write instead.
@@ -49,8 +57,8 @@ def check_attention(
     from keepsight.checkpoints.bases import base_config, meta_model
 
     config: Any = base_config(source, revision)
+    kind = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     if attention in _FLASH:
-        kind = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
         available = is_flash_attn_2_available if attention.endswith("2") else is_flash_attn_3_available
         if kind == "cpu":
             raise KeepsightError(f"{attention} runs on GPUs only, and this would run on a CPU: use --attention sdpa.")
@@ -69,3 +77,7 @@ def check_attention(
         raise KeepsightError(
             f"{source} cannot run with {attention}: {why}. Use --attention sdpa, which every family has."
         ) from error
+    if attention == "flex_attention" and kind == "cpu" and trains:
+        raise KeepsightError(
+            "flex_attention has no backward pass on a CPU, so nothing trains with it there: use --attention sdpa."
+        )

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoProcessor
 
 from keepsight.checkpoints.adapters import MEMORIES, AdapterInfo, has_processor
-from keepsight.checkpoints.attention import check_attention
+from keepsight.checkpoints.attention import check_attention, kernel_named
 from keepsight.checkpoints.bases import read_base
 from keepsight.checkpoints.sources import check_sources
 from keepsight.errors import AdapterMismatchError, KeepsightError, KeepsightWarning
@@ -127,7 +127,8 @@ def _read(base_name: str, dtype: str | torch.dtype, device: str | torch.device |
     """The base, where it is to be."""
     warn_of_untested()
     kernel = model_kwargs.get("attn_implementation")
-    if kernel is not None:
+    if isinstance(kernel, str):
+        model_kwargs["attn_implementation"] = kernel = kernel_named(kernel)
         check_attention(base_name, kernel, device, dtype, revision=model_kwargs.get("revision"))
     if device is None and "device_map" not in model_kwargs:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -57,8 +57,9 @@ def find_packing(
     """
     batch, length = like.shape[:2]
     flash = _is_flash(text_config)
-    ends = next((arguments[n] for n in ("cu_seq_lens_q", "cu_seq_lens_k") if arguments.get(n) is not None), None)
-    if ends is not None and flash and batch == 1:
+    ends = next((arguments[n] for n in _LENGTHS if arguments.get(n) is not None), None)
+    if flash and batch == 1 and _has_lengths(arguments):
+        ends = arguments["cu_seq_lens_q"]
         at = torch.arange(length, device=ends.device, dtype=ends.dtype)
         samples = torch.searchsorted(ends[1:].contiguous(), at, right=True)[None]
         return Packing(samples.to(like.device), _hybrid(text_config))
@@ -74,7 +75,7 @@ def find_packing(
     row = (positions[0] if positions.ndim == 3 else positions).to(like.device)
     step = row.diff(dim=-1, prepend=row[:, :1] - 1)
     if mask is None and not has_cache and not placed:
-        begins = step != 1  # transformers' own rule
+        begins = row == row.min() if flash else step != 1  # transformers' own rules
     else:  # three-dimensional ones go back behind a video too, but only a sample's first is zero throughout
         begins = _from_zero(positions.to(like.device)) if placed else step < 1
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:  # padding has positions of no meaning
@@ -111,7 +112,7 @@ def require_kept_apart(samples: torch.Tensor, arguments: Mapping[str, Any], text
     """
     mask, batch, length = arguments.get("attention_mask"), *samples.shape
     if mask is None:
-        told = any(arguments.get(name) is not None for name in ("position_ids", "cu_seq_lens_q"))
+        told = arguments.get("position_ids") is not None or _has_lengths(arguments)
         if not (told and _is_flash(text_config)):
             Packing(samples, _NO_MASK).require_apart()
         return
@@ -127,6 +128,11 @@ def require_kept_apart(samples: torch.Tensor, arguments: Mapping[str, Any], text
     is_padding = same.sum(-1, keepdim=True) == 1  # its positions do not count on; whom it sees does not matter
     if bool((is_open & ~(same | is_padding)[:, None]).any()):
         Packing(samples, _OPEN_MASK).require_apart()
+
+
+def _has_lengths(arguments: Mapping[str, Any]) -> bool:
+    """Whether flash attention is told the samples' lengths: it looks at none of these arguments unless it has all."""
+    return all(arguments.get(name) is not None for name in _LENGTHS)
 
 
 def _is_flash(text_config: Any) -> bool:
@@ -145,6 +151,7 @@ def _from_zero(places: torch.Tensor) -> torch.Tensor:
 _NO_MASK = "this decoder gives its attention no mask for such positions"
 _OPEN_MASK = "the mask of this decoder's attention lets them see each other"
 _NO_POSITIONS = "cu_seq_lens or seq_idx alone do not keep them apart in this decoder's attention"
+_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def _hybrid(text_config: Any) -> str | None:

@@ -74,7 +74,8 @@ def check_kernel(settings: CommonSettings, base: str | Path) -> None:
         settings: of any run; with `uses_bf16` where matrices may be multiplied in it.
         base: the plain base.
     """
-    check_attention(base, settings.attention, settings.device, settings.dtype, getattr(settings, "uses_bf16", False))
+    autocast = getattr(settings, "uses_bf16", False)
+    check_attention(base, settings.attention, settings.device, settings.dtype, autocast, trains=True)
 
 
 def find_checkpoint(folder: Path, say: Say) -> Path | None:

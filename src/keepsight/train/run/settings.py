@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from keepsight.checkpoints.attention import Attention
+from keepsight.checkpoints.attention import Attention, kernel_named
 from keepsight.errors import KeepsightWarning
 from keepsight.train.rewards import DEFAULT_REWARDS
 from keepsight.train.run.fields import DATA, MEMORY, REWARD, RUN, STEPS, documented, setting
@@ -50,6 +50,7 @@ class CommonSettings:
     report_to: tuple[str, ...] = setting((), TRACKERS_HELP, RUN)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "attention", kernel_named(self.attention))
         self._whole("batch_size", "logging_steps", "save_steps", "max_steps", "keep_checkpoints")
         self._positive("epochs", "lr", "max_grad_norm")
         self._not_negative("weight_decay")
