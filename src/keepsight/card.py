@@ -6,14 +6,15 @@ PEFT leaves a template to fill in, with the base's folder on this machine as its
 from __future__ import annotations
 
 import copy
+import functools
 import re
-import sys
 import warnings
+from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from transformers.utils import PushToHubMixin
 
 from keepsight.errors import KeepsightWarning
 from keepsight.modes import readable
@@ -23,6 +24,21 @@ CARD = "README.md"
 _TEMPLATES = "# Model Card for Model ID"  # stands in PEFT's
 _OURS = "<!-- written by keepsight -->"
 _METHODS = {"PVM": "Persistent visual memory (PVM)", "VISMEM": "Latent vision memory (VisMem)"}
+_publishing: ContextVar[bool] = ContextVar("keepsight_publishing", default=False)
+
+
+def publishing(push: Callable[..., Any]) -> Callable[..., Any]:
+    """A `push_to_hub` in whose calls `to_be_written` knows that what is saved will be sent."""
+
+    @functools.wraps(push)
+    def push_to_hub(*args: Any, **kwargs: Any) -> Any:
+        token = _publishing.set(True)
+        try:
+            return push(*args, **kwargs)
+        finally:
+            _publishing.reset(token)
+
+    return push_to_hub
 
 
 def hub_name(base: str | None) -> str | None:
@@ -45,26 +61,18 @@ def to_be_written(config: Any) -> Any:
         config: the memory's; is left as it is.
     """
     base = portable_name(config.base_model_name_or_path)
-    if not base or base in (REFERENCE_NAME, VISMEM_NAME) or hub_name(base) or not _is_published():
+    if not base or base in (REFERENCE_NAME, VISMEM_NAME) or hub_name(base) or not _publishing.get():
         return config
     warnings.warn(
         f"What is published does not name its base: {base} is a folder of this machine. Name it by its id on the hub "
         "before: model.peft_config[NAME].base_model_name_or_path = 'owner/name'. Without, it is loaded with "
         "keepsight.load(..., base=...).",
         KeepsightWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
     config = copy.copy(config)
     config.base_model_name_or_path = None
     return config
-
-
-def _is_published() -> bool:
-    """Whether transformers' `push_to_hub` runs, which saves to a folder of its own and sends that."""
-    frame = sys._getframe()
-    while frame is not None and frame.f_code is not PushToHubMixin.push_to_hub.__code__:
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None
 
 
 def finish(folder: Path, config: Any) -> None:

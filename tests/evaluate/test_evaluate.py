@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import keepsight
 from keepsight.cli import app
 from keepsight.cli.eval import _show
-from keepsight.data.formats import references
+from keepsight.data.answers import references
 from keepsight.diagnose.cases import Sample, read_dataset
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.evaluate.answering import Answer, Answerer, Question

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +19,6 @@ from keepsight.errors import UnsupportedModelError
 _PIXELS = {"pixel_values": "image", "pixel_values_videos": "video"}
 #: Arguments of a VLM with floating-point tensors of two or more dimensions that hold no image.
 _TEXT_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids")  # Qwen3-Omni counts positions in floats
-#: By which a decoder takes visual features for layers behind the first (DeepStack).
-_DEEP_FEATURES = "deepstack_visual_embeds"
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -258,35 +255,6 @@ class Backbone:
             if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[2:] == (width,):
                 return value
         return None
-
-    def lacking_beside(
-        self, arguments: Mapping[str, Any], mask: torch.Tensor, given: Mapping[str, Any] | None = None
-    ) -> list[str]:
-        """What a call of the decoder lacks, where its embeddings hold images and were not made by this VLM's forward.
-
-        Args:
-            arguments: of the decoder's call, by name.
-            mask: bool [B, T], where the images stand.
-            given: the arguments of the VLM's call around it; None without one.
-
-        Returns:
-            Each as words: what it is, and how it can be given.
-        """
-        found = []
-        if hasattr(self.vlm, "get_rope_index"):  # a place in its image for each visual token: time, height, width
-            positions = arguments.get("position_ids")
-            places = positions[-3:] if isinstance(positions, torch.Tensor) and positions.ndim == 3 else None
-            if places is None or (places == places[:1]).all(0)[mask.expand(places.shape[1:])].all():
-                found.append(
-                    "the images' places in three dimensions (position_ids [3, B, T] of the VLM's get_rope_index)"
-                )
-        name = self.family.sees_both_ways
-        if name is not None and given is not None and given.get(name) is None:
-            found.append(f"which tokens are an image's, which see each other both ways ({name})")
-        name = _DEEP_FEATURES
-        if name in inspect.signature(type(self.decoder).forward).parameters and arguments.get(name) is None:
-            found.append(f"the features for its first layers (the decoder's own {name}, of its vision encoder)")
-        return found
 
     def visual_mask(
         self,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from keepsight.data.answers import said, text_of
 from keepsight.data.conversations import read_chat
 from keepsight.data.errors import DataError
 from keepsight.data.formats import (
@@ -29,8 +30,6 @@ from keepsight.data.formats import (
     images_of,
     numbered,
     recognise,
-    said,
-    text_of,
 )
 from keepsight.data.guesses import unknown
 from keepsight.data.lost import refuse_loss, refuse_preferences

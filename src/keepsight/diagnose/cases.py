@@ -137,9 +137,9 @@ def read_dataset(source: Any, split: str = "train", processor: Any = None) -> li
     Raises:
         KeepsightError: naming file and line of what cannot be used.
     """
+    from keepsight.data.answers import references
     from keepsight.data.check import Source, check_dataset, load_dataset_any, read_sample
     from keepsight.data.collate import ConversationCollator
-    from keepsight.data.formats import references
     from keepsight.data.rehearsal import Rehearsal
 
     data = source if isinstance(source, Source) else load_dataset_any(source, split)
@@ -184,8 +184,8 @@ def _asked(rehearse: Any) -> Any:
     """A rehearsal that also wants a question, and an answer that can be compared with if there is one."""
 
     def check(sample: dict[str, Any], images: list[Any] | None) -> Any:
+        from keepsight.data.answers import references
         from keepsight.data.errors import DataError
-        from keepsight.data.formats import references
 
         references(sample["answer"])
 

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from peft import PeftModel
 from peft.utils import PeftType
+from transformers import PreTrainedModel
 
+from keepsight import card
 from keepsight.peft_method.branch import MemoryBranch, memory_off
 from keepsight.peft_method.config import MemoryConfig, check_base, config_from_adapter, refuse_unknown_keys
 from keepsight.peft_method.tuner import MemoryTuner, refuse_adapter_names
@@ -31,3 +34,8 @@ def add_peft_type(name: str) -> None:
     type.__setattr__(PeftType, name, member)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
+
+
+# Theirs say nothing to `save_pretrained`, and a memory that is sent must name no folder of this machine.
+for _owner in (PeftModel, PreTrainedModel, MemoryConfig):
+    setattr(_owner, "push_to_hub", card.publishing(_owner.push_to_hub))  # noqa: B010 - mypy refuses the assignment

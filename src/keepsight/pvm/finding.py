@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from keepsight.backbone import Backbone
+from keepsight.backbone.lacking import lacking_beside
 from keepsight.compat import has_paged_cache
 from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.pvm.scope import positions_at, positions_given
@@ -130,7 +131,7 @@ class ImageFinder:
         mask = positions_at(int(start), *embeds.shape[:2]).to(embeds.device)
         if not mask.any():
             return None
-        lacking = self.backbone.lacking_beside(kwargs, mask, None if call is None else call.arguments)
+        lacking = lacking_beside(self.backbone, kwargs, mask, None if call is None else call.arguments)
         if lacking:
             warnings.warn(
                 f"{self.backbone.family.name} brings more of an image to its decoder than embeddings; inputs_embeds "

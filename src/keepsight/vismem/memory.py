@@ -7,7 +7,6 @@ saw; copies of a row (`num_return_sequences`) share it. `Invocation` is the reco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -277,28 +276,3 @@ def _told(
             "(A short-term memory of LLaVA's videos is not supported.)"
         )
     return [count for count in tiles for _ in range(copies)]
-
-
-def splice_values(latent_mask: torch.Tensor, invocations: Sequence[Sequence[Invocation]], width: int) -> torch.Tensor:
-    """The latents of whole sequences, in the order in which their positions occur: [n, D].
-
-    Args:
-        latent_mask: bool [B, T], where the sequences hold latents.
-        invocations: per row, in order.
-        width: D, for sequences without memories.
-
-    Raises:
-        KeepsightError: if a row has other memories than its sequence.
-    """
-    if len(invocations) != len(latent_mask):
-        raise KeepsightError(f"invocations of {len(invocations)} rows for {len(latent_mask)} sequences.")
-    for row, (own, mask) in enumerate(zip(invocations, latent_mask, strict=True)):
-        given, held = sum(len(i.latents) for i in own), int(mask.sum())
-        if given != held:
-            raise KeepsightError(
-                f"Row {row} of the sequences holds the places of {held} latents, and its {len(own)} invocations bring "
-                f"{given}. Give all of the sequence's memories, in their order: out.invocations of the output that the "
-                "sequences come from."
-            )
-    latents = [invocation.latents for row in invocations for invocation in row]
-    return torch.cat(latents) if latents else torch.zeros(0, width, device=latent_mask.device)

@@ -10,7 +10,6 @@ import json
 import lzma
 import re
 import sys
-import tarfile
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.data.errors import DataError
-from keepsight.data.images import PICTURES
+from keepsight.data.tables.foreign import what_to_do
 from keepsight.data.tables.json_values import UnusableError, elements_of, value_of
 from keepsight.data.tables.objects import samples_in
 from keepsight.errors import KeepsightError
@@ -28,17 +27,6 @@ _LINES, _TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")
 SUFFIXES = (*_LINES, ".json", *_TABLES, ".parquet")
 """Of the data files that are read; the text files may be packed."""
 _PACKED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
-_ELSEWHERE = {
-    ".zip": "an archive; unpack it and name the folder",
-    ".tar": "an archive; unpack it and name the folder",
-    ".tgz": "an archive; unpack it and name the folder",
-    ".zst": "packed by Zstandard; unpack it: zstd -d FILE",
-    ".xlsx": "a spreadsheet; save it as CSV",
-    ".xls": "a spreadsheet; save it as CSV",
-    ".arrow": "one shard of a saved dataset; name the folder that holds it",
-    ".pkl": "a pickle, which runs code when it is read; save it as Parquet or JSON lines",
-    ".txt": "plain text; if it holds JSON lines, call it .jsonl, and a table with a header .csv or .tsv",
-}
 
 
 @dataclass(frozen=True)
@@ -72,8 +60,7 @@ def read_table(path: Path, name: str) -> Table:
     """
     kind = kind_of(path)
     if kind is None:
-        what = _webdataset(path) or _ELSEWHERE.get(".tar" if ".tar" in path.suffixes else path.suffix.lower())
-        raise DataError(f"{name} is {what or 'no data file'}. Data files end in {', '.join(SUFFIXES)}.")
+        raise DataError(f"{name} is {what_to_do(path)}. Data files end in {', '.join(SUFFIXES)}.")
     if path.stat().st_size == 0:
         raise DataError(f"{name} is empty: it holds no samples.")
     with path.open("rb") as file:
@@ -97,25 +84,6 @@ def read_table(path: Path, name: str) -> Table:
         if type(error).__module__.partition(".")[0] not in ("pyarrow", "datasets"):
             raise
         raise DataError(f"{name} cannot be read ({short(error)}). Is the file whole?") from error
-
-
-def _webdataset(path: Path) -> str | None:
-    """What to do with an archive of pictures and words under one key each; None for another file."""
-    if ".tar" not in path.suffixes or not tarfile.is_tarfile(path):
-        return None
-    with tarfile.open(path) as archive:
-        names = [Path(one.name) for one, _ in zip(archive, range(8), strict=False)]
-    keys = {one.stem for one in names if one.suffix.lower() in PICTURES}
-    words = sorted({one.suffix[1:] for one in names if one.stem in keys and one.suffix.lower() not in PICTURES})
-    if not words:
-        return None
-    picture = next(one.suffix[1:] for one in names if one.suffix.lower() in PICTURES)
-    return (
-        f'a WebDataset ({picture} with {", ".join(words)}); make it Parquet: python -c "import datasets; '
-        f"datasets.load_dataset('webdataset', data_files='{path.name}', split='train', cache_dir='webdataset')"
-        f".to_parquet('{path.stem}.parquet')\", and say what its columns are: --columns "
-        f"image={picture},text={words[-1]}"
-    )
 
 
 def of_dataset(dataset: Any) -> Table:

@@ -21,7 +21,7 @@ import torch
 from keepsight.backbone import Backbone
 from keepsight.compat import find_cache, find_output_cache
 from keepsight.diagnose.instruments.attention_trace import AttentionTrace
-from keepsight.diagnose.instruments.layout import VisualLayout
+from keepsight.diagnose.instruments.layout import VisualLayout, joined
 from keepsight.diagnose.instruments.metering import Metered, scores_of
 from keepsight.diagnose.instruments.watching import GenerationWatch
 from keepsight.errors import KeepsightError, UnsupportedModelError
@@ -131,7 +131,7 @@ class AttentionMeter:
             for row, layout in enumerate(layouts):
                 edge[row, torch.as_tensor(layout.slots[layout.edge], device=edge.device)] = True
             self._visual, self._edge = _extended(self._visual, mask, start), _extended(self._edge, edge, start)
-            self._layouts = _joined(self._layouts, layouts, start, batch)
+            self._layouts = joined(self._layouts, layouts, start, batch)
         splice = vismem_scope.current_splice()
         if splice is not None and splice.mask.shape == (batch, length):
             self._memory = _extended(self._memory, splice.mask.to(call.device), start)
@@ -289,17 +289,3 @@ def _at(mask: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return torch.zeros(mask.shape[0], len(slots), dtype=torch.bool, device=mask.device)
     slots = slots.to(mask.device)
     return mask[:, slots.clamp(max=mask.shape[1] - 1)] & (slots < mask.shape[1])
-
-
-def _joined(known: list[VisualLayout], new: list[VisualLayout], start: int, batch: int) -> list[VisualLayout]:
-    """Layouts of a prompt that came in several calls."""
-    empty = np.zeros(0, np.int64)
-    known = known or [VisualLayout((), empty, empty, empty, empty, empty)] * batch
-    if not new:
-        return known
-    joined = []
-    for a, b in zip(known, new, strict=True):
-        frame, y, x = (np.concatenate([getattr(a, n), getattr(b, n)]) for n in ("frame", "y", "x"))
-        item = np.concatenate([a.item, b.item + len(a.items)])
-        joined.append(VisualLayout(a.items + b.items, item, frame, y, x, np.concatenate([a.slots, b.slots + start])))
-    return joined

@@ -149,3 +149,23 @@ def _by_run(slots: np.ndarray, kinds: list[str]) -> tuple[list[Item], np.ndarray
         places.append(np.concatenate([np.full((1, len(run)), len(items)), place]))
         items.append(Item(kinds[run[0]], 1, side if square else 0, side if square else 0))
     return items, np.concatenate(places, 1).astype(np.int64) if places else np.zeros((4, 0), np.int64)
+
+
+def joined(known: list[VisualLayout], new: list[VisualLayout], start: int, batch: int) -> list[VisualLayout]:
+    """Layouts of a prompt that came in several calls.
+
+    Args:
+        known: of the earlier calls, one a row; empty if there was no image in them.
+        new: of a call at position `start`, likewise.
+        start, batch: where it begins, and its rows.
+    """
+    empty = np.zeros(0, np.int64)
+    known = known or [VisualLayout((), empty, empty, empty, empty, empty)] * batch
+    if not new:
+        return known
+    whole = []
+    for a, b in zip(known, new, strict=True):
+        frame, y, x = (np.concatenate([getattr(a, n), getattr(b, n)]) for n in ("frame", "y", "x"))
+        item = np.concatenate([a.item, b.item + len(a.items)])
+        whole.append(VisualLayout(a.items + b.items, item, frame, y, x, np.concatenate([a.slots, b.slots + start])))
+    return whole

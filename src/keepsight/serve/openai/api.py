@@ -11,7 +11,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 
 from keepsight.serve.errors import ApiError, bad, no_route
 from keepsight.serve.hf.engine import BatchEngine
@@ -36,7 +35,7 @@ from keepsight.serve.openai.http import (
 from keepsight.serve.openai.images.decode import decode_image
 from keepsight.serve.openai.images.fetch import Fetcher
 from keepsight.serve.openai.images.sources import ImageSources
-from keepsight.serve.openai.images.uploads import Uploads
+from keepsight.serve.openai.images.uploads import Uploads, in_form
 from keepsight.serve.openai.offers import Offer
 from keepsight.serve.openai.prompts import Sent
 from keepsight.serve.openai.settings import ServeSettings
@@ -243,29 +242,10 @@ class Api:
         """Upload an image, as multipart/form-data with purpose "vision"."""
         limits = self.settings.limits
         with self.slot():
-            body = await read_body(request, limits)
-
-            async def stream() -> Any:
-                yield body
-
-            parser = MultiPartParser(request.headers, stream(), max_files=1, max_fields=8)
-            parser.spool_max_size = limits.max_body_bytes + 1  # in memory, never on disk
-            try:
-                form = await parser.parse()
-            except (MultiPartException, KeyError, ValueError):
-                raise bad("Send multipart/form-data with a file and purpose=vision.", code="invalid_form") from None
-            try:
-                if form.get("purpose") != "vision":
-                    raise bad("purpose: expected 'vision'; this server keeps images only.", "purpose", "invalid_value")
-                file: Any = form.get("file")
-                if file is None or isinstance(file, str):
-                    raise bad("There is no file in the form.", "file", "missing_file")
-                content = await file.read()
-                async with self.prepared:
-                    await self.in_thread(decode_image, content, limits, "file")
-                return self.uploads.add(content, str(file.filename or "image")[:256]).describe(limits.upload_seconds)
-            finally:
-                await form.close()
+            content, name = await in_form(request.headers, await read_body(request, limits), limits)
+            async with self.prepared:
+                await self.in_thread(decode_image, content, limits, "file")
+            return self.uploads.add(content, name).describe(limits.upload_seconds)
 
     async def file(self, name: str) -> Any:
         """One upload."""

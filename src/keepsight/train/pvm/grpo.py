@@ -10,30 +10,28 @@ these two are keepsight's own.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from keepsight.checkpoints.adapters import CONFIG, AdapterInfo
+from keepsight.checkpoints.adapters import AdapterInfo
 from keepsight.checkpoints.load import load_processor
 from keepsight.checkpoints.sources import check_sources
 from keepsight.data.check import CheckedData
 from keepsight.data.collate import ConversationCollator
-from keepsight.errors import KeepsightError, KeepsightWarning
-from keepsight.peft_method import config_from_adapter
+from keepsight.errors import KeepsightError
 from keepsight.pvm import PvmConfig
 from keepsight.train.pvm.grpo_trainer import make_grpo_trainer
 from keepsight.train.pvm.job import PvmJob, about_rule, check_pvm_engine
+from keepsight.train.pvm.starts import control_of, first_stage, what_learns
 from keepsight.train.pvm.writer import Writer
 from keepsight.train.rewards.rewards import Reward, load_rewards, needs_answer
 from keepsight.train.run import preflight
 from keepsight.train.run.arguments import RunArguments
-from keepsight.train.run.controls import Control, control_folder, control_learner
+from keepsight.train.run.controls import Control
 from keepsight.train.run.engines import Engine
-from keepsight.train.run.learner import Learner, PolicyChoice, ranked_lora
-from keepsight.train.run.plan import MemoryPlan, plan_memory
+from keepsight.train.run.learner import Learner, PolicyChoice
 from keepsight.train.run.report import TrainReport, memory_lines, mix_lines
 from keepsight.train.run.settings import GrpoSettings
 from keepsight.train.run.trainer import OnLog
@@ -109,13 +107,13 @@ def train_pvm_grpo(
     rewards, engine = load_rewards(settings.rewards), asked.engine
     asked.begin(settings)
     base, adapters = check_sources(source)
-    learner, plan = _what_learns(str(source), base, adapters, pvm, policy, lora_rank, settings)
+    learner, plan = what_learns(str(source), base, adapters, pvm, policy, lora_rank, settings)
     asked.check_base(base, settings, policy)
     _check_kl(learner, settings)
     _check_groups(settings, engine)
     if writer is not None:
         writer.check(base, plan.pvm, learner, settings, engine)
-    learners = [(control, _control(control, learner, plan, adapters)) for control in controls]
+    learners = [(control, control_of(control, learner, plan, adapters)) for control in controls]
     checkpoint, processor = asked.checkpoint(), load_processor(base)
     data, held_out = asked.read(
         ConversationCollator(processor),
@@ -166,51 +164,6 @@ def train_pvm_grpo(
     return job.with_controls(what, learners, note)
 
 
-def _what_learns(
-    source: str,
-    base: str,
-    adapters: list[AdapterInfo],
-    pvm: PvmConfig | None,
-    policy: PolicyChoice,
-    rank: int,
-    settings: GrpoSettings,
-) -> tuple[Learner, MemoryPlan]:
-    memories = [info for info in adapters if info.method == "PVM"]
-    others = [info for info in adapters if info.method not in ("PVM", "LORA")]
-    if others or (adapters and not memories):
-        raise KeepsightError(
-            f"{source} is a {(others or adapters)[0].method} adapter. This stage refines a PVM, or puts a new one on a "
-            "plain VLM: name a folder that keepsight train pvm wrote, or a base model."
-        )
-    before = [info for info in adapters if info.method == "LORA"]
-    if before and policy != "lora":
-        raise KeepsightError(f"{source} was trained with a LoRA on its language model; go on with --policy lora.")
-    if memories and pvm is not None:
-        raise KeepsightError(f"{source} has a memory already, so the settings of a new one have no effect. Leave them.")
-    if memories:
-        pvm = config_from_adapter(PvmConfig, memories[0].config)
-    plan = plan_memory(base, pvm)
-    if not memories and settings.lr * settings.gate_lr_multiplier < 1e-4:
-        warnings.warn(
-            f"{source} has no memory yet. A new one's gates start at 0 and learn at "
-            f"{settings.lr * settings.gate_lr_multiplier:g}, so it will hardly be used. Train it first (keepsight "
-            "train pvm), as the paper does, or raise --gate-lr-multiplier.",
-            KeepsightWarning,
-            stacklevel=3,
-        )
-    lora = ranked_lora(plan.backbone, rank)[0] if policy == "lora" and not before else None
-    return (
-        Learner(
-            memory=plan.pvm if memories else pvm or PvmConfig(),
-            memory_from=memories[0].path if memories else None,
-            policy=policy,
-            lora=lora,
-            policy_from=before[0].path if before else None,
-        ),
-        plan,
-    )
-
-
 def _check_kl(learner: Learner, settings: GrpoSettings) -> None:
     if settings.kl and learner.policy != "none":
         raise KeepsightError(
@@ -239,24 +192,6 @@ def _check_images(processor: Any, prompts: CheckedData | None) -> None:
             f"A prompt has {most} images. This base cuts a lone image into tiles and several not, and TRL's GRPO does "
             "not hand on how many there are: give every prompt one image."
         )
-
-
-def _control(control: Control, learner: Learner, plan: MemoryPlan, adapters: list[AdapterInfo]) -> Learner:
-    """A control of this stage, from where its own first stage left it, if the memory's folder holds that."""
-    made, before = control_learner(control, learner, plan), _first_stage(control, adapters)
-    if before is None or not (before / CONFIG).is_file():
-        return made
-    if control.name == "lora":
-        return replace(made, policy_from=before)
-    if control.name == "mlp":
-        return replace(made, memory_from=before)
-    return made
-
-
-def _first_stage(control: Control, adapters: list[AdapterInfo]) -> Path | None:
-    """Where the control of the same name beside the memory's first stage is, or would be."""
-    memory = next((info for info in adapters if info.method == "PVM"), None)
-    return None if memory is None else control_folder(memory.path, control)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +231,7 @@ class GrpoJob(PvmJob[GrpoSettings]):
 
     def control_base(self, control: Control) -> str:
         """The language model that the control's own first stage has tuned, if there is one."""
-        before = _first_stage(control, self.adapters) if control.name == "sft" else None
+        before = first_stage(control, self.adapters) if control.name == "sft" else None
         return str(before) if before is not None and (before / "config.json").is_file() else self.base
 
     def told(self, trainer: Any) -> list[tuple[str, str]]:

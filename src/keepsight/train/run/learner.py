@@ -12,15 +12,17 @@ compared with differ in this one point. It also fixes how a run's folder is laid
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from transformers import set_seed
 
@@ -227,3 +229,31 @@ def lora_size(backbone: Backbone, lora: LoraConfig) -> int:
     ranks: dict[str, int] = dict(lora.rank_pattern or {})
     chosen = set(lora.target_modules or ())
     return sum(each * ranks.get(name, lora.r) for name, each in lora_targets(backbone).items() if name in chosen)
+
+
+def policy_lora(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The parameters of the LoRA on a model's policy, by their names in the model.
+
+    Raises:
+        KeepsightError: if there is none.
+    """
+    named = model.named_parameters()
+    found = {name: p for name, p in named if ".lora_" in name and f".{POLICY_ADAPTER}." in name}
+    if not found:
+        raise KeepsightError(
+            f"train='lora': the model carries no LoRA named {POLICY_ADAPTER!r}; train_vismem_invocation adds one."
+        )
+    return found
+
+
+@contextlib.contextmanager
+def without_policy(model: Any) -> Iterator[None]:
+    """The model without the LoRA on its policy."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and POLICY_ADAPTER in m.lora_A]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)

@@ -12,16 +12,14 @@ An objective is a pure function of scores; the trainer writes and scores what ea
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 
 from keepsight.errors import KeepsightError
-from keepsight.train.run.learner import POLICY_ADAPTER
+from keepsight.train.run.learner import policy_lora
 from keepsight.train.vismem import grpo
 from keepsight.train.vismem.prompts import Prompt
 from keepsight.train.vismem.replay import (
@@ -40,19 +38,6 @@ from keepsight.vismem.writing.policy import NO_MEMORY
 Values = torch.Tensor
 #: What advantages are made of, and values to log.
 Objective = tuple[Values, dict[str, Values]]
-
-
-@contextlib.contextmanager
-def without_policy(model: Any) -> Iterator[None]:
-    """The model without the LoRA that stage II trains on its policy."""
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and POLICY_ADAPTER in m.lora_A]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
 
 
 def active_memory(model: Any) -> Any:
@@ -129,11 +114,15 @@ class Stage(ABC):
         """Whether a trajectory's log-probabilities depend on what is trained. Not to invoke is a choice, too."""
         return True
 
+    def latents(self, trajectories: Sequence[Trajectory]) -> torch.Tensor:
+        """What the memories of trajectories hold: here what was spliced in when they were written."""
+        return recorded_latents(self.model, trajectories)
+
     def log_probs(
         self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], prefixes: Prefixes | None = None
     ) -> torch.Tensor:
         """[n, T], with gradients."""
-        latents = recorded_latents(self.model, trajectories)
+        latents = self.latents(trajectories)
         return log_probs(self.model, prompts, trajectories, latents, self.settings.temperature, prefixes)
 
     def reference(
@@ -172,15 +161,11 @@ class FormationStage(Stage):
 
     def policy(self, progress: float) -> MemoryPolicy:
         """The curriculum: after delimiters first, then anywhere."""
-        settings = self.settings
-        if progress < settings.delimiter_share:
-            return MemoryPolicy(
-                "random", probability=settings.delimiter_probability, max_invocations=settings.max_invocations
-            )
+        settings, early = self.settings, progress < self.settings.delimiter_share
         return MemoryPolicy(
             "random",
-            probability=settings.anywhere_probability,
-            places="anywhere",
+            probability=settings.delimiter_probability if early else settings.anywhere_probability,
+            places="delimiters" if early else "anywhere",
             max_invocations=settings.max_invocations,
         )
 
@@ -206,12 +191,9 @@ class FormationStage(Stage):
         """Without a memory in it, nothing of it depends on the memory modules."""
         return trajectory.invoked
 
-    def log_probs(
-        self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], prefixes: Prefixes | None = None
-    ) -> torch.Tensor:
+    def latents(self, trajectories: Sequence[Trajectory]) -> torch.Tensor:
         """Memories are formed anew, with gradients."""
-        latents = formed_latents(self.model, trajectories)
-        return log_probs(self.model, prompts, trajectories, latents, self.settings.temperature, prefixes)
+        return formed_latents(self.model, trajectories)
 
     def reference(
         self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], prefixes: Prefixes | None = None
@@ -238,7 +220,7 @@ class InvocationStage(Stage):
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The special tokens' rows and biases, and the policy's LoRA."""
         rows = self._in_memory(lambda name: name.startswith("rows."))
-        return rows | self._adapters() if self.settings.train == "lora" else rows
+        return rows | policy_lora(self.model) if self.settings.train == "lora" else rows
 
     def policy(self, progress: float) -> MemoryPolicy:
         """The model decides."""
@@ -271,7 +253,7 @@ class InvocationStage(Stage):
         """The end tokens' rows at a lower rate."""
         groups = parameter_groups(self.model, self.settings.lr, self.settings.end_lr)
         if self.settings.train == "lora":
-            groups.append({"params": list(self._adapters().values()), "lr": self.settings.lr})
+            groups.append({"params": list(policy_lora(self.model).values()), "lr": self.settings.lr})
         return groups
 
     def parts(self) -> dict[str, list[torch.nn.Parameter]]:
@@ -281,16 +263,7 @@ class InvocationStage(Stage):
             "invoke_rows": [p for n, p in named if n.startswith("rows.invoke")],
             "end_rows": [p for n, p in named if n.startswith("rows.end")],
         }
-        return found | {"lora": list(self._adapters().values())} if self.settings.train == "lora" else found
-
-    def _adapters(self) -> dict[str, torch.nn.Parameter]:
-        named = self.model.named_parameters()
-        found = {n: p for n, p in named if ".lora_" in n and f".{POLICY_ADAPTER}." in n}
-        if not found:
-            raise KeepsightError(
-                f"train='lora': the model carries no LoRA named {POLICY_ADAPTER!r}; train_vismem_invocation adds one."
-            )
-        return found
+        return found | {"lora": list(policy_lora(self.model).values())} if self.settings.train == "lora" else found
 
 
 class ControlStage(Stage):

@@ -28,6 +28,7 @@ from keepsight.errors import KeepsightError
 from keepsight.train.rewards.rewards import Reward
 from keepsight.train.run import output
 from keepsight.train.run.checksums import digest
+from keepsight.train.run.learner import without_policy
 from keepsight.train.run.preflight import Say, silent
 from keepsight.train.run.trainer import OnLog
 from keepsight.train.vismem import grpo
@@ -36,7 +37,7 @@ from keepsight.train.vismem.collect import Collector, warn_of_no_signal
 from keepsight.train.vismem.prompts import QuestionOrder, Questions, Samples
 from keepsight.train.vismem.rollout import row_seed, sample
 from keepsight.train.vismem.settings import FormationSettings, RlSettings, uses_checkpointing
-from keepsight.train.vismem.stages import Stage, without_policy
+from keepsight.train.vismem.stages import Stage
 from keepsight.train.vismem.update import Update
 from keepsight.train.vismem.warm_start import WarmStartReport, warm_up
 from keepsight.vismem import MemoryPolicy

@@ -11,12 +11,11 @@ from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.peft_method import memory_off
 from keepsight.vismem import scope
 from keepsight.vismem.branch import VisMemBranch
-from keepsight.vismem.memory import splice_values
 from keepsight.vismem.writing.checks import refuse, warn, with_stop_strings
 from keepsight.vismem.writing.decoding import MemoryDecoder
 from keepsight.vismem.writing.output import VisMemOutput
 from keepsight.vismem.writing.policy import NO_MEMORY, MemoryPolicy
-from keepsight.vismem.writing.splicing import Invocations, invocations_of
+from keepsight.vismem.writing.splicing import Invocations, invocations_of, splice_values
 from keepsight.vismem.writing.writer import MemoryWriter
 
 

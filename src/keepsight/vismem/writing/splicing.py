@@ -11,7 +11,7 @@ import torch
 from keepsight.errors import KeepsightError
 from keepsight.vismem import scope
 from keepsight.vismem.branch import VisMemBranch
-from keepsight.vismem.memory import Invocation, splice_values
+from keepsight.vismem.memory import Invocation
 from keepsight.vismem.writing.output import VisMemOutput
 
 #: Per row, the memories of whole sequences, in order.
@@ -61,3 +61,28 @@ def splice(
     if len(invocations) != int(mask.sum()):
         raise KeepsightError(f"{int(mask.sum())} memory positions in the sequences, {len(invocations)} latents.")
     return scope.spliced(mask, invocations)
+
+
+def splice_values(latent_mask: torch.Tensor, invocations: Invocations, width: int) -> torch.Tensor:
+    """The latents of whole sequences, in the order in which their positions occur: [n, D].
+
+    Args:
+        latent_mask: bool [B, T], where the sequences hold latents.
+        invocations: per row, in order.
+        width: D, for sequences without memories.
+
+    Raises:
+        KeepsightError: if a row has other memories than its sequence.
+    """
+    if len(invocations) != len(latent_mask):
+        raise KeepsightError(f"invocations of {len(invocations)} rows for {len(latent_mask)} sequences.")
+    for row, (own, mask) in enumerate(zip(invocations, latent_mask, strict=True)):
+        given, held = sum(len(i.latents) for i in own), int(mask.sum())
+        if given != held:
+            raise KeepsightError(
+                f"Row {row} of the sequences holds the places of {held} latents, and its {len(own)} invocations bring "
+                f"{given}. Give all of the sequence's memories, in their order: out.invocations of the output that the "
+                "sequences come from."
+            )
+    latents = [invocation.latents for row in invocations for invocation in row]
+    return torch.cat(latents) if latents else torch.zeros(0, width, device=latent_mask.device)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
-from keepsight.serve.errors import ApiError
+from starlette.datastructures import Headers
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from keepsight.serve.errors import ApiError, bad
 from keepsight.serve.openai.settings import Limits
 
 
@@ -91,3 +95,30 @@ class Uploads:
         oldest = time.time() - self.limits.upload_seconds
         for name in [name for name, file in self._files.items() if file.created < oldest]:
             del self._files[name]
+
+
+async def in_form(headers: Headers, body: bytes, limits: Limits) -> tuple[bytes, str]:
+    """(bytes, name) of the file in the body of an upload.
+
+    Raises:
+        ApiError: 400 if it is no such form.
+    """
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    parser = MultiPartParser(headers, stream(), max_files=1, max_fields=8)
+    parser.spool_max_size = limits.max_body_bytes + 1  # in memory, never on disk
+    try:
+        form = await parser.parse()
+    except (MultiPartException, KeyError, ValueError):
+        raise bad("Send multipart/form-data with a file and purpose=vision.", code="invalid_form") from None
+    try:
+        if form.get("purpose") != "vision":
+            raise bad("purpose: expected 'vision'; this server keeps images only.", "purpose", "invalid_value")
+        file: Any = form.get("file")
+        if file is None or isinstance(file, str):
+            raise bad("There is no file in the form.", "file", "missing_file")
+        return await file.read(), str(file.filename or "image")[:256]
+    finally:
+        await form.close()
