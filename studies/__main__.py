@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from keepsight.cli.console import Interrupted, debugging, error_border, fail, out, quiet, say, with_examples
-from keepsight.cli.progress import Progress
+from keepsight.cli.common.console import Interrupted, debugging, error_border, fail, out, quiet, say, with_examples
+from keepsight.cli.common.progress import Progress
 from keepsight.errors import KeepsightError
 from studies.eye.command import app as eye
 

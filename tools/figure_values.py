@@ -62,7 +62,7 @@ def spread(entry: dict[str, float], digits: int = 3) -> str:
     return f"{entry['median']:.{digits}f} [{entry['q1']:.{digits}f}, {entry['q3']:.{digits}f}]"
 
 
-# The demo's experiment over seeds (benchmarks/lab_seeds.py)
+# The demo's experiment over seeds (benchmarks/lab/seeds.py)
 
 LAB_ROWS = {
     "base": "the VLM itself",
@@ -171,7 +171,7 @@ def lab_swapped_near(key: str) -> str:
 
 
 def lab_curve(name: str, what: str = "far") -> str:
-    """Where a run of benchmarks/lab_curves.py ended, on validation glyphs; `far` is 2,048 tokens."""
+    """Where a run of benchmarks/lab/curves.py ended, on validation glyphs; `far` is 2,048 tokens."""
     *_, last = raw(BENCHMARKS / "lab-curves" / f"{name}.json")["looks"].values()
     return f"{100 * last[what]:.0f} %"
 

@@ -18,7 +18,10 @@ from install import OLDEST_PYTHON, ROOT, environment, get_uv, make_venv, pip_set
 
 MINORS_MATTER = ("torch", "transformers", "peft", "trl")  # each minor of these has broken somebody
 SEVERAL_BUILDS = ("torch", "torchvision")  # the same version for CPUs and for each CUDA, each with hashes of its own
-HEADER = "# Made by `make lock` from pyproject.toml: {what}.\n# Do not edit it; tests/test_locks.py compares the two.\n"
+HEADER = (
+    "# Made by `make lock` from pyproject.toml: {what}.\n"
+    "# Do not edit it; tests/project/test_locks.py compares the two.\n"
+)
 
 
 def main() -> None:

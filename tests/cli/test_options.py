@@ -14,8 +14,8 @@ from command_line import keepsight_cli, message
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from keepsight.cli.console import error_border
-from keepsight.cli.options import Command, settings_options
+from keepsight.cli.common.console import error_border
+from keepsight.cli.common.options import Command, settings_options
 from keepsight.cli.train import train_app
 from keepsight.cli.train.options import PvmOptions, VisMemOptions
 from keepsight.pvm import PvmConfig

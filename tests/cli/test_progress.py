@@ -8,8 +8,8 @@ import time
 import pytest
 from rich.console import Console
 
-from keepsight.cli import console, progress
-from keepsight.cli.progress import Progress, Waiting
+from keepsight.cli.common import console, progress
+from keepsight.cli.common.progress import Progress, Waiting
 from keepsight.words import duration
 
 

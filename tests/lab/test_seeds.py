@@ -11,15 +11,15 @@ from keepsight.lab.demo import seeds
 from keepsight.lab.demo.methods import DemoSettings
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))  # as Python does for `python benchmarks/lab_figures.py`
-lab_figures = importlib.import_module("lab_figures")
-RAW = [json.loads(path.read_text()) for path in sorted(lab_figures.RESULTS.glob("seed-*.json"))]
+sys.path.insert(0, str(ROOT / "benchmarks" / "lab"))  # as Python does for `python benchmarks/lab/draw_seeds.py`
+draw_seeds = importlib.import_module("draw_seeds")
+RAW = [json.loads(path.read_text()) for path in sorted(draw_seeds.RESULTS.glob("seed-*.json"))]
 
 
 def test_what_ships_follows_from_the_raw_results():
-    summary = lab_figures.summarise(lab_figures.RESULTS)
-    assert json.loads((lab_figures.RESULTS / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    assert seeds.study() == json.loads(json.dumps(lab_figures.shipped(summary)))
+    summary = draw_seeds.summarise(draw_seeds.RESULTS)
+    assert json.loads((draw_seeds.RESULTS / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert seeds.study() == json.loads(json.dumps(draw_seeds.shipped(summary)))
     for method, entries in seeds.study()["accuracy_by_length"].items():
         assert [run["seed"] for run in RAW if method in run] == seeds.study()["seeds"][method]
         for length, entry in entries.items():

@@ -437,7 +437,7 @@ def test_the_output_folder_is_checked_first(tiny_vlm: Path, data: Path, tmp_path
 def test_a_full_disk_is_named() -> None:
     import errno
 
-    from keepsight.cli.console import explain
+    from keepsight.cli.common.console import explain
 
     with pytest.raises(OSError, match="No space left") as error:
         os.write(os.open("/dev/full", os.O_WRONLY), b"x")

@@ -79,7 +79,7 @@ class LazyGroup(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **more: Any) -> Any:
         """Run a command. Errors print one message; `--debug` anywhere shows their traceback."""
-        from keepsight.cli.console import ClickError, error_border, fail
+        from keepsight.cli.common.console import ClickError, error_border, fail
 
         words = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in words
@@ -108,8 +108,8 @@ def _never_silent(words: list[str]) -> AbstractContextManager[Any]:
 
     It is the `obj` of the command's context, so that a server can end it when it begins to wait for others.
     """
-    from keepsight.cli.console import first_of_all
-    from keepsight.cli.progress import EVERY, Progress
+    from keepsight.cli.common.console import first_of_all
+    from keepsight.cli.common.progress import EVERY, Progress
 
     if not words or not first_of_all():
         return nullcontext()
@@ -126,7 +126,7 @@ def _asked(error: Any) -> str:
 
 
 def _load(name: str) -> Any:
-    from keepsight.cli.options import Command
+    from keepsight.cli.common.options import Command
 
     module, attribute, line, _ = COMMANDS[name]
     found = getattr(importlib.import_module(module), attribute)

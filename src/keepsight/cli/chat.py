@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from keepsight.cli.console import with_examples
-from keepsight.cli.model import Adapters, Base, Device, Dtype, Source
+from keepsight.cli.common.console import with_examples
+from keepsight.cli.common.model import Adapters, Base, Device, Dtype, Source
 
 
 @with_examples(

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from keepsight.cli.console import out
-from keepsight.cli.progress import Progress
+from keepsight.cli.common.console import out
+from keepsight.cli.common.progress import Progress
 
 
 def convert(

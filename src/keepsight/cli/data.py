@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import facts_table, out, quiet, say, with_examples
-from keepsight.cli.options import Command
-from keepsight.cli.progress import Progress
+from keepsight.cli.common.console import facts_table, out, quiet, say, with_examples
+from keepsight.cli.common.options import Command
+from keepsight.cli.common.progress import Progress
 from keepsight.data.mixture import load_sources, mixture_of_words
 from keepsight.data.tables.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP
 from keepsight.errors import KeepsightError

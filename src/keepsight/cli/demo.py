@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from keepsight.cli.console import Interrupted, err, out, quiet, say, with_examples
-from keepsight.cli.progress import Progress
+from keepsight.cli.common.console import Interrupted, err, out, quiet, say, with_examples
+from keepsight.cli.common.progress import Progress
 from keepsight.errors import KeepsightError
 from keepsight.installed import MissingExtraError
 

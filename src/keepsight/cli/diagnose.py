@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from keepsight.checkpoints.atomic import try_folder
-from keepsight.cli.console import Interrupted, check_device, out, quiet, refuse_twins, say, with_examples
-from keepsight.cli.model import BUILT_IN, Adapters, Attention, Base, Device, Dtype, Images, Source
-from keepsight.cli.progress import Progress, Waiting
+from keepsight.cli.common.console import Interrupted, check_device, out, quiet, refuse_twins, say, with_examples
+from keepsight.cli.common.model import BUILT_IN, Adapters, Attention, Base, Device, Dtype, Images, Source
+from keepsight.cli.common.progress import Progress, Waiting
 from keepsight.data.mixture import for_evaluation, load_sources, mixture_of_words
 from keepsight.data.tables.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP
 from keepsight.errors import KeepsightError, KeepsightWarning

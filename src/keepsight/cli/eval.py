@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import check_device, out, quiet, refuse_twins, say, warn, with_examples
-from keepsight.cli.model import BUILT_IN, Adapters, Base, Device, Dtype, Source
-from keepsight.cli.progress import Progress, Waiting
+from keepsight.cli.common.console import check_device, out, quiet, refuse_twins, say, warn, with_examples
+from keepsight.cli.common.model import BUILT_IN, Adapters, Base, Device, Dtype, Source
+from keepsight.cli.common.progress import Progress, Waiting
 from keepsight.data.mixture import for_evaluation, load_sources, mixture_of_words
 from keepsight.data.tables.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP
 from keepsight.errors import KeepsightError

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from keepsight.cli.console import out, warn, with_examples
-from keepsight.cli.options import Command
+from keepsight.cli.common.console import out, warn, with_examples
+from keepsight.cli.common.options import Command
 
 export_app = typer.Typer(
     add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False, no_args_is_help=True
@@ -52,7 +52,7 @@ def export_vllm(
 
     Everything is checked before anything is written, and OUT appears whole or not at all.
     """
-    from keepsight.cli.console import quiet
+    from keepsight.cli.common.console import quiet
     from keepsight.serve.vllm.check import why_not
     from keepsight.serve.vllm.export import export_vllm as make
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keepsight.cli.console import facts_table, out, quiet, with_examples
+from keepsight.cli.common.console import facts_table, out, quiet, with_examples
 
 if TYPE_CHECKING:
     from keepsight.checkpoints.adapters import AdapterInfo

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from keepsight.cli.console import Interrupted, out, quiet, with_examples
-from keepsight.cli.options import Command
-from keepsight.cli.progress import Progress
+from keepsight.cli.common.console import Interrupted, out, quiet, with_examples
+from keepsight.cli.common.options import Command
+from keepsight.cli.common.progress import Progress
 from keepsight.errors import KeepsightError
 
 lab_app = typer.Typer(

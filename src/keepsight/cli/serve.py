@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import check_device, quiet, refuse_twins, say, with_examples
-from keepsight.cli.model import BUILT_IN, Adapters, Attention, Base, Device, Dtype, Source
-from keepsight.cli.progress import Waiting
+from keepsight.cli.common.console import check_device, quiet, refuse_twins, say, with_examples
+from keepsight.cli.common.model import BUILT_IN, Adapters, Attention, Base, Device, Dtype, Source
+from keepsight.cli.common.progress import Waiting
 from keepsight.errors import KeepsightError, KeepsightWarning
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")

@@ -57,7 +57,7 @@ class TrainPlan:
         causal: PVM's rule; False is the published one.
         source: what PVM retrieves from: the raw visual "embeddings", or the "hidden" states that the visual positions
             have reached at its layer (the paper's control).
-        pvm_lr, mlp_lr, lora_lr: peak learning rates, chosen on validation glyphs (`benchmarks/lab_sweep.py`).
+        pvm_lr, mlp_lr, lora_lr: peak learning rates, chosen on validation glyphs (`benchmarks/lab/sweep.py`).
         long_lr: peak learning rate of `lora_long`.
         sft_lr: peak learning rate of `sft`.
         gate_factor: a gate's learning rate is this times that of its branch; it starts at 0 and has far to go.
@@ -226,7 +226,7 @@ def fit(
 ) -> Trained:
     """Train what is trainable of `model` (see `attach`) on the batches that `make_batch(step, rng)` makes.
 
-    `watch` is told about every step and may read with the model in between (see benchmarks/lab_curves.py).
+    `watch` is told about every step and may read with the model in between (see benchmarks/lab/curves.py).
     """
     model.train()
     gates = [p for n, p in model.named_parameters() if p.requires_grad and n.endswith(".gate")]

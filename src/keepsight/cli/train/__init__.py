@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from keepsight.cli.options import Command, settings_options
+from keepsight.cli.common.options import Command, settings_options
 from keepsight.cli.train.cost import cost
 from keepsight.cli.train.pvm import pvm
 from keepsight.cli.train.pvm_grpo import pvm_grpo

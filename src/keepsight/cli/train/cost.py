@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from keepsight.cli.console import out, with_examples
+from keepsight.cli.common.console import out, with_examples
 
 
 @with_examples(

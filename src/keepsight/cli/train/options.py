@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from keepsight.cli.console import UsageError, first_of_all, warn
-from keepsight.cli.options import is_default
+from keepsight.cli.common.console import UsageError, first_of_all, warn
+from keepsight.cli.common.options import is_default
 from keepsight.data.mixture import Mixture, for_evaluation, mixture_of_words
 from keepsight.data.tables.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP
 from keepsight.errors import KeepsightError

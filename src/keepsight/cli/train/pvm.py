@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.console import first_of_all, quiet, say, with_examples
-from keepsight.cli.options import recipe_of
+from keepsight.cli.common.console import first_of_all, quiet, say, with_examples
+from keepsight.cli.common.options import recipe_of
 from keepsight.cli.train.options import PvmOptions, TrainOptions
 from keepsight.cli.train.showing import print_log, print_report, run_and_report, show_dry_run
 from keepsight.train.run.fields import STEPS

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from keepsight.cli.console import quiet, with_examples
-from keepsight.cli.options import is_default
+from keepsight.cli.common.console import quiet, with_examples
+from keepsight.cli.common.options import is_default
 from keepsight.cli.train.options import PvmOptions, TrainOptions
 from keepsight.cli.train.showing import print_log, print_report, run_and_report, show_dry_run
 from keepsight.errors import KeepsightError

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from keepsight.cli.console import Interrupted, facts_table, first_of_all, out, say, warn
-from keepsight.cli.progress import Progress
+from keepsight.cli.common.console import Interrupted, facts_table, first_of_all, out, say, warn
+from keepsight.cli.common.progress import Progress
 from keepsight.cli.train.options import TrainOptions
 from keepsight.train.run.settings import GrpoSettings
 

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from keepsight.cli.console import quiet, with_examples
-from keepsight.cli.options import is_default
+from keepsight.cli.common.console import quiet, with_examples
+from keepsight.cli.common.options import is_default
 from keepsight.cli.train.options import VisMemOptions, VisMemTrainOptions
 from keepsight.cli.train.showing import print_vismem_log, print_vismem_report, run_and_report, show_vismem_dry_run
 from keepsight.errors import KeepsightError

@@ -1,4 +1,4 @@
-"""How one run compares with the committed study of many seeds, each with a base of its own (benchmarks/lab_seeds.py).
+"""How one run compares with the committed study of many seeds, each with a base of its own (benchmarks/lab/seeds.py).
 
 One seed is one draw. The study's summary ships with the package, so that a report can say what other draws gave.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 STUDY = Path(__file__).with_name("seeds.json")
-"""Written by `benchmarks/lab_seeds.py` from its raw results: `plan`, and by method and length mean, lowest, highest."""
+"""Written by `benchmarks/lab/seeds.py` from its raw results: `plan`, and by method and length mean, lowest, highest."""
 COMPARED = ("pvm", "lora", "mlp", "base")
 
 

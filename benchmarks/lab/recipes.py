@@ -1,6 +1,6 @@
 """Do the defaults of `keepsight train pvm` do what the demo shows? The command's own training, on its narrations.
 
-    python benchmarks/lab_recipes.py --seeds 0 1 2 --out benchmarks/results/lab-recipes
+    python benchmarks/lab/recipes.py --seeds 0 1 2 --out benchmarks/results/lab-recipes
 
 Unlike the demo, this knows nothing of the laboratory: the narrations are a file of images and conversations like any
 other, shuffled, of the full training length from the first step on, and every word of an answer counts in the loss.

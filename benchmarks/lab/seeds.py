@@ -1,6 +1,6 @@
 """The demo's experiment over many seeds: each pretrains its own base, trains its own adapters, draws its own images.
 
-    python benchmarks/lab_seeds.py --seeds 0 1 2 3 4 5 6 7 8 9 --keep DIR --out benchmarks/results/lab-seeds
+    python benchmarks/lab/seeds.py --seeds 0 1 2 3 4 5 6 7 8 9 --keep DIR --out benchmarks/results/lab-seeds
 
 Seed 0 uses the base that ships with keepsight (which is what pretraining with seed 0 gives). Writes `seed-N.json`, each
 like the demo's results.json, and after every job `summary.json`. Results that stand there already are kept: a run may
@@ -153,7 +153,7 @@ def main() -> None:
             file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             summary = summarise(args.out)
             (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    print("for the demo's report: python benchmarks/lab_figures.py")
+    print("for the demo's report: python benchmarks/lab/draw_seeds.py")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import time
 from types import TracebackType
 from typing import Any
 
-from keepsight.cli import console
-from keepsight.cli.console import err, say
+from keepsight.cli.common import console
+from keepsight.cli.common.console import err, say
 from keepsight.words import duration
 
 EVERY = 20.0

@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from install import pinned
 
 #: What the GPU suite and the benchmarks run on, beside keepsight's own requirements.
@@ -18,7 +18,7 @@ RUNS_ON = ("keepsight[train]", "pytest", "psutil", "bitsandbytes")
 #: What such a machine has, each built for its CUDA.
 HAS = ("torch", "torchvision", "transformers")
 PYTHON = {"python_version": "3.11", "python_full_version": "3.11.0"}  # the oldest that the list is for
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def closure(requirements: Iterable[str]) -> set[str]:

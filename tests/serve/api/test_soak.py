@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))  # as Python does for benchmarks/soak.py
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))  # as Python does for benchmarks/soak.py
 soak = importlib.import_module("soak")
 
 

@@ -1,6 +1,6 @@
 """Why seeds differ: loss, gates and quality of the look-up along training, on validation glyphs.
 
-    python benchmarks/lab_curves.py --seeds 0 1 --shares 0 0.5 --bases DIR --out benchmarks/results/lab-curves
+    python benchmarks/lab/curves.py --seeds 0 1 --shares 0 0.5 --bases DIR --out benchmarks/results/lab-curves
 
 Trains the demo's PVM with and without a blindfolded share of the steps behind the warm-up, and reads in between, 2,048
 tokens after the image: with the memory (`far`), with another image's memory and scored for that one (`follows`), and
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.5])
-    parser.add_argument("--bases", type=Path, help="folder of pretrained bases, as benchmarks/lab_seeds.py keeps them")
+    parser.add_argument("--bases", type=Path, help="folder of pretrained bases, as benchmarks/lab/seeds.py keeps them")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)

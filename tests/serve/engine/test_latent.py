@@ -12,7 +12,7 @@ from keepsight.serve.hf.batch import Batch
 from keepsight.vismem import VisMemBranch
 from keepsight.vismem.tokens import MemoryTokens
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "vismem"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "vismem"))
 from vismem_helpers import WordsAndMemory, attach
 
 ROWS = [Row(3, (1, 2), 2, (2, 2), 4, seed=1), Row(1, (2, 2), 5, seed=2), Row(7, seed=3), Row(9, (2, 1), 3, seed=4)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CROWD = 16
 #: Folders that are still more crowded than that, and by how much; they may only shrink.
 CROWDED: dict[str, int] = {}

@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from keepsight.cli.console import UsageError, first_of_all, listen_to_warnings
+from keepsight.cli.common.console import UsageError, first_of_all, listen_to_warnings
 from keepsight.errors import KeepsightError
 from keepsight.train.run.fields import PANELS, RUN, Setting, setting_of
 

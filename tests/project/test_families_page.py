@@ -21,7 +21,7 @@ from keepsight.errors import UnsupportedModelError
 
 
 def tool():
-    spec = importlib.util.spec_from_file_location("families_page", Path(__file__).parents[1] / "tools" / "families.py")
+    spec = importlib.util.spec_from_file_location("families_page", Path(__file__).parents[2] / "tools" / "families.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import torch_counts_attention
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 sys.path.insert(0, str(FOLDER))  # as Python does for `python benchmarks/decode.py`

@@ -22,7 +22,7 @@ from live import NAME, ask, images, serving, wait_for
 from typer.testing import CliRunner
 
 from keepsight.cli import app
-from keepsight.cli.console import refuse_twins
+from keepsight.cli.common.console import refuse_twins
 from keepsight.cli.serve import _adapter_name, _name
 from keepsight.errors import KeepsightError
 from keepsight.serve.openai.server import _Brief, bind

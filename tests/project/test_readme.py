@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.main import get_command
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = [
     ROOT / "README.md",

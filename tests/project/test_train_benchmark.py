@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 train = importlib.import_module("train")
 stepping = importlib.import_module("stepping")

@@ -15,11 +15,11 @@ import pytest
 import typer
 
 from keepsight.cli import app
-from keepsight.cli.console import UsageError
+from keepsight.cli.common.console import UsageError
 from keepsight.train.pvm.blindfold import BlindfoldSchedule
 from keepsight.train.run.engines import current_engine
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
 estimate = importlib.import_module("estimate")
 shapes = importlib.import_module("shapes")

@@ -1,6 +1,6 @@
 """How the lab's learning rates were chosen, on validation glyphs: four tries for PVM and the MLP, seven for LoRA.
 
-    python benchmarks/lab_sweep.py --bases DIR DIR --out benchmarks/results/lab-seeds/sweep.json
+    python benchmarks/lab/sweep.py --bases DIR DIR --out benchmarks/results/lab-seeds/sweep.json
 
 A try's figure of merit is its accuracy averaged over all lengths and bases; long lengths count, so a control that
 extrapolates well is preferred to one that fits well.

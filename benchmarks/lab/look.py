@@ -1,6 +1,6 @@
 """The README's picture of a look: which part of the image the memory reads for a word, 8 to 2,048 words into an answer.
 
-    make demo && python benchmarks/lab_look.py keepsight-demo/adapter
+    make demo && python benchmarks/lab/look.py keepsight-demo/adapter
 
 One narration about one test image is read by the demo's VLM with its PVM, up to each of four words; the weights are
 those of the memory's layer that looks most sharply there, of all layers that have one. Writes docs/images/look.png and
@@ -25,7 +25,7 @@ from keepsight.lab.demo.plots import COLORS
 from keepsight.lab.digits import CELLS, GRID
 from keepsight.lab.narration import VOCABULARY, make_narrations
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PICTURE, RESULT = ROOT / "docs" / "images" / "look.png", ROOT / "benchmarks" / "results" / "lab-look.json"
 GAPS = (6, 238, 764, 1027)
 """Words of filler before each fact, so that the digits are words 8, 249, 1,016 and 2,046."""
@@ -92,7 +92,7 @@ def draw(result: dict[str, Any]) -> bytes:
 
 def main() -> None:
     if len(sys.argv) != 2:
-        sys.exit("python benchmarks/lab_look.py ADAPTER, the adapter of keepsight demo")
+        sys.exit("python benchmarks/lab/look.py ADAPTER, the adapter of keepsight demo")
     result = looks(sys.argv[1])
     RESULT.write_text(json.dumps(result) + "\n", encoding="utf-8")
     PICTURE.write_bytes(draw(result))

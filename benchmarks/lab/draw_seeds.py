@@ -1,8 +1,8 @@
 """From the raw results of many seeds: the README's picture, and what the demo's report compares itself with.
 
-    python benchmarks/lab_figures.py
+    python benchmarks/lab/draw_seeds.py
 
-Reads benchmarks/results/lab-seeds (made by benchmarks/lab_seeds.py), writes its summary.json, docs/images/demo.png and
+Reads benchmarks/results/lab-seeds (made by benchmarks/lab/seeds.py), writes its summary.json, docs/images/demo.png and
 src/keepsight/lab/demo/seeds.json. The pages' tables are written by tools/figures.py.
 """
 
@@ -12,13 +12,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lab_seeds import summarise
+from seeds import summarise
 
 from keepsight.lab.demo.methods import LABELS
 from keepsight.lab.demo.plots import frame, name_ends, render
 from keepsight.lab.demo.seeds import STUDY
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "lab-seeds"
 PICTURE = ROOT / "docs" / "images" / "demo.png"
 SHOWN = ("pvm", "lora", "mlp", "base")
