@@ -20,7 +20,11 @@ WRITTEN = "<!-- written by `python -m studies run` from the raw results; do not 
 INTRODUCTION = f"""# Evidence
 {WRITTEN}
 
-What the papers' tables claim, asked again in small: on a 0.64 M-parameter VLM of the Qwen3-VL architecture that is
+This page says which claims of the papers' tables hold in small, and which do not.
+
+    python -m studies run        # what is missing of the raw results, then this page and the tables' pages
+
+The claims are asked again on a 0.64 M-parameter VLM of the Qwen3-VL architecture that is
 pretrained from nothing for every seed, with handwritten digits that no training saw ([the lab](lab.md)). A model this
 small, in a task made for the purpose, proves nothing about an 8 B model; it can show what a method does under controls
 that nobody can afford at scale. Results that contradict a paper stand beside those that agree, and every verdict is
@@ -139,8 +143,9 @@ def _list(studies: Mapping[str, Study], pages: str) -> str:
 
 
 def _page(study: Study, results: Results, verdicts: Sequence[Judged], picture: str | None, raw: str) -> str:
-    lines = [f"# {study.title}", WRITTEN, "", f"{study.setting}", ""]
-    lines += ["[All claims](@@), and how to read the numbers.", ""]
+    lines = [f"# {study.title}", WRITTEN, ""]
+    lines += ["This page has one study's table, and its verdicts. [All claims](@@), and how to read the numbers.", ""]
+    lines += [f"    python -m studies run {study.name}", "", study.setting, ""]
     lines += [_table(study, results), ""]
     if picture is not None:
         lines += [f"![{study.title}; the numbers stand in the table]({picture})", ""]

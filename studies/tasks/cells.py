@@ -37,7 +37,7 @@ def fitted(
     """Train the settings' method on some tasks: the base first, or what an earlier stage made of it.
 
     Settings: `method` ("pvm", "lora", "sft", "vismem", or one of `UNTRAINED`), `plan` (of `TrainPlan`, or of
-    `MemoryPlan` for VisMem; `plan_later` changes it from the second stage on), `config` (of VisMem).
+    `TrainingPlan` for VisMem; `plan_later` changes it from the second stage on), `config` (of VisMem).
 
     Returns:
         `(model, facts about the training)`.

@@ -20,16 +20,16 @@ from keepsight.vismem import VisMemBranch
 from studies.pvm.cells import narration_base
 from studies.pvm.cells import plan_of as pvm_plan
 from studies.vismem.reading import Reading, answers_with_plan, attach_vismem, decision_column, lab_config, noise_like
-from studies.vismem.training import MemoryPlan, stage_one, warm_start
+from studies.vismem.training import TrainingPlan, stage_one, warm_start
 
 FACTS = "facts.json"
 
 
-def plan_of(settings: dict[str, Any]) -> MemoryPlan:
+def plan_of(settings: dict[str, Any]) -> TrainingPlan:
     """The training plan that a cell's settings describe."""
     given: dict[str, Any] = settings.get("plan", {})
     plan: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    return MemoryPlan(**plan)
+    return TrainingPlan(**plan)
 
 
 def with_memory(bench: Bench, settings: dict[str, Any], seed: int) -> tuple[Any, Any, dict[str, Any]]:

@@ -64,7 +64,7 @@ def attach_vismem(model: Any, processor: Any, seed: int, config: VisMemConfig | 
 
 
 @dataclass(frozen=True)
-class Mark:
+class Place:
     """A place in a reading to come back to."""
 
     states: list[tuple[torch.Tensor, torch.Tensor]]
@@ -182,12 +182,12 @@ class Reading:
 
     # Going back
 
-    def mark(self) -> Mark:
+    def mark(self) -> Place:
         """Where the reading is."""
         states = [(layer.keys, layer.values) for layer in self._cache.layers]
-        return Mark(states, self.column, self._length, self.text, self.inputs, self.last)
+        return Place(states, self.column, self._length, self.text, self.inputs, self.last)
 
-    def rewind(self, mark: Mark) -> None:
+    def rewind(self, mark: Place) -> None:
         """Go back to a mark. Updates of the cache make new tensors, so the old ones are still what they were."""
         for layer, (keys, values) in zip(self._cache.layers, mark.states, strict=True):
             layer.keys, layer.values = keys, values

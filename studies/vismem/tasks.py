@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from studies.tasks.tasks import TaskBatch, facts_for_length, make_batch
 from studies.vismem.reading import Reading
-from studies.vismem.training import MemoryPlan, Progress, Prompt, stage_one, warm_start
+from studies.vismem.training import Progress, Prompt, TrainingPlan, stage_one, warm_start
 
 WARM_LENGTHS = (8, 40)
 """Generated tokens in the texts of the warm start."""
@@ -29,7 +29,7 @@ def question_column(batch: TaskBatch) -> int:
 def train_memory(
     model: Any,
     processor: Any,
-    plan: MemoryPlan,
+    plan: TrainingPlan,
     tasks: Sequence[str],
     seed: int,
     progress: Progress | None = None,
@@ -45,7 +45,7 @@ def train_memory(
 
 
 def _texts(
-    processor: Any, plan: MemoryPlan, tasks: Sequence[str], rng: np.random.Generator
+    processor: Any, plan: TrainingPlan, tasks: Sequence[str], rng: np.random.Generator
 ) -> Iterator[dict[str, torch.Tensor]]:
     while True:
         facts = facts_for_length(str(rng.choice(list(tasks))), int(rng.integers(*WARM_LENGTHS)), scored=2)
@@ -54,7 +54,7 @@ def _texts(
         yield {k: v[:, :end] if v.shape == whole else v for k, v in batch.model_inputs().items()}
 
 
-def _prompt(processor: Any, plan: MemoryPlan, tasks: Sequence[str], rng: np.random.Generator) -> Prompt:
+def _prompt(processor: Any, plan: TrainingPlan, tasks: Sequence[str], rng: np.random.Generator) -> Prompt:
     length = int(rng.integers(plan.shortest, plan.longest + 1))
     batch = make_batch(processor, facts_for_length(str(rng.choice(list(tasks))), length), plan.batch, "train", rng)
     return Prompt(batch, question_column(batch), len(batch.answers))

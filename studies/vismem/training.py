@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class TrainingPlan:
     """How a lab VisMem is trained. Chosen on validation glyphs of seed 0.
 
     Attributes:
@@ -82,7 +82,7 @@ class Prompt:
 def warm_start(
     model: Any,
     processor: Any,
-    plan: MemoryPlan,
+    plan: TrainingPlan,
     seed: int,
     progress: Progress | None = None,
     batches: Iterator[dict[str, torch.Tensor]] | None = None,
@@ -104,7 +104,7 @@ def warm_start(
     return {"warm_first": report.first, "warm_last": report.last, "warm_seconds": round(report.seconds, 1)}
 
 
-def _warm_batches(processor: Any, plan: MemoryPlan, rng: np.random.Generator) -> Iterator[dict[str, torch.Tensor]]:
+def _warm_batches(processor: Any, plan: TrainingPlan, rng: np.random.Generator) -> Iterator[dict[str, torch.Tensor]]:
     while True:
         batch = make_narrations(processor, rng.integers(0, plan.warm_gap, 2).tolist(), plan.warm_batch, "train", rng)
         whole, end = batch.input_ids.shape, int(batch.answers[-1]) + 2
@@ -114,7 +114,7 @@ def _warm_batches(processor: Any, plan: MemoryPlan, rng: np.random.Generator) ->
 def stage_one(
     model: Any,
     processor: Any,
-    plan: MemoryPlan,
+    plan: TrainingPlan,
     seed: int,
     progress: Progress | None = None,
     prompts: Callable[[np.random.Generator], Prompt] | None = None,
@@ -168,7 +168,7 @@ def stage_one(
     }
 
 
-def _narrations(processor: Any, plan: MemoryPlan, anywhere: bool, rng: np.random.Generator) -> Prompt:
+def _narrations(processor: Any, plan: TrainingPlan, anywhere: bool, rng: np.random.Generator) -> Prompt:
     gaps = gaps_for(int(rng.integers(plan.shortest, plan.longest + 1)))
     batch = make_narrations(processor, gaps, plan.batch, "train", rng)
     column = decision_column(batch) + (int(rng.integers(0, gaps[-SCORED] + 1)) if anywhere else 0)
@@ -176,7 +176,7 @@ def _narrations(processor: Any, plan: MemoryPlan, anywhere: bool, rng: np.random
 
 
 def _episode(
-    model: Any, plan: MemoryPlan, kind: str, prompt: Prompt, draw: torch.Generator
+    model: Any, plan: TrainingPlan, kind: str, prompt: Prompt, draw: torch.Generator
 ) -> tuple[torch.Tensor, float]:
     """One batch of prompts, G trajectories each: the loss and the mean reward."""
     batch, scored = prompt.batch, prompt.scored

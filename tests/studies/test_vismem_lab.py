@@ -8,9 +8,9 @@ from keepsight.lab.narration import make_narrations
 from keepsight.lab.reference import load_reference
 from keepsight.vismem import MemoryPolicy, Replay, RolloutOptions, VisMemBranch, splice
 from studies.vismem.reading import Reading, answers_with_plan, attach_vismem, decision_column, lab_config, noise_like
-from studies.vismem.training import MemoryPlan, stage_one, warm_start
+from studies.vismem.training import TrainingPlan, stage_one, warm_start
 
-TINY = MemoryPlan(warm_steps=3, warm_batch=2, steps=2, batch=2, group=4, shortest=30, longest=60)
+TINY = TrainingPlan(warm_steps=3, warm_batch=2, steps=2, batch=2, group=4, shortest=30, longest=60)
 
 
 def built(seed=0, **config):

@@ -97,6 +97,7 @@ class _Examination:
     ):
         self.reader, self.memory, self.diagnosis, self.task = reader, memory, diagnosis, task
         self.settings, self.progress = settings, progress
+        self.latent = memory if isinstance(memory, VisMemHandle) else None  # PVM forms nothing, and is always there
         self.writer = MeteredWriter(reader, memory, settings, progress, task)
         self.samples: list[Sample] = []
         self.cases: list[Case] = []
@@ -150,8 +151,8 @@ class _Examination:
             with self.memory.off():
                 for written, _ in self.writer.write(many, "writing without the memory", off=True):
                     self.diagnosis.written_off = written
-        if isinstance(self.memory, VisMemHandle) and self.diagnosis.written is not None:  # PVM forms nothing
-            self._watch_forming(self.memory, self.diagnosis.written)
+        if self.latent is not None and self.diagnosis.written is not None:
+            self._watch_forming(self.latent, self.diagnosis.written)
 
     def _watch_forming(self, memory: VisMemHandle, written: Written) -> None:
         """Form the memories of the shown output again, and see where they looked."""
@@ -201,11 +202,11 @@ class _Examination:
 
     def invocations(self) -> None:
         """VisMem: where memories are invoked along many outputs."""
-        if not isinstance(self.memory, VisMemHandle):
+        if self.latent is None:
             return
         count = InvocationCount(
             self.reader,
-            self.memory,
+            self.latent,
             self.samples,
             self.settings.steps,
             self.writer.temperature,
@@ -215,9 +216,9 @@ class _Examination:
 
     def probe(self) -> None:
         """VisMem: what its latents hold."""
-        if not isinstance(self.memory, VisMemHandle):
+        if self.latent is None:
             return
-        probe = Probe(self.reader, self.memory, self.samples, self.settings.probe_images, self.settings.seed, self.task)
+        probe = Probe(self.reader, self.latent, self.samples, self.settings.probe_images, self.settings.seed, self.task)
         self._measure("probing latents", probe, partial(setattr, self.diagnosis, "probes"))
 
     def _note_memory(self) -> None:
