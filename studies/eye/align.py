@@ -37,15 +37,19 @@ class Alignment:
     def __init__(self, model: Any, tokenizer: Any, pictures: Pictures, size: Size):
         self.model, self.tokenizer, self.size = model, tokenizer, size
         self.scenes = Scenes(pictures, pictures.seen)
-        model.requires_grad_(False)
         model.model.language_model.to(getattr(torch, size.dtype))
         if size.lora:
             torch.manual_seed(size.seed)
             with_lora(model, size)
-        tower = model.model.visual
-        tower.merger.requires_grad_(True)
-        for block in tower.blocks[len(tower.blocks) - size.top :]:
-            block.requires_grad_(True)
+        self.ready()
+
+    def ready(self) -> None:
+        """Freeze all but what learns: LoRA, projector and the top of the tower."""
+        tower = self.model.model.visual
+        for name, value in self.model.named_parameters():
+            value.requires_grad_("lora_" in name)
+        for module in (tower.merger, *tower.blocks[len(tower.blocks) - self.size.top :]):
+            module.requires_grad_(True)
 
     def parameters(self) -> dict[str, tuple[nn.Parameter, float]]:
         """What learns, by name, with its share of the learning rate."""
@@ -55,9 +59,12 @@ class Alignment:
             if value.requires_grad
         }
 
-    def batch(self, step: int) -> tuple[torch.Tensor, list[list[sequences.Part]], int]:
-        """Images, what is asked about each, and pictures along their side; drawn anew from the step's number."""
-        size, draws = self.size, generator(self.size.seed, 2, step)
+    def batch(self, step: int, again: bool = False) -> tuple[torch.Tensor, list[list[sequences.Part]], int]:
+        """Images, what is asked about each, and pictures along their side; drawn anew from the step's number.
+
+        `again` draws others than the first time.
+        """
+        size, draws = self.size, generator(self.size.seed, 5 if again else 2, step)
         often = torch.tensor(size.sides, dtype=torch.float)  # where to look is harder than what it is
         side = size.sides[int(torch.multinomial(often, 1, generator=draws))]
         images, rows = [], []

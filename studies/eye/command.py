@@ -1,4 +1,4 @@
-"""`python -m studies eye fetch|make|gate`."""
+"""`python -m studies eye fetch|make|gate|narrate|lengths`."""
 
 from __future__ import annotations
 
@@ -118,7 +118,6 @@ def gate_of_eye(
     """Measure what the eye reads: unseen styles and grids, near and far; says whether the gate holds."""
     quiet()
     import torch
-    import transformers
 
     from studies.eye.drawings.pictures import pictures
     from studies.eye.gate import lines, measure
@@ -135,23 +134,91 @@ def gate_of_eye(
         found = measure(
             model.to(device).eval(), tokenizer, drawn, chosen, grids, lambda what, done, of: show(what, done, of)
         )
-    conditions: dict[str, Any] = {
-        "size": size,
-        "settings": chosen.settings(),
-        "align_step": about["align_step"],
+    conditions = _conditions(size, chosen, about, begin, device, threads)
+    results.mkdir(parents=True, exist_ok=True)
+    file = results / f"{size}.json"
+    file.write_text(json.dumps({"conditions": conditions, **found}, indent=1) + "\n", encoding="utf-8")
+    if not about["done"]:
+        out.print("the eye is not done", highlight=False, soft_wrap=True)
+    for line in lines(found):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    out.print(f"{file}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _conditions(
+    name: str, size: Size, about: dict[str, Any], begin: float, device: str, threads: int
+) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    return {
+        "size": name,
+        "settings": size.settings(),
+        "done": about["done"],
         "make_cpu_seconds": about["cpu_seconds"],
-        "gate_cpu_seconds": round(time.process_time() - begin, 1),
+        "cpu_seconds": round(time.process_time() - begin, 1),
         "device": device,
         "threads": threads,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+@app.command("narrate")
+@with_examples(("written once, some minutes on a CPU", "python -m studies eye narrate"))
+def narrate(
+    work: Work = _WORK,
+    threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
+    results: Annotated[Path, typer.Option(help="Folder of the raw results.")] = _RESULTS,
+) -> None:
+    """Let the language model write the narrations that stand between image and question."""
+    quiet()
+    import torch
+
+    from studies.eye import narrations
+    from studies.eye.language import language_model
+
+    torch.set_num_threads(threads)
+    language, tokenizer = language_model(work / "packages", work)
+    narrations.write(language, tokenizer, results / narrations.FILE)
+    say(f"{len(narrations.read(results / narrations.FILE, tokenizer))} narrations in {results / narrations.FILE}")
+
+
+@app.command("lengths")
+@with_examples(("after the gate holds", "python -m studies eye lengths"))
+def reading_at_lengths(
+    size: Which = "cpu",
+    images: Annotated[int, typer.Option(help="Images of each kind.", min=2)] = 96,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
+    work: Work = _WORK,
+    results: Annotated[Path, typer.Option(help="Folder of the raw results.")] = _RESULTS,
+) -> None:
+    """Measure how reading falls with the length of a narration, and what helps without training."""
+    quiet()
+    import torch
+
+    from studies.eye import lengths, narrations
+    from studies.eye.drawings.pictures import pictures
+    from studies.eye.language import language_model
+    from studies.eye.make import made_model
+
+    chosen = _size(size)
+    torch.set_num_threads(threads)
+    with Progress("reading at lengths") as show:
+        language, tokenizer = language_model(work / "packages", work)
+        told = narrations.read(results / narrations.FILE, tokenizer)
+        drawn = pictures(work / "packages", work)
+        model, about = made_model(language, tokenizer, chosen, work / size)
+        model, begin = model.to(device).eval(), time.process_time()
+        rows = lengths.measure(
+            model, tokenizer, drawn, chosen, told, images, on_progress=lambda what, done, of: show(what, done, of)
+        )
+    conditions = _conditions(size, chosen, about, begin, device, threads)
     results.mkdir(parents=True, exist_ok=True)
-    file = results / f"{size}.json"
-    file.write_text(json.dumps({"conditions": conditions, **found}, indent=1) + "\n", encoding="utf-8")
-    if about["align_step"] < chosen.align_steps:
-        out.print(f"not done: step {about['align_step']} of {chosen.align_steps}", highlight=False, soft_wrap=True)
-    for line in lines(found):
+    file = results / f"lengths-{size}.json"
+    file.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    for line in lengths.table(rows):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     out.print(f"{file}", highlight=False, markup=False, soft_wrap=True)

@@ -26,6 +26,7 @@ EYE = "eye.safetensors"
 """The trained parts: tower, projector, LoRA."""
 
 _OF_ALIGNING = ("align_", "questions", "tower_lr", "top", "lora", "max_gap", "dtype")
+_OF_SECOND = ("second_",)
 
 
 @dataclass
@@ -77,27 +78,48 @@ def make(
     words = word_embeddings(language, tokenizer, names)
     said = partial(word_embeddings, language, tokenizer)
     learner = Pretraining(model.model.visual, pictures, words, names, size, said).to(device)
-    own = {key: value for key, value in size.settings().items() if not key.startswith(_OF_ALIGNING)}
     weights = {name: (value, 1.0) for name, value in learner.named_parameters()}
     matrices = [name for name, (value, _) in weights.items() if ".blocks." in name and value.ndim == 2]
-    first = Stage("pretrain", folder, weights, size.pretrain_steps, size.pretrain_lr, own, matrices, size.muon_lr)
-    if not first.done:
-        first.run(learner.batch, learner.loss, stop, on_progress, workers)
-        if not first.done:
-            return Made(first.name, first.step, first.steps, {first.name: first.cpu_seconds}, False)
+    spent: dict[str, float] = {}
+
+    def alone(name: str, steps: int, bold: bool, *later: str) -> Stage:
+        own = {key: value for key, value in size.settings().items() if not key.startswith(later)}
+        model.model.visual.requires_grad_(True)
+        stage = Stage(name, folder, weights, steps, size.pretrain_lr, own, matrices, size.muon_lr)
+        if not stage.done:
+            stage.run(partial(learner.batch, bold=bold), learner.loss, stop, on_progress, workers)
+        spent[name] = stage.cpu_seconds
+        return stage
+
+    def together(name: str, steps: int, again: bool, *later: str) -> Stage:
+        own = {key: value for key, value in size.settings().items() if not key.startswith(later)}
+        alignment.ready()
+        stage = Stage(name, folder, alignment.parameters(), steps, size.align_lr, own)
+        if not stage.done:
+            stage.run(partial(alignment.batch, again=again), alignment.loss, stop, on_progress, workers)
+        spent[name] = stage.cpu_seconds
+        return stage
+
+    stage = alone("pretrain", size.pretrain_steps, False, *_OF_ALIGNING, *_OF_SECOND)
+    if not stage.done:
+        return Made(stage.name, stage.step, stage.steps, spent, False)
     alignment = Alignment(model, tokenizer, pictures, size)
-    second = Stage("align", folder, alignment.parameters(), size.align_steps, size.align_lr, size.settings())
-    if not second.done:
-        second.run(alignment.batch, alignment.loss, stop, on_progress, workers)
-    spent = {first.name: first.cpu_seconds, second.name: second.cpu_seconds}
-    about = {"size": json.dumps(size.settings()), "cpu_seconds": json.dumps(spent), "align_step": str(second.step)}
+    stage = together("align", size.align_steps, False, *_OF_SECOND)
+    if stage.done and size.second_pretrain_steps:
+        stage = alone("second-pretrain", size.second_pretrain_steps, True, "second_align_")
+        if not stage.done:
+            return Made(stage.name, stage.step, stage.steps, spent, False)
+    if stage.done and size.second_align_steps:
+        stage = together("second-align", size.second_align_steps, True)
+    done = stage.done
+    about = {"size": json.dumps(size.settings()), "cpu_seconds": json.dumps(spent), "done": json.dumps(done)}
     learnt = {
         name.replace(".base_layer", ""): value.detach().contiguous().cpu()
         for name, value in model.named_parameters()
         if ".visual." in name or "lora_" in name
     }
     save_file(learnt, folder / EYE, about)
-    return Made(second.name, second.step, second.steps, spent, second.done)
+    return Made(stage.name, stage.step, stage.steps, spent, done)
 
 
 def made_model(language: Any, tokenizer: Any, size: Size, folder: Path) -> tuple[Any, dict[str, Any]]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from studies.eye.drawings import brush
+from studies.eye.drawings import brush, restyle
 from studies.eye.drawings.pictures import SIDE, Pictures
 from studies.eye.questions import place
 from studies.eye.sizes import Size
@@ -84,13 +84,19 @@ class Pretraining(nn.Module):
         """`[B, 3, S, S]` -> `[B * side * side, D]`, the average token of every picture."""
         return average_tokens(self.tower, images, side, self.size)
 
-    def batch(self, step: int) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
-        """Images, pictures along their side, and what each picture is; drawn anew from the step's number."""
-        size, draws = self.size, generator(self.size.seed, 1, step)
+    def batch(self, step: int, bold: bool = False) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
+        """Images, pictures along their side, and what each picture is; drawn anew from the step's number.
+
+        `bold` draws most of them in a style of their own; these steps follow the others.
+        """
+        size, draws = self.size, generator(self.size.seed, 4 if bold else 1, step)
         side = size.sides[step % len(size.sides)]
         count = size.pretrain_batch // side**2 * side**2
         drawn, targets = self.sample(count, draws)
-        vary = min(1.0, 2 * step / size.pretrain_steps)  # from the easy to the varied, or it begins with colours alone
+        # from the easy to the varied, or it begins with colours alone
+        vary = 1.0 if bold else min(1.0, 2 * step / size.pretrain_steps)
+        if bold:
+            drawn = restyle.restyled(drawn, targets["ink"], draws)
         cells = brush.draw(drawn, targets["ink"], targets["colour"], size.cell, vary, draws)
         if side > 1:
             place = torch.arange(count) % side**2

@@ -20,6 +20,8 @@ class Size:
         muon_lr: of the matrices of the tower's blocks, which Muon trains; AdamW does the rest.
         others: share of the tower's pictures that show something else than the words to be named.
         align_steps, align_batch, align_lr: through the language model; the batch counts images.
+        second_pretrain_steps, second_align_steps: of both again, from where they ended, the drawings in bolder styles
+            (`studies/eye/drawings/restyle.py`); 0 for none.
         questions: questions about each image.
         tower_lr: share of `align_lr` for the tower and its projector; the LoRA has all of it.
         top: how many of the tower's last blocks learn through the language model, besides the projector.
@@ -43,6 +45,8 @@ class Size:
     align_steps: int = 600
     align_batch: int = 4
     align_lr: float = 2e-3
+    second_pretrain_steps: int = 3600
+    second_align_steps: int = 900
     questions: int = 6
     tower_lr: float = 0.05
     top: int = 0
@@ -64,7 +68,7 @@ class Size:
 CPU = Size()
 """31 CPU minutes on two shared cores: 0.27 CPU seconds a step in stage (a), 2.9 in (b)."""
 
-QUICK = replace(CPU, pretrain_steps=1500, others=0.0, align_steps=150)
+QUICK = replace(CPU, pretrain_steps=1500, others=0.0, align_steps=150, second_pretrain_steps=0, second_align_steps=0)
 """Less than half of it, without other drawings."""
 
 GPU = replace(
@@ -77,6 +81,8 @@ GPU = replace(
     pretrain_steps=20000,
     pretrain_batch=256,
     pretrain_lr=1e-3,
+    second_pretrain_steps=0,
+    second_align_steps=0,
     align_steps=4700,
     align_batch=64,
     align_lr=7e-4,
@@ -87,7 +93,17 @@ GPU = replace(
 """About 300,000 images, each with four questions; 64 px, 4 x 4 tokens a picture. It has not been run yet."""
 
 TINY = replace(
-    CPU, width=32, depth=2, heads=2, pretrain_steps=4, pretrain_batch=8, align_steps=3, align_batch=2, lora=2
+    CPU,
+    width=32,
+    depth=2,
+    heads=2,
+    pretrain_steps=4,
+    pretrain_batch=8,
+    align_steps=3,
+    align_batch=2,
+    second_pretrain_steps=2,
+    second_align_steps=2,
+    lora=2,
 )
 """For tests."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from keepsight.errors import KeepsightError
-from studies.eye import gate, sequences, windows
+from studies.eye import gate, lengths, sequences, windows
 from studies.eye.align import answers
 from studies.eye.drawings import brush, choose
 from studies.eye.drawings.pictures import SIDE, Pictures
@@ -74,6 +74,43 @@ def test_a_hidden_narration_leaves_its_length_and_nothing_else(model, words):
     torch.testing.assert_close(hidden, logits_of(model, [far]), atol=1e-5, rtol=1e-5)
     near = logits_of(model, [sequences.part(QUESTIONS[0], tokenizer())])
     assert (hidden - near).abs().max() > 1e-4  # the distance itself is felt
+
+
+@pytest.mark.parametrize("condition", lengths.CONDITIONS)
+@pytest.mark.parametrize("side", [1, 2])
+def test_a_question_behind_a_part_of_a_narration_is_answered_as_it_is_alone(model, condition, side):
+    """Beginnings of one narration share its sequence; transformers' own call, without our mask, gives the same."""
+    told = sequences.narration("Once upon a time, long ago. " * 4, tokenizer()).ids
+    along, config = side * SIZE.tokens, model.config
+    parts = [
+        lengths.asked(QUESTIONS[1], one, told[:length], along, tokenizer(), config)
+        for one, length in (("base", 5), (condition, 40), ("reinserted", len(told)))
+    ]
+    found = logits_of(model, [sequences.Part(told, len(told)), *parts], side)
+    mine = slice(len(parts[0].ids) - parts[0].answer, None)
+    found = found[mine][: len(parts[1].ids) - parts[1].answer]
+    torch.testing.assert_close(
+        found, logits_of(model, [sequences.Part(told[:40], 40), parts[1]], side), atol=1e-5, rtol=1e-5
+    )
+    if condition == "hidden":
+        torch.testing.assert_close(found, logits_of(model, [parts[1]], side), atol=1e-5, rtol=1e-5)
+        return
+    alone = sequences.Part([*told[:40], *parts[1].ids], 40 + parts[1].answer)
+    batch = sequences.lay_out([[alone]], along, model, tokenizer())
+    pixels, grids = brush.patches(image(side), SIZE.patch, SIZE.merge)
+    again = 1 + (condition in ("repeated", "reinserted"))
+    if condition == "reinserted":  # bare tokens have no grid of their own in transformers' call
+        found_alone = logits_of(model, [alone], side)
+    else:
+        with torch.no_grad():
+            whole = model(
+                input_ids=batch.ids,
+                pixel_values=torch.cat([pixels] * again),
+                image_grid_thw=torch.cat([grids] * again),
+                mm_token_type_ids=batch.image.int(),
+            ).logits
+        found_alone = whole[batch.labels >= 0]
+    torch.testing.assert_close(found, found_alone, atol=1e-5, rtol=1e-5)
 
 
 def test_questions_do_not_see_each_other(model):
@@ -178,7 +215,7 @@ def test_a_making_that_was_stopped_comes_to_the_same_eye(tmp_path):
     going_on(tmp_path / "often", 2)
     once, about = made_model(language(), tokenizer(), SIZE, tmp_path / "once")
     often, _ = made_model(language(), tokenizer(), SIZE, tmp_path / "often")
-    assert about["align_step"] == SIZE.align_steps
+    assert about["done"] is True
     assert all(torch.equal(one, other) for one, other in zip(once.parameters(), often.parameters(), strict=True))
     fresh = with_eye(language(), tokenizer(), SIZE)
     moved = {name for name, value in once.named_parameters() if not torch.equal(value, fresh.get_parameter(name))}

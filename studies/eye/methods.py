@@ -1,0 +1,162 @@
+"""Memory and fine-tuning on the frozen eye: the same questions behind real narrations, at equal lengths and parameters.
+
+What differs is the method alone: images, questions, narrations and their lengths follow from seed and step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from keepsight import PvmConfig
+from keepsight.train.pvm.blindfold import BlindfoldSchedule, blindfold
+from studies.eye import sequences
+from studies.eye.align import answers
+from studies.eye.drawings.pictures import Pictures
+from studies.eye.drawings.scenes import Scenes
+from studies.eye.lengths import asked
+from studies.eye.questions import ask
+from studies.eye.sizes import Size
+from studies.eye.stages import Stage, generator
+
+METHODS = ("lora", "mlp", "pvm", "pvm-warm")
+"""LoRA of PVM's number of parameters, the parallel network of as many, PVM by plain SFT, and with the warm-up."""
+RATES = {"lora": 1e-3, "mlp": 2e-3, "pvm": 2e-3, "pvm-warm": 2e-3}
+"""Highest learning rates; not tuned yet, so no comparison of methods may rest on them."""
+
+_LORA = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of one method.
+
+    Args:
+        method: of `METHODS`.
+        longest: tokens of narration in training: from 0 to so many.
+        seed: of the start and of everything drawn.
+        steps, images, questions: how much of it; images a step and questions an image.
+    """
+
+    method: str
+    longest: int
+    seed: int
+    steps: int = 120
+    images: int = 2
+    questions: int = 6
+
+    @property
+    def name(self) -> str:
+        """Of its checkpoint and its rows."""
+        return f"{self.method}-{self.longest}-{self.seed}"
+
+
+def equipped(model: Any, trial: Trial) -> Any:
+    """The model with the method on it, new from the trial's seed; nothing else learns."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(trial.seed)
+    if trial.method != "lora":
+        return get_peft_model(model, PvmConfig(branch="mlp" if trial.method == "mlp" else "memory"))
+    found = []
+    for config in (PvmConfig(), LoraConfig(r=1, target_modules=_LORA)):
+        tried: Any = get_peft_model(model, config)
+        found.append(_learning(tried))
+        model = tried.base_model.unload()
+    rank = max(1, round(found[0] / found[1]))
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_LORA))
+
+
+def _learning(model: nn.Module) -> int:
+    return sum(value.numel() for value in model.parameters() if value.requires_grad)
+
+
+class Lessons:
+    """What a method is trained on: images of seen styles, the beginning of a narration, questions that hear it.
+
+    Args:
+        tokenizer: of the model.
+        pictures: all drawings.
+        size: of the eye.
+        narrations: tokens of each, for training.
+        trial: what is trained.
+    """
+
+    def __init__(
+        self, tokenizer: Any, pictures: Pictures, size: Size, narrations: list[list[int]], trial: Trial, config: Any
+    ):
+        self.tokenizer, self.size, self.narrations, self.trial, self.config = tokenizer, size, narrations, trial, config
+        self.scenes = Scenes(pictures, pictures.seen)
+        self.schedule = BlindfoldSchedule.default(trial.steps) if trial.method == "pvm-warm" else BlindfoldSchedule()
+
+    def batch(self, step: int) -> tuple[torch.Tensor, list[list[sequences.Part]], int, int]:
+        """Images, parts, pictures along the side of an image, and the step; names alone are asked for."""
+        draws = generator(self.trial.seed, 7, step)
+
+        def whole(below: int) -> int:
+            return int(torch.randint(below, (1,), generator=draws))
+
+        side = self.size.sides[whole(len(self.size.sides))]
+        images, rows = [], []
+        for _ in range(self.trial.images):
+            image, cells = self.scenes.image(side, self.size.cell, 0.5, draws)
+            while all(cell.text for cell in cells):
+                image, cells = self.scenes.image(side, self.size.cell, 0.5, draws)
+            told = self.narrations[whole(len(self.narrations))][: whole(self.trial.longest + 1)]
+            questions = [ask("name", cells, side, draws) for _ in range(self.trial.questions)]
+            along = side * self.size.tokens
+            parts = [asked(one, "base", told, along, self.tokenizer, self.config) for one in questions]
+            images.append(image)
+            rows.append([sequences.Part(told, len(told)), *parts])
+        return torch.cat(images), rows, side, step
+
+    def loss(self, model: Any, batch: tuple[torch.Tensor, list[list[sequences.Part]], int, int]) -> torch.Tensor:
+        """Of one batch; blindfolded where the schedule says so."""
+        images, rows, side, step = batch
+        with blindfold(model) if self.schedule.covers(step) else nullcontext():
+            return sequences.loss(*answers(model, self.tokenizer, images, rows, side, self.size)[1:])
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    pictures: Pictures,
+    size: Size,
+    narrations: list[list[int]],
+    trial: Trial,
+    folder: Path,
+    stop: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[str, int, int, float], Any] = lambda *_: None,
+) -> tuple[Any, Stage]:
+    """Train the trial's method on the eye, or go on where it was.
+
+    Args:
+        model, tokenizer: the language model with its eye, without a method on it.
+        pictures: all drawings.
+        size: of the eye.
+        narrations: tokens of each, for training.
+        trial: what is trained.
+        folder: of the checkpoint.
+        stop: asked before every step whether to leave it at that for now.
+        on_progress: called with the trial's name, step, steps and the mean loss of the last steps.
+
+    Returns:
+        The model with the method on it, and the stage: how far it is, and its CPU seconds.
+    """
+    model.requires_grad_(False)
+    equipped_model = equipped(model, trial)
+    lessons = Lessons(tokenizer, pictures, size, narrations, trial, equipped_model.config)
+    weights = {name: (value, 1.0) for name, value in equipped_model.named_parameters() if value.requires_grad}
+    settings = {**size.settings(), **vars(trial), "lr": RATES[trial.method]}
+    stage = Stage(trial.name, folder, weights, trial.steps, RATES[trial.method], settings)
+    if not stage.done:
+        inner = equipped_model.base_model.model
+        stage.run(lessons.batch, partial(lessons.loss, inner), stop, on_progress)
+    return equipped_model, stage

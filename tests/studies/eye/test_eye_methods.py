@@ -1,0 +1,81 @@
+"""Methods on the eye: nothing changes before training, only the method learns, and the memory is read."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from keepsight.pvm import replace_memory
+from studies.eye import lengths, methods, sequences
+from studies.eye.align import answers
+from studies.eye.drawings import brush
+from studies.eye.drawings.scenes import Scenes
+from studies.eye.language import with_eye
+from studies.eye.questions import Question
+from studies.eye.stages import generator
+from tests.studies.eye.tiny_eye import SIZE, drawings, language, tokenizer
+
+EXACT = dataclasses.replace(SIZE, dtype="float32")
+TOLD = [sequences.narration("It was a long way to the sea. " * 30, tokenizer()).ids for _ in range(2)]
+
+
+def eye():
+    torch.manual_seed(1)
+    return with_eye(language(), tokenizer(), EXACT)
+
+
+@torch.no_grad()
+def logits_of(model, length=20):
+    image = Scenes(drawings(), ["round"]).image(1, SIZE.cell, 0.0, generator(5))[0]
+    told = TOLD[0][:length]
+    part = lengths.asked(
+        Question("name", "What is here?", "A cat."), "base", told, SIZE.tokens, tokenizer(), model.config
+    )
+    return answers(model, tokenizer(), image, [[sequences.Part(told, length), part]], 1, EXACT)[1]
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_a_method_learns_and_nothing_else(method, tmp_path):
+    model = eye()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = logits_of(model)
+    trial = methods.Trial(method, 16, 0, steps=6, images=1, questions=2)
+    new = methods.equipped(eye(), trial)
+    assert torch.equal(logits_of(new.base_model.model), plain)
+    trained, stage = methods.train(model, tokenizer(), drawings(), EXACT, TOLD, trial, tmp_path)
+    assert stage.done
+    inner = trained.base_model.model.eval()
+    found = logits_of(inner)
+    assert not torch.equal(found, plain)
+    with trained.disable_adapter():
+        assert torch.equal(logits_of(inner), plain)
+    kept = {name.replace(".base_layer", ""): value for name, value in inner.state_dict().items()}
+    assert all(torch.equal(kept[name], value) for name, value in before.items())
+    with replace_memory(lambda embeds, valid: torch.randn_like(embeds)):
+        assert torch.equal(logits_of(inner), found) == (not method.startswith("pvm"))
+
+
+def test_methods_have_the_same_number_of_parameters():
+    found = {
+        method: methods._learning(methods.equipped(eye(), methods.Trial(method, 16, 0))) for method in methods.METHODS
+    }
+    assert max(found.values()) <= 1.1 * min(found.values()), found
+
+
+def test_all_methods_are_shown_the_same():
+    batches = [
+        methods.Lessons(tokenizer(), drawings(), EXACT, TOLD, methods.Trial(method, 64, 3), eye().config).batch(2)
+        for method in ("lora", "pvm-warm")
+    ]
+    assert torch.equal(batches[0][0], batches[1][0])
+    assert batches[0][1:] == batches[1][1:]
+
+
+def test_the_memory_off_reads_as_the_eye_does():
+    rows = lengths.measure(eye(), tokenizer(), drawings(), EXACT, [one * 20 for one in TOLD], 2, ("base", "hidden"))
+    at_once = {row["condition"]: row["right"] for row in rows if row["length"] == 0 and row["images"] == "unseen grids"}
+    assert at_once["base"] == at_once["hidden"]
+    assert {len(row["right"]) for row in rows} == {2}
+    assert lengths.difference("11", "01") == (50.0, pytest.approx(-48.0), pytest.approx(148.0))
+    assert any("hidden against base at 2048" in line for line in lengths.table(rows))
+    assert brush.HELD_OUT_FONT not in brush.FONTS
