@@ -13,6 +13,7 @@ from pathlib import Path
 from keepsight.lab.study.results import Interval, Judgement, Results
 from keepsight.lab.study.runs import read_results
 from keepsight.lab.study.study import Claim, Column, Study, TableRow
+from studies.eye.report import part_two
 from studies.overhead import costs, section
 
 WRITTEN = "<!-- written by `python -m studies run` from the raw results; do not edit -->"
@@ -38,7 +39,8 @@ the task could have shown it. An interval over five seeds is wide, and a verdict
 this lab only.
 
 **What was not asked.** Video: no study has a temporal task (what changed, which came first) or a growing number of
-frames, so nothing here says what either memory does for videos. No study has a pretrained language model.
+frames, so nothing here says what either memory does for videos. No study has a pretrained language model; part two,
+below the costs, begins with one.
 """
 
 
@@ -102,6 +104,7 @@ def render(studies: Mapping[str, Study], folder: Path, out: Path, raw: str) -> l
         _cost(studies, results),
         _summary(everything, pages.name),
         section(costs(), "performance.md"),
+        part_two(folder, "eye.md", raw),
         _list(studies, pages.name),
     ]
     out.write_text("\n".join(parts), encoding="utf-8")

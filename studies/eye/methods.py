@@ -31,6 +31,9 @@ METHODS = ("lora", "mlp", "pvm", "pvm-warm")
 RATES = {"lora": 1e-3, "mlp": 2e-3, "pvm": 2e-3, "pvm-warm": 2e-3}
 """Highest learning rates; not tuned yet, so no comparison of methods may rest on them."""
 
+HELD_OUT = 2
+"""The last so many narrations serve as a test only."""
+
 _LORA = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
 
 

@@ -1,0 +1,58 @@
+"""Part two of docs/evidence.md: what was measured with a real language model, from the raw results and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from studies.eye import gate, lengths
+
+
+def part_two(folder: Path, page: str, raw: str, size: str = "cpu") -> str:
+    """The section, in markdown.
+
+    Args:
+        folder: of all raw results; the eye's are in its `eye`.
+        page: link to the page about the eye.
+        raw: link to `folder`.
+        size: of the eye.
+    """
+    lines = ["## Part two: a real language model with a small trained eye", ""]
+    read, far = (_raw(folder / "eye" / name) for name in (f"{size}.json", f"lengths-{size}.json"))
+    if read is None:
+        return "\n".join([*lines, f"Not run: `python -m studies eye make` ([{Path(page).name}]({page})).", ""])
+    parts = "; ".join(
+        f"{name} {', '.join(f'{share:.0f} %' for share in part['percent'])} (n = {part['n']})"
+        for name, part in read["gate"]["parts"].items()
+    )
+    lines += [
+        "SmolLM2-135M-Instruct, frozen but for a LoRA that is merged in, and a tower of 3.3 M parameters, trained "
+        f"here on drawings ([what it is]({page})): no state-of-the-art VLM; one eye, one seed. The gate asks for names "
+        f"with 0, 1,024 and 2,048 positions between image and question and nothing seen in them: {parts}. "
+        + (
+            "**It holds.**"
+            if read["gate"]["holds"]
+            else f"**It does not hold**: both must be at {gate.SHORT:.0f} % at once and stay within {gate.WITHIN:.0f} "
+            "points far off. So nothing below says anything about dilution."
+        ),
+        "",
+    ]
+    if far is None:
+        return "\n".join([*lines, "How reading falls with length: not run, `python -m studies eye lengths`.", ""])
+    said = "; ".join(f"*{name}*: {what}" for name, what in lengths.CONDITIONS.items())
+    lines += [
+        "**How reading falls with length.** The narrations are the language model's own "
+        f"([all of them]({raw}/eye/narrations.json)); one question an image, right by exact greedy decoding, Wilson's "
+        f"95 % interval over images. {said}. {far['conditions']['cpu_seconds'] / 60:.0f} CPU minutes.",
+        "",
+        *lengths.table(far["rows"]),
+        "**Not asked yet of this model**: PVM, LoRA and the parallel network at equal lengths (studies/eye/methods.py "
+        "trains them; tested on a tiny model, not run on this one), VisMem, hallucination, forgetting.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _raw(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
