@@ -16,10 +16,11 @@ from torch import nn
 
 from keepsight.peft_method import MemoryBranch
 from keepsight.pvm.config import PvmConfig
-from keepsight.pvm.kernels import attention_for
+from keepsight.pvm.graphs import CompiledFork
 from keepsight.pvm.memory import VisualMemory
 from keepsight.pvm.module import ParallelMlpBlock, PvmBlock
-from keepsight.pvm.streams import Fork, Updates, may_overlap
+from keepsight.pvm.streams import Fork, may_overlap
+from keepsight.pvm.work import Work, added
 from keepsight.threads import PerThread
 
 BRANCH = "visual_memory"  # name of the branch in its decoder layer; must not contain PEFT's prefix "pvm_"
@@ -32,7 +33,7 @@ class InFlight:
 
     memory: Any = None  # between mixer and mlp of one layer
     residual: torch.Tensor | None = None  # [B, T, D], likewise
-    fork: Fork | None = None  # likewise, where the branch runs beside the mlp
+    fork: Fork | CompiledFork | None = None  # likewise, where the branch runs beside the mlp
     reached: dict[int, str] | None = None  # layer -> the last hook that fired, while the decoder runs
     call: Any = None  # while the VLM runs: see hooks.py
     encoded: bool = False  # the vision encoder has run, and the VLM not since
@@ -121,7 +122,9 @@ class PvmBranch(nn.Module, MemoryBranch):
         if memory is not None:
             flight.note(self.index, NORM)
             if may_overlap(x, memory.visual_mask is not None):
-                flight.fork = Fork(x, lambda: self._updates(memory, x))
+                works = [self._work(name, block, memory, x) for name, block in self.active_blocks]
+                fork = CompiledFork if torch.compiler.is_compiling() else Fork
+                flight.fork = fork(x, [work for work in works if work is not None])
 
     def add_update(self, mlp: nn.Module, args: tuple, output: Any) -> Any:
         """Hook of what the mlp's branch ends with: adds gate * out to its output [B, T, D]."""
@@ -132,37 +135,30 @@ class PvmBranch(nn.Module, MemoryBranch):
             return output
         flight.note(self.index, MLP)
         y, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        for update in self._updates(memory, x) if fork is None else fork.join():
-            if update.ndim == 3 and y.ndim == 2:  # some mixtures of experts return [B * T, D]
-                update = update.flatten(0, 1)
-            y = y + update.to(y.dtype)
+        if fork is not None:
+            y = fork.join(y)
+        else:
+            updates = [self._look(name, block, memory, x) for name, block in self.active_blocks]
+            y = added(y, [update for update in updates if update is not None])
         return y if rest is None else (y, *rest)
 
-    def _updates(self, memory: VisualMemory, x: torch.Tensor) -> Updates:
-        """gate * out [B, T, D] of every block that is on."""
-        updates = (
-            self._look(name, block, memory, x) if block.reads_memory else self._think(block, memory, x)
-            for name, block in self.active_blocks
-        )
-        return [update for update in updates if update is not None]
-
     def _look(self, name: str, block: Any, memory: VisualMemory, x: torch.Tensor) -> torch.Tensor | None:
-        """The update [B, T, D] of a memory block; None where there is nothing to look at."""
+        """gate * out [B, T, D] of one block; None where there is nothing to look at."""
+        work = self._work(name, block, memory, x)
+        return _no_update(block) if work is None else work.update(x)
+
+    def _work(self, name: str, block: Any, memory: VisualMemory, x: torch.Tensor) -> Work | None:
+        """What a block has to do for x [B, T, D]; None where there is nothing to look at."""
+        if not block.reads_memory:  # the control's, silent at visual positions too
+            text = None if memory.visual_mask is None else ~memory.visual_mask[..., None]
+            return Work(block, (), None, text, self.text_config)
         states = memory.states(f"{self.index}.{name}", block.project)
         if states is None:
-            return _no_update(block)
+            return None
         mask, keep = memory.view(x.shape[1], block.causal)
         if mask is not None:
             mask = mask.to(x.device)
-        update = block(x, *states, mask, attention_for(self.text_config, mask))
-        return update if keep is None else update.masked_fill(~keep.to(update.device), 0)
-
-    def _think(self, block: Any, memory: VisualMemory, x: torch.Tensor) -> torch.Tensor:
-        """The update [B, T, D] of the control's block, which has no memory; silent at visual positions too."""
-        update = block(x)
-        if memory.visual_mask is None:
-            return update
-        return update.masked_fill(memory.visual_mask[..., None].to(update.device), 0)
+        return Work(block, states, mask, keep, self.text_config)
 
 
 def _no_update(block: nn.Module) -> torch.Tensor | None:

@@ -14,65 +14,77 @@ handed out again only behind the next fork, and that waits for the sum that read
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from keepsight.pvm.work import Work, added
 from keepsight.threads import PerThread
 
 MOST_POSITIONS = 8
 """Per row: beyond, the branch has work enough to slow the network down."""
 
-Updates = list[torch.Tensor]
 
-_overlap: ContextVar[bool] = ContextVar("keepsight_pvm_overlap", default=False)
+class _Scope:
+    on = False
+
+
+_scope: PerThread[_Scope] = PerThread(_Scope)
 _streams: PerThread[dict[torch.device, torch.cuda.Stream]] = PerThread(dict)  # shared by threads, memory would be too
 
 
 @contextlib.contextmanager
 def overlap() -> Iterator[None]:
-    """Let PVM's branches run beside the feed-forward networks in decoding steps, in this thread or task.
+    """Let PVM's branches run beside the feed-forward networks in decoding steps, in this thread.
 
-    The numbers are the same. Graphs that torch.compile makes, prompts and training stay as they are; on a CPU the
-    branch is only computed a little earlier.
+    The numbers are those of the plain order. In a graph of torch.compile, which is then made anew, the branch is an
+    operator that the compiler does not look into. Prompts and training stay as they are; on a CPU the branch is only
+    computed a little earlier.
     """
-    token = _overlap.set(True)
+    before, _scope.here.on = _scope.here.on, True
     try:
         yield
     finally:
-        _overlap.reset(token)
+        _scope.here.on = before
 
 
 def may_overlap(x: torch.Tensor, brings_images: bool) -> bool:
     """Whether the branch on the residual stream x [B, T, D] of this call may run beside the network."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # torch before 2.12 cannot compile a context variable
+    if torch.is_grad_enabled() or not _scope.here.on:
         return False
-    return _overlap.get() and not brings_images and x.ndim == 3 and x.shape[1] <= MOST_POSITIONS
+    return not brings_images and x.ndim == 3 and x.shape[1] <= MOST_POSITIONS
+
+
+def beside(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Work inside goes to the second stream of a CUDA device, behind all that its current stream has been given."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    if device not in _streams.here:
+        _streams.here[device] = torch.cuda.Stream(device)
+    _streams.here[device].wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(_streams.here[device])
+
+
+def wait(device: torch.device) -> None:
+    """The current stream of a CUDA device waits for what `beside` was given in this thread."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_streams.here[device])
 
 
 class Fork:
     """Work that has been started on the second stream of x's device.
 
     Args:
-        x: what it begins with; what current streams still do to it is waited for.
-        work: makes the updates [B, T, D].
+        x: the residual stream [B, T, D]; what current streams still do to it is waited for.
+        works: what to start.
     """
 
-    def __init__(self, x: torch.Tensor, work: Callable[[], Updates]):
-        self._stream: torch.cuda.Stream | None = None
-        if not x.is_cuda:
-            self._updates = work()
-            return
-        if x.device not in _streams.here:
-            _streams.here[x.device] = torch.cuda.Stream(x.device)
-        self._stream = _streams.here[x.device]
-        self._stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(self._stream):
-            self._updates = work()
+    def __init__(self, x: torch.Tensor, works: Sequence[Work]):
+        self._device, self._works = x.device, works  # what they read is kept until the join
+        with beside(x.device):
+            self._updates = [work.update(x) for work in works]
 
-    def join(self) -> Updates:
-        """The updates; the current stream waits for them."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-        return self._updates
+    def join(self, y: torch.Tensor) -> torch.Tensor:
+        """What leaves the network, [B, T, D] or [B * T, D], and the updates; the current stream waits for them."""
+        wait(self._device)
+        return added(y, self._updates)
