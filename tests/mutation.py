@@ -19,7 +19,7 @@ def stand_in(
     module: Any,
     outside: Callable[[Arguments], Arguments] = lambda given: given,
     inside: Callable[[Arguments], Arguments] = lambda given: given,
-    result: Callable[[Any], Any] = lambda output: output,
+    result: Callable[[Any], Any] | None = None,
     hooks: bool = True,
 ) -> None:
     """Change how a module is called, in place; before a memory is attached, as an installed release would.
@@ -28,18 +28,24 @@ def stand_in(
         module: the module.
         outside: what the caller gives, as hooks are to see it.
         inside: the way back, for the module's own code.
-        result: what the module returns, as hooks are to see it.
+        result: what the module returns, as hooks are to see it; the caller gets what it always did.
         hooks: whether its hooks are called at all.
     """
     kind: Any = type(module)
+    own: list[Any] = []  # what the calls in progress returned
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not hooks:
             return self.forward(*args, **kwargs)
-        return kind.__call__(self, *args, **outside(kwargs))
+        output = kind.__call__(self, *args, **outside(kwargs))
+        return output if result is None else own.pop()
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return result(kind.forward(self, *args, **inside(kwargs)))
+        output = kind.forward(self, *args, **inside(kwargs))
+        if result is None:
+            return output
+        own.append(output)
+        return result(output)
 
     forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
     module.__class__ = type(

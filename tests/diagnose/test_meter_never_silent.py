@@ -54,7 +54,7 @@ def cache_in_a_box(model: Any) -> None:
 MUTATIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "pixel_values renamed": (lambda m: mutation.renamed(m.model, "pixel_values", "picture"), RIGHT),
     "encoder outputs renamed": (lambda m: mutation.renamed(m.model, "mm_encoder_outputs", "seen"), RIGHT),
-    "input_ids renamed": (lambda m: mutation.renamed(m.model, "input_ids", "tokens"), "visual_mask needs"),
+    "input_ids renamed": (lambda m: mutation.renamed(m.model, "input_ids", "tokens"), "looked for input_ids"),
     "inputs_embeds renamed": (lambda m: mutation.renamed(Backbone.of(m).decoder, "inputs_embeds", "states"), RIGHT),
     "cache argument renamed": (caches_renamed, RIGHT),
     "cache no Cache": (cache_in_a_box, "the meter finds no KV cache"),

@@ -7,6 +7,7 @@ computes what the base does; with it on, the right result or an error, never the
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -52,10 +53,9 @@ def caches_renamed(module: Any) -> None:
 
 def cache_in_another_field(decoder: Any) -> None:
     def result(output: Any) -> Any:
-        return Renamed(**{"kept" if isinstance(v, Cache) else n: v for n, v in output.items()})
-
-    class Renamed(ModelOutput):
-        def __post_init__(self) -> None: ...
+        fields = {"kept" if isinstance(value, Cache) else name: value for name, value in output.items()}
+        kind = dataclasses.make_dataclass("Renamed", [(name, object, None) for name in fields], bases=(ModelOutput,))
+        return kind(**fields)
 
     mutation.stand_in(decoder, result=result)
 
@@ -73,7 +73,7 @@ MUTATIONS: dict[str, tuple[Callable[[Any], None], str]] = {
     "pixel_values renamed": (lambda m: mutation.renamed(m.model, "pixel_values", "picture"), RIGHT),
     "encoder outputs renamed": (lambda m: mutation.renamed(m.model, "mm_encoder_outputs", "seen"), RIGHT),
     "pixels unseen": (lambda m: pixels_in_a_closure(m.model), RIGHT),
-    "input_ids renamed": (lambda m: mutation.renamed(m.model, "input_ids", "tokens"), "visual_mask needs"),
+    "input_ids renamed": (lambda m: mutation.renamed(m.model, "input_ids", "tokens"), "looked for input_ids"),
     "inputs_embeds renamed": (lambda m: mutation.renamed(Backbone.of(m).decoder, "inputs_embeds", "states"), RIGHT),
     "inputs_embeds lost": (
         lambda m: mutation.stand_in(
@@ -84,6 +84,12 @@ MUTATIONS: dict[str, tuple[Callable[[Any], None], str]] = {
         "was given no embeddings",
     ),
     "cache argument renamed": (lambda m: caches_renamed(Backbone.of(m).decoder), RIGHT),
+    "cache in another field": (lambda m: cache_in_another_field(Backbone.of(m).decoder), RIGHT),
+    "output a tuple": (lambda m: mutation.stand_in(Backbone.of(m).decoder, result=lambda o: o.to_tuple()), RIGHT),
+    "output lost": (
+        lambda m: mutation.stand_in(Backbone.of(m).decoder, result=lambda output: output.last_hidden_state),
+        "no KV cache was found",
+    ),
     "cache no Cache": (lambda m: cache_in_a_box(Backbone.of(m).decoder), "no KV cache was found"),
     "cache copied": (lambda m: mutation.stand_in(Backbone.of(m).vlm, mutation.copied), "did not see being read"),
     "vlm without hooks": (lambda m: mutation.stand_in(m.model, hooks=False), "not as a part of a call of"),
@@ -127,9 +133,10 @@ def _by_keyword(norm: Any) -> None:
 
 
 def results(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits of a forward without a cache, and of three generated tokens."""
+    """Logits of a forward without a cache, of three generated tokens, and of one behind a cache that the model made."""
     steps = generate(model, inputs, n=3).logits
-    return torch.cat([logits(model, inputs, use_cache=False)[:, -1:], torch.stack(steps, 1)], 1)
+    behind = step(model, prefilled(model, inputs))
+    return torch.cat([logits(model, inputs, use_cache=False)[:, -1:], torch.stack(steps, 1), behind], 1)
 
 
 @pytest.mark.parametrize("change", MUTATIONS)

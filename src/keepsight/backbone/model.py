@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from keepsight.backbone.decoders import MIXERS, LayerParts, layer_parts, why_no_shape
 from keepsight.backbone.parts import Family, VisionParts
 from keepsight.backbone.table import family_of
-from keepsight.errors import UnsupportedModelError
+from keepsight.errors import KeepsightError, UnsupportedModelError
 
 _PIXELS = {"pixel_values": "image", "pixel_values_videos": "video"}
 #: Arguments of a VLM with floating-point tensors of two or more dimensions that hold no image.
@@ -272,12 +272,18 @@ class Backbone:
 
         Returns:
             Bool mask [B, T], true at image and video positions.
+
+        Raises:
+            KeepsightError: if both are None.
         """
         tokens = self.visual_token_ids(modalities)
         if input_ids is not None:
             return torch.isin(input_ids, torch.tensor(tokens, device=input_ids.device))
         if inputs_embeds is None:
-            raise ValueError("visual_mask needs input_ids or inputs_embeds; both are None.")
+            raise KeepsightError(
+                "Which positions are visual cannot be told: looked for input_ids or inputs_embeds among what the model "
+                "was given, and found neither. Give one of them under that name."
+            )
         table = self.vlm.get_input_embeddings()
         mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         for token in tokens:
