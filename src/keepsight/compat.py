@@ -12,15 +12,18 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
+from packaging.version import Version
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from keepsight.errors import KeepsightError
+from keepsight.errors import KeepsightError, KeepsightWarning
 
 #: What `generate` returns, with the name of the cache as this release writes it: base of our own generation outputs.
 GenerationOutput = GenerateDecoderOnlyOutput
@@ -137,6 +140,8 @@ _LOADING = "_load_pretrained_model"
 def when_loaded(model: Any, check: Callable[[list[str]], None]) -> None:
     """Let `check` see, once, which names of a file transformers' own `load_adapter` found no place for.
 
+    Who comes that way is also told which of transformers' methods do not work with the installed PEFT.
+
     Args:
         model: a transformers model, of which an adapter is being made; others have no such method.
         check: a function that can be pickled; may raise.
@@ -155,6 +160,16 @@ def _checked_loading(check: Callable[[list[str]], None], *args: Any, **kwargs: A
     not_loaded(model)
     found = getattr(model, _LOADING)(*args, **kwargs)
     check(sorted(found[0].unexpected_keys))
+    installed = metadata.version("peft")
+    if Version(installed) < Version(MIN_PEFT_VERSION):
+        warnings.warn(
+            f"load_adapter has loaded the memory, and it is on. transformers {metadata.version('transformers')} wants "
+            f"PEFT >= {MIN_PEFT_VERSION} (found {installed}) in its other methods, so set_adapter, disable_adapters, "
+            "enable_adapters, add_adapter, delete_adapter and save_pretrained will refuse. To use those, load with "
+            "PeftModel.from_pretrained(model, folder) or keepsight.load(folder) instead, which need no newer PEFT.",
+            KeepsightWarning,
+            stacklevel=3,
+        )
     return found
 
 

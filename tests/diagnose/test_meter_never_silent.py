@@ -13,6 +13,7 @@ from helpers import generate
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+import keepsight
 from keepsight.backbone import Backbone
 from keepsight.compat import cache_argument
 from keepsight.diagnose.instruments.attention import AttentionMeter
@@ -102,3 +103,13 @@ def test_other_placeholder_tokens_are_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Backbone, "visual_token_ids", lambda *_: (119,))
     with pytest.raises(ValueError, match="no position of it is visual"):
         mass(model, inputs)
+
+
+@pytest.mark.parametrize("layers", [None, "auto"])
+def test_a_model_without_softmax_attention_is_an_error(layers: Any) -> None:
+    model = BY_NAME["qwen3_5"].build()
+    decoder = Backbone.of(model).decoder
+    decoder.layers = decoder.layers[:1]
+    assert not Backbone.has_softmax_attention(decoder.layers[0])
+    with pytest.raises(keepsight.UnsupportedModelError, match=r"None of this .* has softmax attention"):
+        AttentionMeter(model, layers=layers)

@@ -45,7 +45,7 @@ class AttentionMeter:
         where: record also how the mass of row 0 spreads over the visual tokens (M more numbers per measured step).
 
     Raises:
-        UnsupportedModelError: if the model's family is unknown.
+        UnsupportedModelError: if the model's family is unknown, or none of its layers has softmax attention.
         KeepsightError: if `layers` names a layer that does not exist or has no softmax attention.
 
     Example:
@@ -256,6 +256,11 @@ def _require_cache(backbone: Backbone, args: tuple, kwargs: dict, output: Any) -
 
 def _choose_layers(backbone: Backbone, layers: Any) -> list[int]:
     able = [i for i, layer in enumerate(backbone.layers) if Backbone.has_softmax_attention(layer)]
+    if not able:
+        raise UnsupportedModelError(
+            f"None of this {backbone.family.name}'s {len(backbone.layers)} decoder layers has softmax attention, so "
+            "there is no attention mass to measure: expected one at least."
+        )
     if layers is None:
         return able
     if isinstance(layers, str):
