@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 
 from keepsight.errors import KeepsightWarning
 from keepsight.modes import readable
-from keepsight.shipped import REFERENCE_NAME, VISMEM_NAME, portable_name
+from keepsight.shipped import REFERENCE_NAME, SHIPPED_NAMES, portable_name
 
 CARD = "README.md"
 _TEMPLATES = "# Model Card for Model ID"  # stands in PEFT's
@@ -44,7 +44,7 @@ def publishing(push: Callable[..., Any]) -> Callable[..., Any]:
 def hub_name(base: str | None) -> str | None:
     """A base's id on the hub, for a card's metadata; None for a folder of this machine and for what is shipped."""
     is_id = base is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) is not None
-    return base if is_id and base not in (REFERENCE_NAME, VISMEM_NAME) and not Path(str(base)).exists() else None
+    return base if is_id and base not in SHIPPED_NAMES and not Path(str(base)).exists() else None
 
 
 def names_base(base: str | None) -> str:
@@ -61,7 +61,7 @@ def to_be_written(config: Any) -> Any:
         config: the memory's; is left as it is.
     """
     base = portable_name(config.base_model_name_or_path)
-    if not base or base in (REFERENCE_NAME, VISMEM_NAME) or hub_name(base) or not _publishing.get():
+    if not base or base in SHIPPED_NAMES or hub_name(base) or not _publishing.get():
         return config
     warnings.warn(
         f"What is published does not name its base: {base} is a folder of this machine. Name it by its id on the hub "

@@ -1,14 +1,17 @@
-"""What ships with keepsight, by name: a small model, which adapters record instead of a path, and a memory for it."""
+"""What ships with keepsight, by name: a small model, which adapters record instead of a path, and its memories."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 REFERENCE_NAME = "keepsight/reference"
+PVM_NAME = "keepsight/reference-pvm"
+"""The PVM for the reference VLM that `keepsight demo` trains, with seed 0."""
 VISMEM_NAME = "keepsight/reference-vismem"
 """A VisMem for the reference VLM, trained in the lab through both stages."""
 IMAGE_NAME = "keepsight/digits.png"
 """A grid of handwritten digits, as the reference VLM reads it."""
+SHIPPED_NAMES = (REFERENCE_NAME, PVM_NAME, VISMEM_NAME)
 _FOLDER = Path(__file__).parent / "lab" / "weights" / "reference"
 
 
@@ -34,8 +37,9 @@ def resolve_base(name: str | Path) -> str | Path:
 
 
 def resolve_adapter(name: str | Path) -> str | Path:
-    """Where an adapter is: the shipped memory by its name, else `name`."""
-    return _FOLDER.parent / "vismem" if str(name) == VISMEM_NAME else name
+    """Where an adapter is: a shipped memory by its name, else `name`."""
+    folder = {PVM_NAME: "pvm", VISMEM_NAME: "vismem"}.get(str(name))
+    return name if folder is None else _FOLDER.parent / folder
 
 
 def portable_name(base: str | None) -> str | None:

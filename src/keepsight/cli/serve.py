@@ -17,6 +17,7 @@ from keepsight.cli.common.progress import Waiting
 from keepsight.errors import KeepsightError, KeepsightWarning
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+_FAR = 2000  # words between an image and a question about it, on the page
 
 
 @with_examples(
@@ -147,6 +148,7 @@ def serve(
         remote_hosts=tuple(allow_remote_host or ()),
         trusted_hosts=trusted,
         chat=chat,
+        far_reading=_far_reading,
     )
     sets = {settings.name: infos} | _further(model or [], base_name, settings.name)
     if engine == "vllm" and chat:
@@ -184,6 +186,15 @@ def serve(
 
     run(api.app(), taken, shutdown_timeout, ready)
     say("[finished]")
+
+
+def _far_reading(processor: Any) -> Any:
+    """For the page: what the lab knows to ask of its own models."""
+    from keepsight.lab.cases import DigitGrids
+    from keepsight.lab.samples import far_reading
+    from keepsight.serve.openai.settings import FarReading
+
+    return None if DigitGrids.of(processor) is None else FarReading(**far_reading(_FAR))
 
 
 def _further(models: list[str], base_name: str, first: str) -> dict[str, list[Any]]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from keepsight.data.images import open_image
 from keepsight.lab.digits import CELLS, draw_grids
-from keepsight.lab.narration import FILLER, STOP, VOCABULARY, filler_ids
+from keepsight.lab.narration import DESCRIBE, FILLER, READ, STOP, VOCABULARY, filler_ids
 from keepsight.shipped import IMAGE_NAME
 
 
@@ -41,3 +41,16 @@ def sample_narration(rng: np.random.Generator, seed: int, facts: int = 3, gap: i
         words += [Word(CELLS[cell], "cell"), Word(str(digits[cell]), "digit"), Word(STOP, "stop")]
     assert all(word.text in FILLER for word in words if word.kind == "filler")
     return words
+
+
+def far_reading(length: int, seed: int = 0) -> dict[str, str]:
+    """A conversation in which the model reads an image far from it, as `keepsight chat` leads it.
+
+    Returns:
+        `asked`: what is asked first; `text`: the answer, `length` words of filler; `question`: what is asked then;
+        `regex`: all answers that name each cell with a digit. Left to itself the model chooses the cells, and names one
+        again and again.
+    """
+    words = [VOCABULARY[i] for i in filler_ids(1, length, np.random.default_rng(seed))[0]]
+    facts = " ".join(rf"{cell} [0-9] \{STOP}" for cell in CELLS)
+    return {"asked": DESCRIBE, "text": " ".join(words), "question": READ, "regex": facts}

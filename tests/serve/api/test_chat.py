@@ -10,11 +10,11 @@ import httpx
 import numpy as np
 import pytest
 from chromium import chromium
-from helpers import attach
 from live import NAME, serving, wait_for
 
 import keepsight
-from keepsight.lab.samples import example_image, example_images
+from keepsight.lab.samples import example_image, example_images, far_reading
+from keepsight.serve.openai.settings import FarReading
 
 
 def request(prompt="read", image=None, memory=True, **more):
@@ -28,12 +28,8 @@ def request(prompt="read", image=None, memory=True, **more):
 
 @pytest.fixture(scope="module", params=["PVM", "VisMem"])
 def live(request):
-    if request.param == "VisMem":
-        model, processor = keepsight.load("keepsight/reference-vismem")
-    else:
-        base, processor = keepsight.load("keepsight/reference")
-        model = attach(base, width=32, gate=0.3)
-    with serving(model, processor, chat=True) as live:
+    model, processor = keepsight.load(f"keepsight/reference-{request.param.lower()}")
+    with serving(model, processor, chat=True, far_reading=lambda _: FarReading(**far_reading(2000))) as live:
         yield live
 
 
@@ -139,6 +135,8 @@ def test_the_page_is_only_there_where_it_is_offered(live):
     assert "http://" not in page.text.replace("http://127", "")
     assert "https://" not in page.text
     assert "connect-src 'self'" in page.headers["content-security-policy"]
+    assert httpx.get(f"{live.url}/chat/far", params={"model": NAME}).json()["question"] == "read"
+    assert httpx.get(f"{live.url}/chat/far", params={"model": "another"}).status_code == 404
     model, processor = keepsight.load("keepsight/reference")
     with serving(model, processor) as plain:
         assert httpx.get(f"{plain.url}/chat").status_code == 404
@@ -167,13 +165,13 @@ def test_in_a_browser(live, tmp_path, width):
         wait_for(lambda: image.name in window.find_element("id", "drop").text)
         window.find_element("id", "text").send_keys("read")
         window.find_element("id", "send").click()
-        wait_for(lambda: window.find_elements("css selector", ".a span"), 60)
+        wait_for(lambda: window.find_elements("css selector", ".a span[tabindex]"), 60)
         wait_for(lambda: window.find_element("id", "send").is_enabled(), 60)
         assert [h.text for h in window.find_elements("css selector", ".pair h2")] == ["with the memory", "without"]
         drawn = "const c = document.querySelector('canvas'); return c.toDataURL()"
         empty = window.execute_script(drawn)
         seen = set()
-        for word in window.find_elements("css selector", ".a span")[:3]:
+        for word in window.find_elements("css selector", ".a span[tabindex]")[:3]:
             window.execute_script("arguments[0].click()", word)
             seen.add(window.execute_script(drawn))
         assert len(seen) >= 2
@@ -182,6 +180,18 @@ def test_in_a_browser(live, tmp_path, width):
         wide = window.execute_script("return document.documentElement.scrollWidth")
         assert wide <= width
         rights = "return [...document.querySelectorAll('main *, #bar *')].map(n => n.getBoundingClientRect().right)"
+        assert max(window.execute_script(rights)) <= width
+        window.find_element("id", "clear").click()
+        window.find_element("id", "long").click()
+        wait_for(lambda: len(window.find_elements("css selector", ".turn")) == 3, 60)
+        wait_for(lambda: window.find_element("id", "send").is_enabled(), 60)
+        others = "a => a.querySelectorAll('.changed').length"
+        others = f"return [...document.querySelectorAll('.turn:last-child .a')].map({others})"
+        kept, lost = window.execute_script(others)
+        assert kept < lost / 2  # what the memory is for: far from the image it changes fewer words
+        invoked = window.find_elements("css selector", ".turn:last-child .a .mem")
+        assert ["◆" in mark.text for mark in invoked] == [True] * len(invoked)
+        assert bool(invoked) == ("vismem" in live.api.offers[NAME].served.memories)
         assert max(window.execute_script(rights)) <= width
         window.find_element("id", "long").click()
         window.find_element("id", "clear").click()  # while it writes: what comes late belongs to nothing

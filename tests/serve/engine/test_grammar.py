@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Literal
 
@@ -161,3 +162,34 @@ def test_a_dead_end_is_an_error_and_not_an_answer(remembering):
         grammar.write(token)
     with pytest.raises(ApiError, match="no token that could come next"):
         grammar.constrained(torch.zeros(1, len(tokenizer)), ())
+
+
+CELLS = r"a1 [0-9] \. d[1-4] (7|8) \."
+
+
+@pytest.mark.parametrize("shipped", ["keepsight/reference-pvm", "keepsight/reference-vismem"])
+def test_an_answer_matches_a_regular_expression(shipped):
+    """Of whole words, whose beginnings can be all that is known of what must come; and of letters."""
+    with serving(*keepsight.load(shipped)) as live:
+        bodies = [
+            asked(None, response_format=None, structured_outputs={"regex": CELLS}, temperature=t) for t in (0, 1.0)
+        ]
+        for body in bodies:
+            (choice,) = choices(live, body)
+            assert choice["finish_reason"] == "stop"
+            assert re.fullmatch(CELLS, choice["message"]["content"])
+        for regex, code in (("a1 (", "invalid_regex"), ("(?=a)a1", "invalid_regex"), ("elephant", "unwritable_schema")):
+            body = asked(None, response_format=None, structured_outputs={"regex": regex})
+            reply = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=60)
+            assert reply.status_code == 400
+            assert reply.json()["error"]["param"] == "structured_outputs.regex"
+            assert reply.json()["error"]["code"] == code
+
+
+def test_letters_match_a_regular_expression(letters):
+    regex = r"(red|blue)/[0-9]{2,4}"
+    hot = {"temperature": 1.5, "seed": 1, "n": 4}
+    body = asked(None, response_format=None, structured_outputs={"regex": regex}, **hot)
+    found = choices(letters, body)
+    assert all(re.fullmatch(regex, choice["message"]["content"]) for choice in found)
+    assert len({choice["message"]["content"] for choice in found}) > 1

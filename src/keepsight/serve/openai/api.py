@@ -219,8 +219,7 @@ class Api:
         )
         memory = offer.served.has_memory and asked.keepsight.memory is not False
         source = (text, media) if self.engine.wants_source else None
-        held = asked.schema_asked
-        grammar = None if held is None else offer.grammars.compile(held[1], held[0])
+        grammar = offer.grammar(asked)
         return Job(inputs, length, sampling, asked.n, memory, events.send, turn.end, offer.key, grammar, source)
 
     async def in_thread(self, call: Any, *args: Any) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from keepsight.serve.hf.grammar import Grammars
+from keepsight.serve.hf.grammar import Grammar, Grammars
 from keepsight.serve.hf.served import Served
+from keepsight.serve.openai.asked.request import ChatRequest
 from keepsight.serve.openai.asked.tools import asks_in_known_form
 from keepsight.serve.openai.images.sources import ImageSources
 from keepsight.serve.openai.names import TokenNames
@@ -35,6 +36,13 @@ class Offer:
         self.token_names = TokenNames(copy.deepcopy(served.tokenizer))
         self.grammars = Grammars(copy.deepcopy(served.tokenizer), served.vocabulary, served.ends)
         self.reads_calls = asks_in_known_form(served.processor)
+
+    def grammar(self, asked: ChatRequest) -> Grammar | None:
+        """What the answers to a request are held to."""
+        if asked.structured_outputs is not None:
+            return self.grammars.compile_regex(asked.structured_outputs.regex, "structured_outputs.regex")
+        held = asked.schema_asked
+        return None if held is None else self.grammars.compile(held[1], held[0])
 
     def describe(self) -> dict[str, Any]:
         """OpenAI's model object."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 MB = 1_000_000
 
@@ -57,6 +59,23 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class FarReading:
+    """For a model that cannot write a long text about anything: one, to be put before a question on the page.
+
+    Attributes:
+        asked: what the long text answers.
+        text: the long text.
+        question: what can be asked of this model.
+        regex: what its answers to that are held to.
+    """
+
+    asked: str
+    text: str
+    question: str
+    regex: str
+
+
+@dataclass(frozen=True)
 class ServeSettings:
     """How a server behaves.
 
@@ -68,6 +87,7 @@ class ServeSettings:
         remote_hosts: hosts that images may be fetched from; by default none.
         trusted_hosts: `Host` headers that are answered; empty: any.
         chat: whether there is a page to try the model on, at /chat.
+        far_reading: for the page, by a model's processor.
     """
 
     name: str
@@ -77,3 +97,4 @@ class ServeSettings:
     remote_hosts: tuple[str, ...] = ()
     trusted_hosts: tuple[str, ...] = ()
     chat: bool = False
+    far_reading: Callable[[Any], FarReading | None] = lambda processor: None

@@ -40,7 +40,7 @@ class VllmEngine(BatchEngine):
     """
 
     wants_source, takes_videos = True, False
-    unserved = ("response_format",)  # vLLM's own would begin anew behind every memory
+    unserved = ("response_format", "structured_outputs")  # vLLM's own would begin anew behind every memory
 
     def __init__(
         self,

@@ -72,6 +72,14 @@ class SchemaFormat(Strict):
 
 
 Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
+
+
+class StructuredOutputs(Strict):
+    """vLLM's: the whole answer matches `regex` (Rust's syntax). JSON goes by `response_format`."""
+
+    regex: Annotated[str, Field(min_length=1, max_length=16_384)]
+
+
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -98,6 +106,7 @@ class ChatRequest(Strict):
     presence_penalty: Penalty = 0.0
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=1024)
     response_format: Format | None = None
+    structured_outputs: StructuredOutputs | None = None
     tools: list[Tool] = Field(default_factory=list, max_length=128)
     tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
@@ -188,12 +197,11 @@ def _check_together(asked: ChatRequest) -> None:
         raise bad("top_logprobs has no effect without logprobs: true.", "top_logprobs", "invalid_value")
     if asked.stream_options is not None and not asked.stream:
         raise bad("stream_options has no effect without stream: true.", "stream_options", "invalid_value")
-    if asked.offered and asked.schema_asked is not None:
-        raise bad(
-            "response_format: an answer that is held to JSON can call no tool. Send one of them.",
-            "response_format",
-            "invalid_value",
-        )
+    held = [name for name in ("response_format", "structured_outputs") if getattr(asked, name) is not None]
+    if len(held) > 1:
+        raise bad("structured_outputs: response_format holds the answer already. Send one.", held[1], "invalid_value")
+    if held and asked.offered:
+        raise bad(f"{held[0]}: an answer that is held to a form can call no tool. Send one.", held[0], "invalid_value")
     if asked.tools and not asked.parallel_tool_calls:
         raise bad(
             "parallel_tool_calls: expected True; the model decides how many calls it makes.",

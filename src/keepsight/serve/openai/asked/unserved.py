@@ -13,6 +13,7 @@ UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "function_call": (("none",), "send tools and tool_choice, which replaced it"),
     "functions": (([],), "send tools, which replaced it"),
     "guided_json": ((), "send response_format, with type json_schema"),
+    "guided_regex": ((), "send structured_outputs, with a regex"),
     "modalities": ((["text"],), "it answers in text"),
     "moderation": ((), _LEAVE_OUT),
     "prediction": ((), _LEAVE_OUT),
@@ -21,7 +22,6 @@ UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "reasoning_effort": (("none",), _LEAVE_OUT),
     "service_tier": (("auto", "default"), _LEAVE_OUT),
     "store": ((False,), "it stores nothing"),
-    "structured_outputs": ((), "send response_format, with type json_schema"),
     "verbosity": (("medium",), _LEAVE_OUT),
     "web_search_options": ((), "it searches nothing"),
 }

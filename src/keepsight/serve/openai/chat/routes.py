@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import asdict
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ _HEADERS = {
 
 
 def add_chat_page(app: FastAPI, api: Api) -> None:
-    """Add `/chat` and `/chat/look` to a server, whose other routes are `api`."""
+    """Add `/chat` and what it needs to a server, whose other routes are `api`."""
 
     @app.get("/chat", include_in_schema=False)
     async def page() -> Response:
@@ -40,6 +41,12 @@ def add_chat_page(app: FastAPI, api: Api) -> None:
     async def example() -> Response:
         """An image for who has none at hand: the digits that the built-in models read."""
         return FileResponse(resolve_image(IMAGE_NAME), media_type="image/png")
+
+    @app.get("/chat/far", include_in_schema=False)
+    async def far(model: str) -> Response:
+        """A long text for a model that cannot write one, and what to ask behind it; null for all others."""
+        found = api.settings.far_reading(api.offer(model, "model").served.processor)
+        return JSONResponse(None if found is None else asdict(found))
 
     @app.post("/chat/look", include_in_schema=False)
     async def look_at(request: Request) -> Response:
