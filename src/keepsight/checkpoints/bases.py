@@ -41,8 +41,7 @@ def refuse_address(source: str | Path) -> None:
         raise KeepsightError(f"{source} is the address of a page; a model on the hub is named by its id: {page['id']}")
     raise KeepsightError(
         f"{source} is a web address, where a folder or a hub id (owner/name) is expected. A server that runs keeps "
-        "its model to itself: talk to it by the OpenAI API, or start it with its own page, keepsight serve MODEL "
-        "--chat, and open ADDRESS/chat in a browser."
+        "its model to itself: talk to it by the OpenAI API, or on a page: keepsight chat ADDRESS."
     )
 
 

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from chromium import chromium
 from live import NAME, serving, wait_for
+from starlette.testclient import TestClient
 
 import keepsight
+from keepsight.errors import KeepsightError
 from keepsight.lab.samples import example_image, example_images, far_reading
+from keepsight.serve.openai.chat.remote import Remote, remote_page
 from keepsight.serve.openai.settings import FarReading
 
 
@@ -141,6 +144,44 @@ def test_the_page_is_only_there_where_it_is_offered(live):
     with serving(model, processor) as plain:
         assert httpx.get(f"{plain.url}/chat").status_code == 404
         assert httpx.post(f"{plain.url}/chat/look", json={}).status_code == 404
+
+
+def test_the_page_for_a_server_elsewhere(live):
+    """It hands on what the page asks, whole and streamed, for this machine alone, and says what the server cannot."""
+    remote = Remote(f"{live.url}/v1/")
+    assert remote.check() == [NAME]
+    asked = request()
+    answer, told = answered(live, asked)
+    with TestClient(remote_page(remote), base_url="http://localhost") as here:
+        assert here.get("/chat").text == httpx.get(f"{live.url}/chat").text
+        assert here.get("/chat/far", params={"model": NAME}).json()["question"] == "read"
+        assert here.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"] == answer
+        stream = here.post("/v1/chat/completions", json=asked | {"stream": True})
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        assert stream.text.rstrip().endswith("data: [DONE]")
+        memories = [{"type": one["kind"], "text_offset": one["text_offset"]} for one in told["invocations"]]
+        seen = here.post("/chat/look", json={"request": asked, "answer": answer, "invocations": memories})
+        assert seen.json() == looked(live, asked, answer, told).json()
+        wrong = here.post("/v1/chat/completions", json={"model": NAME})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "messages")
+        assert here.post("/chat/look", content="{}", headers={"Content-Type": "text/plain"}).status_code == 415
+        assert here.get("/chat", headers={"Host": "elsewhere.example"}).status_code == 400
+
+
+def test_servers_that_cannot_be_used_or_tell_less():
+    model, processor = keepsight.load("keepsight/reference")
+    with serving(model, processor, api_key="secret") as plain:
+        with pytest.raises(KeepsightError, match="wants a key"):
+            Remote(plain.url).check()
+        with TestClient(remote_page(Remote(plain.url, "secret")), base_url="http://localhost") as here:
+            assert here.get("/v1/models").json()["data"][0]["id"] == NAME
+            less = here.post("/chat/look", json={})
+            assert (less.status_code, "--chat does" in less.json()["error"]["message"]) == (404, True)
+        with pytest.raises(KeepsightError, match="is no server of OpenAI's API"):
+            Remote(f"{plain.url}/docs", "secret").check()
+        gone = plain.url
+    with pytest.raises(KeepsightError, match="does not answer"):
+        Remote(gone).check()
 
 
 @pytest.mark.parametrize("width", [1200, 390])

@@ -5,42 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import asdict
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from keepsight.serve.errors import bad
 from keepsight.serve.openai.asked.request import parse
 from keepsight.serve.openai.chat.look import Look, look
+from keepsight.serve.openai.chat.page import chat_page, example_image
 from keepsight.serve.openai.http import read_body, require_json
-from keepsight.shipped import IMAGE_NAME, resolve_image
 
 if TYPE_CHECKING:
     from keepsight.serve.openai.api import Api
-
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data: blob:",
-    "Cache-Control": "no-store",
-}
 
 
 def add_chat_page(app: FastAPI, api: Api) -> None:
     """Add `/chat` and what it needs to a server, whose other routes are `api`."""
 
-    @app.get("/chat", include_in_schema=False)
-    async def page() -> Response:
-        """The page. It loads nothing from anywhere, and talks to this server alone."""
-        text = files(__package__).joinpath("chat.html").read_text(encoding="utf-8")
-        return HTMLResponse(text, headers=_HEADERS)
-
-    @app.get("/chat/example.png", include_in_schema=False)
-    async def example() -> Response:
-        """An image for who has none at hand: the digits that the built-in models read."""
-        return FileResponse(resolve_image(IMAGE_NAME), media_type="image/png")
+    app.get("/chat", include_in_schema=False)(chat_page)
+    app.get("/chat/example.png", include_in_schema=False)(example_image)
 
     @app.get("/chat/far", include_in_schema=False)
     async def far(model: str) -> Response:
