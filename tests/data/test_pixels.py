@@ -5,9 +5,11 @@ import json
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageSequence, features
 
 from keepsight.data.images import ImageError, open_image
@@ -106,6 +108,27 @@ def check(seen: Image.Image, shown: np.ndarray, tolerance: int) -> None:
 def test_every_mode_in_memory(mode: str) -> None:
     picture, shown = in_mode(mode)
     check(open_image(picture), shown, 8 if mode in ("1", "HSV", "YCbCr") else 1)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_an_array_is_its_picture_or_a_lesson(mode: str) -> None:
+    """uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], of numpy or torch; of others nobody knows which is meant."""
+    picture, shown = in_mode(mode)
+    pixels = np.asarray(picture)
+    same = [pixels, torch.from_numpy(pixels.copy()), pixels.astype(int), *([pixels[..., None]] if mode == "L" else [])]
+    for array in same:
+        check(open_image(array), shown, 1)
+    channels_first = pixels[None] if mode == "L" else np.moveaxis(pixels, -1, 0)
+    for array in (pixels / 255.0, same[2] - 300, same[2] + 300, channels_first, pixels[None, None], pixels[:0]):
+        for given in (array, torch.from_numpy(array.copy())):
+            with pytest.raises(ImageError, match=r"this array: .*expected uint8"):
+                open_image(given)
+
+
+@pytest.mark.parametrize("empty", [b"", "", {"bytes": b"", "path": None}, {"path": None}], ids=repr)
+def test_an_image_of_nothing_is_a_lesson(empty: Any) -> None:
+    with pytest.raises(ImageError, match="without bytes and without a file's name"):
+        open_image(empty)
 
 
 def written() -> list[tuple[str, str]]:

@@ -241,6 +241,11 @@ def as_list(cell: Any) -> list[Any]:
             cell = as_json(cell, "images")
         except DataError:
             return [cell]  # a file's name
+    if isinstance(cell, (list, tuple)) and isinstance(cell[0], (list, tuple)):
+        raise DataError(
+            "images: lists within a list, as arrays of pixels are stored; which are pictures is not to be seen",
+            "Store pictures: files, bytes, or PIL.Image.fromarray(array), one of each (datasets.Image() keeps them).",
+        )
     if isinstance(cell, dict) and all(_PLACE.fullmatch(str(key)) for key in cell):  # MiniCPM-V: {"<image_00>": FILE}
         return [cell[key] for key in sorted(cell, key=lambda key: int(_PLACE.fullmatch(key)[1])) if filled(cell[key])]  # type: ignore[index]
     return [_plain(one) for one in cell] if isinstance(cell, (list, tuple)) else [_plain(cell)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from keepsight.data.pixels import ImageError, as_seen
+from keepsight.data.pixels import ImageError, as_seen, from_array
 from keepsight.installed import MissingExtraError
 from keepsight.shipped import resolve_image
 
@@ -26,6 +26,7 @@ __all__ = [
     "find_image",
     "holds_pictures",
     "is_address",
+    "is_array",
     "is_base64",
     "is_of_pictures",
     "is_picture_name",
@@ -45,7 +46,8 @@ def open_image(source: Any) -> Any:
 
     Args:
         source: a path; bytes of an image file, also in base64, with `data:image/png;base64,` before them or without; a
-            PIL image; or {"path": ..., "bytes": ...} as `datasets` stores them.
+            PIL image; an array of uint8, as `pixels.from_array` takes it; or {"path": ..., "bytes": ...} as `datasets`
+            stores them.
 
     Returns:
         A PIL image in RGB, as a browser shows it (see `pixels.as_seen`).
@@ -58,11 +60,16 @@ def open_image(source: Any) -> Any:
     if isinstance(source, Image.Image):
         with _as_lessons("this PIL image"):  # its file may be read only now
             return as_seen(source)
-    if isinstance(source, dict) and (source.get("bytes") or source.get("path")):
-        source = source.get("bytes") or source["path"]
+    if is_array(source):
+        with _as_lessons("this array"):
+            return as_seen(from_array(source))
+    if isinstance(source, dict) and {"bytes", "path"} & set(source):
+        source = source.get("bytes") or source.get("path") or b""
     if is_base64(source):
         source = _decoded(source)
-    if isinstance(source, bytes):
+    if isinstance(source, (bytes, bytearray, memoryview, str)) and not len(source):
+        raise ImageError("an image without bytes and without a file's name. Where there is none, leave its cell empty.")
+    if isinstance(source, (bytes, bytearray, memoryview)):
         name, content = f"these {len(source)} bytes", io.BytesIO(source)
     elif isinstance(source, (str, Path)):
         path = find_image(resolve_image(source))
@@ -70,7 +77,7 @@ def open_image(source: Any) -> Any:
     else:
         raise ImageError(
             f"{type(source).__name__} is not something an image can be read from; expected a path, the bytes of an "
-            "image file, or a PIL image."
+            "image file, a PIL image, or an array of uint8 [height, width, 3]."
         )
     with _as_lessons(name, content), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -98,6 +105,11 @@ def _as_lessons(name: str, content: Any = None) -> Iterator[None]:
         raise ImageError(f"{name}: the image is damaged or cut off ({what}). Copy or export it again.") from error
 
 
+def is_array(source: Any) -> bool:
+    """Whether it is an array of numpy or torch."""
+    return hasattr(source, "__array__") and hasattr(source, "ndim")
+
+
 def is_base64(source: Any) -> bool:
     """Whether this is an image as text: a data address, or how PNG, JPEG, GIF and WebP begin in base64."""
     begins = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
@@ -117,7 +129,7 @@ def holds_pictures(cell: Any, or_names: bool = False) -> bool:
         return is_base64(cell) or (or_names and is_picture_name(cell))
     if isinstance(cell, dict):
         return isinstance(cell.get("bytes"), bytes) or (or_names and bool(cell.get("path")))
-    return isinstance(cell, bytes) or hasattr(cell, "getexif")
+    return isinstance(cell, bytes) or hasattr(cell, "getexif") or is_array(cell)
 
 
 def is_picture_name(text: str) -> bool:

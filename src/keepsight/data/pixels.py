@@ -63,6 +63,37 @@ def as_seen(image: Any) -> Any:
     return image.convert("RGB")
 
 
+def from_array(array: Any) -> Any:
+    """A PIL image of an array's pixels.
+
+    Args:
+        array: numpy's or torch's, of whole numbers from 0 to 255: [H, W] or [H, W, 1] (grey), [H, W, 3] (RGB) or
+            [H, W, 4] (RGBA).
+
+    Raises:
+        ImageError: for any other, whose pixels could be meant in several ways.
+    """
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
+    if np.issubdtype(pixels.dtype, np.integer) and pixels.size and pixels.min() >= 0 and pixels.max() <= 255:
+        pixels = pixels.astype(np.uint8)
+    if (
+        not pixels.size
+        or pixels.dtype != np.uint8
+        or pixels.ndim not in (2, 3)
+        or pixels.shape[2:] not in ((), (1,), (3,), (4,))
+    ):
+        raise ImageError(
+            f"an array of {pixels.dtype} {list(pixels.shape)}; expected uint8 [height, width], or [height, width, "
+            "channels] with 1, 3 or 4 channels (grey, RGB, RGBA). Shares from 0 to 1 become that by (x * 255).round() "
+            "as uint8; channels that stand first are moved behind by numpy's moveaxis(x, 0, -1), torch's permute(1, 2, "
+            "0)."
+        )
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
+
+
 def _told_by_the_file(image: Any) -> tuple[float | None, bool, int | None]:
     """What Pillow's pixels do not say; to be asked before they are read.
 
