@@ -14,6 +14,8 @@ from helpers import CLOSE, attach, generate
 from more_families import MORE
 
 import keepsight
+from keepsight.pvm.kernels import attention_for
+from keepsight.pvm.module import sdpa
 
 ROWS = [Row(2, (2, 2), 4, seed=1), Row(3, (1, 2), 2, (2, 2), 3, seed=2), Row(4, seed=3)]
 EVERY = BY_NAME | {family.name: family for family in MORE}
@@ -116,6 +118,18 @@ def test_packed_under_flash_attention(name: str) -> None:
         for some in (["cu_seq_lens_q"], ["cu_seq_lens_q", "cu_seq_lens_k"]):
             with pytest.raises(keepsight.KeepsightError, match="packed into one row, and cu_seq_lens"):
                 model(**unplaced, **{key: told[key] for key in some}, use_cache=False)
+
+
+@pytest.mark.usefixtures("flash")
+def test_what_the_branch_gives_flash_attention() -> None:
+    """No causal mask, no sample's bounds, its own scale: sdpa's values. What needs a mask goes to sdpa."""
+    config = BY_NAME["qwen3_vl"].config().text_config
+    config._attn_implementation = "flash_attention_2"
+    query, key, value = (torch.randn(2, n, t, 16).bfloat16() for n, t in ((4, 5), (2, 7), (2, 7)))
+    kernel = attention_for(config, None)
+    assert kernel is not sdpa
+    torch.testing.assert_close(kernel(query, key, value, None), sdpa(query, key, value, None))
+    assert attention_for(config, torch.ones(2, 1, 5, 7, dtype=torch.bool)) is sdpa
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,16 @@ def test_no_processor_can_allow_what_is_forbidden():
     assert not VisMemBranch.of(model).tokens.memory_mask(out.sequences[0]).any()
 
 
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_a_processor_that_leaves_only_what_is_forbidden_is_named(do_sample):
+    """Sampling would end in "probability tensor contains inf", the likeliest of none would be token 0."""
+    model, inputs = built("qwen2_5_vl", [Row(1, (2, 2), 5, seed=2)])
+    end = VisMemBranch.of(model).tokens.end["long"]
+    options = {"do_sample": do_sample, "logits_processor": [], "prefix_allowed_tokens_fn": lambda row, ids: [end]}
+    with pytest.raises(keepsight.KeepsightError, match="leave only tokens that memory forbids"):
+        generate(model, inputs, n=8, memory="free", **options)
+
+
 @pytest.mark.parametrize("min_words", [None, 0, 1, 6])
 def test_words_between_memories_and_a_loop_is_told_of(min_words):
     model, inputs = built("qwen2_5_vl", [Row(1, (2, 2), 5, seed=2)], min_words=min_words)
@@ -148,6 +158,31 @@ def test_an_answer_with_memories_is_the_next_turns_prompt(tiny):
     second = generate(model, turn, n=12, memory=plan, invocations=first.invocations)
     cached = torch.stack(second.logits, 1)
     torch.testing.assert_close(at_choices(second, cached), at_choices(second, uncached(model, turn, second)), **CLOSE)
+
+
+@loops
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl_qwen3", "smolvlm"])
+@pytest.mark.parametrize("first", [Row(3, (1, 2), 4, seed=1), Row(5, seed=4)], ids=["an image", "words"])
+def test_an_image_in_a_later_turn(name, first):
+    """Cached equals uncached where every turn brings images, and where the first one brings none."""
+    tiny = BY_NAME[name]
+    base = tiny.build()
+    turns = [make_inputs(tiny, base, [row]) for row in (first, Row(2, (2, 2), 3, seed=2), Row(1, (1, 2), 1, (2, 2), 2))]
+    model = attach(base)
+    inputs, out = turns[0], None
+    for more in turns:
+        if out is not None:
+            written = with_continuation(inputs, out.sequences[:, inputs["input_ids"].shape[1] :])
+            along = {
+                key: 1 if tiny.by_row or value.shape == more["input_ids"].shape else 0 for key, value in more.items()
+            }
+            both = {key: [one[key] for one in (written, more) if key in one] for key in written | more}
+            inputs = {key: torch.cat(parts, along.get(key, 1)) for key, parts in both.items()}
+        plan = forced([{0: "short", 5: "long"} if "pixel_values" in inputs else {1: "long"}])
+        out = generate(model, inputs, n=26, memory=plan, invocations=None if out is None else out.invocations)
+        found = torch.stack(out.logits, 1)
+        torch.testing.assert_close(at_choices(out, found), at_choices(out, uncached(model, inputs, out)), **CLOSE)
+    assert [one.kind for one in out.invocations[0]][-4:] == ["short", "long"] * 2
 
 
 def test_latents_are_never_lost_without_a_word():

@@ -45,7 +45,7 @@ def test_null_is_not_given():
             "image_url.detail",
             "'auto', 'high' or 'low'",
         ),
-        (body([{"type": "image_url", "image_url": "u"}]), "image_url", "expected an object"),
+        (body([{"type": "image_url", "image_url": "u"}]), "image_url", "expected an object with url"),
         (body([{"type": "image_url", "image_url": {}}]), "image_url.url", "missing"),
         (body([{"type": "image", "image": "u"}]), "", "'text', 'image_url', 'file'"),
         (body([{"text": "read"}]), "", "with a type"),

@@ -47,6 +47,13 @@ class Step:
     logits: torch.Tensor
 
 
+_NOTHING_LEFT = (
+    "The options and processors of this generation (forced_eos_token_id, prefix_allowed_tokens_fn, a grammar, ...) "
+    "leave only tokens that memory forbids: its end tokens, and invocation tokens where no memory may come. Let them "
+    "allow a word too, or generate with memory='off'."
+)
+
+
 class MemoryDecoder:
     """One call of `generate`.
 
@@ -135,7 +142,12 @@ class MemoryDecoder:
         allowed = self.writer.allowed(self.rows, [self.room] * len(self.rows))
         self._note_loops(logits)
         scores = self.scores(logits, allowed)
-        ids, latents, sampled = self.writer.next(self.rows, self.draw(scores).tolist(), allowed, self.pad)
+        empty = scores.amax(-1) == -torch.inf
+        drawn = self.draw(scores.masked_fill(empty[:, None], 0.0))
+        chosen, has_none = torch.stack([drawn, empty.to(drawn.dtype)]).tolist()
+        if any(none and not row.queue and not row.is_done for row, none in zip(self.rows, has_none, strict=True)):
+            raise KeepsightError(_NOTHING_LEFT)
+        ids, latents, sampled = self.writer.next(self.rows, chosen, allowed, self.pad)
         return Step(ids, latents, sampled, allowed, scores, logits)
 
     @property

@@ -220,8 +220,6 @@ def _no_constant(name: str) -> Any:
 
 #: What pydantic says in words of Python.
 _PLAINER = {
-    "model_type": "expected an object",
-    "model_attributes_type": "expected an object",
     "missing": "this is missing",
 }
 _ASKED: dict[str, Any] = {name: getattr(spoken, name) for name in vars(spoken)} | vars(called) | dict(globals())
@@ -252,7 +250,11 @@ def _explained(error: ValidationError) -> ApiError:
         text = f"type must be one of {context['expected_tags']}"
     elif kind == "union_tag_not_found":
         text = "expected an object with a type"
+    elif kind in ("model_type", "model_attributes_type"):
+        fields = getattr(_ASKED.get(context.get("class_name")), "model_fields", {})
+        needed = [field.alias or name for name, field in fields.items() if field.is_required()]
+        text = f"expected an object{' with ' * bool(needed)}{', '.join(needed)}"
     else:
-        text = _PLAINER.get(kind, first["msg"]).removeprefix("Value error, ")
+        text = _PLAINER.get(kind, first["msg"]).removeprefix("Value error, ").replace(" after validation", "")
     message = f"{param}: {text[:1].lower()}{text[1:]}." if param else f"{text[:1].upper()}{text[1:]}."
     return bad(message, param, "invalid_value")
