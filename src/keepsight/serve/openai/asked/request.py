@@ -251,7 +251,7 @@ def _explained(error: ValidationError) -> ApiError:
     elif kind == "union_tag_not_found":
         text = "expected an object with a type"
     elif kind in ("model_type", "model_attributes_type"):
-        fields = getattr(_ASKED.get(context.get("class_name")), "model_fields", {})
+        fields = getattr(_ASKED.get(str(context.get("class_name"))), "model_fields", {})
         needed = [field.alias or name for name, field in fields.items() if field.is_required()]
         text = f"expected an object{' with ' * bool(needed)}{', '.join(needed)}"
     else:
