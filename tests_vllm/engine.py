@@ -77,7 +77,8 @@ def main(job_file: str, answers_file: str) -> None:
             ]
         )
     metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    Path(answers_file).write_text(json.dumps({"rounds": rounds, "metrics": metrics}))
+    operators = "keepsight.serve.vllm.beside" in sys.modules
+    Path(answers_file).write_text(json.dumps({"rounds": rounds, "metrics": metrics, "operators": operators}))
 
 
 def _mutate(name: str) -> None:

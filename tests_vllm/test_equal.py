@@ -91,6 +91,11 @@ def test_qwen3_5_to_within_the_rounding_of_bfloat16(make_model, serve):
     assert min(memory) > 3 * max(rounding)
 
 
+def test_what_is_not_an_option_of_keepsight_is_refused(qwen3, serve):
+    with pytest.raises(RuntimeError, match="expected nothing, or"):
+        serve(qwen3.served, [], engine={"additional_config": {"keepsight": {"overlaps": True}}})
+
+
 def test_heads_too_wide_for_the_flag_channel(qwen3, serve, tmp_path):
     """Heads of 256, as Qwen3.5's: no kernel has wider ones, so the twin heads serve, here a Qwen3-VL."""
     folder = tmp_path / "wide"
@@ -104,12 +109,15 @@ def test_heads_too_wide_for_the_flag_channel(qwen3, serve, tmp_path):
         assert_equal(wide, nine, answers)
 
 
-def test_compiled(qwen3, serve):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_compiled(qwen3, serve, overlap):
+    """Also with network and memory as one operator, which on a GPU runs them side by side."""
     nine = qwen3.nine()
-    engine = CHUNKED | {"enforce_eager": False}
+    engine = CHUNKED | {"enforce_eager": False, "additional_config": {"keepsight": {"overlap": overlap}}}
     out = serve(qwen3.served, [nine, nine], engine=engine)
     for answers in out["rounds"]:
         assert_equal(qwen3, nine, answers)
+    assert out["operators"] == overlap
 
 
 def test_speculative_decoding(qwen3, serve):

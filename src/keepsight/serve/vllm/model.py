@@ -55,9 +55,10 @@ class WithMemory:
         for index in config.layers or ():
             layer = layers[index]
             check_layer(layer, f"Decoder layer {index}")
-            memory = PagedMemory(config.block_shape, vllm_config, f"{_LAYERS}.{index}.{MEMORY_MODULE}", self._visual)
+            name = f"{_LAYERS}.{index}.{MEMORY_MODULE}"
+            memory = PagedMemory(config.block_shape, vllm_config, name, self._visual)
             layer.add_module(MEMORY_MODULE, memory)
-            _apply(layer, memory)
+            _apply(layer, memory, name, vllm_config)
             self._memories[index] = memory
         self._unloaded = {
             f"{_LAYERS}.{index}.{MEMORY_MODULE}.{name}"
@@ -161,6 +162,17 @@ def _refuse_what_would_break(vllm_config: VllmConfig) -> None:
             raise UnsupportedVllmError(f"A visual memory does not work with {what}: {why}.")
 
 
+def _overlaps(vllm_config: VllmConfig) -> bool:
+    """Whether the engine's additional config asks for memories beside networks (beside.py)."""
+    given: Any = vllm_config.additional_config
+    ours = given.get("keepsight", {}) if isinstance(given, dict) else {}
+    if not isinstance(ours, dict) or set(ours) - {"overlap"} or not isinstance(ours.get("overlap", False), bool):
+        raise UnsupportedVllmError(
+            f"--additional-config says of keepsight {ours!r}; expected nothing, or {{'overlap': true}}."
+        )
+    return ours.get("overlap", False)
+
+
 def _most_positions(vllm_config: VllmConfig) -> int:
     """How many positions a step can have, padding for CUDA graphs and for ranks included."""
     graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
@@ -177,7 +189,7 @@ def _visual_positions(is_multimodal: torch.Tensor, embeddings: Any) -> torch.Ten
     return where if len(where) else None
 
 
-def _apply(layer: nn.Module, memory: PagedMemory) -> None:
+def _apply(layer: nn.Module, memory: PagedMemory, name: str, vllm_config: VllmConfig) -> None:
     """Hook a block into its layer."""
     waiting: list[torch.Tensor] = []  # x, between norm and mlp of one call
 
@@ -188,4 +200,10 @@ def _apply(layer: nn.Module, memory: PagedMemory) -> None:
         return output + memory(waiting.pop())
 
     layer.post_attention_layernorm.register_forward_hook(take_residual)  # type: ignore[union-attr]
-    layer.mlp.register_forward_hook(add_update)  # type: ignore[union-attr]
+    mlp: nn.Module = layer.mlp  # type: ignore[assignment]
+    if _overlaps(vllm_config):
+        from keepsight.serve.vllm.beside import run_beside  # what it stands on is younger than vLLM 0.32
+
+        run_beside(mlp, memory, name, vllm_config, waiting.pop)
+    else:
+        mlp.register_forward_hook(add_update)
