@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from keepsight.lab.study.results import Interval, interval  # noqa: E402
+from studies.eye.shares import interval as wilson  # noqa: E402
 
 STUDIES, BENCHMARKS = ROOT / "studies" / "results", ROOT / "benchmarks" / "results"
 
@@ -216,3 +217,46 @@ def reading_table() -> str:
     lengths = ("512", "1024", "2048")
     body = [[label, *(study(*where, length, "±").replace(" %", "") for length in lengths)] for label, where in rows]
     return table(["% of facts read, generated tokens before", *map(thousands, lengths)], body)
+
+
+# The eye
+
+
+def _eye() -> Any:
+    return raw(STUDIES / "eye" / "cpu.json")
+
+
+def _share(right: int, count: int, spread: bool = True) -> str:
+    low, high = wilson(right, count)
+    return f"{100 * right / count:.0f} %" + (f" [{low:.0f}, {high:.0f}]" if spread else "")
+
+
+def eye_read(style: str, image: str) -> str:
+    """Names read at the gate's distances; `style` is `seen` or a style's name, `image` is `single` or `grids`."""
+    row = next(
+        row
+        for row in _eye()["rows"]
+        if row["task"] == "name" and row["style"].startswith(style) and row["image"].startswith(image)
+    )
+    short, *far = row["right"]
+    shares = " and ".join(_share(one, row["n"], False) for one in far)
+    return f"{_share(short, row['n'])} of {row['n']} at distance 0, {shares} at 1,024 and 2,048 positions"
+
+
+def eye_alone(style: str) -> str:
+    """What the tower alone names of a style, by the nearest average of the seen styles."""
+    alone = _eye()["encoder alone"][style]
+    return f"{_share(alone['right'], alone['n'])} of {alone['n']}"
+
+
+def eye_holds() -> str:
+    """The verdict."""
+    if _eye()["gate"]["holds"]:
+        return "The gate holds."
+    return "The gate does not hold, so nothing measured with this eye says anything about dilution."
+
+
+def eye_minutes() -> str:
+    """CPU minutes of the making."""
+    spent = _eye()["conditions"]["make_cpu_seconds"]
+    return f"{sum(spent.values()) / 60:.0f} CPU minutes"

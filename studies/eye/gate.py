@@ -7,7 +7,6 @@ no result about narrations says anything about dilution.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from studies.eye.drawings.pictures import Pictures
 from studies.eye.drawings.scenes import Scenes
 from studies.eye.pretrain import average_tokens
 from studies.eye.questions import ask, tasks_of
+from studies.eye.shares import interval
 from studies.eye.sizes import Size
 from studies.eye.stages import generator
 
@@ -32,14 +32,6 @@ STYLE = "emojione-v1"
 """The unseen style that decides; written down after training had begun, before the gate ran. openmoji is told."""
 
 _BATCH = 8
-
-
-def interval(right: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, in percent."""
-    z, share = 1.96, right / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count**2)) / (1 + z * z / count)
-    return 100 * (centre - half), 100 * (centre + half)
 
 
 def measure(

@@ -7,7 +7,6 @@ condition; none of them sees another, and each stands where it would stand alone
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +17,9 @@ from studies.eye.align import answers
 from studies.eye.drawings import brush
 from studies.eye.drawings.pictures import Pictures
 from studies.eye.drawings.scenes import Scenes
-from studies.eye.gate import STYLE, interval
+from studies.eye.gate import STYLE
 from studies.eye.questions import Question, ask
+from studies.eye.shares import difference, interval
 from studies.eye.sizes import Size
 from studies.eye.stages import generator
 
@@ -113,15 +113,6 @@ def measure(
             for (condition, length), right in found.items()
         ]
     return rows
-
-
-def difference(these: str, those: str) -> tuple[float, float, float]:
-    """Points that `these` are above `those`, of the same images, and its 95 % interval (normal, paired)."""
-    gaps = [100.0 * (int(one) - int(other)) for one, other in zip(these, those, strict=True)]
-    mean = sum(gaps) / len(gaps)
-    spread = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1))
-    half = 1.96 * spread / math.sqrt(len(gaps))
-    return mean, mean - half, mean + half
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from keepsight.errors import KeepsightError
-from studies.eye import gate, lengths, sequences, windows
+from studies.eye import gate, lengths, sequences, shares, windows
 from studies.eye.align import answers
 from studies.eye.drawings import brush, choose
 from studies.eye.drawings.pictures import SIDE, Pictures
@@ -267,7 +267,7 @@ def test_the_verdict_follows_from_the_rows(style, grids, holds):
 
 def test_intervals_hold_their_share_and_stay_within_bounds():
     for right in range(0, 41):
-        low, high = gate.interval(right, 40)
+        low, high = shares.interval(right, 40)
         assert -1e-9 <= low <= 100 * right / 40 + 1e-9
         assert 100 * right / 40 - 1e-9 <= high <= 100 + 1e-9
 

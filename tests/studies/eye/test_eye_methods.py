@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from keepsight.pvm import replace_memory
-from studies.eye import lengths, methods, sequences
+from studies.eye import lengths, methods, sequences, shares
 from studies.eye.align import answers
 from studies.eye.drawings import brush
 from studies.eye.drawings.scenes import Scenes
@@ -76,6 +76,6 @@ def test_the_memory_off_reads_as_the_eye_does():
     at_once = {row["condition"]: row["right"] for row in rows if row["length"] == 0 and row["images"] == "unseen grids"}
     assert at_once["base"] == at_once["hidden"]
     assert {len(row["right"]) for row in rows} == {2}
-    assert lengths.difference("11", "01") == (50.0, pytest.approx(-48.0), pytest.approx(148.0))
+    assert shares.difference("11", "01") == (50.0, pytest.approx(-48.0), pytest.approx(148.0))
     assert any("hidden against base at 2048" in line for line in lengths.table(rows))
     assert brush.HELD_OUT_FONT not in brush.FONTS
