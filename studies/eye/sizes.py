@@ -66,7 +66,7 @@ class Size:
 
 
 CPU = Size()
-"""31 CPU minutes on two shared cores: 0.27 CPU seconds a step in stage (a), 2.9 in (b)."""
+"""83 CPU minutes on shared cores: 0.3 CPU seconds a step in stage (a), about 2 in (b)."""
 
 QUICK = replace(CPU, pretrain_steps=1500, others=0.0, align_steps=150, second_pretrain_steps=0, second_align_steps=0)
 """Less than half of it, without other drawings."""
