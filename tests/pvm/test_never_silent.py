@@ -258,8 +258,14 @@ def test_a_cache_of_another_model_is_refused_and_an_empty_one_is_not() -> None:
     family = BY_NAME["qwen3_vl"]
     model, inputs = built_with("qwen3_vl")
     foreign = prefilled(family.build(), inputs)
-    with pytest.raises(keepsight.KeepsightError, match=r"DynamicCache.* holds \d+ positions .* did not see being read"):
-        step(model, foreign)
+    decoder = Backbone.of(model).decoder
+    for callee in (model, decoder):  # the decoder by itself is no way around it
+        given = cache_argument(callee, copy.deepcopy(foreign))
+        with pytest.raises(keepsight.KeepsightError, match=r"DynamicCache.* holds \d+ positions .* did not see being"):
+            callee(input_ids=torch.full((2, 1), 9), **given)
+    own = DynamicCache(config=model.config.get_text_config())
+    for _ in range(2):
+        decoder(input_ids=torch.full((2, 1), 9), **cache_argument(decoder, own))
     text = model.config.get_text_config()
     for cache in (DynamicCache(config=text), StaticCache(config=text, max_cache_len=64)):
         with torch.no_grad():

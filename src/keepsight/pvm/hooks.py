@@ -127,7 +127,7 @@ class PvmRoute:
         cache = find_cache(args, kwargs)
         past = VisualCache.of(cache)
         if cache is not None:
-            if past is None and call is not None and self._reads:
+            if past is None and self._reads:
                 _refuse_foreign(cache)
             start = cache.get_seq_length()
             if past is not None and not isinstance(start, torch.Tensor):  # of a static cache: never rewound unsaid
