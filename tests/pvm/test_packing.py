@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 import transformers.modeling_flash_attention_utils as utils
 from families import BY_NAME, Row, TinyFamily, make_inputs
 from helpers import CLOSE, attach, generate
 from more_families import MORE
+from packaging.version import Version
 
 import keepsight
 from keepsight.pvm.kernels import attention_for
@@ -113,9 +115,11 @@ def test_packed_under_flash_attention(name: str) -> None:
     told = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "max_length_k": max(lengths)}
     unplaced = {key: value for key, value in together.items() if key != "position_ids"}
     with torch.no_grad():
-        for inputs in (together, together | told, unplaced | told):
+        # transformers before 5.20 hands the text's lengths to Qwen's vision encoder, which has its own: a TypeError
+        leaks = family.marks and Version(transformers.__version__) < Version("5.20")
+        for inputs in (together,) if leaks else (together, together | told, unplaced | told):
             torch.testing.assert_close(model(**inputs, use_cache=False).logits[0], apart, **CLOSE)
-        for some in (["cu_seq_lens_q"], ["cu_seq_lens_q", "cu_seq_lens_k"]):
+        for some in () if leaks else (["cu_seq_lens_q"], ["cu_seq_lens_q", "cu_seq_lens_k"]):
             with pytest.raises(keepsight.KeepsightError, match="packed into one row, and cu_seq_lens"):
                 model(**unplaced, **{key: told[key] for key in some}, use_cache=False)
 
