@@ -207,6 +207,9 @@ class TinyFamily:
         token_types: ids [B, T] -> further text arguments.
         packed: whether the pixels of all images lie in one sequence, without a repetition of the family's own.
         several: whether transformers repeats rows that have several images as they are, for beams and samples.
+        counts_rows: whether transformers itself gives a row other positions beside other rows (HunYuan numbers the
+            images of a whole batch).
+        rounds: whether transformers' own vision encoder rounds in another way under gradient checkpointing.
         since: the release of transformers from which on the family can carry a memory.
         count: (model, pixel arguments) -> visual tokens of each image; default: as the model makes them.
     """
@@ -224,12 +227,19 @@ class TinyFamily:
     token_types: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None
     count: Callable[..., list[int]] | None = None
     processor_kwargs: dict[str, Any] = field(default_factory=dict)
+    counts_rows: bool = False
+    rounds: bool = False
     since: str = "5.17"
 
     def skip_wrong_copies(self) -> None:
         """Skip what writes several continuations of a prompt where transformers itself gives them wrong pixels."""
         if self.packed and Version(transformers.__version__) < Version("5.20"):
             pytest.skip("transformers before 5.20 repeats packed pixels one by one, with or without a memory")
+
+    def skip_rows_beside_others(self) -> None:
+        """Skip what compares a row alone with the same row in a batch where the model itself tells them apart."""
+        if self.counts_rows:
+            pytest.skip("transformers numbers the images of a whole batch here, with or without a memory")
 
     def build(self, seed: int = 0, **overrides: Any) -> Any:
         """A tiny random model in eval mode, with embeddings of a size that lets images matter."""

@@ -20,6 +20,7 @@ from families import (
     qwen3_5,
     qwen3_vl_moe,
 )
+from later_families import ROWS as LATER
 from newest_families import ROWS as NEWEST
 from packaging.version import Version
 from tiny_parts import GLM_TOKENS, MROPE, four_each, modality_types, padded, row, sized, tiles, vit
@@ -360,6 +361,7 @@ ROWS = [
     row("minicpmv4_6", minicpmv, "MiniCPMV4_6", _minicpm_images, hybrid=True, pixel_dim=-1, packed=True),
     row("deepseek_vl", deepseek_vl, "DeepseekVL", count=lambda model, given: [16] * len(given["pixel_values"])),
     *NEWEST,
+    *LATER,
 ]
 
 #: Those that this release of transformers has: the oldest supported ones lack the newest families.

@@ -69,7 +69,8 @@ def test_the_update_is_added_as_it_is(family):
         with model.disable_adapter():
             model(**inputs, use_cache=False)
     handle.remove()
-    scale = getattr(layer, "layer_scalar", 1.0)  # Gemma 4 scales the whole stream behind every layer
+    # Gemma 4 scales the whole stream behind every layer, Granite what its branches add to it.
+    scale = getattr(layer, "layer_scalar", getattr(layer, "residual_multiplier", 1.0))
     per_layer = hasattr(layer, "per_layer_projection")  # and adds to it what depends on it
     assert updates[0].abs().max() > 1e-3
     if not per_layer:

@@ -32,7 +32,8 @@ def test_gradient_checkpointing_changes_nothing(family, reentrant):
     checkpointed, loss_again = gradients(model, inputs)
     assert torch.equal(loss, loss_again)
     assert plain.keys() == checkpointed.keys()
-    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+    bound = {"rtol": 1e-4, "atol": 1e-7} if family.rounds else {"rtol": 0.0, "atol": 0.0}
+    torch.testing.assert_close(checkpointed, plain, **bound)
     assert any(name.endswith("cross_attn.k_proj.weight") and g.abs().sum() > 0 for name, g in plain.items())
 
 

@@ -33,6 +33,10 @@ ESSENTIAL = (
     "llava_next_video",
     "lighton_ocr",
     "qianfan_ocr",
+    "janus",
+    "video_llama_3",
+    "ernie4_5_vl_moe",
+    "glmga",
 )
 NAMES = tuple(tiny.name for tiny in EVERY if tiny.name not in ESSENTIAL)
 SIZES = {

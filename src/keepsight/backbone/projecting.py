@@ -26,6 +26,13 @@ def as_images(backbone: Any, states: torch.Tensor) -> torch.Tensor:
     return backbone.projector(states).flatten(0, -2)
 
 
+def as_still_images(backbone: Any, states: torch.Tensor) -> torch.Tensor:
+    """The projector is told every image's grid [time, height, width] in patches (ERNIE)."""
+    side = backbone.merge_side
+    grids = torch.tensor([(1, side, side)] * len(states), device=states.device)
+    return backbone.projector(states.flatten(0, 1), grids)
+
+
 def shuffled(backbone: Any, states: torch.Tensor) -> torch.Tensor:
     """The VLM packs the squares by its `pixel_shuffle` before the projector (InternVL)."""
     side = backbone.merge_side

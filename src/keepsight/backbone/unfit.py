@@ -9,6 +9,10 @@ _NO_PLACES = (
     "Its decoder's layers are not residual blocks with a norm before their feed-forward network under names that "
     "keepsight knows."
 )
+_STREAMS = (
+    "Its decoder carries several streams side by side and mixes them around every layer, so there is no one residual "
+    "stream that a memory could be added to."
+)
 _IMAGE_TOKENS = (
     "Its images are written as tokens of its vocabulary, like words, so there are no visual embeddings beside the text "
     "for a memory to keep."
@@ -55,6 +59,11 @@ UNFIT: dict[str, str] = {
         ),
         _NO_PLACES,
     ),
+    **dict.fromkeys(("gemma3n", "glm5_next", "hy_v4_vl"), _STREAMS),
+    **dict.fromkeys(
+        ("inkling2", "inkling2_loop"),
+        "Its decoder's feed-forward networks read a mixture of what earlier layers made, not one residual stream.",
+    ),
     "pi0": "It answers with the movements of a robot, not with text.",
     "evolla": "It reads proteins, not images.",
     "mistral4": "It is a language model, without images.",
@@ -85,28 +94,16 @@ REMOTE: dict[str, str] = {
 
 #: VLMs of transformers 5.24 that no row describes and nobody tried.
 UNTRIED = (
-    "aria",
     "cohere_compass",
     "cosmos3_edge",
     "cosmos3_omni",
     "deepseek_ocr2",
-    "deepseek_vl_hybrid",
     "dots3_note",
-    "ernie4_5_vl_moe",
     "fast_vlm",
     "fuyu",
-    "gemma3n",
     "gemma4_unified",
-    "glm5_next",
-    "glmga",
     "granite4_vision",
-    "granite_docling",
-    "hunyuan_vl",
-    "hy_v4_vl",
-    "inkling2",
-    "inkling2_loop",
     "inkling_mm_model",
-    "janus",
     "minicpm_ocr",
     "minicpmv4_7",
     "minimax_m3_vl",
@@ -115,12 +112,8 @@ UNTRIED = (
     "muse_glimmer",
     "muse_spark",
     "perception_lm",
-    "pp_chart2table",
     "shieldgemma2",
-    "step3p7",
     "unlimited_ocr",
-    "video_llama_3",
-    "video_llava",
 )
 
 

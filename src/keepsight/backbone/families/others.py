@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 from keepsight.backbone.parts import IMAGES, Family, VisionParts
-from keepsight.backbone.projecting import downsampled
+from keepsight.backbone.projecting import as_still_images, downsampled, in_a_row
 from keepsight.backbone.towers import SIGLIP
 
 _IDEFICS: dict[str, Any] = {
@@ -26,6 +26,11 @@ _GLM: dict[str, Any] = {
     "vision": VisionParts(
         position_table="embeddings.position_embedding.weight", final_norm="post_layernorm", project=downsampled
     ),
+}
+
+_GOT: dict[str, Any] = {
+    "visual_tokens": IMAGES,
+    "no_vismem": "its vision encoder's attention has relative positions, of which a memory's own positions have none",
 }
 
 _RESAMPLED = "its projector resamples a whole image into a fixed number of tokens, of which a memory's are none"
@@ -68,11 +73,8 @@ ROWS: dict[str, Family] = {
         **_GLM
         | {"vision": VisionParts(final_norm="post_layernorm", project=downsampled, head_norms=("q_norm", "k_norm"))},
     ),
-    "got_ocr2": Family(
-        name="GOT-OCR 2.0",
-        visual_tokens=IMAGES,
-        no_vismem="its vision encoder's attention has relative positions, of which a memory's own positions have none",
-    ),
+    "got_ocr2": Family(name="GOT-OCR 2.0", **_GOT),
+    "pp_chart2table": Family(name="PP-Chart2Table", **_GOT),
     "lfm2_vl": Family(
         name="LFM2-VL", visual_tokens=IMAGES, merge_side=attrgetter("downsample_factor"), no_vismem=_PADDED
     ),
@@ -82,6 +84,60 @@ ROWS: dict[str, Family] = {
         projector="visual.merger",
         merge_side=attrgetter("vision_config.spatial_merge_size"),
         no_vismem="its vision encoder's heads share keys and values, which a memory's adapter does not know yet",
+    ),
+    "aria": Family(name="Aria", visual_tokens=IMAGES, no_vismem=_RESAMPLED),
+    "janus": Family(
+        name="Janus",
+        vision_tower="vision_model",
+        projector="aligner",
+        visual_tokens=IMAGES,
+        vision=replace(SIGLIP, output="projection_layer"),
+    ),
+    "video_llama_3": Family(
+        name="VideoLLaMA 3",
+        vision_tower="vision_model",
+        projector="projector",
+        vision=replace(SIGLIP, rotary="rotary_pos_emb", position_table=None, project=in_a_row),
+    ),
+    "ernie4_5_vl_moe": Family(
+        name="ERNIE 4.5 VL",
+        projector="resampler_model",
+        merge_side=attrgetter("vision_config.spatial_merge_size"),
+        vision=VisionParts(final_norm="ln", project=as_still_images),
+    ),
+    "deepseek_vl_hybrid": Family(
+        name="DeepSeek-VL (hybrid)",
+        vision_tower="vision_model",
+        projector="aligner",
+        visual_tokens=IMAGES,
+        no_vismem="its projector wants the same patches from a second vision encoder, where a memory has no positions",
+    ),
+    "video_llava": Family(
+        name="Video-LLaVA",
+        vision_tower="image_tower",
+        no_vismem="its images and its videos each have a vision encoder of their own, and a memory is formed in one",
+    ),
+    "granite_docling": Family(
+        name="Granite Docling",
+        vision_tower="vision_model",
+        projector="vision_model.connector",
+        visual_tokens=IMAGES,
+        merge_side=attrgetter("vision_config.scale_factor"),
+        no_vismem="its projector adds each token's place in a whole image, and a memory's tokens have none",
+    ),
+    "glmga": Family(name="GLM-GA", **_GLM),
+    "hunyuan_vl": Family(
+        name="HunYuan-VL",
+        projector="vision_tower.patch_merger",
+        visual_tokens=IMAGES,
+        merge_side=attrgetter("vision_config.spatial_merge_size"),
+        no_vismem="its projector writes marks between the rows of whole images, of which a memory's tokens are none",
+    ),
+    "step3p7": Family(
+        name="Step-3.7",
+        vision_tower="vision_model",
+        visual_tokens=IMAGES,
+        no_vismem="its vision encoder ends in convolutions over neighbouring patches, of which a memory has none",
     ),
     "paddleocr_vl": Family(name="PaddleOCR-VL", vision_tower="visual", projector="projector", no_vismem=_PADDED),
 }
