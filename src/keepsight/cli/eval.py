@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keepsight.cli.common.console import check_device, out, quiet, refuse_twins, say, warn, with_examples
+from keepsight.cli.common.console import (
+    Interrupted,
+    check_device,
+    out,
+    quiet,
+    refuse_twins,
+    say,
+    warn,
+    with_examples,
+)
 from keepsight.cli.common.model import BUILT_IN, Adapters, Base, Device, Dtype, Source
 from keepsight.cli.common.progress import Progress, Waiting
 from keepsight.data.mixture import for_evaluation, load_sources, mixture_of_words
@@ -97,8 +106,13 @@ def evaluate(
         say(f"{began:,} answers are there already ({kept.file}): going on behind them.")
     with Waiting(f"loading {base_name}"):
         model, _ = load_checked(base_name, infos, dtype=dtype, device=device, processor=processor)
-    with Progress("the evaluation", announce=True) as progress:
-        found = ask(model, processor, asked, settings, bool(methods & {"PVM", "VISMEM"}), progress, kept)
+    try:
+        with Progress("the evaluation", announce=True) as progress:
+            found = ask(model, processor, asked, settings, bool(methods & {"PVM", "VISMEM"}), progress, kept)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(
+            f"stopped by Ctrl-C. What was answered is in {kept.file}: the same command goes on behind it."
+        ) from stop
     found.model = described
     found.save(output)
     kept.complete()

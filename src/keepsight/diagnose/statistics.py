@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 DRAWS = 4000
+#: How many units are held in memory at once: 16 MB of choices, and as much of values, however many units there are.
+_CHOSEN = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ def estimate(values: np.ndarray, seed: int = 0) -> Estimate:
     values = np.asarray(values, np.float64)
     if not len(values):
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    draws = np.random.default_rng(seed).integers(0, len(values), (DRAWS, len(values)))
-    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
+    random, at_once = np.random.default_rng(seed), max(1, _CHOSEN // len(values))
+    sizes = [min(at_once, DRAWS - start) for start in range(0, DRAWS, at_once)]
+    means = [values[random.integers(0, len(values), (rows, len(values)))].mean(1) for rows in sizes]
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return Estimate(float(values.mean()), float(low), float(high), len(values))
