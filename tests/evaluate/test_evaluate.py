@@ -213,6 +213,7 @@ def test_questions_that_all_differ_alike_have_no_interval(capsys):
         assert f"neither better nor worse that could be shown ({word}, 95 % interval unknown: all alike" in said
         assert "memory free" in said
         assert "[+0.0, +0.0]" not in said
+        assert said.count("[all alike]") == 2  # in the table, where brackets are no markup
 
 
 def test_the_command(tmp_path, grids, monkeypatch):

@@ -134,13 +134,15 @@ def _interval(gain: Any, between: str) -> str:
 
 
 def _show(found: Any) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     strata, whole = found.table()
     compared = found.on is not None
-    table = Table(title="Questions answered rightly, by the length of the answer", title_justify="left", box=None)
+    title = "Questions answered rightly, by the length of the answer in tokens"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)  # 80 columns hold the longest policy
     for column in (
-        "tokens of the answer",
+        "tokens",
         "questions",
         *(("memory off", f"memory {found.settings.memory}", "difference") if compared else ("right",)),
     ):
@@ -149,7 +151,10 @@ def _show(found: Any) -> None:
         row = [name, f"{one.n}", f"{one.off.value:.1%}"]
         if one.on is not None and one.difference is not None:
             gain = one.difference
-            row += [f"{one.on.value:.1%}", f"{100 * gain.value:+.1f} [{_interval(gain, ', ')}]"]
+            row += [
+                f"{one.on.value:.1%}",
+                escape(f"{100 * gain.value:+.1f} [{_interval(gain, ', ').removeprefix('unknown: ')}]"),
+            ]
         table.add_row(*row, style="bold" if name == "all" else None)
     out.print(table)
     say(f"An answer is right by --match {found.rule}.")
