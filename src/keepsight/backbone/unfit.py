@@ -59,6 +59,10 @@ UNFIT: dict[str, str] = {
         ),
         _NO_PLACES,
     ),
+    "granite4_vision": (
+        "Its visual embeddings are added between its decoder's layers, and zeros stand in the decoder's input, so that "
+        "there is nothing for a memory to keep."
+    ),
     **dict.fromkeys(("gemma3n", "glm5_next", "hy_v4_vl"), _STREAMS),
     **dict.fromkeys(
         ("inkling2", "inkling2_loop"),
@@ -102,7 +106,6 @@ UNTRIED = (
     "fast_vlm",
     "fuyu",
     "gemma4_unified",
-    "granite4_vision",
     "inkling_mm_model",
     "minicpm_ocr",
     "minicpmv4_7",

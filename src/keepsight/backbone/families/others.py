@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
+import torch
+
 from keepsight.backbone.parts import IMAGES, Family, VisionParts
 from keepsight.backbone.projecting import as_still_images, downsampled, in_a_row
 from keepsight.backbone.towers import SIGLIP
+from keepsight.errors import KeepsightError
+
+
+def _unmerged(backbone: Any, input_ids: torch.Tensor, arguments: Mapping[str, Any]) -> None:
+    """VideoLLaMA 3 is told, image by image, how many patches become one token: as many as their tokens, or refused."""
+    for name in ("image_merge_sizes", "video_merge_sizes"):
+        sizes = arguments.get(name)
+        if sizes is not None and bool((torch.as_tensor(sizes) != 1).any()):
+            raise KeepsightError(
+                f"{name} is {torch.as_tensor(sizes).tolist()}: a latent memory (VisMem) takes VideoLLaMA 3's patches "
+                "one by one (1), as its processor gives images, and not videos, which it merges. A PVM takes both."
+            )
+
 
 _IDEFICS: dict[str, Any] = {
     "vision_tower": "vision_model",
@@ -98,6 +114,7 @@ ROWS: dict[str, Family] = {
         vision_tower="vision_model",
         projector="projector",
         vision=replace(SIGLIP, rotary="rotary_pos_emb", position_table=None, project=in_a_row),
+        tiles=_unmerged,
     ),
     "ernie4_5_vl_moe": Family(
         name="ERNIE 4.5 VL",
