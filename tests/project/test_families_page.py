@@ -72,6 +72,12 @@ def test_a_family_without_a_place_for_a_memory_is_told_why(model_type):
     assert "open an issue" in str(error.value)
 
 
+class OfNobody(transformers.VideoLlavaConfig):
+    """A VLM that transformers will have some day."""
+
+    model_type = "of_nobody"
+
+
 def tiny(kind):
     """Models that can have no memory, as people try them."""
     text = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -87,7 +93,7 @@ def tiny(kind):
         vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         vision |= {"image_size": 8, "patch_size": 4, "model_type": "clip_vision_model"}
         return transformers.VideoLlavaForConditionalGeneration(
-            transformers.VideoLlavaConfig(vision_config=vision, text_config=llama, vision_feature_layer=0)
+            OfNobody(vision_config=vision, text_config=llama, vision_feature_layer=0)
         )
     return torch.nn.Linear(2, 2)
 
@@ -96,7 +102,7 @@ WHY = {
     "language model": "takes no images",
     "encoder-decoder": "is an encoder-decoder",
     "part": r"is a part of Qwen3-VL \(qwen3_vl\)",
-    "another VLM": "has no row for it yet",
+    "another VLM": "takes images, and is none of the model families that keepsight knows",
     "module": "is no model of transformers",
 }
 
