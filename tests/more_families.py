@@ -21,6 +21,7 @@ from families import (
     qwen3_vl_moe,
 )
 from later_families import ROWS as LATER
+from latest_families import ROWS as LATEST
 from newest_families import ROWS as NEWEST
 from packaging.version import Version
 from tiny_parts import GLM_TOKENS, MROPE, four_each, modality_types, padded, row, sized, tiles, vit
@@ -362,6 +363,7 @@ ROWS = [
     row("deepseek_vl", deepseek_vl, "DeepseekVL", count=lambda model, given: [16] * len(given["pixel_values"])),
     *NEWEST,
     *LATER,
+    *LATEST,
 ]
 
 #: Those that this release of transformers has: the oldest supported ones lack the newest families.

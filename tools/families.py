@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from keepsight.backbone import FAMILIES, REMOTE, UNFIT, UNTRIED
+from keepsight.backbone import FAMILIES, PENDING, REMOTE, UNFIT
 from keepsight.serve.vllm.names import SERVED
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
@@ -32,11 +32,8 @@ def table() -> str:
     lines += _by_reason(UNFIT)
     lines += ["", "These have their code beside their weights (`trust_remote_code`), which keepsight does not run:"]
     lines += [f"- `{model_type}`{reason and ': ' + reason}" for model_type, reason in REMOTE.items()]
-    lines += [
-        "",
-        "transformers 5.24 has these too, and nobody tried a memory on them yet; a row may be all that is missing:",
-    ]
-    lines += [", ".join(f"`{model_type}`" for model_type in UNTRIED) + "."]
+    lines += ["", "transformers 5.24 has these too, and they have no row yet:"]
+    lines += _by_reason(PENDING)
     return "\n".join(lines)
 
 

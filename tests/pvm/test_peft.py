@@ -45,7 +45,7 @@ def test_transformers_load_adapter_equals_peft(family, tmp_path):
     before = logits(model, inputs)
     model.save_pretrained(tmp_path)
     plain = family.build()
-    if family.name == "kimi_k25":  # transformers renames "blocks" in every name that it loads into this family
+    if family.name in ("kimi_k25", "cosmos3_edge"):  # transformers renames parts of every name that it loads into these
         with pytest.raises(keepsight.KeepsightError, match="not there under their names"):
             plain.load_adapter(str(tmp_path))
         return

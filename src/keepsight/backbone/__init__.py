@@ -17,6 +17,6 @@ The decoders of all families share one shape, on which the memories rest:
 from keepsight.backbone.model import Backbone
 from keepsight.backbone.parts import Family, VisionParts
 from keepsight.backbone.table import FAMILIES, family_of
-from keepsight.backbone.unfit import REMOTE, UNFIT, UNTRIED
+from keepsight.backbone.unfit import PENDING, REMOTE, UNFIT
 
-__all__ = ["FAMILIES", "REMOTE", "UNFIT", "UNTRIED", "Backbone", "Family", "VisionParts", "family_of"]
+__all__ = ["FAMILIES", "PENDING", "REMOTE", "UNFIT", "Backbone", "Family", "VisionParts", "family_of"]

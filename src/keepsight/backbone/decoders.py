@@ -53,7 +53,14 @@ def unknown_norms(layer: nn.Module, known: set[str]) -> list[str]:
 
 
 PLAIN = LayerParts()
+_SANDWICHED = ("input_layernorm", "post_attention_layernorm")
 SHAPES = (
+    # Muse Spark: gates that join each branch with the stream, and return it. Before Gemma's, which its names fit too.
+    LayerParts(
+        enter="pre_feedforward_layernorm",
+        leave="post_feedforward_residual_gate",
+        norms=(*_SANDWICHED, "post_feedforward_layernorm"),
+    ),
     PLAIN,  # Llama, Qwen, Mistral, Gemma 1
     LayerParts(  # Gemma 2 to 4: a norm behind each branch; Gemma 4 also norms its experts and its embeddings per layer
         enter="pre_feedforward_layernorm",

@@ -32,8 +32,8 @@ def family_of(config: Any, name: str = "The model") -> Family:
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"{name} (model_type {model_type!r}) cannot be given a visual memory. {_reason(config, model_type)} "
-            f"Supported: {_names()} (docs/families.md has their model_types). Take one of these; or ask for yours: "
-            "open an issue at keepsight's repository that names the model and its model_type."
+            "To ask for it, open an issue at keepsight's repository that names the model and its model_type. "
+            f"Supported: {_names()}. docs/families.md has their model_types, and says what each can have."
         )
     return FAMILIES[model_type]
 

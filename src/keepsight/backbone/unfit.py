@@ -1,4 +1,4 @@
-"""The VLMs that have no row: which cannot have a memory and why, and which nobody tried yet."""
+"""The VLMs that have no row: which cannot have a memory and why, and what stands in the way of others."""
 
 from __future__ import annotations
 
@@ -96,28 +96,24 @@ REMOTE: dict[str, str] = {
     "qwen": "Of Qwen's VLMs, transformers has Qwen2-VL and what came after it.",
 }
 
-#: VLMs of transformers 5.24 that no row describes and nobody tried.
-UNTRIED = (
-    "cohere_compass",
-    "cosmos3_edge",
-    "cosmos3_omni",
-    "deepseek_ocr2",
-    "dots3_note",
-    "fast_vlm",
-    "fuyu",
-    "gemma4_unified",
-    "inkling_mm_model",
-    "minicpm_ocr",
-    "minicpmv4_7",
-    "minimax_m3_vl",
-    "mistral_large4",
-    "molmo2",
-    "muse_glimmer",
-    "muse_spark",
-    "perception_lm",
-    "shieldgemma2",
-    "unlimited_ocr",
-)
+_TIMM = "Its vision encoder is one of timm's, which keepsight's tests do not install."
+#: VLMs of transformers 5.24 that have no row yet -> what stands in the way, as a sentence.
+PENDING: dict[str, str] = {
+    **dict.fromkeys(("fast_vlm", "perception_lm"), _TIMM),
+    "deepseek_ocr2": "A memory on it answers, and transformers' load_adapter looks for its weights under other names.",
+    "fuyu": "A memory on it answers, and beams and samples failed: several copies of a row were given one image.",
+    "gemma4_unified": "A memory on it answers, and otherwise with a static cache or a second image in a conversation.",
+    "inkling_mm_model": (
+        "A memory on it answers, and a static cache, gradient checkpointing and transformers' own load_adapter failed."
+    ),
+    "minicpmv4_7": (
+        "It gives images positions that go back within a row, which keepsight takes for several samples in one row."
+    ),
+    "molmo2": "Its images' tokens name their patches by numbers that count through a whole batch: not tested yet.",
+    "unlimited_ocr": (
+        "Its cache forgets what it wrote and keeps the prompt, by a way of generating of its own, which was not tested."
+    ),
+}
 
 
 def why_unfit(model_type: str) -> str | None:
@@ -126,8 +122,8 @@ def why_unfit(model_type: str) -> str | None:
         return UNFIT[model_type]
     if model_type in REMOTE:
         return f"{_REMOTE} {REMOTE[model_type]}".rstrip()
-    if model_type in UNTRIED:
-        return "transformers has it, and keepsight has no row for it yet: nobody tried a memory on it."
+    if model_type in PENDING:
+        return f"transformers has it, and keepsight has no row for it yet. {PENDING[model_type]}"
     return None
 
 

@@ -16,14 +16,16 @@ def _pooled_side(config: Any) -> int:
     return int(vision.image_size // vision.patch_size // int(config.mm_tokens_per_image**0.5))
 
 
+_GEMMA3: dict[str, Any] = {
+    "visual_tokens": IMAGES,
+    "merge_side": _pooled_side,
+    "vision": replace(SIGLIP, project=on_full_images),
+    "sees_both_ways": "token_type_ids",
+}
+
 ROWS: dict[str, Family] = {
-    "gemma3": Family(
-        name="Gemma 3",
-        visual_tokens=IMAGES,
-        merge_side=_pooled_side,
-        vision=replace(SIGLIP, project=on_full_images),
-        sees_both_ways="token_type_ids",
-    ),
+    "gemma3": Family(name="Gemma 3", **_GEMMA3),
+    "shieldgemma2": Family(name="ShieldGemma 2", **_GEMMA3),
     "gemma4": Family(
         name="Gemma 4",
         projector="embed_vision",

@@ -50,6 +50,13 @@ _GOT: dict[str, Any] = {
 }
 
 _RESAMPLED = "its projector resamples a whole image into a fixed number of tokens, of which a memory's are none"
+_MERGED = "its vision encoder merges patches between its blocks, where a memory's own positions have no place"
+_LATENT = "its decoder's attention is latent (MLA), without the projections that the long-term memory adapts"
+_MUSE: dict[str, Any] = {
+    "projector": "vision_adapter",
+    "merge_side": attrgetter("vision_config.merge_size"),
+    "no_vismem": "its projector reads the channels of merged patches in an order that is not described yet",
+}
 _PADDED = "its vision encoder takes images of any shape in ways that keepsight does not describe yet"
 
 ROWS: dict[str, Family] = {
@@ -67,13 +74,14 @@ ROWS: dict[str, Family] = {
     "kimi_k25": Family(
         name="Kimi-K2.5",
         projector="mm_projector",
-        no_vismem="its decoder's attention is latent (MLA), without the projections that the long-term memory adapts",
+        no_vismem=_LATENT,
     ),
     "minicpmv4_6": Family(
         name="MiniCPM-V 4.6",
         projector="merger",
-        no_vismem="its vision encoder merges patches between its blocks, where a memory's own positions have no place",
+        no_vismem=_MERGED,
     ),
+    "minicpm_ocr": Family(name="MiniCPM-OCR", projector="merger", no_vismem=_MERGED),
     "deepseek_vl": Family(
         name="DeepSeek-VL", vision_tower="vision_model", projector="aligner", visual_tokens=IMAGES, vision=SIGLIP
     ),
@@ -155,6 +163,39 @@ ROWS: dict[str, Family] = {
         vision_tower="vision_model",
         visual_tokens=IMAGES,
         no_vismem="its vision encoder ends in convolutions over neighbouring patches, of which a memory has none",
+    ),
+    "cosmos3_edge": Family(
+        name="Cosmos 3 (edge)",
+        vision_tower="visual",
+        projector="projector",
+        merge_side=attrgetter("vision_config.spatial_merge_size"),
+        vision=replace(SIGLIP, position_table="embeddings.position_embedding.weight", raster=False, project=in_a_row),
+    ),
+    "muse_glimmer": Family(name="Muse Glimmer", **_MUSE),
+    "mistral_large4": Family(
+        name="Mistral Large 4",
+        visual_tokens=IMAGES,
+        merge_side=attrgetter("spatial_merge_size"),
+        no_vismem=_LATENT,
+    ),
+    "muse_spark": Family(name="Muse Spark", **_MUSE),
+    "cohere_compass": Family(
+        name="Cohere Compass",
+        vision_tower="visual",
+        projector="visual.merger",
+        merge_side=attrgetter("vision_config.spatial_merge_size"),
+        vision=VisionParts(position_table="pos_embed.weight"),
+    ),
+    "minimax_m3_vl": Family(
+        name="MiniMax M3",
+        merge_side=attrgetter("vision_config.spatial_merge_size"),
+        no_vismem=_PADDED,
+    ),
+    "dots3_note": Family(
+        name="dots3.note",
+        projector="vision_tower.merger",
+        merge_side=attrgetter("vision_config.spatial_merge_size"),
+        no_vismem=_LATENT,
     ),
     "paddleocr_vl": Family(name="PaddleOCR-VL", vision_tower="visual", projector="projector", no_vismem=_PADDED),
 }
