@@ -37,9 +37,6 @@ ESSENTIAL = (
     "video_llama_3",
     "ernie4_5_vl_moe",
     "glmga",
-    "cosmos3_omni",
-    "cosmos3_edge",
-    "cohere_compass",
     "shieldgemma2",
 )
 NAMES = tuple(tiny.name for tiny in EVERY if tiny.name not in ESSENTIAL)

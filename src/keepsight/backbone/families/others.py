@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from keepsight.backbone.parts import IMAGES, Family, VisionParts
+from keepsight.backbone.parts import IMAGES, NOT_YET, Family, VisionParts
 from keepsight.backbone.projecting import as_still_images, downsampled, in_a_row
 from keepsight.backbone.towers import SIGLIP
 from keepsight.errors import KeepsightError
@@ -169,7 +169,7 @@ ROWS: dict[str, Family] = {
         vision_tower="visual",
         projector="projector",
         merge_side=attrgetter("vision_config.spatial_merge_size"),
-        vision=replace(SIGLIP, position_table="embeddings.position_embedding.weight", raster=False, project=in_a_row),
+        no_vismem=NOT_YET,
     ),
     "muse_glimmer": Family(name="Muse Glimmer", **_MUSE),
     "mistral_large4": Family(
@@ -184,7 +184,7 @@ ROWS: dict[str, Family] = {
         vision_tower="visual",
         projector="visual.merger",
         merge_side=attrgetter("vision_config.spatial_merge_size"),
-        vision=VisionParts(position_table="pos_embed.weight"),
+        no_vismem=NOT_YET,
     ),
     "minimax_m3_vl": Family(
         name="MiniMax M3",
