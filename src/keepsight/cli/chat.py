@@ -54,6 +54,12 @@ def chat(
             raise KeepsightError(f"{unused[0]}: {source} has its model loaded already; leave {unused[0]} out.")
         return _chat_with(context, source, api_key, port or 0)
 
+    asked = context.get_parameter_source("api_key")
+    if api_key and asked is not None and asked.name == "COMMANDLINE":  # in the environment it may be for something else
+        raise KeepsightError(
+            "--api-key is for an address. A page behind a key: keepsight serve MODEL --chat --api-key ..."
+        )
+
     from keepsight.cli.serve import serve
 
     others = [f"{VISMEM_NAME}={VISMEM_NAME}"] if source == PVM_NAME and not adapter and base is None else None
