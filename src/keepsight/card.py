@@ -23,6 +23,10 @@ from keepsight.shipped import REFERENCE_NAME, SHIPPED_NAMES, portable_name
 CARD = "README.md"
 _TEMPLATES = "# Model Card for Model ID"  # stands in PEFT's
 _OURS = "<!-- written by keepsight -->"
+_LOCAL = """
+Its base was read from a folder, whose place on the machine that wrote this stands in adapter_config.json. To publish
+it, name the base there by its id on the hub; `model.push_to_hub` leaves the place out by itself, `hf upload` does not.
+"""
 _METHODS = {"PVM": "Persistent visual memory (PVM)", "VISMEM": "Latent vision memory (VisMem)"}
 _publishing: ContextVar[bool] = ContextVar("keepsight_publishing", default=False)
 
@@ -102,7 +106,9 @@ def _card(config: Any) -> str:
     named = base or f"a model of type {config.base_model_type}"
     if recorded == REFERENCE_NAME:
         named = f"{REFERENCE_NAME}, which comes with keepsight"
-    more = "" if base or REFERENCE_NAME in named else ", base=FOLDER"
+    is_local = base is None and recorded != REFERENCE_NAME
+    more = ", base=FOLDER" if is_local else ""
+    publishing = _LOCAL if is_local and recorded else ""
     known = {
         "base": named,
         "decoder of the base": f"{config.base_num_layers} layers of width {config.base_hidden_size}",
@@ -131,7 +137,7 @@ import keepsight
 
 model, processor = keepsight.load("this folder or its hub id"{more})
 ```
-
+{publishing}
 | | |
 |---|---|
 {table}

@@ -362,6 +362,7 @@ def test_the_card_beside_a_memory(method: str, bases: dict[str, Path], tmp_path:
         text = (folder / "README.md").read_text()
         assert str(bases["qwen3_vl"]) not in text
         assert "keepsight.load(" in text
+        assert "`hf upload` does not" in text  # the folder's config names the base's place, by which it is loaded
         assert "[More Information Needed]" not in text
     modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
     assert len(set(modes.values())) == 1, modes
@@ -373,7 +374,9 @@ def test_the_card_beside_a_memory(method: str, bases: dict[str, Path], tmp_path:
     assert str(bases["qwen3_vl"]) not in text
     model.peft_config["default"].base_model_name_or_path = "owner/name"
     model.save_pretrained(tmp_path / "other")
-    assert "base_model: owner/name\n" in (tmp_path / "other" / "README.md").read_text()
+    text = (tmp_path / "other" / "README.md").read_text()
+    assert "base_model: owner/name\n" in text
+    assert "hf upload" not in text
 
 
 def test_the_card_names_the_base_that_the_adapter_records(tmp_path: Path) -> None:
