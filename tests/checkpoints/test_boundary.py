@@ -411,11 +411,16 @@ def test_what_is_published_names_no_folder_of_this_machine(
     def send(self: Any, folder: str, *_: Any, **__: Any) -> None:
         assert str(bases["qwen3_vl"]) not in "".join(p.read_text() for p in Path(folder).glob("*.json"))
         sent.append(json.loads((Path(folder) / "adapter_config.json").read_text()))
+        told = (Path(folder) / "README.md").read_text()
+        assert "keepsight.load(" in told
+        assert "hf upload" not in told
+        assert "More Information Needed" not in told
+        assert str(bases["qwen3_vl"]) not in told
 
     monkeypatch.setattr(
         hub, "hf_api", lambda: SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name))
     )
-    card = SimpleNamespace(save=lambda file: Path(file).write_text(""))
+    card = hub.ModelCard.from_template(hub.ModelCardData(library_name="transformers"))  # what it puts over ours
     monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: card)
     monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", send)
     for one in (model, config):
