@@ -26,6 +26,12 @@ def _taller(tensors: Tensors) -> Tensors:
     return tensors | {name: torch.cat([tensors[name], tensors[name]])}
 
 
+def with_one_nan(tensors: Tensors) -> Tensors:
+    """The very last value of the largest."""
+    tensors[_largest(tensors)].view(-1)[-1] = float("nan")
+    return tensors
+
+
 def _renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {name.replace(old, new, 1): tensor for name, tensor in tensors.items()}
 

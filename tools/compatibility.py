@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -94,8 +95,10 @@ def beside(lock: Path, packages: dict[str, str]) -> list[str]:
 
 
 def commit() -> str:
-    """The commit that is tested, with a + if files differ from it."""
+    """The commit that is tested, with a + if files differ from it; "unknown" of a folder without git, or beside it."""
     described = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    if shutil.which("git") is None:
+        return "unknown"
     return subprocess.run(described, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
 
 

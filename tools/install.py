@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import os
 import platform
 import re
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -35,6 +37,8 @@ def main() -> None:
     parser.add_argument("venv", type=Path)
     parser.add_argument("--lock", type=Path, help="a file of locks/; without one, the newest of everything")
     given = parser.parse_args()
+    if given.lock and not given.lock.is_file():
+        parser.error(f"{given.lock} is no file; there are {', '.join(map(str, (ROOT / 'locks').glob('*.txt')))}")
     python = make_venv(given.venv)
     settings = pip_settings(python, given.lock)
     uv = get_uv(python, pinned(given.lock).get("uv") if given.lock else None)
@@ -66,7 +70,10 @@ def make_venv(folder: Path) -> Path:
     if folder.exists() and not (folder / "pyvenv.cfg").is_file() and (folder.is_file() or any(folder.iterdir())):
         sys.exit(f"{folder} is there and is no virtual environment. Name another folder: make test VENV=FOLDER")
     print(f"Making {folder} (Python {platform.python_version()})", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    if subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)]).returncode:
+        sys.exit(
+            f"{folder} could not be made; the lines above say why. On Debian, install python3-venv."
+        )
     return folder.absolute() / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
@@ -171,7 +178,12 @@ def why_unreachable(python: Path) -> str:
     if settings.get("proxy"):
         return ""  # which this does not ask through
     index = settings.get("index-url") or "https://pypi.org/simple"
-    request = urllib.request.Request(index.rstrip("/") + "/pip/", headers={"User-Agent": "pip"})
+    name_and_password = re.search(r"//([^/@]*)@", index)
+    headers = {"User-Agent": "pip"}
+    if name_and_password:  # which urllib takes for a part of the host's name
+        words = urllib.parse.unquote(name_and_password[1]).encode()
+        headers["Authorization"] = f"Basic {base64.b64encode(words).decode()}"
+    request = urllib.request.Request(named(index).rstrip("/") + "/pip/", headers=headers)
     try:
         urllib.request.urlopen(
             request, timeout=20, context=ssl.create_default_context(cafile=settings.get("cert"))
@@ -189,7 +201,7 @@ def why_unreachable(python: Path) -> str:
 
 def named(index: str) -> str:
     """An index's address without the password that may stand in it."""
-    return re.sub(r"//[^/@]*@", "//", index)
+    return re.sub(r"//[^/@]*@", "//", index, count=1)
 
 
 def wants_cpu_build() -> bool:

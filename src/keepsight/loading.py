@@ -157,11 +157,13 @@ def check_placed(extra: Sequence[str], own: Mapping[str, torch.Tensor], fresh: s
         adapter_name: for errors.
 
     Raises:
-        BrokenAdapterError: as `check_tensors`.
+        BrokenAdapterError: as `check_tensors`, and as `check_finite`.
     """
     stored = {name: tensor for name, tensor in own.items() if name not in fresh}
-    nothing = torch.empty(0, device="meta")
-    check_tensors(stored | dict.fromkeys(extra, nothing), own, f"The file of the adapter {adapter_name!r}")
+    nothing, where = torch.empty(0, device="meta"), f"The file of the adapter {adapter_name!r}"
+    check_tensors(stored | dict.fromkeys(extra, nothing), own, where)
+    for name, tensor in stored.items():
+        check_finite(name, tensor, where)
 
 
 def remember_fresh(memory: nn.Module) -> None:

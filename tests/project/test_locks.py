@@ -1,9 +1,12 @@
 """What is installed is what was tested: the locks, pyproject.toml's ranges and the package's imports agree."""
 
 import ast
+import base64
 import importlib.util
 import re
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -204,6 +207,42 @@ def test_an_index_that_cannot_be_reached_is_named(
 ) -> None:
     monkeypatch.setattr(install, "pip_settings", lambda python: settings)
     assert re.search(said, install.why_unreachable(Path("python")))
+
+
+def test_an_index_behind_a_password_is_asked_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Index(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers["Authorization"]))
+            self.send_error(401 if len(asked) == 2 else 200)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Index) as server:
+        threading.Thread(target=server.serve_forever).start()
+        address = f"127.0.0.1:{server.server_port}/simple"
+        monkeypatch.setattr(install, "pip_settings", lambda python: {"index-url": f"http://me:p%40ss@{address}/"})
+        said = [install.why_unreachable(Path("python")) for _ in range(2)]
+        server.shutdown()
+    assert asked == [("/simple/pip/", "Basic " + base64.b64encode(b"me:p@ss").decode())] * 2
+    assert said == ["", f"\nThe package index in use, http://{address}/, answers 401."]
+
+
+def test_a_lock_that_is_not_there_is_named_with_those_that_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["install.py", str(tmp_path / "environment"), "--lock", "locks/none.txt"])
+    with pytest.raises(SystemExit):
+        install.main()
+    assert re.search(r"locks/none\.txt is no file; there are .*oldest\.txt", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_beside_git_has_an_unknown_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compatibility.commit() == "unknown"
 
 
 def test_a_result_stands_only_under_the_name_of_its_own_versions(tmp_path, monkeypatch, capsys):

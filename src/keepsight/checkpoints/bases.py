@@ -105,9 +105,13 @@ def meta_model(config: Any, **kwargs: Any) -> Any:
         return AutoModelForImageTextToText.from_config(config, **kwargs)
 
 
-def check_weights(source: str | Path) -> None:
+def check_weights(source: str | Path, throughout: bool = False) -> None:
     """Find missing, truncated and wrongly named weights of a local model by the files' headers, in milliseconds; and
     such as are NaN or infinite, by the first values of each.
+
+    Args:
+        source: a folder, or the name of what is shipped.
+        throughout: look at all values, where nobody will after this.
 
     Raises:
         KeepsightError: naming the file, or the tensor, or one stored and one expected tensor. A hub id is left
@@ -117,7 +121,7 @@ def check_weights(source: str | Path) -> None:
     if not folder.is_dir():
         return
     for tensor in (tensor for file in weight_files(folder) for tensor in read_header(file)):
-        if not tensor.begins_finite():
+        if not tensor.begins_finite() or (throughout and tensor.count_not_finite()):
             raise _not_finite(str(source), tensor.name)
     if (folder / "config.json").is_file():
         _check_names(folder, str(source))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import spoil, with_one_nan
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor
@@ -96,6 +97,43 @@ REFUSED = {
     "plain model": (lambda f: reference_path(), r"exactly one PVM.*a plain model"),
     "nothing": (lambda f: f / "nowhere", r"no such folder"),
 }
+
+
+def with_its_embedding(folder: Path, config: Any) -> Path:
+    """An adapter whose embedding is another than the base's."""
+    model, _ = keepsight.load("keepsight/reference")
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2)
+    model.save_pretrained(folder, save_embedding_layers=True)
+    return folder
+
+
+def test_an_embedding_of_the_adapters_own_is_not_left_behind(tmp_path: Path) -> None:
+    """vLLM would read the base's; the way out that is named leads out."""
+    vismem = inspect_adapter(with_its_embedding(tmp_path / "vismem", keepsight.VisMemConfig()))
+    with pytest.raises(ExportError, match="brings an embedding of its own"):
+        write_model("keepsight/reference", vismem, tmp_path / "out")
+    adapter = with_its_embedding(tmp_path / "adapter", keepsight.PvmConfig(layers=[1], width=32))
+    with pytest.raises(ExportError, match=r"brings an embedding.*save_embedding_layers=False.*--base FOLDER"):
+        export_vllm(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    model, processor = keepsight.load(adapter)
+    table = model.get_input_embeddings().weight.clone()
+    model.save_pretrained(tmp_path / "memory", save_embedding_layers=False)
+    model.unload().save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    with pytest.warns(KeepsightWarning, match="was trained on"):
+        export_vllm(tmp_path / "memory", tmp_path / "out", base=tmp_path / "base")
+    served = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(served["model.language_model.embed_tokens.weight"], table)
+
+
+def test_a_base_that_is_not_finite_to_its_last_value_is_not_exported(adapter: Path, tmp_path: Path) -> None:
+    base = spoil(reference_path(), tmp_path / "base", with_one_nan)
+    with pytest.warns(KeepsightWarning), pytest.raises(KeepsightError, match="NaN or infinite"):
+        export_vllm(adapter, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("what", REFUSED)

@@ -23,6 +23,7 @@ from huggingface_hub import snapshot_download
 
 from keepsight.checkpoints.adapters import WEIGHTS, AdapterInfo, has_processor
 from keepsight.checkpoints.atomic import check_target, new_folder, write_json
+from keepsight.checkpoints.bases import check_weights
 from keepsight.checkpoints.shards import (
     INDEX,
     SIDE,
@@ -110,6 +111,7 @@ def export_vllm(
     memory, loras = _split(adapter, adapters)
     config = config_from_adapter(PvmConfig, memory.config)
     served = _check_servable(config, memory, allow_noncausal)
+    refuse_embedding(memory)
     foreign = None if (target / MEMORY_FILE).is_file() else f"an earlier export (it holds no {MEMORY_FILE})"
     check_target(target, overwrite, foreign, ExportError)
     source = base_folder(base_name)
@@ -220,11 +222,28 @@ def _check_servable(config: PvmConfig, memory: AdapterInfo, allow_noncausal: boo
 
 
 def base_folder(base: str) -> Path:
-    """Where the base's files are; a hub id is fetched, or found in the cache."""
+    """Where the base's files are; a hub id is fetched, or found in the cache.
+
+    Raises:
+        KeepsightError: if its weights are not whole, or not finite. Each value is read: vLLM would not say.
+    """
     folder = Path(resolve_base(base)).expanduser()
-    if folder.is_dir():
-        return folder.resolve()
-    return Path(snapshot_download(base, allow_patterns=["*.safetensors", f"*{INDEX}", *(f"*{end}" for end in SIDE)]))
+    if not folder.is_dir():
+        fetched = ["*.safetensors", f"*{INDEX}", *(f"*{end}" for end in SIDE)]
+        folder = Path(snapshot_download(base, allow_patterns=fetched))
+    check_weights(folder, throughout=True)
+    return folder.resolve()
+
+
+def refuse_embedding(adapter: AdapterInfo) -> None:
+    """Raise if an adapter brings an embedding, which the folder, with the base's files in it, has no place for."""
+    if adapter.embedding_rows is not None:
+        raise ExportError(
+            f"{adapter.path} brings an embedding of its own ({adapter.embedding_rows} rows, save_embedding_layers), "
+            "and vLLM would read the base's. Put it into the base: model, processor = keepsight.load(ADAPTER), "
+            "save the memory and the processor without it (save_embedding_layers=False), then the base with it "
+            "(model.unload().save_pretrained(FOLDER)), and export the memory with --base FOLDER."
+        )
 
 
 def describe(base: dict[str, Any], config: PvmConfig, served: ServedFamily) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from keepsight.checkpoints.adapters import WEIGHTS, AdapterInfo
 from keepsight.checkpoints.shards import read_header, read_json, weight_files
 from keepsight.errors import KeepsightError
-from keepsight.serve.vllm.export import base_folder, write_folder
+from keepsight.serve.vllm.export import base_folder, refuse_embedding, write_folder
 from keepsight.serve.vllm.names import ROWS_FILE, ROWS_KEY, ROWS_MODULE, SERVED
 
 
@@ -38,6 +38,7 @@ def write_model(base: str, vismem: AdapterInfo, target: Path) -> int:
             f"{vismem.path} belongs to a base of model_type {vismem.config.get('base_model_type')!r}, which the vLLM "
             f"plugin does not serve. Served: {known}. Without --engine vllm, keepsight serve takes every family."
         )
+    refuse_embedding(vismem)
     source = base_folder(base)
     rows = [
         replace(tensor, name=f"{ROWS_MODULE}.{tensor.name.rpartition('.rows.')[2]}")
