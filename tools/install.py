@@ -71,9 +71,7 @@ def make_venv(folder: Path) -> Path:
         sys.exit(f"{folder} is there and is no virtual environment. Name another folder: make test VENV=FOLDER")
     print(f"Making {folder} (Python {platform.python_version()})", flush=True)
     if subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)]).returncode:
-        sys.exit(
-            f"{folder} could not be made; the lines above say why. On Debian, install python3-venv."
-        )
+        sys.exit(f"{folder} could not be made; the lines above say why. On Debian, install python3-venv.")
     return folder.absolute() / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
