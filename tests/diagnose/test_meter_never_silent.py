@@ -12,6 +12,7 @@ from families import BY_NAME, Row, make_inputs
 from helpers import generate
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import keepsight
 from keepsight.backbone import Backbone
@@ -52,6 +53,27 @@ def cache_in_a_box(model: Any) -> None:
     mutation.stand_in(Backbone.of(model).decoder, mutation.boxed, mutation.unboxed, result)
 
 
+def mask_by_keyword(mixer: Any) -> None:
+    """The attention function gets its mask as a keyword argument, as vision encoders give it."""
+    config, kind = mixer.config, type(mixer)
+    whole = ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        function = whole(self.config._attn_implementation, None)
+
+        def named(module: Any, query: Any, key: Any, value: Any, mask: Any, **more: Any) -> Any:
+            return function(module, query, key, value, attention_mask=mask, **more)
+
+        ALL_ATTENTION_FUNCTIONS.get_interface = lambda *_: named
+        try:
+            return kind.forward(self, *args, **kwargs)
+        finally:
+            del ALL_ATTENTION_FUNCTIONS.get_interface
+
+    assert config._attn_implementation == "sdpa"
+    mixer.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
 MUTATIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "pixel_values renamed": (lambda m: mutation.renamed(m.model, "pixel_values", "picture"), RIGHT),
     "encoder outputs renamed": (lambda m: mutation.renamed(m.model, "mm_encoder_outputs", "seen"), RIGHT),
@@ -62,6 +84,7 @@ MUTATIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "vlm without hooks": (lambda m: mutation.stand_in(m.model, hooks=False), "not as a part of a call"),
     "decoder without hooks": (lambda m: mutation.stand_in(Backbone.of(m).decoder, hooks=False), "seen no generation"),
     "mixers without hooks": (lambda m: [mutation.stand_in(mixer, hooks=False) for mixer in mixers(m)], RIGHT),
+    "mask by keyword": (lambda m: [mask_by_keyword(mixer) for mixer in mixers(m)], RIGHT),
     "no attention asks": (
         lambda m: [attends_by_itself(mixer) for mixer in mixers(m)],
         r"layers \[0, 1, 2, 3\] did not",

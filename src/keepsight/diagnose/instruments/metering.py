@@ -65,7 +65,7 @@ class _Stand:
 
 
 def _metered_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, Any]:
     """transformers' attention function for metered layers: the layer's own one, and a look at its query and keys."""
     stand = module.config
@@ -75,8 +75,8 @@ def _metered_attention(
         function = ALL_ATTENTION_FUNCTIONS[name]
     else:  # "eager" is a function of each modelling file
         function = sys.modules[type(module).__module__].eager_attention_forward
-    stand._look(stand._row, query, key, mask, kwargs)
-    return function(module, query, key, value, mask, **kwargs)
+    stand._look(stand._row, query, key, attention_mask, kwargs)
+    return function(module, query, key, value, attention_mask, **kwargs)
 
 
 ALL_ATTENTION_FUNCTIONS.register(METERED, _metered_attention)
