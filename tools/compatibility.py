@@ -1,6 +1,6 @@
 """What was tested with what: runs the tests and keeps the result with the versions, and writes docs/compatibility.md.
 
-    python tools/compatibility.py run NAME [--unless-as OTHER] [PYTEST OPTIONS]   # into .results/NAME.json
+    python tools/compatibility.py run NAME [--unless-as OTHER] [PYTEST OPTIONS]   # all tests: into .results/NAME.json
     python tools/compatibility.py show [NAME ...]                                 # what .results holds
     python tools/compatibility.py write                                           # .results into docs/compatibility.md
 
@@ -30,6 +30,7 @@ PAGE = ROOT / "docs" / "compatibility.md"
 NAMES = ("locked", "oldest", "newest", "vllm")
 LIBRARIES = ("torch", "transformers", "peft", "trl", "vllm")
 LOCKS = {"locked": ROOT / "locks" / "dev.txt", "oldest": ROOT / "locks" / "oldest.txt"}
+WHOLE = {"-q", "-v", "-n", *map(str, range(65)), "auto", "tests_vllm"}  # with these, all tests of an environment run
 START, END = "<!-- results: written by `make compatibility` -->", "<!-- end of results -->"
 
 
@@ -82,8 +83,11 @@ def run(name: str, unless_as: str | None, pytest_options: list[str]) -> int:
         [sys.executable, "-m", "pytest", f"--junitxml={report}", *pytest_options], cwd=ROOT
     ).returncode
     result.update(counts(report) if report.exists() else {"broken": f"pytest ended with {status} and no report"})
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1))
     print("\n".join(lines(name, result)), flush=True)
+    if more := [option for option in pytest_options if option not in WHOLE]:
+        print(f"{name}: not kept, as {' '.join(more)} may leave tests out.")
+    else:
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1))
     return status
 
 

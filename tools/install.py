@@ -56,6 +56,7 @@ def main() -> None:
         check_against(given.lock, python)
     else:
         lift_upper_bounds(python)
+        print(held_back(installed(python), pinned(ROOT / "locks" / "dev.txt"), settings), end="", flush=True)
     tell_of_cuda(python)
 
 
@@ -229,6 +230,18 @@ def tell_of_cuda(python: Path) -> None:
             "      takes some GB more. Where you know an index with CPU builds: make test TORCH_INDEX=URL",
             flush=True,
         )
+
+
+def held_back(found: dict[str, str], lock: dict[str, str], settings: dict[str, str]) -> str:
+    """One line where the newest of everything is older than what was locked once; or nothing."""
+
+    def numbers(version: str) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
+
+    names = [name for name in ("torch", "transformers", "peft", "trl") if name in found and name in lock]
+    older = [f"{n} {found[n]}, not {lock[n]}" for n in names if numbers(found[n]) < numbers(lock[n])]
+    why = f"pip's own constraints ({settings['constraint']})" if "constraint" in settings else "the index in use"
+    return f"Note: older than locks/dev.txt, held back by {why}: {'; '.join(older)}.\n" if older else ""
 
 
 def unbounded_requirements(extra: str = "dev") -> list[str]:

@@ -33,7 +33,7 @@ PARTS = {
     "serve": {"serve", "vllm", "train"},  # train: serve/vllm/rollouts.py, which training alone imports
     "train": {"train", "4bit"},
 }
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "functorch": "torch", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 #: Asked for by the user's own accelerate config, and refused by name where it is missing; and what stands in
 #: evaluate/lmms*.py, which only lmms-eval imports, in its environment.
 UNDECLARED = {"deepspeed", "lmms-eval", "av"}
@@ -238,6 +238,27 @@ def test_a_lock_that_is_not_there_is_named_with_those_that_are(
         install.main()
     assert re.search(r"locks/none\.txt is no file; there are .*oldest\.txt", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_holds_the_newest_back_is_named() -> None:
+    lock = {"torch": "2.15.0", "peft": "0.21.2", "numpy": "3.0"}
+    assert install.held_back({"torch": "2.15.0+cpu", "peft": "0.22.0", "numpy": "2.0"}, lock, {"constraint": "a"}) == ""
+    told = install.held_back({"torch": "2.9.1+cpu", "peft": "0.21.2"}, lock, {"constraint": "caps.txt"})
+    assert told == (
+        "Note: older than locks/dev.txt, held back by pip's own constraints (caps.txt): torch 2.9.1+cpu, not 2.15.0.\n"
+    )
+    assert "held back by the index in use: peft 0.20.9" in install.held_back({"peft": "0.20.9"}, lock, {})
+
+
+@pytest.mark.parametrize(("options", "kept"), [(["-n", "2", "-q"], True), (["-q", "-k", "locks"], False)])
+def test_a_part_of_the_tests_is_no_result(
+    options: list[str], kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compatibility, "RESULTS", tmp_path)
+    monkeypatch.setattr(compatibility.sys, "executable", "true")  # it runs no tests and is content
+    assert compatibility.run("newest", None, options) == 0
+    assert (tmp_path / "newest.json").is_file() == kept
+    assert ("not kept, as -k locks may leave tests out" in capsys.readouterr().out) != kept
 
 
 def test_a_folder_beside_git_has_an_unknown_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
