@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from families import BY_NAME, END, IMAGE, START, VIDEO, Row, make_inputs
+from families import BY_NAME, END, IMAGE, START, VIDEO, Row, device, make_inputs
 from helpers import (
     CLOSE,
     MIXED_ROWS,
@@ -18,7 +18,7 @@ from helpers import (
     logits,
     with_continuation,
 )
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from keepsight.backbone import Backbone
 from keepsight.compat import cache_argument, find_output_cache
@@ -69,6 +69,21 @@ def test_static_cache_equals_dynamic(family):
     dynamic = generate(model, inputs)
     static = generate(model, inputs, cache_implementation="static", disable_compile=True)
     torch.testing.assert_close(torch.stack(static.logits), torch.stack(dynamic.logits), **CLOSE)
+
+
+def test_generate_compiles_by_itself():
+    """With a static cache, as on a GPU unasked; a CPU is asked to, and spared the compiler behind the graph."""
+    model, inputs = built(BY_NAME["qwen3_vl"])
+    eager = generate(model, inputs)
+    wanted = CompileConfig() if torch.device(device).type == "cuda" else CompileConfig(mode=None, backend="aot_eager")
+    wanted._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        found = generate(model, inputs, cache_implementation="static", compile_config=wanted)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    assert torch.equal(found.sequences, eager.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(eager.logits), **CLOSE)
 
 
 def test_a_static_cache_serves_a_second_request(family):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import device
 from safetensors.torch import load_file
 from tiny_training import make_data, write_rows
 from transformers import TrainerCallback
@@ -36,7 +37,7 @@ from keepsight.train.vismem.train import (
 from keepsight.vismem import VisMemConfig
 
 WEIGHTS = "adapter_model.safetensors"
-BASE: dict[str, Any] = {"load_in_4bit": True, "device": "cpu"}
+BASE: dict[str, Any] = {"load_in_4bit": True, "device": device}
 SFT: dict[str, Any] = BASE | {"batch_size": 2, "grad_accum": 1, "lr": 1e-3, "save_steps": 1}
 GRPO: dict[str, Any] = BASE | {"max_steps": 1, "batch_size": 4, "grad_accum": 1, "group_size": 2, "max_new_tokens": 3}
 RL: dict[str, Any] = BASE | {
@@ -71,7 +72,7 @@ class Start(TrainerCallback):
     """What a run starts with: dtypes and values of what is trained, which layers are packed."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        self.trained = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters() if p.requires_grad}
         backbone = Backbone.of(model)
         self.packed = {n for n, m in backbone.model.named_modules() if type(m).__name__ == "Linear4bit"}
         self.linear = {n for n, m in backbone.decoder.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -90,7 +91,7 @@ def test_a_memory_learns_beside_a_packed_base(packing: Any, tiny_vlm: Path, few:
     assert report.frozen == plan_memory(tiny_vlm).base_parameters  # weights are counted, not bytes
     assert {p.dtype for p in start.trained.values()} == {torch.float32}
     assert start.packed == {f"{start.decoder_path}.{n}" for n in start.linear if "visual_memory" not in n}
-    loaded, _ = keepsight.load(out)  # on the base as it is stored
+    loaded, _ = keepsight.load(out, device="cpu")  # on the base as it is stored
     stored = load_file(out / WEIGHTS)
     named = dict(loaded.named_parameters())
     assert all(torch.equal(named[n.replace("pvm_blocks.", "pvm_blocks.default.")], t) for n, t in stored.items())
@@ -106,8 +107,8 @@ def test_a_memory_learns_beside_a_packed_base(packing: Any, tiny_vlm: Path, few:
 
 
 def test_operations_are_those_of_the_plain_base(packing: Any, tiny_vlm: Path) -> None:
-    packed, _ = four_bit.load_base(tiny_vlm, tiny_vlm, SftSettings(**SFT), "auto", "cpu")
-    plain, _ = keepsight.load(tiny_vlm, device="cpu")
+    packed, _ = four_bit.load_base(tiny_vlm, tiny_vlm, SftSettings(**SFT), "auto", device)
+    plain, _ = keepsight.load(tiny_vlm, device=device)
     assert ModelShape.of(packed.requires_grad_(False)) == ModelShape.of(plain.requires_grad_(False))
 
 
@@ -151,7 +152,7 @@ def test_vismem_is_formed_and_invoked_on_a_packed_base(
 
 
 def test_estimates_count_what_packing_saves(packing: Any, tiny_vlm: Path) -> None:
-    layer = packing.nn.Linear4bit(256, 512, bias=False, quant_type="nf4", compress_statistics=True).to("cpu")
+    layer = packing.nn.Linear4bit(256, 512, bias=False, quant_type="nf4", compress_statistics=True).to(device)
     state = layer.weight.quant_state
     held = layer.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
     assert held == four_bit.BYTES_PER_WEIGHT * 256 * 512
@@ -204,7 +205,7 @@ def test_a_missing_package_is_named(tiny_vlm: Path, tmp_path: Path, monkeypatch:
 
 def test_a_base_that_is_stored_packed_is_read_as_it_is(packing: Any, tiny_vlm: Path, few: Path, tmp_path: Path) -> None:
     model, processor = keepsight.load(
-        tiny_vlm, device="cpu", quantization_config=four_bit.four_bit(tiny_vlm, torch.float32)
+        tiny_vlm, device=device, quantization_config=four_bit.four_bit(tiny_vlm, torch.float32)
     )
     for part in (model, processor):
         part.save_pretrained(tmp_path / "packed")
