@@ -66,8 +66,8 @@ def _reading(rows: list[dict[str, Any]]) -> list[str]:
         condition for (images, condition), right in at_once.items() if difference(right, at_once[images, "base"])[2] < 0
     )
     return [
-        f"*{condition.capitalize()}* is below base without any narration already: it disturbs this eye, which never met "
-        "it in training. This says nothing about length, nor about a model that was trained for it.\n"
+        f"*{condition.capitalize()}* is below base without any narration already: it disturbs this eye, which never "
+        "met it in training. This says nothing about length, nor about a model that was trained for it.\n"
         for condition in broken
     ]
 
