@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keepsight.data.errors import DataError
-from keepsight.data.tables.json_values import as_json
+from keepsight.data.tables.json_values import as_json, without_none
 from keepsight.words import counted
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -98,8 +98,8 @@ class _Reader:
         return out
 
     def message(self, index: int, message: Any) -> dict[str, Any]:
-        role_key, content_key = ("from", "value") if isinstance(message, dict) and "from" in message else _NATIVE
         found = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+        role_key, content_key = ("from", "value") if "from" in found else ("role", "content")
         if found.get(role_key) == "function_call":  # ShareGPT's form of a call, as text
             found |= {content_key: "", "function_call": as_json(found.get(content_key), f"messages[{index}]")}
         if "function_call" in found and "function_call" not in self.ignore:  # OpenAI's first form of one
@@ -128,7 +128,7 @@ class _Reader:
                     )
                 more |= {} if value else {"weight": 0}
             elif key in TEMPLATE_KEYS:
-                more[key] = _without_none(value)
+                more[key] = without_none(value)
             elif key in _MEANT:
                 raise DataError(
                     f"messages[{index}]: {key}, which training cannot use",
@@ -249,13 +249,12 @@ class _Reader:
         return [next(rest) if image is None else image for image in self.held]
 
 
-_NATIVE = ("role", "content")
 _HALF = re.compile("[\ud800-\udfff]")
 """Of characters that JSON writes as two escapes; one alone is none."""
 
 
 def _content(message: dict[str, Any]) -> Any:
-    found = message.get("value") if "from" in message else message.get("content")
+    found = message.get("value") if message.get("from") is not None else message.get("content")
     return "" if found is None else found  # beside tool calls there may be none
 
 
@@ -300,10 +299,3 @@ def _calls(found: Any, index: int) -> list[dict[str, Any]]:
         asked = as_json(asked, f"messages[{index}]: arguments") if isinstance(asked, str) and asked else asked
         calls.append({"type": "function", "function": {"name": call["name"], "arguments": asked or {}}})
     return calls
-
-
-def _without_none(value: Any) -> Any:
-    """Without the keys that Arrow adds where another row has them."""
-    if isinstance(value, dict):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    return [_without_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value

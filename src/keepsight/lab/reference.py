@@ -1,4 +1,4 @@
-"""The reference VLM: a 0.7 M parameter model of the Qwen3-VL architecture that reads grids of handwritten digits.
+"""The reference VLM: a model of 0.64 M parameters of the Qwen3-VL architecture that reads grids of handwritten digits.
 
 It is an ordinary checkpoint folder (config, processor, tokenizer, 16-bit safetensors) which
 `AutoModelForImageTextToText` and `AutoProcessor` load; `keepsight lab pretrain` makes one from nothing, and one is

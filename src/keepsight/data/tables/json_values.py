@@ -59,6 +59,13 @@ def as_json(cell: Any, column: str) -> Any:
             raise DataError(f"{column}: expected a list, found text that is not JSON ({error.msg})") from error
 
 
+def without_none(value: Any) -> Any:
+    """Without the keys that Arrow adds where another row has them."""
+    if isinstance(value, dict):
+        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
+    return [without_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
 def elements_of(text: str) -> Iterator[tuple[int, Any]]:
     """(the line on which it begins, its value) of each element of a JSON list.
 

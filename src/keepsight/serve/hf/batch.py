@@ -274,7 +274,7 @@ class Batch:
                 **self.constant,
             )
             if self.latent is not None and watch is not None:
-                self.latent.writer.remember([row.latent for row in self.rows], ids, latents, watch)
+                self.latent.writer.remember([row.latent for row in self.rows], ids, watch)
         self.logits = output.logits[:, -1].to(torch.float32, copy=True)
         for row, new in zip(self.rows, ids, strict=True):
             row.ids += new

@@ -188,7 +188,7 @@ class MemoryDecoder:
         inputs = model.prepare_inputs_for_generation(self.input_ids, next_sequence_length=count, **self.model_kwargs)
         with self.writer.feeding(step.ids, step.latents, self.input_ids.device):
             self.output = model(**inputs, return_dict=True)
-        self.writer.remember(self.rows, step.ids, step.latents, self.watch)
+        self.writer.remember(self.rows, step.ids, self.watch)
 
     def _output(self) -> VisMemOutput:
         return VisMemOutput(

@@ -163,13 +163,10 @@ class MemoryWriter:
         that kept only what is forbidden afterwards would leave nothing.
         """
         scores = scores.clone()
-        for token in self.tokens.end.values():
-            scores[:, token] = -torch.inf
+        scores[:, list(self.tokens.end.values())] = -torch.inf
         for column, kind in enumerate(TYPES):
             token, free = self.tokens.invoke[kind], allowed[:, column] & self.policy.admits(kind)
-            if not free.any():
-                scores[:, token] = -torch.inf
-            elif not free.all():
+            if not free.all():
                 scores[:, token] = scores[:, token].masked_fill(~free.to(scores.device), -torch.inf)
         return scores
 
@@ -239,20 +236,17 @@ class MemoryWriter:
             return contextlib.nullcontext()
         return scope.only_words()
 
-    def remember(
-        self, rows: Sequence[RowState], ids: list[list[int]], latents: list[list[Any]], watch: scope.Watch
-    ) -> None:
+    def remember(self, rows: Sequence[RowState], ids: list[list[int]], watch: scope.Watch) -> None:
         """Collect the text states of what was just fed; memory positions and end tokens are no text.
 
         Args:
             rows: B rows.
-            ids: fed [B][c].
-            latents: likewise.
+            ids: fed [B][c]; where there were latents, their memory's end token.
             watch: what passed by: the decoder's last hidden states [B, c, D], and what it was given.
         """
         hidden, embedded = watch.take_hidden(), self.embedded(watch)
         limit, ends = self.branch.config.max_text_states, self.tokens.end.values()
-        for index, (row, states, tokens, values) in enumerate(zip(rows, hidden, ids, latents, strict=True)):
+        for index, (row, states, tokens) in enumerate(zip(rows, hidden, ids, strict=True)):
             if row.is_done or (row.count >= self.limit and row.waiting is None):  # nothing will be formed from it
                 continue
             if embedded is not None:
@@ -263,11 +257,8 @@ class MemoryWriter:
             last = max((i for i, token in enumerate(tokens) if token in ends), default=-1)
             if last >= 0:
                 row.text = []
-            text = [i > last for i in range(len(values))]
-            if all(text):
-                row.text.append(states)
-            elif any(text):
-                row.text.append(states[torch.tensor(text, device=states.device)])
+            if last + 1 < len(tokens):
+                row.text.append(states[last + 1 :])
             if limit is not None and len(row.text) > limit:
                 row.text = row.text[-limit:]
 
@@ -295,9 +286,8 @@ class MemoryWriter:
                 return kind
         is_place = row.after_delimiter or (self.policy.places == "anywhere" and row.since > 0)  # no memory on memory
         if self.policy.name == "random" and is_place and can:
-            probability = self.policy.probability
-            if probability is None:
-                probability = self.branch.config.random_probability
+            given = self.policy.probability
+            probability = self.branch.config.random_probability if given is None else given
             row.after_delimiter = False
             whether, which = torch.rand(2).tolist() if row.draws is None else row.draws
             if whether < probability:
