@@ -143,10 +143,6 @@ class MemoryTokens:
         """Bool, true at all positions of memories in whole sequences: invocation, latents, end. Shape as `ids`."""
         return _is_one_of(ids, self.ids)
 
-    def end_mask(self, ids: torch.Tensor) -> torch.Tensor:
-        """Bool, true at end tokens' ids. Shape as `ids`."""
-        return _is_one_of(ids, self.end.values())
-
     def latent_mask(self, ids: torch.Tensor) -> torch.Tensor:
         """Bool [B, T], true where whole sequences [B, T] hold latents: end tokens before another end token."""
         return latent_places(ids, self.end.values())

@@ -72,7 +72,6 @@ class BatchEngine:
         with self._changed:
             if self._is_closing or not self._thread.is_alive():
                 raise ApiError(503, "The server is shutting down.", code="shutting_down")
-            job.open_choices = job.choices
             self._waiting.append(job)
             self._changed.notify()
 
@@ -230,7 +229,6 @@ class BatchEngine:
             self.metrics.completion_tokens.inc(row.written)
             for invocation in row.invocations:
                 self.metrics.invocations.labels(invocation.kind).inc()
-            job.open_choices -= 1
             job.send(Finished(row.index, row.reason, row.written, row.memory_tokens, row.invocations))
 
     def _fail(self, job: Job, error: Exception) -> None:

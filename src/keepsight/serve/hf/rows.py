@@ -90,7 +90,6 @@ class Job:
         when_read: called once the inputs are not needed any more; any thread, must not wait.
         is_cancelled: the engine drops it before its next step.
         error: why it failed, if it did.
-        open_choices: answers that are not complete.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -106,7 +105,6 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
     is_cancelled: bool = False
     error: ApiError | None = None
-    open_choices: int = 0
 
     def forget(self) -> None:
         """Free the inputs."""
