@@ -163,10 +163,13 @@ class MemoryWriter:
         that kept only what is forbidden afterwards would leave nothing.
         """
         scores = scores.clone()
-        scores[:, list(self.tokens.end.values())] = -torch.inf
+        for token in self.tokens.end.values():  # one by one: a list would be copied to the device every time
+            scores[:, token] = -torch.inf
         for column, kind in enumerate(TYPES):
             token, free = self.tokens.invoke[kind], allowed[:, column] & self.policy.admits(kind)
-            if not free.all():
+            if not free.any():
+                scores[:, token] = -torch.inf
+            elif not free.all():
                 scores[:, token] = scores[:, token].masked_fill(~free.to(scores.device), -torch.inf)
         return scores
 
