@@ -61,7 +61,7 @@ release: $(VENV)/.installed
 GPU_PYTHON ?= python3
 DEVICE ?= cuda
 TEST_GPU = PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m pytest --device $(DEVICE) -q -p no:benchmark \
-	tests/pvm tests/vismem tests/diagnose tests/test_peft_method.py tests/train/test_four_bit.py \
+	tests/pvm tests/vismem tests/diagnose tests/common/test_peft_method.py tests/train/test_four_bit.py \
 	tests/distributed/test_pvm_distributed.py
 test-gpu:
 	@$(TEST_GPU) -m bfloat16; half=$$?; $(TEST_GPU) -m "not bfloat16" && exit $$half

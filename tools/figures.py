@@ -79,6 +79,7 @@ FIGURES: dict[str, Callable[..., str]] = {
     for name, found in vars(module).items()
     if getattr(found, "__module__", None) == module.__name__
     and found.__annotations__.get("return") == "str"
+    and not name.startswith("_")
     and name not in ("table", "thousands", "spread")
 }
 """By name: the functions that return text."""

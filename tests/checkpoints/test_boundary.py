@@ -452,8 +452,8 @@ def test_what_is_saved_can_be_read_by_whom_the_umask_lets_read(umask: int, tmp_p
 @pytest.mark.parametrize(
     ("address", "remedy"),
     [
-        ("http://127.0.0.1:8000", "keepsight serve MODEL --chat"),
-        ("localhost:8000/v1", "keepsight serve MODEL --chat"),
+        ("http://127.0.0.1:8000", "keepsight chat ADDRESS"),
+        ("localhost:8000/v1", "keepsight chat ADDRESS"),
         ("https://huggingface.co/owner/name", "by its id: owner/name"),
     ],
 )

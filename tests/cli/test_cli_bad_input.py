@@ -130,7 +130,7 @@ OTHERS = {
     "llama": "takes no images",
     "bert": "takes no images",
     "t5": "is an encoder-decoder",
-    "video_llava": "has no row for it yet",
+    "fast_vlm": "has no row for it yet",
     "mllama": "cross-attention",
     "kimi_vl": "trust_remote_code",
 }

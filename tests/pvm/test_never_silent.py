@@ -135,7 +135,7 @@ def _by_keyword(norm: Any) -> None:
 def results(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits of a forward without a cache, of three generated tokens, and of one behind a cache that the model made."""
     steps = generate(model, inputs, n=3).logits
-    behind = step(model, prefilled(model, inputs))
+    behind = step(model, prefilled(model, inputs), rows=len(inputs["input_ids"]))
     return torch.cat([logits(model, inputs, use_cache=False)[:, -1:], torch.stack(steps, 1), behind], 1)
 
 

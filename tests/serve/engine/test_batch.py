@@ -13,6 +13,7 @@ from keepsight.serve.hf.cache import can_share
 
 ROWS = [Row(3, (1, 2), 2, (2, 2), 4, seed=1), Row(1, (2, 2), 5, seed=2), Row(7, seed=3), Row(9, (2, 1), 3, seed=4)]
 LENGTHS = [14, 5, 9, 3]
+SPARSE = ("mistral_large4",)  # their cache holds the keys of an indexer too
 CLOSE = {"rtol": 0.0, "atol": 5e-5}
 
 
@@ -44,7 +45,7 @@ def family(request):
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE], ids=lambda family: family.name)
 def test_joining_and_leaving_changes_no_answer(family):
     model = attach(family.build())
-    if Backbone.of(model).has_sliding_windows:  # the engine runs their requests one by one
+    if Backbone.of(model).has_sliding_windows or family.name in SPARSE:  # the engine runs their requests one by one
         assert not can_share(Batch(model, Numbers(), True).read(jobs(family, model)[0]).cache)
         return
     expected = [alone(model, job) for job in jobs(family, model)]
