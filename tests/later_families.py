@@ -160,15 +160,24 @@ def _large(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
 
 
 ROWS = [
-    row("aria", aria, "Aria"),
+    row("aria", aria, "Aria", since="5.24"),
     row("janus", janus, "Janus", _small, count=four_each),
     row("video_llama_3", video_llama_3, "VideoLlama3", _merge_told, packed=True),
     row("ernie4_5_vl_moe", ernie, "Ernie4_5_VLMoe", _spatial, marks=True, packed=True, token_types=modality_types),
     row("deepseek_vl_hybrid", deepseek_vl_hybrid, "DeepseekVLHybrid", _two_resolutions, count=four_each, rounds=True),
-    row("video_llava", video_llava, "VideoLlava"),
+    row("video_llava", video_llava, "VideoLlava", since="5.24"),
     row("granite_docling", granite_docling, "GraniteDocling", _masked_tiles, by_row=True, count=four_each),
     row("glmga", glmga, "Glm46V", _qwen_images, marks=True, several=False),
-    row("hunyuan_vl", hunyuan_vl, "HunYuanVL", _spatial, packed=True, token_types=modality_types, counts_rows=True),
+    row(
+        "hunyuan_vl",
+        hunyuan_vl,
+        "HunYuanVL",
+        _spatial,
+        packed=True,
+        token_types=modality_types,
+        counts_rows=True,
+        since="5.24",
+    ),
     row("step3p7", step3p7, "Step3p7"),
     row("pp_chart2table", pp_chart2table, "GotOcr2", _large),
 ]

@@ -209,6 +209,6 @@ ROWS = [
     row("mistral_large4", mistral_large4, "MistralLarge4", sized),
     row("muse_spark", muse_spark, "MuseSpark", _moments, marks=True, packed=True),
     row("cohere_compass", cohere_compass, "CohereCompass", _qwen_images, marks=True),
-    row("minimax_m3_vl", minimax, "MiniMaxM3Sparse", _moments, marks=True, packed=True),
+    row("minimax_m3_vl", minimax, "MiniMaxM3Sparse", _moments, marks=True, packed=True, since="5.24"),
     row("dots3_note", dots3_note, "Dots3Note", _spatial, packed=True, count=_merged),
 ]
