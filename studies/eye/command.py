@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -135,14 +136,8 @@ def gate_of_eye(
             model.to(device).eval(), tokenizer, drawn, chosen, grids, lambda what, done, of: show(what, done, of)
         )
     conditions = _conditions(size, chosen, about, begin, device, threads)
-    results.mkdir(parents=True, exist_ok=True)
-    file = results / f"{size}.json"
-    file.write_text(json.dumps({"conditions": conditions, **found}, indent=1) + "\n", encoding="utf-8")
-    if not about["done"]:
-        out.print("the eye is not done", highlight=False, soft_wrap=True)
-    for line in lines(found):
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
-    out.print(f"{file}", highlight=False, markup=False, soft_wrap=True)
+    unfinished = [] if about["done"] else ["the eye is not done"]
+    _report(results / f"{size}.json", {"conditions": conditions, **found}, [*unfinished, *lines(found)])
 
 
 def _conditions(
@@ -163,6 +158,14 @@ def _conditions(
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def _report(file: Path, found: dict[str, Any], lines: Iterable[str]) -> None:
+    """Write a raw result, and show what it comes to and where it is."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for line in (*lines, str(file)):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("narrate")
@@ -216,12 +219,7 @@ def reading_at_lengths(
             model, tokenizer, drawn, chosen, told, images, on_progress=lambda what, done, of: show(what, done, of)
         )
     conditions = _conditions(size, chosen, about, begin, device, threads)
-    results.mkdir(parents=True, exist_ok=True)
-    file = results / f"lengths-{size}.json"
-    file.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    for line in lengths.table(rows):
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
-    out.print(f"{file}", highlight=False, markup=False, soft_wrap=True)
+    _report(results / f"lengths-{size}.json", {"conditions": conditions, "rows": rows}, lengths.table(rows))
 
 
 @app.command("methods")
@@ -289,8 +287,4 @@ def methods_on_eye(
     conditions = _conditions(size, chosen, about, begin, device, threads)
     conditions["trial"] = {**vars(trial), "lr": methods.RATES[method], "train_cpu_seconds": round(stage.cpu_seconds, 1)}
     file = results / "methods" / f"{trial.name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    for line in lengths.table(rows):
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
-    out.print(f"{file}", highlight=False, markup=False, soft_wrap=True)
+    _report(file, {"conditions": conditions, "rows": rows}, lengths.table(rows))
