@@ -28,7 +28,7 @@ class Alignment:
     """Trains projector, top of the tower and, where wanted, a LoRA on the language model.
 
     Args:
-        model: a Qwen2.5-VL; its language model is put into `size.dtype` and frozen.
+        model: a Qwen2.5-VL; its language model is put into `size.computing(device)` and frozen.
         tokenizer: its tokenizer.
         pictures: all drawings.
         size: of the eye.
@@ -37,7 +37,7 @@ class Alignment:
     def __init__(self, model: Any, tokenizer: Any, pictures: Pictures, size: Size):
         self.model, self.tokenizer, self.size = model, tokenizer, size
         self.scenes = Scenes(pictures, pictures.seen)
-        model.model.language_model.to(getattr(torch, size.dtype))
+        model.model.language_model.to(size.computing(model.device.type))
         if size.lora:
             torch.manual_seed(size.seed)
             with_lora(model, size)
@@ -98,7 +98,7 @@ def with_lora(model: Any, size: Size) -> Any:
 def answers(
     model: Any, tokenizer: Any, images: torch.Tensor, rows: list[list[sequences.Part]], side: int, size: Size
 ) -> tuple[sequences.Batch, torch.Tensor, torch.Tensor]:
-    """The batch, its logits and its targets (see `sequences.answers`), computed in `size.dtype`.
+    """The batch, its logits and its targets (see `sequences.answers`), computed in `size.computing(device)`.
 
     Args:
         model, tokenizer: as above.
@@ -110,6 +110,6 @@ def answers(
     device = model.device
     batch = sequences.lay_out(rows, side * size.tokens, model, tokenizer).to(device)
     pixels, grids = brush.patches(images, size.patch, size.merge)
-    dtype = getattr(torch, size.dtype)
+    dtype = size.computing(device.type)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         return batch, *sequences.answers(model, batch, pixels.to(device), grids.to(device))

@@ -184,7 +184,8 @@ class Pretraining(nn.Module):
 def picture_tokens(tower: Any, images: torch.Tensor, side: int, size: Size) -> torch.Tensor:
     """`[B, 3, S, S]` -> `[B * side * side, tokens, D]`, the tokens of every picture, pictures row by row."""
     rows, grids = brush.patches(images, size.patch, size.merge)
-    with torch.autocast(images.device.type, dtype=torch.bfloat16):
+    dtype = size.computing(images.device.type)
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
         tokens = tower(rows, grid_thw=grids.to(images.device)).pooler_output
     along = size.tokens
     laid = tokens.float().view(len(images), side, along, side, along, -1).transpose(2, 3)

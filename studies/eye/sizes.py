@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Size:
         top: how many of the tower's last blocks learn through the language model, besides the projector.
         lora: rank of a LoRA on the language model, merged in at the end; 0 leaves it frozen.
         max_gap: largest distance, in positions, put between image and question in training.
-        dtype: of the language model while it trains.
+        dtype: what training multiplies in; "auto" is what the device multiplies natively (`computing`).
     """
 
     cell: int = 48
@@ -52,7 +55,7 @@ class Size:
     top: int = 0
     lora: int = 16
     max_gap: int = 2304
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     seed: int = 0
 
     @property
@@ -63,6 +66,19 @@ class Size:
     def settings(self) -> dict[str, Any]:
         """As plain JSON."""
         return asdict(self) | {"sides": list(self.sides)}
+
+    def computing(self, device: str) -> torch.dtype:
+        """What training multiplies in on a device of this type.
+
+        A processor without matrix units for bfloat16 emulates it: 30 GFLOPS on a core where float32 has 140.
+        """
+        import torch
+
+        if self.dtype != "auto":
+            return cast("torch.dtype", getattr(torch, self.dtype))
+        processor = torch.cpu.get_capabilities()
+        native = torch.cuda.is_bf16_supported() if device == "cuda" else processor.get("amx_bf16")
+        return torch.bfloat16 if native else torch.float32
 
 
 CPU = Size()
