@@ -4,6 +4,7 @@ import ast
 import base64
 import importlib.util
 import re
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -259,6 +260,14 @@ def test_a_part_of_the_tests_is_no_result(
     assert compatibility.run("newest", None, options) == 0
     assert (tmp_path / "newest.json").is_file() == kept
     assert ("not kept, as -k locks may leave tests out" in capsys.readouterr().out) != kept
+
+
+@pytest.mark.parametrize("target", ["test", "test-oldest", "test-newest", "test-vllm"])
+def test_what_make_runs_is_a_result(target: str) -> None:
+    shown = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    ((name, options),) = re.findall(r"compatibility\.py run (\w+) (.*)", shown)
+    assert compatibility.left_out_by(name, options.split()) == []
+    assert compatibility.left_out_by(name, ["--ignore=tests/pvm"])
 
 
 def test_a_folder_beside_git_has_an_unknown_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
