@@ -1,8 +1,10 @@
 """The shipped checkpoint: an ordinary folder, small, that reads unseen digits and writes sensible narrations."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
+import keepsight
 from keepsight.lab.digits import CELLS, draw_grids
 from keepsight.lab.narration import prompt_messages
 from keepsight.lab.pretraining import PRETRAINING_RECORD, PretrainConfig, short_accuracy
@@ -101,6 +104,20 @@ def test_the_path_needs_no_extra():
     assert done.returncode == 0, done.stderr
     assert "transformers" not in done.stderr
     assert done.stdout.strip() == str(reference_path())
+
+
+def test_where_the_core_alone_is_installed_its_error_names_the_libraries_that_read_images(tmp_path):
+    for entry in Path(torch.__file__).parents[1].iterdir():
+        if not entry.name.lower().startswith(("pil", "torchvision")):
+            (tmp_path / entry.name).symlink_to(entry)
+    path = f"{tmp_path}{os.pathsep}{Path(keepsight.__file__).parents[1]}"
+    code = f"import keepsight; keepsight.load({REFERENCE_NAME!r})"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    lesson = done.stderr.strip().splitlines()[-1]
+    assert "Images are read with Pillow and torchvision. Install it: pip install" in lesson
+    assert "[lab]" in lesson
 
 
 def test_a_folder_without_a_checkpoint_is_a_lesson(tmp_path):

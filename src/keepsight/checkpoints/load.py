@@ -6,6 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from keepsight.checkpoints.attention import check_attention, kernel_named
 from keepsight.checkpoints.bases import read_base
 from keepsight.checkpoints.sources import check_sources
 from keepsight.errors import AdapterMismatchError, KeepsightError, KeepsightWarning
+from keepsight.installed import MissingExtraError
 from keepsight.shipped import resolve_base
 from keepsight.tested import warn_of_untested
 from keepsight.vismem import add_memory_tokens
@@ -144,12 +146,15 @@ def load_processor(base_name: str | Path, adapters: Sequence[AdapterInfo] = ()) 
     """The processor that stands beside the first of the adapters that has one; else the base's.
 
     Raises:
+        MissingExtraError: if the libraries that read images are not installed.
         KeepsightError: if its files are missing or broken.
     """
     source = next((a.path for a in adapters if has_processor(a.path)), base_name)
     try:
         return AutoProcessor.from_pretrained(resolve_base(source), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
+        if any(find_spec(library) is None for library in ("PIL", "torchvision")):
+            raise MissingExtraError("Images are read with Pillow and torchvision.", "lab") from error
         raise KeepsightError(
             f"{source}: its processor cannot be loaded ({' '.join(str(error).split())[:200]}). A VLM's folder holds "
             "processor_config.json (or preprocessor_config.json) and a tokenizer beside the weights."

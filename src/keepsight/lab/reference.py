@@ -49,9 +49,9 @@ def load_reference(path: str | Path | None = None) -> tuple[Any, Any]:
         `keepsight/reference`, a name that means the same on every machine.
     """
     import torch
-    from transformers import AutoProcessor
 
     from keepsight.checkpoints.bases import read_base
+    from keepsight.checkpoints.load import load_processor
 
     folder = reference_path() if path is None else Path(path)
     if not (folder / "config.json").is_file():
@@ -59,8 +59,7 @@ def load_reference(path: str | Path | None = None) -> tuple[Any, Any]:
             f"{folder} is no checkpoint folder: it has no config.json. Make one: keepsight lab pretrain -o {folder}"
         )
     model = read_base(folder, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    return model.eval(), processor
+    return model.eval(), load_processor(folder)
 
 
 def build_model(seed: int = 0, head_dim: int = HEAD_DIM, words: Sequence[str] | None = None) -> Any:

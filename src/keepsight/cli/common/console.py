@@ -115,8 +115,6 @@ def error_border(debug: bool, extra: str = "train") -> Iterator[None]:
 def explain(error: Exception, extra: str = "train") -> str:
     """What to tell the user about an exception; `extra` is the one to name where an image library is missing."""
     text = str(error).strip()
-    if "Missing optional dependencies" in text and ("torchvision" in text or "Pillow" in text):
-        return f"this command needs Pillow and torchvision. Install them: {install_line(extra)}"
     if isinstance(error, ImportError) and not isinstance(error, MissingExtraError):
         missing = (getattr(error, "name", None) or "").partition(".")[0]
         for name in (*_EXTRA_OF, *_IMAGE_LIBRARIES):
