@@ -49,7 +49,7 @@ test-lmms: .venv-lmms/.installed
 	.venv-lmms/bin/python -m pip install --quiet -e ".[lab]" -r tests_lmms/requirements.txt
 	touch $@
 
-# transformers', PEFT's and TRL's own tests on models that carry a memory: tests_peers/README.md. A nightly step.
+# transformers', PEFT's and TRL's own tests on models that carry a memory: tests_peers/README.md. A weekly step (canary.yml).
 test-peers: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -r tests_peers/requirements.txt
 	$(BIN)/python tests_peers/fetch.py
