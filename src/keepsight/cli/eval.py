@@ -22,6 +22,7 @@ from keepsight.cli.common.progress import Progress, Waiting
 from keepsight.data.mixture import for_evaluation, load_sources, mixture_of_words
 from keepsight.data.tables.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP
 from keepsight.errors import KeepsightError
+from keepsight.words import counted
 
 
 @with_examples(
@@ -103,7 +104,8 @@ def evaluate(
     } | fingerprint(asked)
     kept = Kept(output.with_name(output.name + ".part"), same)
     if began := len(kept.answers(memory)) + len(kept.answers("off")):
-        say(f"{began:,} answers are there already ({kept.file}): going on behind them.")
+        is_there = f"{counted(began, 'answer')} {'is' if began == 1 else 'are'} there already"
+        say(f"{is_there} ({kept.file}): going on from there.")
     with Waiting(f"loading {base_name}"):
         model, _ = load_checked(base_name, infos, dtype=dtype, device=device, processor=processor)
     try:

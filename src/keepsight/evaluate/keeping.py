@@ -14,6 +14,7 @@ import numpy as np
 from keepsight.diagnose.cases import Sample
 from keepsight.errors import KeepsightError
 from keepsight.evaluate.answering import Answer
+from keepsight.words import counted
 
 
 def fingerprint(samples: Sequence[Sample]) -> dict[str, str]:
@@ -62,9 +63,9 @@ class Kept:
             ) from error
         if differs:
             raise KeepsightError(
-                f"{self.file} holds {len(answers):,} answers of an evaluation that was interrupted, and it asked "
-                f"otherwise ({', '.join(differs)}). Ask the same again to finish it, name another --output, or delete "
-                "the file to begin anew."
+                f"{self.file} holds {counted(len(answers), 'answer')} of an evaluation that was interrupted, and it "
+                f"asked otherwise ({', '.join(differs)}). Ask the same again to finish it, name another --output, or "
+                "delete the file to begin anew."
             )
         for row in answers:
             invocations = tuple((kind, place) for kind, place in row["answer"].pop("invocations"))

@@ -17,6 +17,7 @@ from keepsight.errors import KeepsightError
 from keepsight.evaluate.answering import Answer, Answerer, Question
 from keepsight.evaluate.keeping import Kept
 from keepsight.evaluate.scoring import RULES, Match, is_right
+from keepsight.words import counted
 
 SCHEMA = "keepsight.eval/1"
 ON, OFF = "on", "off"
@@ -99,7 +100,8 @@ class Evaluation:
     def rule(self) -> str:
         """When an answer is right, in words."""
         several = sum(len(one) > 1 for one in self.references)
-        any_of = f"; any of the references counts ({several:,} questions have several)" if several else ""
+        have = f"{counted(several, 'question')} {'has' if several == 1 else 'have'} several"
+        any_of = f"; any of the references counts ({have})" if several else ""
         return f"{self.settings.match}: {RULES[self.settings.match]}{any_of}"
 
     def table(self) -> tuple[list[Stratum], Stratum]:

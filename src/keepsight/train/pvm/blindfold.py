@@ -98,7 +98,7 @@ class BlindfoldSchedule:
         """For people."""
         if not self:
             return "none"
-        first = f"the first {self.steps:,} steps, then " if self.steps else ""
+        first = f"the first {f'{self.steps:,} steps' if self.steps > 1 else 'step'}, then " if self.steps else ""
         return f"{first}{self.share:.0%} of the steps (not in the paper)"
 
 

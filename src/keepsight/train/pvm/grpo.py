@@ -35,6 +35,7 @@ from keepsight.train.run.learner import Learner, PolicyChoice
 from keepsight.train.run.report import TrainReport, memory_lines, mix_lines
 from keepsight.train.run.settings import GrpoSettings
 from keepsight.train.run.trainer import OnLog
+from keepsight.words import counted
 
 __all__ = ["GrpoSettings", "TrainReport", "train_pvm_grpo"]
 
@@ -237,11 +238,12 @@ class GrpoJob(PvmJob[GrpoSettings]):
     def told(self, trainer: Any) -> list[tuple[str, str]]:
         settings, state = self.settings, trainer.state
         rewards = [entry["reward"] for entry in state.log_history if entry.get("reward") is not None]
+        done = f"{counted(state.global_step, 'step')} on {counted(self.data.rows, 'prompt')}"
         policy = {"none": "frozen", "lora": "trained by a LoRA, in policy/", "full": "trained, in policy/"}
         return [
             *memory_lines(trainer),
             ("language model", policy[self.learner.policy] if self.learner.memory is not None else "trained"),
-            ("training", f"GRPO, {state.global_step} steps on {self.data.rows:,} prompts; seed {settings.seed}"),
+            ("training", f"GRPO, {done}; seed {settings.seed}"),
             *mix_lines(self.data),
             ("rewards", ", ".join(f"{reward.name} ({reward.weight:g})" for reward in self.rewards)),
             ("mean reward", f"{rewards[0]:.4f} at first, {rewards[-1]:.4f} at last" if rewards else "not logged"),

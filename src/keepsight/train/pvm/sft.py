@@ -35,6 +35,7 @@ from keepsight.train.run.plan import MemoryPlan, plan_memory
 from keepsight.train.run.report import TrainReport, memory_lines, mix_lines
 from keepsight.train.run.settings import SftSettings
 from keepsight.train.run.trainer import OnLog, TrainingDivergedError
+from keepsight.words import counted
 
 __all__ = ["SftSettings", "TrainReport", "TrainingDivergedError", "train_pvm"]
 
@@ -184,7 +185,7 @@ class SftJob(PvmJob[SftSettings]):
         rates = f"{settings.lr:g}{f', gates {settings.lr * settings.gate_lr_multiplier:g}' if memory else ''}"
         return [
             *memory,
-            ("training", f"{state.global_step} steps on {self.data.rows:,} samples"),
+            ("training", f"{counted(state.global_step, 'step')} on {counted(self.data.rows, 'sample')}"),
             *mix_lines(self.data),
             ("peak learning rate", f"{rates}; seed {settings.seed}"),
             ("training loss", loss),
@@ -212,7 +213,7 @@ def _choices(settings: SftSettings, pvm: PvmConfig, steps: int) -> list[str]:
     """What is told before the first step: what is ours, and what a choice means later."""
     rate = f"the gates learn {settings.gate_lr_multiplier:g} times as fast as the rest"
     ours = f"{rate}{' (not in the paper)' * (settings.gate_lr_multiplier != 1)}"
-    return [f"{steps:,} steps; blindfolded: {BlindfoldSchedule.of(settings, steps)}; {ours}", about_rule(pvm)]
+    return [f"{counted(steps, 'step')}; blindfolded: {BlindfoldSchedule.of(settings, steps)}; {ours}", about_rule(pvm)]
 
 
 def _steps_per_epoch(data: CheckedData, settings: SftSettings, engine: Engine) -> int:
