@@ -3,7 +3,7 @@
     python examples/train_pvm.py [FOLDER] [STEPS]
 
 Writes images of handwritten digits and a train.jsonl into FOLDER/data, trains on them, and leaves the adapter in
-FOLDER/memory. Two hundred steps take a minute or two on one core. Needs: pip install "keepsight[train,lab]"
+FOLDER/memory. Two hundred steps take a minute or two on one core. Needs: pip install -e ".[train,lab]"
 """
 
 import json

@@ -6,7 +6,7 @@
 
 With some hundred words behind an image the model no longer sees it well; a memory, formed anew from the image while the
 model writes, can help. docs/train-vismem.md has the commands in between, which take `facts` as their reward, and what
-came of them. Needs: pip install "keepsight[train,lab]"
+came of them. Needs: pip install -e ".[train,lab]"
 """
 
 import contextlib

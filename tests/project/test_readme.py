@@ -51,6 +51,15 @@ def test_commands_of_the_docs_exist():
                 assert second in known, f"{page.name}: keepsight {line}"
 
 
+def test_nothing_says_to_install_from_an_index_what_is_not_in_it():
+    if "not yet published" not in (ROOT / "CHANGELOG.md").read_text():
+        pytest.skip("it is published")
+    told = [*PAGES, *(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "examples").glob("*"), *ROOT.glob("recipes/**/*")]
+    files = [path for path in told if path.is_file() and path.suffix in {".md", ".ipynb", ".py", ".sh"}]
+    from_index = r'pip install (?:[^\n`#]* )?"?keepsight[\[" ]'
+    assert [str(path) for path in files if re.search(from_index, path.read_text().replace('\\"', '"'))] == []
+
+
 def test_make_targets_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"`?make ([a-z-]+)`?", README)):
