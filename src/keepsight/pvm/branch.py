@@ -16,6 +16,7 @@ from torch import nn
 
 from keepsight.peft_method import MemoryBranch
 from keepsight.pvm.config import PvmConfig
+from keepsight.pvm.fused import Fused
 from keepsight.pvm.graphs import CompiledFork
 from keepsight.pvm.memory import VisualMemory
 from keepsight.pvm.module import ParallelMlpBlock, PvmBlock
@@ -142,10 +143,10 @@ class PvmBranch(nn.Module, MemoryBranch):
             y = added(y, [update for update in updates if update is not None])
         return y if rest is None else (y, *rest)
 
-    def _look(self, name: str, block: Any, memory: VisualMemory, x: torch.Tensor) -> torch.Tensor | None:
+    def _look(self, name: str, block: Any, memory: VisualMemory, x: torch.Tensor) -> torch.Tensor | Fused | None:
         """gate * out [B, T, D] of one block; None where there is nothing to look at."""
         work = self._work(name, block, memory, x)
-        return _no_update(block) if work is None else work.update(x)
+        return _no_update(block) if work is None else work.start(x)
 
     def _work(self, name: str, block: Any, memory: VisualMemory, x: torch.Tensor) -> Work | None:
         """What a block has to do for x [B, T, D]; None where there is nothing to look at."""

@@ -82,7 +82,7 @@ class Fork:
     def __init__(self, x: torch.Tensor, works: Sequence[Work]):
         self._device, self._works = x.device, works  # what they read is kept until the join
         with beside(x.device):
-            self._updates = [work.update(x) for work in works]
+            self._updates = [work.start(x) for work in works]
 
     def join(self, y: torch.Tensor) -> torch.Tensor:
         """What leaves the network, [B, T, D] or [B * T, D], and the updates; the current stream waits for them."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from keepsight.pvm.fused import Fused, may_fuse
 from keepsight.pvm.kernels import attention_for
 
 
@@ -27,6 +28,12 @@ class Work(NamedTuple):
     keep: torch.Tensor | None
     text_config: Any
 
+    def start(self, x: torch.Tensor) -> torch.Tensor | Fused:
+        """The update for the residual stream x [B, T, D]; by few kernels where that was asked for and fits."""
+        if self.states and may_fuse(self.block, x, self.states):
+            return Fused(self.block, x, self.states, self.mask, self.keep)
+        return self.update(x)
+
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """gate * out [B, T, D] for the residual stream x [B, T, D]."""
         if self.states:
@@ -36,9 +43,12 @@ class Work(NamedTuple):
         return update if self.keep is None else update.masked_fill(~self.keep.to(update.device), 0)
 
 
-def added(y: torch.Tensor, updates: Sequence[torch.Tensor]) -> torch.Tensor:
+def added(y: torch.Tensor, updates: Sequence[torch.Tensor | Fused]) -> torch.Tensor:
     """y [B, T, D] or [B * T, D] plus updates [B, T, D], in y's dtype."""
     for update in updates:
+        if isinstance(update, Fused):
+            y = update.added_to(y)
+            continue
         if update.ndim == 3 and y.ndim == 2:  # some mixtures of experts return [B * T, D]
             update = update.flatten(0, 1)
         y = y + update.to(y.dtype)
