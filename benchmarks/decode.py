@@ -8,6 +8,8 @@ Three models with the same weights decode in turn, within one run, so that whate
                   does. It exists in the benchmark only, and must give pvm's logits before anything is timed.
     beside        with --graph: pvm with its branches on a second stream, beside the feed-forward networks; must give
                   pvm's logits to the bit
+    fused         with --graph: pvm's branches as six kernels each; must give pvm's logits in float32
+    fused-beside  with --graph: both; must give those of fused to the bit
 
 Weights are random and the vision tower is replaced by precomputed embeddings: neither changes what a decode step does.
 
@@ -32,13 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoding import SHAPES, Decoder, GraphDecoder, blocks_of, build_models, make_prompt
+from decoding import SCOPES, SHAPES, Decoder, GraphDecoder, blocks_of, build_models, make_prompt
 from measuring import OperationCounter, ceilings, conditions, make_console, place, spread
 from rich.console import Console
 from rich.table import Table
 
 VARIANTS = ("base", "pvm", "reprojected")
-BESIDE = "beside"
 RESULTS = Path(__file__).parent / "results" / "decode"
 MEASURED = (
     "src/keepsight/pvm",
@@ -70,12 +71,19 @@ def check_variants(shape: Any, visual_tokens: int, text_tokens: int, device: tor
     """
     small = replace(shape, num_hidden_layers=min(shape.num_hidden_layers, 4), vocab_size=1024)
     models = build_models(small, torch.float32, device)
-    decoders = make_decoders(models, visual_tokens, text_tokens, 1, CHECK_STEPS, device, Decoder, None, static=False)
+    decoders = make_decoders(
+        models, visual_tokens, text_tokens, 1, CHECK_STEPS, device, Decoder, None, static=False, scopes=("fused",)
+    )
     tokens = [decoders["pvm"].token + i for i in range(CHECK_STEPS)]
     logits = {name: torch.cat([decoder.step(token).clone() for token in tokens]) for name, decoder in decoders.items()}
     scale = logits["pvm"].abs().max().item()
     difference = (logits["pvm"] - logits["reprojected"]).abs().max().item()
     effect = (logits["pvm"] - logits["base"]).abs().max().item()
+    of_fused = (logits["pvm"] - logits["fused"]).abs().max().item()
+    if not of_fused <= TOLERANCE * scale:
+        raise RuntimeError(f"fused logits differ from pvm's by {of_fused:.3g} (largest logit {scale:.3g}).")
+    if device.type == "cuda" and not decoders["fused"].fuses():
+        raise RuntimeError("these blocks have no fused form here, so what would be timed as fused is pvm.")
     if not difference <= TOLERANCE * scale:
         raise RuntimeError(f"reprojected logits differ from pvm's by {difference:.3g} (largest logit {scale:.3g}).")
     if not effect > 4 * difference:
@@ -86,6 +94,8 @@ def check_variants(shape: Any, visual_tokens: int, text_tokens: int, device: tor
         "steps": CHECK_STEPS,
         "largest_logit": scale,
         "max_difference_pvm_reprojected": difference,
+        "max_difference_pvm_fused": of_fused,
+        "fused": decoders["fused"].fuses(),  # or, on a CPU that interprets no kernels, pvm again
         "max_difference_pvm_base": effect,
     }
 
@@ -97,8 +107,9 @@ def check_effect(decoders: dict[str, Decoder]) -> float:
     effect = (steps["pvm"] - steps["base"]).abs().max().item()
     if not effect > 0:
         raise RuntimeError("pvm's logits are the base's: its memory is not being read, so nothing is timed.")
-    if BESIDE in steps and not torch.equal(steps[BESIDE], steps["pvm"]):
-        raise RuntimeError("on a second stream the memory gives other logits than in order, so nothing is timed.")
+    for beside, plain in (("beside", "pvm"), ("fused-beside", "fused")):
+        if beside in steps and not torch.equal(steps[beside], steps[plain]):
+            raise RuntimeError("on a second stream the memory gives other logits than in order, so nothing is timed.")
     return effect
 
 
@@ -107,7 +118,8 @@ def time_turns(
 ) -> dict[str, list[float]]:
     """Milliseconds per token of every turn: `repeats` rounds, in each of which every variant decodes `steps` tokens.
 
-    The order rotates from round to round. Each turn is one sample: the device is waited for at its ends only.
+    The order rotates from round to round. Each turn is one sample: the device is waited for at its ends only. On a GPU
+    the time is the device's own, between two events.
     """
     samples: dict[str, list[float]] = {name: [] for name in decoders}
     names = list(decoders)
@@ -117,18 +129,29 @@ def time_turns(
     for repeat in range(repeats):
         turn = repeat % len(names)
         for name in names[turn:] + names[:turn]:
-            decoder = decoders[name]
-            synchronize(device)
-            begin = time.perf_counter()
-            for _ in range(steps):
-                decoder.step()
-            synchronize(device)
-            samples[name].append((time.perf_counter() - begin) / steps * 1e3)
+            samples[name].append(milliseconds(decoders[name], steps, device) / steps)
     return samples
 
 
+def milliseconds(decoder: Decoder, steps: int, device: torch.device) -> float:
+    """What some steps take."""
+    synchronize(device)
+    if device.type == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(steps):
+            decoder.step()
+        last.record()
+        synchronize(device)
+        return first.elapsed_time(last)
+    begin = time.perf_counter()
+    for _ in range(steps):
+        decoder.step()
+    return (time.perf_counter() - begin) * 1e3
+
+
 def count_operations(decoder: Decoder, device: torch.device) -> dict[str, int]:
-    """Operations of one eager step: at the dispatcher, and on a GPU the kernels that ran."""
+    """Operations of one step: at the dispatcher, and on a GPU the kernels that ran, a graph's as well."""
     with OperationCounter() as counter:
         decoder.step()
     counts = {"operations": counter.count}
@@ -192,29 +215,39 @@ def make_decoders(
     kind: type[Decoder],
     mode: str | None,
     static: bool,
+    scopes: Sequence[str] = (),
 ) -> dict[str, Decoder]:
-    """Every variant behind the same prompt, with room for `steps` more tokens."""
+    """Every variant behind the same prompt, with room for `steps` more tokens; pvm again in each of `scopes`."""
     base, pvm = models
     g = torch.Generator().manual_seed(1)
     hidden = base.config.text_config.hidden_size
     embeds = torch.randn(visual_tokens, hidden, generator=g).to(device, base.dtype)
     inputs = make_prompt(visual_tokens, text_tokens, device, batch)
     room = inputs["input_ids"].shape[1] + steps
-    return {
-        name: kind(model, inputs, embeds, room, mode, static, reproject=name == "reprojected", beside=name == BESIDE)
-        for name, model in (("base", base), *((name, pvm) for name in (*VARIANTS[1:], BESIDE)))
-        if name != BESIDE or kind is GraphDecoder
-    }
+    how = (inputs, embeds, room, mode, static)
+    plain = {name: kind(base if name == "base" else pvm, *how, name == "reprojected") for name in VARIANTS}
+    return plain | {name: kind(pvm, *how, scope=SCOPES[name]) for name in scopes}
 
 
 def measure(models: tuple[Any, Any], visual_tokens: int, args: argparse.Namespace, device: torch.device) -> dict:
     checked = check_variants(SHAPES[args.shape], visual_tokens, args.text_tokens, device)
-    steps = 8 + args.warmup + args.repeats * args.steps  # 8: the checks, and what is run before a graph is captured
+    steps = (
+        10 + args.warmup + args.repeats * args.steps
+    )  # 10: checks, counts, and what is run before a graph is captured
     torch._dynamo.reset()
     begin = time.perf_counter()
     kind = GraphDecoder if args.graph else Decoder
     decoders = make_decoders(
-        models, visual_tokens, args.text_tokens, args.batch, steps, device, kind, args.mode, args.static
+        models,
+        visual_tokens,
+        args.text_tokens,
+        args.batch,
+        steps,
+        device,
+        kind,
+        args.mode,
+        args.static,
+        tuple(SCOPES) if args.graph else (),
     )
     synchronize(device)
     prefill = time.perf_counter() - begin
@@ -230,7 +263,7 @@ def measure(models: tuple[Any, Any], visual_tokens: int, args: argparse.Namespac
         "summary": summarise(samples),
         "bytes_floor": floor,
     }
-    if args.mode is None and not args.graph:
+    if args.mode is None and (device.type == "cuda" or not args.graph):
         result["operations_per_step"] = {name: count_operations(d, device) for name, d in decoders.items()}
     return result
 
@@ -271,9 +304,10 @@ def show(report: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     for result in report["results"]:
-        if BESIDE in result["summary"]["ratio_to_base"]:
-            ratio = quartiles(result["summary"]["ratio_to_base"][BESIDE], ".4f")
-            console.print(f"{result['visual_tokens']} visual tokens, pvm beside the FFN / base: {ratio}", markup=False)
+        for name in SCOPES:
+            if name in result["summary"]["ratio_to_base"]:
+                ratio = quartiles(result["summary"]["ratio_to_base"][name], ".4f")
+                console.print(f"{result['visual_tokens']} visual tokens, {name} / base: {ratio}", markup=False)
     best = report.get("ceilings")
     if best is not None:
         speed = best["copy_bytes_per_second"]

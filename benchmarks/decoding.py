@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,10 +18,22 @@ from keepsight.backbone import Backbone
 from keepsight.compat import cache_argument
 from keepsight.pvm import replace_memory
 from keepsight.pvm.cache import VisualCache
+from keepsight.pvm.fused import fused, may_fuse
 from keepsight.pvm.streams import overlap
 
 IMAGE, VIDEO, START, END = 10, 11, 12, 13
 GATE = 0.1  # any value but 0, at which the logits could not tell the variants apart
+
+
+@contextlib.contextmanager
+def fused_beside() -> Iterator[None]:
+    """Few kernels, on a second stream."""
+    with fused(), overlap():
+        yield
+
+
+#: Variants of pvm whose steps run in a scope of their own: with --graph.
+SCOPES = {"beside": overlap, "fused": fused, "fused-beside": fused_beside}
 
 
 @dataclass(frozen=True)
@@ -133,7 +145,7 @@ class Decoder:
         compiled: torch.compile mode, or None for eager.
         static: whether the KV cache has a fixed size.
         reproject: project all visual tokens again at every step.
-        beside: run the branches beside the feed-forward networks (`keepsight.pvm.streams.overlap`).
+        scope: what steps run in, of `SCOPES`.
     """
 
     def __init__(
@@ -145,7 +157,7 @@ class Decoder:
         compiled: str | None,
         static: bool,
         reproject: bool = False,
-        beside: bool = False,
+        scope: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ):
         self.model = model
         self.cache: Any = (
@@ -175,7 +187,7 @@ class Decoder:
         self.memory = VisualCache.of(self.cache)
         self.blocks = blocks_of(model)
         assert bool(self.blocks) == (self.memory is not None)
-        self.reproject, self.beside = reproject, beside
+        self.reproject, self.scope = reproject, scope
         self.packed = remembered[0] if remembered else None
         self.forward: Callable[..., Any] = self._forward
         if compiled is not None:
@@ -188,11 +200,21 @@ class Decoder:
             assert self.memory is not None
             kept = self.memory.states
             self.memory.states = {name: block.project(self.packed) for name, block in self.blocks.items()}
-        with overlap() if self.beside else contextlib.nullcontext():
+        with self.scope():
             output = self.model(input_ids=token, position_ids=position, **self.given, use_cache=True, logits_to_keep=1)
         if self.reproject:
             self.memory.states = kept  # or the projections would be outputs of the compiled graph
         return output.logits
+
+    @torch.no_grad()
+    def fuses(self) -> bool:
+        """Whether every block takes few kernels in a step; where none does, `fused` is pvm again."""
+        if self.memory is None:
+            return False
+        with self.scope():
+            return all(
+                may_fuse(block, self.packed[:, :1], self.memory.states[name]) for name, block in self.blocks.items()
+            )
 
     @torch.no_grad()
     def step(self, token: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,20 +1,22 @@
 """Every benchmark that wants a GPU, at the sizes of released models, in one go: for a machine that is lent for minutes.
 
 Each step is a process of its own with a limit of its own, and writes its results as they come: what was measured before
-the time was up stays. The table comes last.
+the time was up stays. The tests of kernels, streams and captured graphs come first, the table comes last.
 
     python benchmarks/gpu.py                # 9 minutes at most, on a GPU with 80 GB
     python benchmarks/gpu.py --only decode  # the steps whose names begin so
     python benchmarks/gpu.py --rehearse     # the same steps, tiny, on a CPU: does every line run? Nothing to quote
 
 A machine without a network needs torch and transformers, and the other requirements as wheels: `make gpu-wheels`
-where there is a network, then `pip install --no-index --find-links wheels ...` there.
+where there is a network, then `pip install --no-index --find-links wheels ...` there. vLLM is not among the steps: it
+pins a torch of its own, and starting it twice takes minutes (`serve_vllm.py` measures it).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -33,7 +35,7 @@ class Step:
 
     Attributes:
         name: of the step and of its result file.
-        script: in this folder.
+        script: in this folder; "pytest" for tests.
         arguments: what is measured.
         rehearsal: the same on a CPU.
         folder: of its results.
@@ -51,14 +53,23 @@ class Step:
 
 
 STEPS = (
-    Step("decode-8b-graph", "decode.py", "--shape 8b --graph", "--graph --quick", "decode", 150, "decode"),
+    Step(
+        "tests",
+        "pytest",
+        "tests/pvm/test_fused.py tests/pvm/test_overlap.py -k 'test_fused or captured or decoding_steps'",
+        "tests/pvm/test_fused.py tests/pvm/test_overlap.py -k 'compile or captured or decoding_steps'",
+        "",
+        70,
+        "tests",
+    ),
+    Step("decode-8b-graph", "decode.py", "--shape 8b --graph --repeats 15", "--graph --quick", "decode", 130, "decode"),
     Step(
         "decode-8b-graph-batch16",
         "decode.py",
         "--shape 8b --graph --batch 16 --visual-tokens 256 1024 --repeats 12",
         "--graph --batch 2 --quick",
         "decode",
-        80,
+        70,
         "decode",
     ),
     Step(
@@ -67,7 +78,7 @@ STEPS = (
         "sft --shape 8b --visual-tokens 1024 --text-tokens 1024 --repeats 8",
         "sft --quick",
         "train",
-        80,
+        70,
         "train",
     ),
     *(
@@ -80,7 +91,7 @@ STEPS = (
             limit,
             "train",
         )
-        for words, limit in ((32, 60), (128, 70))
+        for words, limit in ((32, 50), (128, 60))
     ),
     Step(
         "vismem-7b",
@@ -88,7 +99,7 @@ STEPS = (
         "--shape 7b --visual-tokens 1024 --invocations 2 8 --repeats 2",
         "--quick",
         "vismem",
-        100,
+        90,
         "vismem",
     ),
 )
@@ -96,12 +107,16 @@ STEPS = (
 
 def run(step: Step, out: Path, rehearse: bool) -> str:
     """Run a step; what became of it, in a word or two."""
-    given = [*step.rehearsal.split(), "--device", "cpu"] if rehearse else step.arguments.split()
-    call = [sys.executable, str(HERE / step.script), *given, "--name", step.name, "--out", str(out / step.folder)]
-    print(f"== {step.name}: python benchmarks/{step.script} {' '.join(given)}", flush=True)
+    device, given = "cpu" if rehearse else "cuda", shlex.split(step.rehearsal if rehearse else step.arguments)
+    if step.kind == "tests":
+        call = ["-m", "pytest", "-q", "-p", "no:benchmark", "--device", device, *given]
+    else:
+        named = [*given, *(["--device", device] if rehearse else [])]
+        call = [str(HERE / step.script), *named, "--name", step.name, "--out", str(out / step.folder)]
+    print(f"== {step.name}: {step.script} {shlex.join(given)}", flush=True)
     begin = time.monotonic()
     try:
-        done = subprocess.run(call, timeout=step.limit, check=False)
+        done = subprocess.run([sys.executable, *call], cwd=HERE.parent, timeout=step.limit, check=False)
     except subprocess.TimeoutExpired:
         return f"stopped after {step.limit} s"
     took = f"{time.monotonic() - begin:.0f} s"
@@ -121,7 +136,7 @@ def figures(step: Step, file: Path) -> list[tuple[str, str]]:
         return [
             (f"{name} / base, {r['visual_tokens']:,} visual tokens", spread(r["summary"]["ratio_to_base"][name]))
             for r in report["results"]
-            for name in ("pvm", "beside")
+            for name in ("pvm", "beside", "fused", "fused-beside")
         ]
     if step.kind == "train":
         rows = report["summary"].items()
@@ -148,13 +163,15 @@ def main(argv: list[str] | None = None) -> int:
 
         if not torch.cuda.is_available():
             parser.error("torch finds no GPU here; --rehearse runs the same steps, tiny, on a CPU.")
+    args.out = args.out.resolve()
     ends = {step.name: run(step, args.out, args.rehearse) for step in steps}
     table = Table(title="Rehearsal on a CPU: nothing to quote" if args.rehearse else "Measured on this machine, now")
     for column in ("step", "end", "ratio", r"median \[quartiles] of paired rounds"):
         table.add_column(column)
     for step in steps:
         folder = args.out / step.folder / ("quick" if args.rehearse else "")
-        for what, figure in figures(step, folder / f"{step.name}.json") or [("-", "nothing was written")]:
+        nothing = "-" if step.kind == "tests" else "nothing was written"
+        for what, figure in figures(step, folder / f"{step.name}.json") or [("-", nothing)]:
             table.add_row(step.name, ends[step.name], what, figure)
     from measuring import make_console
 

@@ -42,7 +42,7 @@ def test_report_has_samples_and_conditions(report: Any) -> None:
     assert [r["visual_tokens"] for r in report["results"]] == [16, 64]
     for result in report["results"]:
         samples = result["samples_ms_per_token"]
-        more = {"beside"} if "graph" in settings["mode"] else set()
+        more = {"beside", "fused", "fused-beside"} if "graph" in settings["mode"] else set()
         assert samples.keys() == {"base", "pvm", "reprojected"} | more
         assert all(len(values) == settings["rounds"] and min(values) > 0 for values in samples.values())
 
@@ -87,10 +87,11 @@ def test_a_captured_step_is_the_step() -> None:
     """A graph moves token, position and the cache's length on by itself, and computes what `Decoder` computes."""
     models = decode.build_models(decode.SHAPES["tiny"], torch.float32, torch.device("cpu"))
     how = (models, 16, 8, 2, 4, torch.device("cpu"))
-    plain, graph = (decode.make_decoders(*how, kind, None, True) for kind in (decode.Decoder, decode.GraphDecoder))
+    kinds = (decode.Decoder, decode.GraphDecoder)
+    plain, graph = (decode.make_decoders(*how, kind, None, True, tuple(decode.SCOPES)) for kind in kinds)
     expected = {name: [decoder.step().clone() for _ in range(4)] for name, decoder in plain.items()}
     for name, decoder in graph.items():
-        for step in expected["pvm" if name == "beside" else name]:
+        for step in expected["pvm" if name in decode.SCOPES else name]:  # on a CPU
             assert torch.equal(step, decoder.step())
 
 

@@ -12,6 +12,7 @@ from transformers import StaticCache
 
 from keepsight.compat import cache_argument
 from keepsight.pvm import streams
+from keepsight.pvm.fused import fused
 from keepsight.pvm.streams import overlap
 
 
@@ -128,8 +129,9 @@ def test_a_graph_tree_keeps_the_fork():
     torch.testing.assert_close(beside, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kernels", [contextlib.nullcontext, fused])
 @torch.no_grad()
-def test_a_captured_step_keeps_the_fork(forks):
+def test_a_captured_step_keeps_the_fork(forks, kernels):
     """A CUDA graph of a decoding step, captured with the fork in it, replays to the logits of the plain order."""
     if torch.device(device).type != "cuda":
         pytest.skip("a graph is captured on a GPU: make test-gpu")
@@ -144,12 +146,12 @@ def test_a_captured_step_keeps_the_fork(forks):
         given = {"input_ids": token, "position_ids": places, "use_cache": True, **cache_argument(model, cache)}
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), scope():
+        with torch.cuda.stream(side), kernels(), scope():
             for _ in range(2):
                 model(**given)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with scope(), torch.cuda.graph(graph):
+        with kernels(), scope(), torch.cuda.graph(graph):
             out = model(**given).logits
         for _ in range(3):
             graph.replay()
