@@ -93,8 +93,8 @@ def attend(
     key += row * key_b + (head // GROUP) * key_h + d[None]
     value += row * value_b + (head // GROUP) * value_h + d[None]
     largest, weight, total = tl.full([], LOW, tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([HEAD], tl.float32)
-    end = tl.minimum((split + 1) * share, length)
-    for start in range(split * share, end, TOKENS):
+    start, end = split * share, tl.minimum((split + 1) * share, length)
+    while start < end:  # Triton 3.6 cannot interpret a range of what it was given
         token = start + tl.arange(0, TOKENS)
         visible = token < end
         there = visible[:, None] & (d < D_HEAD)[None]
@@ -109,6 +109,7 @@ def attend(
         total = total * before + tl.sum(values * share_of[:, None], 0)
         weight = weight * before + tl.sum(share_of, 0)
         largest = higher
+        start += TOKENS
     place = (n * tl.num_programs(0) + head) * tl.num_programs(1) + split
     tl.store(out + place * D_HEAD + d, total, mask=d < D_HEAD)
     tl.store(stats + 2 * place, largest)
