@@ -13,10 +13,14 @@ MODULES = (
     "studies.pvm.ablations",
     "studies.vismem.studies",
     "studies.vismem.ablations",
+    "studies.vismem.scratch",
     "studies.tasks.memory",
     "studies.tasks.transfer",
+    "studies.tasks.overwriting",
+    "studies.tasks.video",
     "studies.tasks.hallucination",
     "studies.tasks.forgetting",
+    "studies.price",
 )
 """Modules with a tuple `STUDIES`, in the order of the report."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from keepsight.lab import evaluation
-from keepsight.lab.experiments import TrainPlan, at_length, train
+from keepsight.lab.experiments import Trained, TrainPlan, at_length, train
 from keepsight.lab.pretraining import PretrainConfig, pretrain
 from keepsight.lab.reference import load_reference
 from keepsight.lab.study.study import Bench, Measured
@@ -53,14 +53,7 @@ def train_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measured:
         control = settings.get("control")
         forward = (lambda batch: getattr(evaluation, control)(model, batch)) if control else None
         return Measured(by_length(model, processor, settings, seed, forward), answers)
-    plan = plan_of(settings)
-    if "target" in settings:
-        plan = at_length(plan, settings["target"], settings["target_steps"], settings["target_batch"])
-    if "strategy" in settings:
-        plan = replace(plan, layers=layers_by(settings["strategy"], model, processor, seed))
-    trained = train(
-        model, processor, settings["method"], plan, seed, lambda done, total: bench.report("", done / total)
-    )
+    trained, plan = trained_by(bench, settings, model, processor, seed)
     facts: dict[str, Any] = {
         "parameters": trained.parameters,
         "training_accuracy": trained.final_accuracy,
@@ -70,10 +63,7 @@ def train_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measured:
         "layers": list(plan.layers),
     }
     if "refine" in settings:
-        refining = RefinePlan(**settings["refine"])
-        facts |= refine(
-            trained.model, processor, plan, refining, seed, lambda done, total: bench.report("GRPO", done / total)
-        )
+        facts |= refined(bench, settings, trained.model, processor, plan, seed)
     values = by_length(trained.model, processor, settings, seed)
     if "causal_at" in settings:
         batches = evaluation.question_batches(
@@ -82,6 +72,27 @@ def train_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measured:
         battery = evaluation.causal_battery(trained.model, batches, seed)
         values |= {name: found.accuracy for name, found in battery.items()}
     return Measured(values, answers, facts)
+
+
+def trained_by(
+    bench: Bench, settings: dict[str, Any], model: Any, processor: Any, seed: int
+) -> tuple[Trained, TrainPlan]:
+    """Train a base as a cell's settings say, and the plan that this was."""
+    plan = plan_of(settings)
+    if "target" in settings:
+        plan = at_length(plan, settings["target"], settings["target_steps"], settings["target_batch"])
+    if "strategy" in settings:
+        plan = replace(plan, layers=layers_by(settings["strategy"], model, processor, seed))
+    progress = lambda done, total: bench.report("", done / total)  # noqa: E731
+    return train(model, processor, settings["method"], plan, seed, progress), plan
+
+
+def refined(
+    bench: Bench, settings: dict[str, Any], model: Any, processor: Any, plan: TrainPlan, seed: int
+) -> dict[str, float]:
+    """GRPO on a trained model, as a cell's settings say; returns its facts."""
+    refining = RefinePlan(**settings["refine"])
+    return refine(model, processor, plan, refining, seed, lambda done, total: bench.report("GRPO", done / total))
 
 
 def layers_by(strategy: str, model: Any, processor: Any, seed: int, count: int = 2) -> tuple[int, ...]:

@@ -27,12 +27,14 @@ class RefinePlan:
         group: G, digits drawn for each fact.
         lr: constant learning rate, as in the paper.
         clip: of the ratio.
+        adapters_only: train what the adapter trained, and nothing of the language model.
     """
 
     steps: int = 80
     group: int = 16
     lr: float = 3e-5
     clip: float = 0.2
+    adapters_only: bool = False
 
 
 def refine(
@@ -56,7 +58,7 @@ def refine(
     Returns:
         `reward_first` and `reward_last`: mean reward of the first and last ten updates.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters() if not refining.adapters_only else ():
         parameter.requires_grad_("visual." not in name)  # all but the vision tower; a memory's name is visual_memory
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=refining.lr, weight_decay=0.0, betas=(0.9, 0.99))

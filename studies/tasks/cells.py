@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from keepsight.lab.digits import CELLS
 from keepsight.lab.experiments import attach, fit
 from keepsight.lab.reference import load_reference
 from keepsight.lab.study.study import Bench, Measured
 from studies.pvm.cells import plan_of
 from studies.tasks.pretraining import TaskPretrainConfig, pretrain_tasks, questions, short_facts
-from studies.tasks.tasks import make_batch
+from studies.tasks.tasks import ID, TaskBatch, make_batch
 from studies.vismem.cells import plan_of as memory_plan_of
 from studies.vismem.cells import share_of
 from studies.vismem.reading import attach_vismem, lab_config
@@ -26,9 +28,13 @@ UNTRAINED = ("base", "insert")
 def task_base(bench: Bench, config: dict[str, Any], seed: int) -> tuple[Any, Any]:
     """The base of a seed that knows the tasks of `config`, pretrained if it is not there: `(model, processor)`."""
     given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-    plan = TaskPretrainConfig(**{"seed": seed, **given})
+    return load_reference(_base_folder(bench, TaskPretrainConfig(**{"seed": seed, **given})))
+
+
+def _base_folder(bench: Bench, plan: TaskPretrainConfig) -> Path:
+    start = _base_folder(bench, TaskPretrainConfig(seed=plan.seed, tasks=plan.begin)) if plan.begin else None
     bench.report("pretraining a base for these tasks", 0.0)
-    return load_reference(bench.keep(f"bases/{plan.name}", lambda out: pretrain_tasks(out, plan)))
+    return bench.keep(f"bases/{plan.name}", lambda out: pretrain_tasks(out, plan, start=start))
 
 
 def fitted(
@@ -70,13 +76,16 @@ def at(model: Any, processor: Any, settings: dict[str, Any], task: str, length: 
     """Accuracy on one task at one length. Settings: `rows`, `split`; with VisMem `kinds` and `content` of memories."""
     right = []
     for batch in questions(processor, task, length, settings["rows"], seed, settings["split"]):
-        if settings["method"] in ("vismem", "insert"):
-            kinds, content = settings.get("kinds", ["long"]), settings.get("content", "own")
-            found = answers_with_memory(model, batch, kinds, content)
-        else:
-            found = model(**batch.model_inputs(), use_cache=False).logits[:, batch.answers - 1].argmax(-1)
-        right.append(found == batch.truth())
+        right.append(answers(model, batch, settings) == batch.truth())
     return torch.cat(right).float().mean().item()
+
+
+@torch.no_grad()
+def answers(model: Any, batch: TaskBatch, settings: dict[str, Any]) -> torch.Tensor:
+    """The most probable tokens [B, A] at all answers of a batch. Settings as for `at`."""
+    if settings["method"] in ("vismem", "insert"):
+        return answers_with_memory(model, batch, settings.get("kinds", ["long"]), settings.get("content", "own"))
+    return model(**batch.model_inputs(), use_cache=False).logits[:, batch.answers - 1].argmax(-1)
 
 
 def cross_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measured:
@@ -97,16 +106,48 @@ def cross_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measured:
 def continual_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measured:
     """Train on stages, one after the other, and after each ask the first stage's task and its own.
 
-    Settings: as `fitted` and `at`, `stages`, `far`.
+    Settings: as `fitted` and `at`, `stages`, `far`; what is to keep a memory from overwriting, from the second stage
+    on: `replay` (narrations of the earlier stages' tasks among the new one's), `frozen` (parts of parameters' names
+    that learn no more), `kept` (share of every stage's change that is taken back behind it).
+
+    Values:
+        `first_<n>`, `own_<n>`: the first stage's task and its own, behind stage n; `forgotten`; `taken`: behind a stage
+        on `colour`, the share of answers to `read` that tell the cell's colour.
     """
     model, processor = task_base(bench, settings["base"], seed)
     first, values = settings["stages"][0], {}
     for stage, task in enumerate(settings["stages"]):
-        model, _ = fitted(bench, settings, seed, model, processor, [task], stage)
+        tasks = settings["stages"][: stage + 1] if settings.get("replay") else [task]
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if stage and p.requires_grad}
+        for name, parameter in model.named_parameters():
+            if name in before and any(f".{part}." in name for part in settings.get("frozen", ())):
+                parameter.requires_grad_(False)
+        model, _ = fitted(bench, settings, seed, model, processor, tasks, stage)
+        take_back(model, before, settings.get("kept", 0.0))
         values[f"own_{stage + 1}"] = at(model, processor, settings, task, settings["far"], seed)
+        if (first, task) == ("read", "colour"):
+            values["taken"] = taken_for_colours(model, processor, settings, seed)
         if stage:
             values[f"first_{stage + 1}"] = at(model, processor, settings, first, settings["far"], seed)
         else:
             values["first_1"] = values["own_1"]
     values["forgotten"] = values["first_1"] - values[f"first_{len(settings['stages'])}"]
     return Measured(values, settings["rows"] * 4)
+
+
+def taken_for_colours(model: Any, processor: Any, settings: dict[str, Any], seed: int) -> float:
+    """Of the answers to `read`, the share that tells the asked cell's colour: the right cell, the wrong question."""
+    taken = []
+    for batch in questions(processor, "read", settings["far"], settings["rows"], seed, settings["split"]):
+        cells = batch.input_ids[:, batch.answers - 1] - ID[CELLS[0]]  # [B, A]
+        colours = torch.from_numpy(batch.scene.colours[:, 0]).gather(1, cells) + ID["red"]
+        taken.append(answers(model, batch, settings) == colours)
+    return torch.cat(taken).float().mean().item()
+
+
+@torch.no_grad()
+def take_back(model: Any, before: dict[str, torch.Tensor], share: float) -> None:
+    """Move parameters back towards what they were `before`, by a share of the way."""
+    for name, parameter in model.named_parameters():
+        if name in before:
+            parameter.lerp_(before[name], share)

@@ -20,6 +20,18 @@ SIZES = (4, 8, 16, 32)
 FEW = tuple(size for size in SIZES if size < 32)
 
 
+HARDER: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "deeper_16": ("more queries (32), a deeper query builder (4 layers)", {"num_queries": 32, "query_layers": 4}, {}),
+    "rebuilt_16": ("a warm start that must also rebuild all 32 embeddings", {}, {"rebuild": True}),
+    "taught_16": (
+        "all of that, and the right answers in place of rewards",
+        {"num_queries": 32, "query_layers": 4},
+        {"rebuild": True, "taught": True, "steps": 120},
+    ),
+}
+"""Memories of 16 latents that might compress: label, configuration, plan."""
+
+
 def _insert(content: str, latents: int = 32) -> dict[str, Any]:
     return {"method": "insert", "content": content, "config": {"num_long": latents}}
 
@@ -36,6 +48,18 @@ def _compresses(results: Results) -> Judgement:
         f"At {FAR:,} tokens, by number of latents, a trained memory minus as many of the 32 visual embeddings: "
         f"{_words(part)}; minus as many averages of neighbouring ones: {_words(pooled)}. (Holds if any size is ahead "
         "of both.)",
+    )
+
+
+def _compresses_harder(results: Results) -> Judgement:
+    part = {row: results.difference(row, "part_16", "pair") for row in HARDER}
+    pooled = {row: results.difference(row, "pooled_16", "pair") for row in HARDER}
+    plain = {row: results.difference(row, "long_16", "pair") for row in HARDER}
+    return unknown(results, ("pair",)) or judged(
+        any(part[row].low > 0 and pooled[row].low > 0 for row in HARDER),
+        f"At {FAR:,} tokens, minus 16 of the 32 visual embeddings: {_words(part)}; minus 16 averages: "
+        f"{_words(pooled)}; minus the plain memory of 16: {_words(plain)}. (Holds if one is ahead of the "
+        "first two. The last is supervised: what cannot be taught cannot be found by rewards.)",
     )
 
 
@@ -70,6 +94,15 @@ COMPRESS = Study(
             TableRow(f"long_{n}", f"long memory, N = {n}", {**training_of("vismem"), "config": {"num_long": n}})
             for n in SIZES
         ),
+        *(
+            TableRow(
+                row,
+                f"long memory, N = 16, {label}",
+                {"method": "vismem", "plan": {**MEMORY, **plan}, "config": {"num_long": 16, **config}},
+                seeds=(0, 1, 2),
+            )
+            for row, (label, config, plan) in HARDER.items()
+        ),
     ),
     columns=(Column("pair", f"pair at {FAR:,}"), Column("pair_near", "pair at 48")),
     claims=(
@@ -78,6 +111,12 @@ COMPRESS = Study(
             "ours (the reader's question)",
             ("base", *(f"{kind}_{n}" for kind in ("long", "part", "pooled") for n in FEW)),
             _compresses,
+        ),
+        Claim(
+            "It compresses if it is given more queries, a deeper query builder, or a reconstruction objective.",
+            "ours (the reader's question)",
+            ("base", "part_16", "pooled_16", "long_16", *HARDER),
+            _compresses_harder,
         ),
         Claim(
             "Longer memories help while they are smaller than what they hold (N_l from 4 to 32).",

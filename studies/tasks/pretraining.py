@@ -82,6 +82,7 @@ class TaskPretrainConfig:
         word_before: weight of telling the word before.
         max_jump: largest single jump of the position ids.
         tasks: what the base is to know.
+        begin: tasks of the base that it goes on from; none: from nothing. A base that goes on is not aligned again.
     """
 
     seed: int = 0
@@ -103,6 +104,7 @@ class TaskPretrainConfig:
     word_before: float = 0.5
     max_jump: int = 3000
     tasks: tuple[str, ...] = LEARNT
+    begin: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -128,12 +130,15 @@ class Diet:
     def draw(self, rng: np.random.Generator, tokens: int, max_gap: int) -> list[tuple[int, str]]:
         """Facts of one narration of about so many tokens, each behind 0 to `max_gap` words of filler.
 
-        Tasks about one image share a narration; `pair` has its own.
+        Tasks about one image share a narration; `pair`, and videos of each number of frames, have their own.
         """
         alone = [name for name in self.accuracy if TASKS[name].images == 1]
         left = {name: TASKS[name].most for name in alone}
         if "pair" in self.accuracy and (not alone or rng.random() < self._share_of_pairs(alone)):
             left = {"pair": TASKS["pair"].most}
+        if not left:  # videos
+            weights = np.asarray([self._need(name) for name in self.accuracy])
+            left = {str(rng.choice(list(self.accuracy), p=weights / weights.sum())): 32}
         chosen: list[tuple[int, str]] = []
         used = 0
         while used < tokens and (open_ := [name for name in left if left[name]]):
@@ -159,12 +164,22 @@ class Diet:
         return min(0.5, max(0.15, 0.25 * share))
 
 
-def pretrain_tasks(out: Path, config: TaskPretrainConfig, progress: Progress = lambda *_: None) -> dict[str, Any]:
-    """Make a base and write it to the folder `out`; returns its record, as `pretraining.json` holds it."""
+def pretrain_tasks(
+    out: Path, config: TaskPretrainConfig, progress: Progress = lambda *_: None, start: Path | None = None
+) -> dict[str, Any]:
+    """Make a base and write it to the folder `out`; returns its record, as `pretraining.json` holds it.
+
+    `start` is the folder of the base that it goes on from, for a plan that has a `begin`.
+    """
     rng = np.random.default_rng([config.seed, 9])
-    processor, model = build_processor(WORDS), build_model(config.seed, HEAD_DIM, WORDS).train()
+    if start is None:
+        processor, model = build_processor(WORDS), build_model(config.seed, HEAD_DIM, WORDS).train()
+    else:
+        model, processor = load_reference(start)
+        model.train()
     with one_thread():
-        _align(model, processor, config, rng, progress)
+        if start is None:
+            _align(model, processor, config, rng, progress)
         model.model.visual.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

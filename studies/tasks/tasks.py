@@ -1,8 +1,8 @@
 """Tasks of more kinds than reading, about coloured grids of digits: what the transfer studies ask.
 
-A *scene* is one or two 4 x 4 grids of handwritten digits, each digit in one of four colours, each grid on dark or light
-paper. A narration is a string of facts wrapped in filler, as in `keepsight.lab.narration`, but facts are of several
-kinds, each opened by a word that says which:
+A *scene* is one, two or more 4 x 4 grids of handwritten digits, each digit in one of four colours, each grid on dark or
+light paper. A narration is a string of facts wrapped in filler, as in `keepsight.lab.narration`, but facts are of
+several kinds, each opened by a word that says which:
 
     read      digit b3 7 .                   perception
     colour    colour b3 red .
@@ -13,6 +13,7 @@ kinds, each opened by a word that says which:
     pair      dark b3 7 .                    two images, told apart by their paper
     note      note opal 7 .                  says something that no pixel holds, ...
     recall    recall opal 7 .                ... to be told again later: only the text so far holds it
+    moment_4  ruby b3 7 .                    four frames of a video, each behind its time: what a cell showed then
 
 Every answer can be worked out from the images or from the text so far, and none can be copied from an earlier answer:
 no question is asked twice. `pair` has 32 cells, more than a memory of 16 slots can hold one by one, and `read` has more
@@ -60,7 +61,7 @@ class Scene:
     Attributes:
         images: B lists of I images of 32 x 32 pixels.
         digits, colours: [B, I, 16] in reading order.
-        papers: [B, I], 0 dark and 1 light; two images of a row are on different papers.
+        papers: [B, I], 0 dark and 1 light; two images of a row are on different papers, frames of a video on one.
     """
 
     images: list[list[Image.Image]] = field(repr=False)
@@ -69,12 +70,12 @@ class Scene:
     papers: np.ndarray
 
 
-def draw_scene(rows: int, split: Split, rng: np.random.Generator, images: int = 1) -> Scene:
-    """Draw B scenes of one or two images of glyphs of one split."""
+def draw_scene(rows: int, split: Split, rng: np.random.Generator, images: int = 1, video: bool = False) -> Scene:
+    """Draw B scenes of I images of glyphs of one split; every frame of a video has glyphs of its own."""
     ink, digits = draw_glyphs(rows * images, split, rng)
     colours = rng.integers(0, len(COLOURS), digits.shape)
     first = rng.integers(0, 2, rows)
-    papers = np.stack([first, 1 - first][:images], axis=1)
+    papers = (first[:, None] + (0 if video else 1) * np.arange(images)) % 2
     tint = np.asarray(list(COLOURS.values()), np.float32)[colours][:, :, None, None]  # [B I, 16, 1, 1, 3]
     light = papers.reshape(-1)[:, None, None, None, None]
     ink = np.clip(ink, 0, 1)[..., None]
@@ -222,13 +223,21 @@ def _recall(scene: Scene, asked: Asked) -> np.ndarray:
     return _columns(ID["recall"], name + _NAME, _take(asked.notes, name) + _DIGIT, _STOP, rows=rows)
 
 
+def _moment(scene: Scene, asked: Asked) -> np.ndarray:
+    rows, frames = scene.papers.shape
+    index = asked.next("moment", rows, frames * len(CELLS))
+    frame, cell = index // len(CELLS), index % len(CELLS)
+    digit = scene.digits[np.arange(rows), frame, cell]
+    return _columns(frame + _NAME, cell + _CELL, digit + _DIGIT, _STOP, rows=rows)
+
+
 @dataclass(frozen=True)
 class Task:
     """A kind of fact.
 
     Attributes:
         name: of the task.
-        family: "perception", "multi-step", "two images" or "text".
+        family: "perception", "multi-step", "two images", "video" or "text".
         answers: which of the fact's tokens are answers; none for a note.
         write: makes token ids [B, length] about a scene.
         images: how many images its scenes have.
@@ -257,6 +266,7 @@ TASKS = {
         Task("pair", "two images", (2,), _pair, images=2, most=32),
         Task("note", "text", (), _note, most=8),
         Task("recall", "text", (2,), _recall, most=8),
+        *(Task(f"moment_{n}", "video", (2,), _moment, images=n, most=32) for n in (2, 4, 8)),
     )
 }
 
@@ -323,9 +333,10 @@ def make_batch(
     if len(need) > 1:
         raise ValueError("'pair' is asked about two images and other tasks about one; they need narrations apart.")
     images = need.pop()
-    scene = draw_scene(rows, split, rng, images)
+    video = any(TASKS[name].family == "video" for _, name in facts)
+    scene = draw_scene(rows, split, rng, images, video)
     asked = Asked.fresh(rows, rng)
-    head = prompt_ids(processor, images)
+    head = prompt_ids(processor, images, NAMES[:images] if video else ())
     columns = [np.tile(np.asarray(head, np.int64), (rows, 1))]
     is_filler, answers, names, boundaries, begins = [False] * len(head), [], [], [], []
     for gap, name in facts:
@@ -355,9 +366,16 @@ def make_batch(
     )
 
 
-def prompt_ids(processor: Any, images: int) -> list[int]:
-    """Ids of "describe" behind so many images, exactly as `processor(text=..., images=...)` would give them."""
-    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": narration.DESCRIBE}]
+def prompt_ids(processor: Any, images: int, times: Sequence[str] = ()) -> list[int]:
+    """Ids of "describe" behind so many images, exactly as `processor(text=..., images=...)` would give them.
+
+    With `times`, each image is a frame and stands behind its time, in words, as in Qwen3-VL's prompts for videos.
+    """
+    content: list[dict[str, str]] = []
+    for index in range(images):
+        content += [{"type": "text", "text": times[index]}] if times else []
+        content.append({"type": "image"})
+    content.append({"type": "text", "text": narration.DESCRIBE})
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )

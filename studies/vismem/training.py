@@ -13,13 +13,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from keepsight.backbone import Backbone
+from keepsight.lab.digits import CELLS
 from keepsight.lab.evaluation import SCORED
-from keepsight.lab.narration import Narrations, make_narrations
+from keepsight.lab.narration import TOKEN, Narrations, make_narrations
 from keepsight.lab.narration import gaps_for_length as gaps_for
 from keepsight.train.run.checksums import checksums
 from keepsight.train.vismem.grpo import clipped_loss, group_advantages, token_log_probs, trajectory_mean
@@ -27,6 +30,7 @@ from keepsight.train.vismem.warm_start import distill, pace
 from keepsight.vismem import VisMemBranch
 from studies.tasks.tasks import TaskBatch
 from studies.vismem.reading import Reading, decision_column
+from studies.vismem.rebuilding import rebuild
 
 Progress = Callable[[int, int], None]
 """Called as `progress(done, total)`."""
@@ -44,6 +48,12 @@ class TrainingPlan:
         group: G, trajectories per prompt.
         clip: of the ratio.
         shortest, longest: generated tokens before stage I's last answer.
+        credit: what an advantage belongs to: the whole "trajectory", as in the paper, or each "fact" by itself, so
+            that a digit is rewarded for being right and not for its neighbours'.
+        rebuild: the warm start's further objective (`studies.vismem.rebuilding`), for one type of memory.
+        taught: in place of stage I's rewards, the right answers (supervised): what a memory can be taught at most.
+        start: how stage I's long-term slots begin without a warm start: as "noise", or as the "cells": the names of
+            the cells, behind which the base would tell their digits.
     """
 
     kinds: tuple[str, ...] = ("short", "long")
@@ -58,6 +68,10 @@ class TrainingPlan:
     clip: float = 0.2
     shortest: int = 200
     longest: int = 1024
+    credit: Literal["trajectory", "fact"] = "trajectory"
+    start: Literal["noise", "cells"] = "noise"
+    rebuild: bool = False
+    taught: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -93,9 +107,13 @@ def warm_start(
         Facts for a record.
     """
     torch.manual_seed(3000 + seed)
+    batches = batches or _warm_batches(processor, plan, np.random.default_rng([seed, 6000]))
+    if plan.rebuild:
+        (kind,) = plan.kinds
+        return rebuild(model, batches, plan.warm_steps, plan.warm_lr, kind, progress)
     report = distill(
         model,
-        batches or _warm_batches(processor, plan, np.random.default_rng([seed, 6000])),
+        batches,
         steps=plan.warm_steps,
         lr=plan.warm_lr,
         kinds=plan.kinds,
@@ -133,6 +151,8 @@ def stage_one(
         Facts for a record: mean reward of the sampled digits over the first and last tenth of the steps, by type.
     """
     memory = VisMemBranch.of(model).active
+    if plan.start == "cells":
+        start_at_the_cells(model)
     trained = [p for name, p in memory.named_parameters() if not name.startswith("rows.")]
     kept = {id(p) for p in trained}
     names = [name for name, parameter in model.named_parameters() if id(parameter) in kept]
@@ -168,6 +188,15 @@ def stage_one(
     }
 
 
+@torch.no_grad()
+def start_at_the_cells(model: Any) -> None:
+    """Let the long-term slots [N, D] begin as the embeddings of the cells' names, in reading order."""
+    slots = VisMemBranch.of(model).active.long_slots
+    names = torch.tensor([TOKEN[cell] for cell in CELLS])
+    assert len(slots) == len(names), "one slot for each cell"
+    slots.copy_(Backbone.of(model).model.get_input_embeddings()(names))
+
+
 def _narrations(processor: Any, plan: TrainingPlan, anywhere: bool, rng: np.random.Generator) -> Prompt:
     gaps = gaps_for(int(rng.integers(plan.shortest, plan.longest + 1)))
     batch = make_narrations(processor, gaps, plan.batch, "train", rng)
@@ -186,7 +215,16 @@ def _episode(
     probabilities = logits.detach().softmax(-1).flatten(0, 1)
     drawn = torch.multinomial(probabilities, plan.group, replacement=True, generator=draw)  # [B * F, G]
     drawn = drawn.view(plan.batch, scored, plan.group).transpose(1, 2).flatten(0, 1)  # [B * G, F]
-    scores = (drawn.view(plan.batch, plan.group, -1) == batch.truth()[:, None, -scored:]).float().mean(-1).flatten()
+    if plan.taught:
+        right = batch.truth()[:, -scored:]
+        reward = float((logits.detach().argmax(-1) == right).float().mean())
+        return F.cross_entropy(logits.flatten(0, 1).float(), right.flatten()), reward
+    hits = (drawn.view(plan.batch, plan.group, -1) == batch.truth()[:, None, -scored:]).float()  # [B, G, F]
     log_probs = token_log_probs(logits.repeat_interleave(plan.group, 0), drawn)
-    losses = clipped_loss(log_probs, log_probs, group_advantages(scores, plan.group), plan.clip)
-    return trajectory_mean(losses, torch.ones_like(drawn, dtype=torch.bool)).mean(), float(scores.mean())
+    if plan.credit == "fact":  # every fact is a prompt of its own, with G trajectories of one token
+        advantages = group_advantages(hits.transpose(1, 2).flatten(), plan.group)
+        log_probs = log_probs.view(plan.batch, plan.group, -1).transpose(1, 2).reshape(-1, 1)
+    else:
+        advantages = group_advantages(hits.mean(-1).flatten(), plan.group)
+    losses = clipped_loss(log_probs, log_probs, advantages, plan.clip)
+    return trajectory_mean(losses, torch.ones_like(losses, dtype=torch.bool)).mean(), float(hits.mean())

@@ -36,6 +36,7 @@ from studies.vismem.invocation import (
     play,
     stage_two,
 )
+from studies.vismem.valuing import best_values, by_value
 
 BANK = "bank.safetensors"
 SAMPLES = 32
@@ -95,6 +96,10 @@ def when_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measured:
         threshold, kind = best_clock(learn)
         facts = {"threshold": threshold, "kind": kind}
         choose = by_clock(test, threshold, kind)
+    elif policy == "value":
+        fitted, penalty = best_values(learn, settings["states"])
+        facts = {"penalty": penalty}
+        choose = by_value(test, fitted)
     elif policy == "schedule":
         facts = {"schedule": list(best_schedule(learn))}
         choose = by_schedule(best_schedule(learn))

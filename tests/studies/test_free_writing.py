@@ -12,7 +12,7 @@ from keepsight.lab.reference import load_reference
 from keepsight.lab.study.results import Results
 from keepsight.lab.study.study import Bench
 from studies.study import choose
-from studies.tasks.forgetting import forgetting_cell
+from studies.tasks.forgetting import REWARDED, forgetting_cell
 from studies.tasks.hallucination import continued, hallucination_cell, statements
 from studies.vismem.reading import Reading, attach_vismem, decision_column, lab_config
 
@@ -77,6 +77,17 @@ def test_an_isolated_memory_forgets_nothing_and_a_shared_adapter_changes_text(be
     )
     assert isolated == base
     assert shared["text_32"] != base["text_32"]
+
+
+def test_a_lora_that_learns_from_rewards_starts_as_the_base(bench):
+    settings = {"lengths": [32], "rows": 4, "split": "validation", **REWARDED}
+    base = forgetting_cell(bench, settings | {"method": "base"}, 0).values
+    still, moved = (
+        forgetting_cell(bench, settings | {"refine": REWARDED["refine"] | {"steps": 2, "lr": lr}}, 0).values
+        for lr in (0.0, 1e-2)
+    )
+    assert still == base
+    assert moved["text_32"] != base["text_32"]
 
 
 def test_claims_are_judged_from_any_results():

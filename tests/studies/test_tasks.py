@@ -10,7 +10,7 @@ from keepsight.lab.digits import CELLS
 from keepsight.lab.narration import FILLER, IMAGE_PAD, STOP
 from keepsight.lab.reference import build_processor
 from studies.tasks.pretraining import short_facts
-from studies.tasks.tasks import COLOURS, PAPERS, ROWS, TASKS, WORDS, draw_scene, facts_for_length, make_batch
+from studies.tasks.tasks import COLOURS, NAMES, PAPERS, ROWS, TASKS, WORDS, draw_scene, facts_for_length, make_batch
 
 COLOUR_NAMES = list(COLOURS)
 ASKED = [name for name in TASKS if name != "note"]
@@ -61,6 +61,8 @@ def solve(fact, digits, colours, papers, told):
     if kind in PAPERS:
         which = list(papers).index(PAPERS.index(kind))
         return [str(digits[which][CELLS.index(rest[0])])]
+    if kind in NAMES:  # the time of a frame
+        return [str(digits[NAMES.index(kind)][CELLS.index(rest[0])])]
     if kind == "recall":
         return [told[rest[0]]]
     raise AssertionError(kind)

@@ -7,6 +7,7 @@ from keepsight.lab.evaluation import accuracy, question_batches
 from keepsight.lab.reference import load_reference
 from keepsight.lab.study.results import Results
 from keepsight.lab.study.study import Bench
+from studies.price import PRICE, price_cell
 from studies.study import choose
 from studies.vismem.cells import policy_cell, read_cell
 from studies.vismem.when import when_cell
@@ -69,3 +70,28 @@ def test_claims_are_judged_from_any_results():
             verdict = claim.judge(results)
             assert verdict.word in ("holds", "does not hold", "cannot be tested here")
             assert verdict.because.endswith((".", ".)"))
+
+
+def test_a_price_is_points_for_operations():
+    rows = {row.name for row in PRICE.rows}
+    cells = {row: {s: {"values": {"1024": 0.4 + 0.1 * s}, "facts": {}, "n": 9} for s in (0, 1, 2)} for row in rows}
+    for row in rows:
+        if row.startswith("price_"):
+            cells[row] = {0: {"values": {"operations": 4.0}, "facts": {}, "n": 0}}
+    for seed, gain in enumerate((0.2, 0.4, 0.6)):
+        cells["lora_long"][seed]["values"]["1024"] = 0.4 + 0.1 * seed + gain
+    results = Results(cells, {row: tuple(found) for row, found in cells.items()})
+    assert results.has(*PRICE.claims[0].rows)
+    verdict = PRICE.claims[0].judge(results)
+    assert "LoRA trained at the target length +10.0 points [-2.4, +22.4]" in verdict.because  # .1 for 4, by seed
+    assert "stage I on top of the warm start +0.0 points" in verdict.because
+    assert verdict.word == "does not hold"
+
+
+def test_operations_are_counted_in_proportion_to_the_batch(bench):
+    tiny = {"warmup_steps": 0, "steps": 20, "facts": 2, "max_gap": 0}
+    counted = [
+        price_cell(bench, {"part": "train", "method": "lora", "plan": {**tiny, "batch": batch}}, 0).values["operations"]
+        for batch in (2, 4)
+    ]
+    assert counted[1] == pytest.approx(2 * counted[0], rel=0.02)

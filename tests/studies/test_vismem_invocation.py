@@ -11,6 +11,7 @@ from keepsight.vismem import VisMemBranch
 from studies.vismem import invocation as stage
 from studies.vismem.invocation import ACTIONS, BLOCKS, BUDGET, Bank, InvocationPlan, Invoker, index_of, play
 from studies.vismem.reading import Reading
+from studies.vismem.valuing import best_values, by_value
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,20 @@ def test_stage_two_finds_what_pays_and_changes_only_the_rows(model):
     wanted = late.sum(-1).clamp(max=BUDGET)
     assert (chosen.sum(-1) == wanted).float().mean() > 0.9
     assert log["dS"] > 0.1
+
+
+def test_fitted_values_find_what_pays_if_they_know_the_state():
+    bank, _ = toy_bank()
+    test, late = toy_bank(seed=1)
+    scripts, scores = torch.arange(len(late)), {}
+    for states in (False, True):
+        values, _ = best_values(bank, states)
+        actions = play(test, scripts, by_value(test, values))
+        scores[states] = test.scores[scripts, index_of(actions)].mean()
+        assert ((actions > 0).sum(-1) <= BUDGET).all()
+    assert (actions[actions > 0] == 2).all()
+    torch.testing.assert_close(scores[True], test.scores.max(-1).values.mean(), rtol=0, atol=0.02)
+    assert scores[False] < scores[True] - 0.03  # the clock tells nothing there
 
 
 def test_rivals_are_what_they_are_called():

@@ -1,14 +1,18 @@
 """VisMem in the lab: readings are what the model itself computes, and each stage changes only its own tensors."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from keepsight.lab.narration import make_narrations
+from keepsight.lab.digits import CELLS
+from keepsight.lab.narration import TOKEN, make_narrations
 from keepsight.lab.reference import load_reference
 from keepsight.vismem import MemoryPolicy, Replay, RolloutOptions, VisMemBranch, splice
 from studies.vismem.reading import Reading, answers_with_plan, attach_vismem, decision_column, lab_config, noise_like
-from studies.vismem.training import TrainingPlan, stage_one, warm_start
+from studies.vismem.rebuilding import Rebuilder
+from studies.vismem.training import TrainingPlan, stage_one, start_at_the_cells, warm_start
 
 TINY = TrainingPlan(warm_steps=3, warm_batch=2, steps=2, batch=2, group=4, shortest=30, longest=60)
 
@@ -113,6 +117,52 @@ def test_stages_change_memory_tensors_only():
         changed = {name for name, tensor in new.items() if not torch.equal(tensor, old[name])}
         assert changed
         assert all("vismem_memory" in name and ".rows." not in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"credit": "fact"}, {"taught": True}, {"rebuild": True, "kinds": ("long",), "taught": True}, {"start": "cells"}],
+    ids=str,
+)
+def test_other_objectives_change_memory_tensors_only_too(change):
+    model, processor = load_reference()
+    model = attach_vismem(model, processor, 0, lab_config())
+    plan = dataclasses.replace(TINY, **change)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    facts = warm_start(model, processor, plan, 0)
+    between = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stage_one(model, processor, plan, 0)
+    assert ("rebuilt_last" in facts) == ("rebuild" in change)
+    for old, new in ((before, between), (between, model.state_dict())):
+        changed = {name for name, tensor in new.items() if not torch.equal(tensor, old[name])}
+        assert changed
+        assert all("vismem_memory" in name and ".rows." not in name for name in changed)
+
+
+def test_a_former_that_starts_at_the_cells_forms_what_the_base_reads():
+    """Which takes slots that are the names, as the base would read them."""
+    model, processor = load_reference()
+    model = attach_vismem(model, processor, 0, lab_config(long_input="tokens"))
+    start_at_the_cells(model)
+    slots = VisMemBranch.of(model).active.long_slots
+    words = model.get_input_embeddings()(torch.tensor([TOKEN[cell] for cell in CELLS]))
+    assert torch.equal(slots, words)
+
+
+def test_a_rebuilder_can_tell_more_embeddings_than_there_are_latents():
+    torch.manual_seed(0)
+    latents = torch.randn(64, 2, 8)
+    wanted = torch.cat([latents, latents.flip(1)[:, :1] - latents[:, :1]], 1)  # three from two
+    decoder = Rebuilder(3, 8, heads=2)
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(150):
+        loss = (decoder(latents) - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_noise_has_the_norms_of_what_it_stands_for():
