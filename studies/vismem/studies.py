@@ -44,7 +44,12 @@ def _better_than_fine_tuning(results: Results) -> Judgement:
 def _better_than_the_best(results: Results) -> Judgement:
     best = results.best(("sft", "lora_long", "sft_long"), "mean")
     gap = results.difference("long", best, "mean")
-    return judged(gap.low > 0, f"Long minus {best}, the best fine-tuning here: {gap.points()}.")
+    near = results.difference("long", best, FAR)
+    return judged(
+        gap.low > 0,
+        f"Long minus {best}, the best fine-tuning here: {gap.points()}; at 1,024 tokens {near.points()}. Stage I saw "
+        "at most 1,024 tokens, fine-tuning at the target length up to 2,048.",
+    )
 
 
 def _reinforcement_pays(results: Results) -> Judgement:
