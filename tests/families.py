@@ -209,7 +209,9 @@ class TinyFamily:
         several: whether transformers repeats rows that have several images as they are, for beams and samples.
         counts_rows: whether transformers itself gives a row other positions beside other rows (HunYuan numbers the
             images of a whole batch).
-        rounds: whether transformers' own vision encoder rounds in another way under gradient checkpointing.
+        rounds: whether the base model rounds in another way under gradient checkpointing.
+        lacks: what transformers itself does not do on it, with or without a memory: "copies" (several continuations of
+            a prompt), "static cache", "turns" (a second image in a conversation, read behind a cache).
         since: the release of transformers from which on the family can carry a memory.
         count: (model, pixel arguments) -> visual tokens of each image; default: as the model makes them.
     """
@@ -229,12 +231,19 @@ class TinyFamily:
     processor_kwargs: dict[str, Any] = field(default_factory=dict)
     counts_rows: bool = False
     rounds: bool = False
+    lacks: tuple[str, ...] = ()
     since: str = "5.17"
 
     def skip_wrong_copies(self) -> None:
         """Skip what writes several continuations of a prompt where transformers itself gives them wrong pixels."""
+        self.skip_lacking("copies")
         if self.packed and Version(transformers.__version__) < Version("5.20"):
             pytest.skip("transformers before 5.20 repeats packed pixels one by one, with or without a memory")
+
+    def skip_lacking(self, what: str) -> None:
+        """Skip what transformers itself does not do here."""
+        if what in self.lacks:
+            pytest.skip(f"transformers itself fails here, with or without a memory: {what}")
 
     def skip_rows_beside_others(self) -> None:
         """Skip what compares a row alone with the same row in a batch where the model itself tells them apart."""

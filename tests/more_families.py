@@ -20,6 +20,7 @@ from families import (
     qwen3_5,
     qwen3_vl_moe,
 )
+from final_families import ROWS as FINAL
 from later_families import ROWS as LATER
 from latest_families import ROWS as LATEST
 from newest_families import ROWS as NEWEST
@@ -364,6 +365,7 @@ ROWS = [
     *NEWEST,
     *LATER,
     *LATEST,
+    *FINAL,
 ]
 
 #: Those that this release of transformers has: the oldest supported ones lack the newest families.

@@ -21,7 +21,13 @@ def table() -> str:
         vllm = "yes" if model_type in SERVED else "no"
         sizes = "tiny, random" + (f"; {family.tested}" if family.tested else "")
         lines.append(f"| {family.name} | `{model_type}` | yes | {latent} | {video} | {vllm} | {sizes} |")
-    lines += ["", "VisMem is missing where"]
+    lines += [
+        "",
+        "*vLLM*: a PVM there hooks into vLLM's own class of the family, written and tested for those that say yes",
+        "([serve-vllm.md](serve-vllm.md)); `keepsight serve` needs no vLLM.",
+        "",
+        "VisMem is missing where",
+    ]
     reasons: dict[str, list[str]] = {}
     for family in FAMILIES.values():
         if family.vision is None:
@@ -32,8 +38,9 @@ def table() -> str:
     lines += _by_reason(UNFIT)
     lines += ["", "These have their code beside their weights (`trust_remote_code`), which keepsight does not run:"]
     lines += [f"- `{model_type}`{reason and ': ' + reason}" for model_type, reason in REMOTE.items()]
-    lines += ["", "transformers 5.24 has these too, and they have no row yet:"]
-    lines += _by_reason(PENDING)
+    if PENDING:
+        lines += ["", "transformers 5.24 has these too, and they have no row yet:"]
+        lines += _by_reason(PENDING)
     return "\n".join(lines)
 
 

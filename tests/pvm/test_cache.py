@@ -65,6 +65,7 @@ def test_images_are_projected_once(family):
 
 
 def test_static_cache_equals_dynamic(family):
+    family.skip_lacking("static cache")
     model, inputs = built(family)
     dynamic = generate(model, inputs)
     static = generate(model, inputs, cache_implementation="static", disable_compile=True)
@@ -89,10 +90,11 @@ def test_generate_compiles_by_itself():
 def test_a_static_cache_serves_a_second_request(family):
     if family.hybrid:
         pytest.skip("transformers keeps no static cache with reset for linear attention")
+    family.skip_lacking("static cache")
     model, _ = built(family)
     rows = [[Row((2, 2), 4, seed=11)], [Row(2, (2, 2), 5, seed=12)]]
     first, second = (make_inputs(family, model, r) for r in rows)
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=192)
     generate(model, first, **cache_argument(model, cache), disable_compile=True)
     cache.reset()
     again = generate(model, second, **cache_argument(model, cache), disable_compile=True).sequences
@@ -144,6 +146,7 @@ def test_assisted_decoding_equals_greedy(family):
 
 def test_continued_conversation_with_a_second_image(family):
     """A second turn on the same cache, with a new image, equals the whole conversation in one uncached forward."""
+    family.skip_lacking("turns")
     first, second = Row(2, (2, 2), 4, seed=21), Row(3, (1, 2), 4, seed=22)
     model, inputs = built(family, [first])
     later = make_inputs(family, model, [second])
@@ -154,8 +157,9 @@ def test_continued_conversation_with_a_second_image(family):
         n = inputs["input_ids"].shape[1]
         both = {k: torch.cat([inputs[k], later[k]], _along(family, inputs, k)) for k in inputs}
         turn = {k: v for k, v in later.items() if k not in ("attention_mask", "token_type_ids")}
-        # Of the text before, the model wants to know what is no padding, and (Gemma 3, PaliGemma) what was an image.
-        turn |= {k: both[k] for k in ("attention_mask", "token_type_ids") if k in both}
+        # Of the text before, the model wants to know what is no padding, and (Gemma, PaliGemma) what was an image.
+        before = ("attention_mask", "token_type_ids", *(["mm_token_type_ids"] if "gemma" in family.name else []))
+        turn |= {k: both[k] for k in before if k in both}
         positions = _positions(model, both)
         if positions is not None:
             turn["position_ids"] = positions[..., n:]
@@ -177,7 +181,7 @@ def _positions(model, inputs):
     vlm = Backbone.of(model).vlm
     if not hasattr(vlm, "get_rope_index"):
         return None
-    wanted = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    wanted = ("input_ids", "mm_token_type_ids", "image_grid_thw", "target_sizes", "attention_mask")
     return vlm.get_rope_index(**{k: inputs[k] for k in wanted if k in inputs})[0]
 
 
@@ -257,7 +261,7 @@ def _positions_of_step(model, request, step):
     vlm = Backbone.of(model).vlm
     if not hasattr(vlm, "get_rope_index"):
         return None
-    wanted = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    wanted = ("input_ids", "mm_token_type_ids", "image_grid_thw", "target_sizes", "attention_mask")
     kwargs = {k: request[k] for k in wanted if k in request}
     positions, deltas = vlm.get_rope_index(**kwargs)
     return torch.full_like(positions[..., :1], request["input_ids"].shape[1] + step) + deltas

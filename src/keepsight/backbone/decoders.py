@@ -61,6 +61,7 @@ SHAPES = (
         leave="post_feedforward_residual_gate",
         norms=(*_SANDWICHED, "post_feedforward_layernorm"),
     ),
+    LayerParts(leave="mlp_sconv"),  # Inkling: a convolution over neighbouring positions behind each branch
     PLAIN,  # Llama, Qwen, Mistral, Gemma 1
     LayerParts(  # Gemma 2 to 4: a norm behind each branch; Gemma 4 also norms its experts and its embeddings per layer
         enter="pre_feedforward_layernorm",
@@ -78,6 +79,11 @@ SHAPES = (
     LayerParts(enter="mlp", leave="post_feedforward_layernorm", norms=("post_attention_layernorm",)),  # EXAONE 4
     LayerParts(ffn="feed_forward", leave="feed_forward"),  # Llama 4
     LayerParts(enter="ffn_norm", ffn="feed_forward", leave="feed_forward", norms=("operator_norm",)),  # LFM2
+    LayerParts(  # LFM3: the same between two norms
+        enter="ffn_norm", ffn="feed_forward", leave="post_ffn_norm", norms=("operator_norm", "post_operator_norm")
+    ),
+    LayerParts(leave="post_norm2", norms=("input_layernorm", "post_norm1")),  # HyperCLOVA X
+    LayerParts(enter="feedforward_layernorm", norms=("attention_layernorm",)),  # Apertus
     LayerParts(enter="input_layernorm", norms=()),  # Cohere 2: mixer and FFN side by side, behind one norm
 )
 

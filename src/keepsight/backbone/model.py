@@ -173,7 +173,8 @@ class Backbone:
     @property
     def unread_positions(self) -> int:
         """How many positions at the start of each image the projector is not given: a class token."""
-        return int(getattr(self.model.config, "vision_feature_select_strategy", None) == "default")
+        usual = "default" if self.vision.class_token else None
+        return int(getattr(self.model.config, "vision_feature_select_strategy", usual) == "default")
 
     def value_behind(self, name: str) -> int:
         """What an input with one value per token says of text behind a prompt: text that is seen, and no image."""
@@ -182,7 +183,8 @@ class Backbone:
     def vision_layers_read(self) -> tuple[int, ...]:
         """After how many blocks the projector reads the vision encoder's states (usually after the last, once)."""
         depth = len(self.vision_blocks)
-        wanted = getattr(self.model.config, "vision_feature_layer", -1)
+        config = self.model.config
+        wanted = getattr(config, "vision_feature_layer", None) or getattr(config, "vision_feature_layers", -1)
         wanted = [wanted] if isinstance(wanted, int) else list(wanted)
         return tuple(layer % (depth + 1) for layer in wanted)
 

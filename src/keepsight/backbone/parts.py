@@ -56,8 +56,6 @@ class VisionParts:
     project: Project = in_a_row
 
 
-#: Why there is no VisMem where the parts seem to be there.
-NOT_YET = "a latent memory on it has not passed all of keepsight's tests yet"
 #: The placeholder tokens of a family that takes no videos.
 IMAGES = (("image", "image_token_id"),)
 
@@ -116,14 +114,20 @@ class Family:
         """
         if isinstance(self.vision, VisionParts):
             return self.vision
-        reason, found = self.no_vismem, None
-        if self.vision is not None:
-            encoder = config.vision_config.model_type
-            found = self.vision.get(encoder)
-            reason = f"its vision encoder is a {encoder}, and of those known are {', '.join(self.vision)}"
-        if found is None:
+        reason = self.why_no_vismem(config)
+        if reason is not None:
             raise UnsupportedModelError(
                 f"{self.name} can have a PVM, and no latent memory (VisMem): {reason}. "
                 "docs/families.md has the list of what each family can have."
             )
-        return found
+        assert self.vision is not None
+        return self.vision[config.vision_config.model_type]
+
+    def why_no_vismem(self, config: Any) -> str | None:
+        """Why a model of this family can have no latent memory, as the end of a sentence; None where it can."""
+        if self.vision is None:
+            return self.no_vismem
+        if isinstance(self.vision, VisionParts) or config.vision_config.model_type in self.vision:
+            return None
+        encoder = config.vision_config.model_type
+        return f"its vision encoder is a {encoder}, and of those known are {', '.join(self.vision)}"

@@ -5,17 +5,17 @@ from __future__ import annotations
 _ENCODER_DECODER = (
     "It is an encoder-decoder; a memory stands beside the layers of a decoder that reads images and text alike."
 )
-_NO_PLACES = (
-    "Its decoder's layers are not residual blocks with a norm before their feed-forward network under names that "
-    "keepsight knows."
+_MIXED_INSIDE = (
+    "Its images are put among the words inside of its language model, behind the place where a memory reads what "
+    "enters it."
+)
+_BY_ITSELF = (
+    "Its generate(...) hands the embeddings to its language model by itself, past the model's own forward, where a "
+    "memory learns what is an image."
 )
 _STREAMS = (
     "Its decoder carries several streams side by side and mixes them around every layer, so there is no one residual "
     "stream that a memory could be added to."
-)
-_IMAGE_TOKENS = (
-    "Its images are written as tokens of its vocabulary, like words, so there are no visual embeddings beside the text "
-    "for a memory to keep."
 )
 
 #: `config.model_type` of transformers' VLMs that cannot have a memory -> why, as a sentence.
@@ -28,42 +28,31 @@ UNFIT: dict[str, str] = {
         "IDEFICS' images enter through cross-attention between its decoder's layers, not as input embeddings, so there "
         "are no visual embeddings in the decoder's input for a memory to keep. Idefics2 and Idefics3 can have one."
     ),
-    "llama4": (
-        "Llama 4's own forward fails in transformers 5.24 (it asks its language model's output for image_outputs, "
-        "which that has not), so no memory could be tested on it."
-    ),
     "qwen2_5_omni": (
         "What can have one is its thinker: load Qwen2_5OmniThinkerForConditionalGeneration from the same checkpoint."
     ),
     "qwen3_omni_moe": (
         "What can have one is its thinker: load Qwen3OmniMoeThinkerForConditionalGeneration from the same checkpoint."
     ),
-    **dict.fromkeys(("chameleon", "emu3"), _IMAGE_TOKENS),
     **dict.fromkeys(
         ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"), _ENCODER_DECODER
     ),
-    **dict.fromkeys(
-        (
-            "apertus1p5",
-            "blip",
-            "blip-2",
-            "git",
-            "hyperclovax_vision_v2",
-            "instructblip",
-            "instructblipvideo",
-            "kosmos-2",
-            "kosmos-2.5",
-            "lfm3_vl",
-            "nemotron_h_omni",
-            "qwen4_exp",
-        ),
-        _NO_PLACES,
+    **dict.fromkeys(("chameleon", "git", "kosmos-2", "kosmos-2.5", "phi4_multimodal"), _MIXED_INSIDE),
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _BY_ITSELF),
+    "blip": (
+        "BLIP's images enter through cross-attention in its text decoder's layers, not as input embeddings, so there "
+        "are no visual embeddings in the decoder's input for a memory to keep."
     ),
+    "nemotron_h_omni": (
+        "Each layer of its decoder is a token mixer or a feed-forward network, not both, and the latter are not told "
+        "what the decoder was given, by which a memory comes to them."
+    ),
+    "glm_image": "It makes images.",
     "granite4_vision": (
         "Its visual embeddings are added between its decoder's layers, and zeros stand in the decoder's input, so that "
         "there is nothing for a memory to keep."
     ),
-    **dict.fromkeys(("gemma3n", "glm5_next", "hy_v4_vl"), _STREAMS),
+    **dict.fromkeys(("gemma3n", "glm5_next", "hy_v4_vl", "qwen4_exp"), _STREAMS),
     **dict.fromkeys(
         ("inkling2", "inkling2_loop"),
         "Its decoder's feed-forward networks read a mixture of what earlier layers made, not one residual stream.",
@@ -96,22 +85,11 @@ REMOTE: dict[str, str] = {
     "qwen": "Of Qwen's VLMs, transformers has Qwen2-VL and what came after it.",
 }
 
-_TIMM = "Its vision encoder is one of timm's, which keepsight's tests do not install."
 #: VLMs of transformers 5.24 that have no row yet -> what stands in the way, as a sentence.
 PENDING: dict[str, str] = {
-    **dict.fromkeys(("fast_vlm", "perception_lm"), _TIMM),
-    "deepseek_ocr2": "A memory on it answers, and transformers' load_adapter looks for its weights under other names.",
-    "fuyu": "A memory on it answers, and beams and samples failed: several copies of a row were given one image.",
-    "gemma4_unified": "A memory on it answers, and otherwise with a static cache or a second image in a conversation.",
-    "inkling_mm_model": (
-        "A memory on it answers, and a static cache, gradient checkpointing and transformers' own load_adapter failed."
-    ),
-    "minicpmv4_7": (
-        "It gives images positions that go back within a row, which keepsight takes for several samples in one row."
-    ),
-    "molmo2": "Its images' tokens name their patches by numbers that count through a whole batch: not tested yet.",
-    "unlimited_ocr": (
-        "Its cache forgets what it wrote and keeps the prompt, by a way of generating of its own, which was not tested."
+    "llama4": (
+        "Llama 4's own forward fails in transformers 5.24 (it asks its language model's output for image_outputs, "
+        "which that has not), so no memory could be tested on it."
     ),
 }
 

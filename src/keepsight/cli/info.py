@@ -106,16 +106,21 @@ def _trained_parts(adapter: AdapterInfo) -> dict[str, bool]:
 
 def model_facts(source: str) -> dict[str, Any]:
     """What a plain VLM is, and the memory that `PvmConfig()` would put on it, for `--json`."""
+    from keepsight.serve.vllm.names import SERVED
     from keepsight.train.run.plan import plan_memory
 
     plan = plan_memory(source)
     backbone, pvm = plan.backbone, plan.pvm
     text = backbone.text_config
+    model_type = backbone.model.config.model_type
     return {
         "kind": "model",
         "source": source,
         "family": backbone.family.name,
-        "model_type": backbone.model.config.model_type,
+        "model_type": model_type,
+        "sees": list(backbone.family.modalities),
+        "no_vismem": backbone.family.why_no_vismem(backbone.model.config),
+        "vllm": model_type in SERVED,
         "layers": len(backbone.layers),
         "hidden_size": text.hidden_size,
         "heads": text.num_attention_heads,
@@ -201,4 +206,8 @@ def _model_rows(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "PvmConfig() gives", f"layers {', '.join(map(str, memory['layers']))}, latent width {memory['width']}, causal"
     share = 100 * memory["parameters"] / facts["parameters"]
     yield "its parameters", f"{memory['parameters']:,} ({share:.2f} % of the base)"
+    lack = facts["no_vismem"]
+    yield "VisMem", "can have one too" if lack is None else f"none: {lack}"
+    yield "videos", "yes" if "video" in facts["sees"] else "no, images alone"
+    yield "vLLM", "keepsight export vllm" if facts["vllm"] else "no plugin for this family: keepsight serve"
     yield "train it", f"keepsight train pvm {facts['source']} --data FILE --output-dir DIR"

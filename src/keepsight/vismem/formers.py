@@ -107,7 +107,7 @@ class Formers:
         name = self.backbone.vision.rotary
         if name is None:
             return None
-        return getattr(self.backbone.vision_tower, name)(like, coordinates.to(like.device))
+        return self.backbone.vision_tower.get_submodule(name)(like, coordinates.to(like.device))
 
     # Long-term: language model
 

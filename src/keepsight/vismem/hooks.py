@@ -75,7 +75,7 @@ class VisMemRoute:
             self._handles.append(block.register_forward_pre_hook(note, with_kwargs=True))
         rotary = backbone.vision.rotary
         if rotary is not None:
-            module: Any = getattr(backbone.vision_tower, rotary)
+            module: Any = backbone.vision_tower.get_submodule(rotary)
             self._handles.append(module.register_forward_pre_hook(_note_coordinates, with_kwargs=True))
         padding = backbone.vision.padding
         if padding is not None:

@@ -170,7 +170,7 @@ class VisionWalk:
 
     def _normed(self, x: torch.Tensor) -> torch.Tensor:
         norm = self.parts.final_norm
-        return x if norm is None else getattr(self.backbone.vision_tower, norm)(x)
+        return x if norm is None else self.backbone.vision_tower.get_submodule(norm)(x)
 
 
 def _under_base_only(function: Any, *args: Any) -> Any:

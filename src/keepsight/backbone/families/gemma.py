@@ -34,6 +34,12 @@ ROWS: dict[str, Family] = {
             "a memory does not describe that yet"
         ),
     ),
+    "gemma4_unified": Family(
+        name="Gemma 4 (unified)",
+        vision_tower="embed_vision",
+        projector="embed_vision",
+        no_vismem="it has no vision encoder: patches enter its language model through a projection",
+    ),
     "paligemma": Family(
         name="PaliGemma",
         visual_tokens=IMAGES,

@@ -94,6 +94,8 @@ _INTERN: dict[str, Any] = {
     ),
 }
 
+_TIMM = "its vision encoder is one of timm's, with names of its own"
+
 ROWS: dict[str, Family] = {
     "internvl": Family(name="InternVL", **_INTERN),
     "qianfan_ocr": Family(name="Qianfan-OCR", **_INTERN | {"vision": replace(_INTERN["vision"], blocks="layers")}),
@@ -123,7 +125,7 @@ ROWS: dict[str, Family] = {
     "vipllava": Family(
         name="ViP-LLaVA",
         visual_tokens=IMAGES,
-        no_vismem="its vision encoder is read at several depths, without the class token; not described yet",
+        vision={"clip_vision_model": CLIP_LAYERS},
     ),
     "llava_next_video": Family(name="LLaVA-NeXT-Video", vision=_LAYERS, tiles=_next_tiles),
     "lighton_ocr": Family(
@@ -134,4 +136,6 @@ ROWS: dict[str, Family] = {
         merge_side=attrgetter("spatial_merge_size"),
         vision={"pixtral": replace(PIXTRAL, project=as_sized_images)},
     ),
+    "fast_vlm": Family(name="FastVLM", visual_tokens=IMAGES, no_vismem=_TIMM),
+    "perception_lm": Family(name="PerceptionLM", no_vismem=_TIMM),
 }

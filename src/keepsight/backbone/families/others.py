@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from keepsight.backbone.parts import IMAGES, NOT_YET, Family, VisionParts
-from keepsight.backbone.projecting import as_still_images, downsampled, in_a_row
+from keepsight.backbone.parts import IMAGES, Family, VisionParts
+from keepsight.backbone.projecting import as_still_images, as_words, downsampled, in_a_row, merged
 from keepsight.backbone.towers import SIGLIP
 from keepsight.errors import KeepsightError
 
@@ -57,7 +57,16 @@ _MUSE: dict[str, Any] = {
     "merge_side": attrgetter("vision_config.merge_size"),
     "no_vismem": "its projector reads the channels of merged patches in an order that is not described yet",
 }
-_PADDED = "its vision encoder takes images of any shape in ways that keepsight does not describe yet"
+_NO_ENCODER = "it has no vision encoder with attention, in which a memory could be formed"
+_CONVOLVED = "its vision encoder has convolutions over neighbouring patches, of which a memory has none"
+_QUERIES = "its vision encoder ends in queries of a fixed number, read out of a whole image"
+#: Images written as words of a visual vocabulary, whose embeddings enter the decoder.
+_CODES: dict[str, Any] = {
+    "vision_tower": "vqmodel.encoder",
+    "projector": "vqmodel",
+    "visual_tokens": IMAGES,
+    "no_vismem": "its images are words of a vocabulary, and the encoder that chooses them has no attention blocks",
+}
 
 ROWS: dict[str, Family] = {
     "idefics3": Family(name="Idefics3", **_IDEFICS),
@@ -69,7 +78,20 @@ ROWS: dict[str, Family] = {
         name="Ovis2",
         projector="visual_embeddings_table",
         visual_tokens=IMAGES,
-        no_vismem="its vision encoder ends in a softmax over visual words",
+        merge_side=attrgetter("vision_config.hidden_stride"),
+        vision=VisionParts(
+            blocks="transformer.encoder.layers",
+            norms=("rms_norm1", "rms_norm2"),
+            attention="attention",
+            mlp="ffn",
+            qkv=("q_proj", "k_proj", "v_proj"),
+            output="out_proj",
+            rotary=None,
+            position_table="transformer.embeddings.position_embedding.weight",
+            raster=True,
+            final_norm="transformer.rms_norm",
+            project=as_words,
+        ),
     ),
     "kimi_k25": Family(
         name="Kimi-K2.5",
@@ -100,7 +122,10 @@ ROWS: dict[str, Family] = {
     "got_ocr2": Family(name="GOT-OCR 2.0", **_GOT),
     "pp_chart2table": Family(name="PP-Chart2Table", **_GOT),
     "lfm2_vl": Family(
-        name="LFM2-VL", visual_tokens=IMAGES, merge_side=attrgetter("downsample_factor"), no_vismem=_PADDED
+        name="LFM2-VL",
+        visual_tokens=IMAGES,
+        merge_side=attrgetter("downsample_factor"),
+        no_vismem="its vision encoder is given padded images and their shapes, which keepsight does not describe yet",
     ),
     "exaone4_5": Family(
         name="EXAONE 4.5",
@@ -169,7 +194,7 @@ ROWS: dict[str, Family] = {
         vision_tower="visual",
         projector="projector",
         merge_side=attrgetter("vision_config.spatial_merge_size"),
-        no_vismem=NOT_YET,
+        vision=replace(SIGLIP, raster=False, project=in_a_row),
     ),
     "muse_glimmer": Family(name="Muse Glimmer", **_MUSE),
     "mistral_large4": Family(
@@ -184,12 +209,12 @@ ROWS: dict[str, Family] = {
         vision_tower="visual",
         projector="visual.merger",
         merge_side=attrgetter("vision_config.spatial_merge_size"),
-        no_vismem=NOT_YET,
+        vision=VisionParts(position_table="pos_embed.weight"),
     ),
     "minimax_m3_vl": Family(
         name="MiniMax M3",
         merge_side=attrgetter("vision_config.spatial_merge_size"),
-        no_vismem=_PADDED,
+        no_vismem="its vision encoder places patches in time too, where a memory's positions have a row and a column",
     ),
     "dots3_note": Family(
         name="dots3.note",
@@ -197,5 +222,47 @@ ROWS: dict[str, Family] = {
         merge_side=attrgetter("vision_config.spatial_merge_size"),
         no_vismem=_LATENT,
     ),
-    "paddleocr_vl": Family(name="PaddleOCR-VL", vision_tower="visual", projector="projector", no_vismem=_PADDED),
+    "paddleocr_vl": Family(
+        name="PaddleOCR-VL",
+        vision_tower="visual",
+        projector="projector",
+        merge_side=attrgetter("vision_config.spatial_merge_size"),
+        vision=replace(
+            SIGLIP,
+            blocks="vision_model.encoder.layers",
+            rotary="vision_model.encoder.rotary_pos_emb",
+            position_table="vision_model.embeddings.position_embedding.weight",
+            final_norm="vision_model.post_layernorm",
+            project=as_still_images,
+        ),
+    ),
+    "fuyu": Family(
+        name="Fuyu",
+        vision_tower="vision_embed_tokens",
+        projector="vision_embed_tokens",
+        visual_tokens=IMAGES,
+        no_vismem=_NO_ENCODER,
+    ),
+    "hyperclovax_vision_v2": Family(
+        name="HyperCLOVA X (vision 2)",
+        vision_tower="vision_model",
+        projector="projector",
+        merge_side=attrgetter("vision_config.spatial_merge_size"),
+        vision=VisionParts(project=merged),
+    ),
+    "lfm3_vl": Family(
+        name="LFM3-VL",
+        merge_side=attrgetter("vision_config.spatial_merge_size"),
+        no_vismem=_CONVOLVED,
+    ),
+    "emu3": Family(name="Emu3", **_CODES),
+    "apertus1p5": Family(name="Apertus 1.5", **_CODES | {"vision_tower": "vision_tokenizer.encoder"}),
+    "inkling_mm_model": Family(name="Inkling", projector="vision_tower", visual_tokens=IMAGES, no_vismem=_NO_ENCODER),
+    "molmo2": Family(
+        name="Molmo2",
+        no_vismem="its projector pools patches in groups that its processor chooses, and a memory's are in none",
+    ),
+    "minicpmv4_7": Family(name="MiniCPM-V 4.7", projector="merger", no_vismem=_MERGED),
+    "unlimited_ocr": Family(name="Unlimited-OCR", visual_tokens=IMAGES, no_vismem=_GOT["no_vismem"]),
+    "deepseek_ocr2": Family(name="DeepSeek-OCR 2", visual_tokens=IMAGES, no_vismem=_QUERIES),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import Any
 
-from keepsight.backbone.parts import NOT_YET, Family, VisionParts
+from keepsight.backbone.parts import Family, VisionParts
 
 _STYLE: dict[str, Any] = {
     "vision_tower": "visual",
@@ -25,7 +25,7 @@ _OMNI = _STYLE | {
 ROWS: dict[str, Family] = {
     "qwen3_vl": Family(name="Qwen3-VL", **_STYLE),
     "qwen3_vl_moe": Family(name="Qwen3-VL (mixture of experts)", **_STYLE),
-    "cosmos3_omni": Family(name="Cosmos 3 (omni)", **_STYLE | {"vision": None, "no_vismem": NOT_YET}),
+    "cosmos3_omni": Family(name="Cosmos 3 (omni)", **_STYLE),
     "qwen2_5_vl": Family(name="Qwen2.5-VL", **_NO_TABLE),
     "qwen2_vl": Family(name="Qwen2-VL", **_TWO),
     "qwen2_5_omni_thinker": Family(name="Qwen2.5-Omni (thinker)", **_OMNI),
