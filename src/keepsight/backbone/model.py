@@ -184,7 +184,7 @@ class Backbone:
         """After how many blocks the projector reads the vision encoder's states (usually after the last, once)."""
         depth = len(self.vision_blocks)
         config = self.model.config
-        wanted = getattr(config, "vision_feature_layer", None) or getattr(config, "vision_feature_layers", -1)
+        wanted: Any = getattr(config, "vision_feature_layer", None) or getattr(config, "vision_feature_layers", -1)
         wanted = [wanted] if isinstance(wanted, int) else list(wanted)
         return tuple(layer % (depth + 1) for layer in wanted)
 
