@@ -38,6 +38,12 @@ ESSENTIAL = (
     "ernie4_5_vl_moe",
     "glmga",
     "shieldgemma2",
+    "cosmos3_omni",
+    "cosmos3_edge",
+    "cohere_compass",
+    "hyperclovax_vision_v2",
+    "vipllava",
+    "paddleocr_vl",
 )
 NAMES = tuple(tiny.name for tiny in EVERY if tiny.name not in ESSENTIAL)
 SIZES = {

@@ -183,7 +183,7 @@ class Backbone:
     def vision_layers_read(self) -> tuple[int, ...]:
         """After how many blocks the projector reads the vision encoder's states (usually after the last, once)."""
         depth = len(self.vision_blocks)
-        config = self.model.config  # ViP-LLaVA's said "layers" before transformers 5.24
+        config = self.model.config  # ViP-LLaVA's says "layers" in older transformers
         wanted: Any = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", -1))
         wanted = [wanted] if isinstance(wanted, int) else list(wanted)
         return tuple(layer % (depth + 1) for layer in wanted)

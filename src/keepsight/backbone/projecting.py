@@ -26,13 +26,6 @@ def merged(backbone: Any, states: torch.Tensor) -> torch.Tensor:
     return backbone.projector(backbone.vision_tower.merger(states.flatten(0, 1)))
 
 
-def as_words(backbone: Any, states: torch.Tensor) -> torch.Tensor:
-    """The encoder's head weighs visual words by a softmax, and the projector has their embeddings (Ovis)."""
-    tower = backbone.vision_tower
-    words = tower.head_norm(tower.head_linear(states.flatten(1))).softmax(-1)
-    return words @ backbone.projector.weight[: words.shape[-1]]
-
-
 def as_images(backbone: Any, states: torch.Tensor) -> torch.Tensor:
     """The projector takes whole square images [N, patches, d]: each square is one (LLaVA, Aya, Idefics)."""
     return backbone.projector(states).flatten(0, -2)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from keepsight.backbone.parts import IMAGES, Family, VisionParts
-from keepsight.backbone.projecting import as_still_images, as_words, downsampled, in_a_row, merged
+from keepsight.backbone.projecting import as_still_images, downsampled, in_a_row, merged
 from keepsight.backbone.towers import SIGLIP
 from keepsight.errors import KeepsightError
 
@@ -78,19 +78,9 @@ ROWS: dict[str, Family] = {
         name="Ovis2",
         projector="visual_embeddings_table",
         visual_tokens=IMAGES,
-        merge_side=attrgetter("vision_config.hidden_stride"),
-        vision=VisionParts(
-            blocks="transformer.encoder.layers",
-            norms=("rms_norm1", "rms_norm2"),
-            attention="attention",
-            mlp="ffn",
-            qkv=("q_proj", "k_proj", "v_proj"),
-            output="out_proj",
-            rotary=None,
-            position_table="transformer.embeddings.position_embedding.weight",
-            raster=True,
-            final_norm="transformer.rms_norm",
-            project=as_words,
+        no_vismem=(
+            "its vision encoder ends in a softmax over visual words, and a memory through it was not the same in training "
+            "and in writing"
         ),
     ),
     "kimi_k25": Family(
