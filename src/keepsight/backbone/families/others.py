@@ -79,8 +79,8 @@ ROWS: dict[str, Family] = {
         projector="visual_embeddings_table",
         visual_tokens=IMAGES,
         no_vismem=(
-            "its vision encoder ends in a softmax over visual words, and a memory through it was not the same in training "
-            "and in writing"
+            "its vision encoder ends in a softmax over visual words, and a memory through it was not the same in "
+            "training and in writing"
         ),
     ),
     "kimi_k25": Family(
