@@ -143,7 +143,7 @@ def test_the_kernels_compile(monkeypatch):
         def __getitem__(self, grid):
             return self.compile
 
-        def compile(self, *args, **kwargs):
+        def compile(self, *args, num_warps=4, **kwargs):
             parameters = self.kernel.params
             given = dict(zip([p.name for p in parameters], args, strict=False)) | kwargs
             known = {p.name: given[p.name] for p in parameters if p.is_constexpr or constant(given[p.name])}
@@ -155,7 +155,7 @@ def test_the_kernels_compile(monkeypatch):
                 {(order.index(name),): value for name, value in known.items()},
             )
             target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-            compiled.append(triton.compile(source, target=target).metadata.name)
+            compiled.append(triton.compile(source, target=target, options={"num_warps": num_warps}).metadata.name)
 
     def constant(value):  # as Triton does when it starts a kernel
         return value is None or (isinstance(value, int) and value == 1)

@@ -24,7 +24,7 @@ from keepsight.threads import PerThread
 MOST_POSITIONS = 16
 """In all rows: beyond, reading the weights once for each position costs more than starting a kernel."""
 MOST_UNITS = 8192
-"""Inner width of the SwiGLU, whose parts one program adds up."""
+"""Inner width of the SwiGLU, of which a program holds a share of a 32nd."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OURS = (PvmBlock, CrossAttention, SwiGLU, RMSNorm, nn.Linear)
 
@@ -140,7 +140,7 @@ class Fused:
                 key, value, mask, shares, stats, n, tokens, cdiv(tokens, splits), self._queries,
                 *key.stride()[:3], *value.stride()[:3], *((0, 0) if mask is None else (mask.stride(0), mask.stride(2))),
                 **sizes, D_HEAD=d, HEAD=head, GROUP=heads // shape.num_kv_heads, STEP=min(step, 128), TOKENS=32,
-                COUNT=count, PADDED=power(count),
+                COUNT=count, PADDED=power(count), num_warps=max(4, head // 32),
             )  # fmt: skip
 
             units = max(16, power(cdiv(shape.ffn_width, 32)))
@@ -153,6 +153,7 @@ class Fused:
             kernels.feed[(count, n)](
                 parts[count], block.post_attn_norm.weight, mlp.gate_proj.weight, mlp.up_proj.weight,
                 mlp.down_proj.weight, parts, n, F=shape.ffn_width, UNITS=units, STEP=min(step, 128), **sizes,
+                num_warps=max(4, units // 16),
             )  # fmt: skip
 
             programs = cdiv(hidden, 32)
