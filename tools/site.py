@@ -26,6 +26,7 @@ REFERENCE = {
     "keepsight.vismem": "keepsight.vismem",
     "keepsight.train": "keepsight.train",
     "keepsight.diagnose": "keepsight.diagnose",
+    "keepsight.evaluate.run": "keepsight.evaluate.run",
     "keepsight.errors": "keepsight.errors",
 }
 
@@ -76,7 +77,7 @@ def reference(title: str, face: str) -> str:
     names = getattr(module, "__all__", None) or [
         name
         for name, value in vars(module).items()
-        if isinstance(value, type) and value.__module__ == face and not name.startswith("_")
+        if callable(value) and value.__module__ == face and not name.startswith("_")
     ]
     lines = [f"# {title}", "", (module.__doc__ or "").strip(), ""]
     for name in sorted(names):
@@ -84,6 +85,8 @@ def reference(title: str, face: str) -> str:
         home = getattr(value, "__module__", "")
         if home.startswith("keepsight"):
             lines += [f"::: {home}.{value.__name__}", ""]
+    if len(lines) == 4:
+        sys.exit(f"The reference of {face} is empty: it has no __all__, and defines nothing itself.")
     return "\n".join(lines) + "\n"
 
 

@@ -58,6 +58,13 @@ def test_every_page_of_the_navigation_exists():
     assert ours - listed == set(), "a page that the navigation does not show"
 
 
+def test_a_page_of_the_reference_that_would_be_empty_ends_the_build():
+    site = tool("site")
+    assert "train_pvm" in site.reference("training", "keepsight.train")
+    with pytest.raises(SystemExit, match=r"reference of keepsight.serve is empty"):
+        site.reference("serving", "keepsight.serve")
+
+
 def test_a_dead_link_ends_the_build(tmp_path, monkeypatch):
     site = tool("site")
     (tmp_path / "page.md").write_text("[gone](nowhere.md) and [there](page.md)")

@@ -13,6 +13,7 @@ _PUBLIC = {
     "train_vismem_formation": "vismem.train",
     "train_vismem_invocation": "vismem.train",
 }
+__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
