@@ -22,7 +22,7 @@ from keepsight.cli.common.progress import Progress, Waiting
 from keepsight.data.mixture import for_evaluation, load_sources, mixture_of_words
 from keepsight.data.tables.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP
 from keepsight.errors import KeepsightError
-from keepsight.words import counted
+from keepsight.words import counted, some
 
 
 @with_examples(
@@ -89,9 +89,14 @@ def evaluate(
     with Waiting("checking the questions"):
         sources, _ = load_sources(asked_for, split)
         asked = [sample for one in sources for sample in read_dataset(one, processor=processor)][:samples]
-    unanswered = sum(sample.answer is None for sample in asked)
-    if unanswered or not asked:
-        raise KeepsightError(f"{unanswered} of {len(asked)} questions have no answer to compare with.")
+    unanswered = [number for number, sample in enumerate(asked, 1) if sample.answer is None]
+    if unanswered:
+        raise KeepsightError(
+            f"{len(unanswered)} of {counted(len(asked), 'question')} have no answer to compare with: number "
+            f"{some(unanswered)}. Give them one (a column such as `answer`), or leave them out."
+        )
+    if not asked:
+        raise KeepsightError("There is no question to ask.")
     refuse_twins(infos, "Leave one of them out.")
     methods = {info.method for info in infos}
     if memory != "on" and "VISMEM" not in methods:
