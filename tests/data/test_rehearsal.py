@@ -84,8 +84,9 @@ def test_words_that_the_model_does_not_know(data: Path) -> None:
 
 def test_answers_to_be_rewarded_that_the_model_cannot_write_are_told(data: Path) -> None:
     spoilt(data, 1, messages=chat("read", "zebra"))
+    spoilt(data, 2, messages=chat("read", "8" * 20_000))
     found = rehearsed(data, ConversationCollator(build_processor()), "prompt")
-    assert found.good().told["answers that the model cannot write"] == (1, {"zebra": 1})
+    assert found.good().told["answers that the model cannot write"] == (2, {"zebra": 1, f"{'8' * 40}...": 1})
 
 
 def test_a_tokenizer_that_writes_everything_is_not_asked_again(data: Path) -> None:

@@ -180,7 +180,7 @@ def _show(found: Any) -> None:
         sure = "better" if gain.low > 0 else "worse"
     out.print(
         f"With the memory: {sure} ({100 * gain.value:+.1f} points, 95 % interval {_interval(gain, ' to ')}, "
-        f"over {gain.n} questions).",
+        f"over {counted(gain.n, 'question')}).",
         soft_wrap=True,
         highlight=False,
     )

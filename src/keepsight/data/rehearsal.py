@@ -28,6 +28,7 @@ _PLACEHOLDERS = re.compile(
 _LONGEST = 200
 """Sides' ratio above which the processors of Qwen's VLMs refuse a picture."""
 _HOW_MANY_WORDS = 5
+_SHOWN = 40  # characters of a word that is told of
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,8 @@ class Rehearsal:
             else:
                 known += 1
             end = max(end, until)
-        return missing + text[end:].split(), known
+        missing += text[end:].split()
+        return [word if len(word) <= _SHOWN else f"{word[:_SHOWN]}..." for word in missing], known
 
     def _check_size(self, index: int, image: Any) -> None:
         size = image.size
