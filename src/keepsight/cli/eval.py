@@ -154,7 +154,8 @@ def _show(found: Any) -> None:
         *(("memory off", f"memory {found.settings.memory}", "difference") if compared else ("right",)),
     ):
         table.add_column(column, justify="right")
-    for one, name in (*((s, f"{s.shortest:,} to {s.longest:,}") for s in strata), (whole, "all")):
+    lengths = [f"{s.longest:,}" if s.shortest == s.longest else f"{s.shortest:,} to {s.longest:,}" for s in strata]
+    for one, name in zip((*strata, whole), (*lengths, "all"), strict=True):
         row = [name, f"{one.n}", f"{one.off.value:.1%}"]
         if one.on is not None and one.difference is not None:
             gain = one.difference
