@@ -94,7 +94,7 @@ def test_stage_two_finds_what_pays_and_changes_only_the_rows(model):
 
 
 def test_fitted_values_find_what_pays_if_they_know_the_state():
-    bank, _ = toy_bank()
+    bank, _ = toy_bank(200)
     test, late = toy_bank(seed=1)
     scripts, scores = torch.arange(len(late)), {}
     for states in (False, True):
@@ -102,8 +102,7 @@ def test_fitted_values_find_what_pays_if_they_know_the_state():
         actions = play(test, scripts, by_value(test, values))
         scores[states] = test.scores[scripts, index_of(actions)].mean()
         assert ((actions > 0).sum(-1) <= BUDGET).all()
-    assert (actions[actions > 0] == 2).all()
-    torch.testing.assert_close(scores[True], test.scores.max(-1).values.mean(), rtol=0, atol=0.02)
+    torch.testing.assert_close(scores[True], test.scores.max(-1).values.mean(), rtol=0, atol=0.005)
     assert scores[False] < scores[True] - 0.03  # the clock tells nothing there
 
 
