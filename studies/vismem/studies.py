@@ -90,7 +90,8 @@ def _scratch(results: Results) -> Judgement:
         all(learnt.values()) and gain.low > 0 and short.low > 0,
         f"At 1,024 tokens, after as many steps: long {gain.points()} over the base, short {short.points()}. Own "
         f"image's latents minus another image's: long {own.points()}, short {own_short.points()}. So of the two, "
-        f"{image} learnt the image; what else is gained comes from the latents being there, whatever they hold.",
+        f"{image} learnt the image; what else is gained comes from the latents being there, whatever they hold. Tried "
+        "harder: `vismem-scratch`.",
     )
 
 
