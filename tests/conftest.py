@@ -8,10 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import families
 import pytest
 import torch
-from families import FAMILIES, TinyFamily
+from families import FAMILIES, TinyFamily, tiny
 
 torch.set_num_threads(1)
 
@@ -27,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--device {device}: torch finds no GPU here.")
         # float32 means float32: what is compared bit for bit on a CPU is compared closely here
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    families.device = device
+    tiny.device = device
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.name)

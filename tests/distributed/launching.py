@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import device
+from families.tiny import device
 from safetensors.torch import load_file
 from worker import main
 

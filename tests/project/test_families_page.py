@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from families import BY_NAME
+from families import BY_NAME, MORE, ROWS
 from families import FAMILIES as TINY
-from more_families import MORE, ROWS
 from peft import get_peft_model
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,

@@ -8,7 +8,8 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, device, make_inputs
+from families import FAMILIES, make_inputs
+from families.tiny import device
 from helpers import MIXED_ROWS, attach, cached_and_uncached, generate, in_bfloat16, logits
 from test_equations import block_with_random_weights, equations
 

@@ -6,7 +6,8 @@ import threading
 
 import pytest
 import torch
-from families import BY_NAME, END, IMAGE, START, VIDEO, Row, device, make_inputs
+from families import BY_NAME, END, IMAGE, START, VIDEO, Row, make_inputs
+from families.tiny import device
 from helpers import (
     CLOSE,
     MIXED_ROWS,

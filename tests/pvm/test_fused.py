@@ -12,7 +12,8 @@ import sys
 
 import pytest
 import torch
-from families import BY_NAME, device
+from families import BY_NAME
+from families.tiny import device
 from helpers import MIXED_ROWS, built, counted
 from test_bfloat16 import BLOCK, apart
 from test_overlap import steps

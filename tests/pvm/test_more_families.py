@@ -1,15 +1,14 @@
 """The shared table of tests on every further family.
 
-The long tests (training stages, processes, servers) run on the families of tests/families.py only.
+The long tests (training stages, processes, servers) run on the families of tests/families/first.py only.
 """
 
 import re
 
 import pytest
 import torch
-from families import IMAGE, TinyFamily, make_inputs
+from families import IMAGE, MORE, TinyFamily, make_inputs
 from helpers import LAYERS, MIXED_ROWS, attach, built
-from more_families import MORE
 from test_cache import (  # noqa: F401
     test_a_static_cache_serves_a_second_request,
     test_assisted_decoding_equals_greedy,

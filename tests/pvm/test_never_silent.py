@@ -15,9 +15,8 @@ from typing import Any
 import mutation
 import pytest
 import torch
-from families import BY_NAME, Row, TinyFamily, make_inputs
+from families import BY_NAME, MORE, Row, TinyFamily, make_inputs
 from helpers import CLOSE, attach, batched_continuously, generate, logits
-from more_families import MORE
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput

@@ -4,7 +4,8 @@ import contextlib
 
 import pytest
 import torch
-from families import BY_NAME, FIRST_WORD, Row, device
+from families import BY_NAME, FIRST_WORD, Row
+from families.tiny import device
 from functorch.compile import make_boxed_func
 from helpers import MIXED_ROWS, OnlyWords, built
 from torch._dynamo.backends.common import aot_autograd

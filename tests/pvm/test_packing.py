@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 import transformers.modeling_flash_attention_utils as utils
-from families import BY_NAME, Row, TinyFamily, make_inputs
+from families import BY_NAME, MORE, Row, TinyFamily, make_inputs
 from helpers import CLOSE, attach, generate
-from more_families import MORE
 from packaging.version import Version
 
 import keepsight

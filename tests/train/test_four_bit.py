@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import device
+from families.tiny import device
 from safetensors.torch import load_file
 from tiny_training import make_data, write_rows
 from transformers import TrainerCallback

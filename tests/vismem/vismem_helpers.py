@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from families import BY_NAME as FIRST
-from families import FIRST_WORD, LAST_WORD, Row, TinyFamily, make_inputs
+from families import FIRST_WORD, LAST_WORD, MORE, Row, TinyFamily, make_inputs
 from helpers import with_continuation
-from more_families import MORE
 from peft import get_peft_model
 
 from keepsight.backbone import FAMILIES as ROWS_OF_FAMILIES

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from families import BY_NAME, FAMILIES, Row
+from families import BY_NAME, FAMILIES, MORE, Row
 from helpers import OnlyWords, attach
-from more_families import MORE
 from serve_helpers import Numbers, alone, finish, make_job, report, values
 
 from keepsight.backbone import Backbone

@@ -6,7 +6,9 @@ import weakref
 
 import pytest
 import torch
-from families import BY_NAME, Row, _internvl, _text
+from families import BY_NAME, Row
+from families.first import internvl
+from families.parts import decoder
 from helpers import OnlyWords, attach
 from live import wait_for
 from serve_helpers import Numbers, alone, make_job
@@ -52,8 +54,8 @@ def test_more_requests_than_places_with_and_without_memory(run):
 
 
 def test_sliding_windows_are_served_unbatched(run):
-    text = _text(model_type="qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=2)
-    family = dataclasses.replace(BY_NAME["internvl_qwen2"], config=lambda: _internvl(text))
+    text = decoder(model_type="qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=2)
+    family = dataclasses.replace(BY_NAME["internvl_qwen2"], config=lambda: internvl(text))
     model = attach(family.build())
     assert "sliding_attention" in model.config.text_config.layer_types
     jobs = [make_job(family, model, row) for row in ROWS]

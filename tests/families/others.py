@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 import transformers
-from families import _TOKENS, IMAGE, START, VIDEO, TinyFamily, _merging, _qwen_images, _text, qwen3_5
-from tiny_parts import PLAIN_ROPE, four_each, modality_types, row, vit
+
+from families.first import qwen3_5
+from families.parts import PLAIN_ROPE, TOKENS, decoder, four_each, merging, modality_types, moments, row, vit
+from families.patches import STRIP
+from families.tiny import IMAGE, START, VIDEO, TinyFamily
 
 
 def fuyu() -> Any:
     return transformers.FuyuConfig(
-        text_config=_text(model_type="persimmon", num_key_value_heads=4), patch_size=4, image_token_id=IMAGE
+        text_config=decoder(model_type="persimmon", num_key_value_heads=4), patch_size=4, image_token_id=IMAGE
     )
 
 
@@ -25,7 +28,7 @@ def fast_vlm() -> Any:
     """Its vision encoder is timm's; here another one that ends in a picture of features."""
     vision = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 32], "depths": [1, 1]}
     return transformers.FastVlmConfig(
-        text_config=_text(model_type="qwen2"),
+        text_config=decoder(model_type="qwen2"),
         vision_config=vision | {"hidden_size": 32},
         image_token_index=IMAGE,
     )
@@ -34,7 +37,7 @@ def fast_vlm() -> Any:
 def perception_lm() -> Any:
     """Its vision encoder is timm's; here another one with a class token."""
     return transformers.PerceptionLMConfig(
-        text_config=_text(model_type="llama"),
+        text_config=decoder(model_type="llama"),
         vision_config=vit("clip_vision_model", patch_size=8, model_args={"embed_dim": 32}),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
@@ -48,20 +51,15 @@ def _tile(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
 
 def hyperclovax() -> Any:
     return transformers.HyperCLOVAXVisionV2Config(
-        text_config=_text(model_type="hyperclovax", head_dim=16, residual_multiplier=0.5, use_post_norm=True),
-        vision_config=_merging(model_type="qwen2_5_vl_vision", window_size=16, fullatt_block_indexes=[1]),
+        text_config=decoder(model_type="hyperclovax", head_dim=16, residual_multiplier=0.5, use_post_norm=True),
+        vision_config=merging(model_type="qwen2_5_vl_vision", window_size=16, fullatt_block_indexes=[1]),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
     )
 
 
-def _patches(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
-    """As Qwen's; these models want no types of tokens."""
-    return _qwen_images(config, sizes, draw)
-
-
 def lfm3_vl() -> Any:
-    text = _text(model_type="lfm3", head_dim=16, layer_types=["conv", "full_attention", "conv", "full_attention"])
+    text = decoder(model_type="lfm3", head_dim=16, layer_types=["conv", "full_attention", "conv", "full_attention"])
     return transformers.Lfm3VlConfig(
         text_config=text,
         vision_config={
@@ -74,7 +72,7 @@ def lfm3_vl() -> Any:
             "layer_types": ["conv", "full_attention"],
         },
         projector_hidden_size=48,
-        **_TOKENS,
+        **TOKENS,
     )
 
 
@@ -92,7 +90,7 @@ _VQ = {
 def emu3() -> Any:
     names = {f"<|visual token {i:06d}|>": 100 + i for i in range(8)}
     return transformers.Emu3Config(
-        text_config=_text(attention_dropout=0.0),
+        text_config=decoder(attention_dropout=0.0),
         vq_config=_VQ | {"hidden_size": 32},
         vocabulary_map={"<image>": IMAGE, "<|extra_200|>": 110, **names},
     )
@@ -107,7 +105,7 @@ def _little(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
 
 def apertus() -> Any:
     return transformers.Apertus1p5Config(
-        text_config=_text(rope_parameters=PLAIN_ROPE),
+        text_config=decoder(rope_parameters=PLAIN_ROPE),
         vision_config=_VQ | {"resolution": 4},
         audio_config={
             "model_type": "wavtokenizer_encoder",
@@ -127,7 +125,7 @@ def apertus() -> Any:
 
 def gemma4_unified() -> Any:
     return transformers.Gemma4UnifiedConfig(
-        text_config=_text(
+        text_config=decoder(
             head_dim=16,
             global_head_dim=16,
             sliding_window=8,
@@ -160,7 +158,7 @@ def _placed(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
 
 
 def inkling() -> Any:
-    text = _text(
+    text = decoder(
         head_dim=16,
         swa_num_attention_heads=4,
         swa_num_key_value_heads=2,
@@ -188,7 +186,7 @@ def inkling() -> Any:
 def molmo2() -> Any:
     vision = {k: v for k, v in vit(head_dim=16, num_key_value_heads=2).items() if k != "image_size"}
     return transformers.Molmo2Config(
-        text_config=_text(head_dim=16, additional_vocab_size=8),
+        text_config=decoder(head_dim=16, additional_vocab_size=8),
         vision_config=vision | {"image_size": [16, 16]},
         adapter_config={
             "vision_feature_layer": [1, 0],
@@ -224,14 +222,6 @@ def minicpmv4_7() -> Any:
     )
 
 
-def _strips(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
-    """Patches in one strip."""
-    return {
-        "pixel_values": torch.cat([draw(1, 3, 4, 64) for _ in sizes], -1),
-        "target_sizes": torch.tensor([(4, 4)] * len(sizes)),
-    }
-
-
 _SAM = {
     "hidden_size": 16,
     "output_channels": 8,
@@ -263,7 +253,7 @@ def deepseek_ocr2() -> Any:
         k: v for k, v in vit(num_key_value_heads=2, vocab_size=8).items() if k not in ("image_size", "patch_size")
     }
     return transformers.DeepseekOcr2Config(
-        text_config=_text(**_PAGES),
+        text_config=decoder(**_PAGES),
         vision_config={"sam_config": _SAM | {"image_size": 64}, "encoder_config": encoder},
         image_token_id=IMAGE,
     )
@@ -271,7 +261,7 @@ def deepseek_ocr2() -> Any:
 
 def unlimited_ocr() -> Any:
     return transformers.UnlimitedOcrConfig(
-        text_config=_text(sliding_window=64, **_PAGES),
+        text_config=decoder(sliding_window=64, **_PAGES),
         vision_config={"sam_config": _SAM, "encoder_config": vit(image_size=8)},
         image_token_id=IMAGE,
     )
@@ -302,14 +292,12 @@ def _each(tokens: int) -> Any:
     return lambda model, arguments: [tokens] * len(arguments["pixel_values"])
 
 
-_STRIP = {"hybrid": True, "pixel_dim": -1, "packed": True}
-
 ROWS = [
     TinyFamily("fuyu", fuyu, "FuyuForCausalLM", _flat, marks=False, count=four_each, lacks=("copies",)),
     row("fast_vlm", fast_vlm, "FastVlm"),
     row("perception_lm", perception_lm, "PerceptionLM", _tile, count=four_each),
-    row("hyperclovax_vision_v2", hyperclovax, "HyperCLOVAXVisionV2", _patches, marks=True, packed=True),
-    row("lfm3_vl", lfm3_vl, "Lfm3Vl", _patches, marks=True, packed=True, hybrid=True),
+    row("hyperclovax_vision_v2", hyperclovax, "HyperCLOVAXVisionV2", moments, marks=True, packed=True),
+    row("lfm3_vl", lfm3_vl, "Lfm3Vl", moments, marks=True, packed=True, hybrid=True),
     row("emu3", emu3, "Emu3", _little, count=_each(6)),
     row("apertus1p5", apertus, "Apertus1p5", _little),
     row(
@@ -324,7 +312,7 @@ ROWS = [
     ),
     row("inkling_mm_model", inkling, "Inkling", _looks, hybrid=True, rounds=True, lacks=("static cache",)),
     row("molmo2", molmo2, "Molmo2", _pooled, counts_rows=True, token_types=modality_types, lacks=("turns",)),
-    row("minicpmv4_7", minicpmv4_7, "MiniCPMV4_7", _strips, token_types=modality_types, marks=True, **_STRIP),
+    row("minicpmv4_7", minicpmv4_7, "MiniCPMV4_7", token_types=modality_types, marks=True, **STRIP),
     row("deepseek_ocr2", deepseek_ocr2, "DeepseekOcr2", _page, rounds=True),
     row("unlimited_ocr", unlimited_ocr, "UnlimitedOcr", _page, count=_each(7), rounds=True),
 ]

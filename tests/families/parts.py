@@ -5,9 +5,47 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from families import IMAGE, START, VIDEO, TinyFamily
+
+from families.tiny import END, EOS, IMAGE, PAD, START, VIDEO, VOCAB, TinyFamily
+
+
+def decoder(**more: Any) -> dict[str, Any]:
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "bos_token_id": 2,
+    }
+    return sizes | more
+
+
+def merging(**more: Any) -> dict[str, Any]:
+    """A vision encoder as Qwen's and GLM's, whose merger makes one token of 2 x 2 patches."""
+    sizes = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 64,
+    }
+    return sizes | more
+
+
+TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+
 
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
 MROPE = PLAIN_ROPE | {"mrope_section": [2, 3, 3]}
 
 
@@ -38,9 +76,24 @@ GLM_TOKENS = {
 }
 
 
-def squares(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
+def squares_of(side: int) -> Any:
     """Square pictures, whatever sizes are asked for."""
-    return {"pixel_values": torch.cat([draw(1, 3, 16, 16) for _ in sizes])}
+    return lambda config, sizes, draw: {"pixel_values": torch.cat([draw(1, 3, side, side) for _ in sizes])}
+
+
+squares = squares_of(16)
+
+
+def patches_of(*shape: int) -> Any:
+    """Patches, four to a visual token, and how many there are in time, height and width."""
+    return lambda config, sizes, draw: {
+        "pixel_values": torch.cat([draw(4 * h * w, *shape) for h, w in sizes]),
+        "image_grid_thw": torch.tensor([(1, 2 * h, 2 * w) for h, w in sizes]),
+    }
+
+
+#: Of two moments each, as Qwen's; of one; as small pictures.
+moments, still, unflattened = patches_of(96), patches_of(48), patches_of(3, 4, 4)
 
 
 def sized(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
@@ -75,3 +128,7 @@ def row(name: str, config: Any, model_class: str, images: Any = squares, **more:
 
 def modality_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
+
+
+def image_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"token_type_ids": (ids == IMAGE).int()}
