@@ -1,14 +1,9 @@
 """The warm start: memories move towards the images' visual embeddings, and nothing else moves."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from families import Row, make_inputs
 from helpers import with_continuation
-
-sys.path.append(str(Path(__file__).parents[1] / "vismem"))
 from vismem_helpers import BY_NAME, SIZES, attach, forced, generate
 
 from keepsight import VisMemConfig

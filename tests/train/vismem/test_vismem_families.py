@@ -6,17 +6,13 @@ whole sequences, with and without gradient checkpointing, or on from prompts tha
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import Row, make_inputs
-from vismem_training import RANDOM, ROWS, rolled, seeds
-
-sys.path.append(str(Path(__file__).parents[1] / "vismem"))
 from vismem_helpers import BY_NAME, EVERY, attach
+from vismem_training import RANDOM, ROWS, rolled, seeds
 
 from keepsight.backbone import Backbone
 from keepsight.train.vismem.replay import Prefixes
