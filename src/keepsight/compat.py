@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
@@ -22,6 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import PushToHubMixin
 
 from keepsight.errors import KeepsightError, KeepsightWarning
 
@@ -178,3 +180,22 @@ def processor_takes(processor: Any, name: str) -> bool:
     kind = type(processor)
     typed = getattr(getattr(kind, "valid_processor_kwargs", None), "__annotations__", {}).get("text_kwargs")
     return name in inspect.signature(kind.__call__).parameters or name in getattr(typed, "__annotations__", {})
+
+
+def before_upload(owners: Iterable[Any], publishing: Callable[..., Any], finish: Callable[[Path], None]) -> None:
+    """Have `push_to_hub` of these classes tell `save_pretrained` that it publishes, and finish what it then sends.
+
+    Theirs tells `save_pretrained` nothing, and a memory that is sent must name no folder of this machine.
+
+    Args:
+        owners: classes with a `push_to_hub` and transformers' upload behind it.
+        publishing: wraps their `push_to_hub`.
+        finish: called with the folder of files before they are sent.
+    """
+
+    def send(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        finish(Path(working_dir))
+        return PushToHubMixin._upload_modified_files(self, working_dir, *args, **kwargs)
+
+    for owner in owners:
+        owner.push_to_hub, owner._upload_modified_files = publishing(owner.push_to_hub), send

@@ -8,9 +8,9 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 from transformers import PreTrainedModel
-from transformers.utils import PushToHubMixin
 
 from keepsight import card
+from keepsight.compat import before_upload
 from keepsight.peft_method.branch import MemoryBranch, memory_off
 from keepsight.peft_method.config import MemoryConfig, check_base, config_from_adapter, refuse_unknown_keys
 from keepsight.peft_method.tuner import MemoryTuner, refuse_adapter_names
@@ -40,17 +40,13 @@ def add_peft_type(name: str) -> None:
     PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
 
 
-def _send(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-    """What `push_to_hub` sends: transformers has put a template of its own over a memory's card."""
-    for file in Path(working_dir).rglob("adapter_config.json"):
+def _finish_cards(folder: Path) -> None:
+    """The cards of the memories in what is sent: transformers has put a template of its own over them."""
+    for file in folder.rglob("adapter_config.json"):
         saved = json.loads(file.read_text(encoding="utf-8"))
         kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(saved.get("peft_type"))
         if kind is not None and issubclass(kind, MemoryConfig):
             card.finish(file.parent, config_from_adapter(kind, saved))
-    return PushToHubMixin._upload_modified_files(self, working_dir, *args, **kwargs)
 
 
-# Theirs say nothing to `save_pretrained`, and a memory that is sent must name no folder of this machine.
-for _owner in (PeftModel, PreTrainedModel, MemoryConfig):
-    setattr(_owner, "push_to_hub", card.publishing(_owner.push_to_hub))  # noqa: B010 - mypy refuses the assignment
-    setattr(_owner, "_upload_modified_files", _send)  # noqa: B010
+before_upload((PeftModel, PreTrainedModel, MemoryConfig), card.publishing, _finish_cards)

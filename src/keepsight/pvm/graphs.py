@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,19 +63,9 @@ def _started(x: torch.Tensor, work: Work) -> torch.Tensor:
     schema="(Tensor(a!) x, Tensor[] states, Tensor? mask, Tensor? keep, Tensor[] weights, int[] sizes, float eps, "
     "str attention, ScalarType? autocast) -> Tensor",
 )
-def _begin(
-    x: torch.Tensor,
-    states: list[torch.Tensor],
-    mask: torch.Tensor | None,
-    keep: torch.Tensor | None,
-    weights: list[torch.Tensor],
-    sizes: list[int],
-    eps: float,
-    attention: str,
-    autocast: torch.dtype | None,
-) -> torch.Tensor:
+def _begin(x: torch.Tensor, *work: Any) -> torch.Tensor:
     with beside(x.device):
-        return _update(x, states, mask, keep, weights, sizes, eps, attention, autocast)
+        return _update(x, *work)
 
 
 @_begin.register_fake
