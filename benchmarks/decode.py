@@ -34,10 +34,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoding import SCOPES, SHAPES, Decoder, GraphDecoder, blocks_of, build_models, make_prompt
-from measuring import OperationCounter, ceilings, conditions, make_console, place, spread
 from rich.console import Console
 from rich.table import Table
+from shared.decoding import SCOPES, SHAPES, Decoder, GraphDecoder, blocks_of, build_models, make_prompt
+from shared.measuring import OperationCounter, ceilings, conditions, make_console, place, spread
 
 VARIANTS = ("base", "pvm", "reprojected")
 RESULTS = Path(__file__).parent / "results" / "decode"
@@ -45,8 +45,8 @@ MEASURED = (
     "src/keepsight/pvm",
     "src/keepsight/backbone",
     "benchmarks/decode.py",
-    "benchmarks/decoding.py",
-    "benchmarks/measuring.py",
+    "benchmarks/shared/decoding.py",
+    "benchmarks/shared/measuring.py",
 )
 CHECK_STEPS = 3
 TOLERANCE = 1e-4  # of the largest logit, in float32

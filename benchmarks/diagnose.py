@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import conditions, make_console, spread
 from rich.table import Table
+from shared.measuring import conditions, make_console, spread
 
 import keepsight
 from keepsight.diagnose import AttentionMeter, Reader, Sample

@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         nothing = "-" if step.kind == "tests" else "nothing was written"
         for what, figure in figures(step, folder / f"{step.name}.json") or [("-", nothing)]:
             table.add_row(step.name, ends[step.name], what, figure)
-    from measuring import make_console
+    from shared.measuring import make_console
 
     make_console().print(table)
     return 0 if all(end.startswith("done") for end in ends.values()) else 1

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 import transformers
-from measuring import place
 from peft import get_peft_model
-from shapes import build_config, qwen2_5_vl
+from shared.measuring import place
+from shared.shapes import build_config, qwen2_5_vl
 from torch.utils.flop_counter import FlopCounterMode
 
 import keepsight
@@ -228,7 +228,7 @@ def counted(work: Any) -> int:
 
 def check(visual: int, thought: int = 12) -> dict[str, dict[str, float]]:
     """Formula and count, of a small Qwen3-VL: a decoded token without and with PVM, a short and a long memory."""
-    from decoding import IMAGE, SHAPES, Decoder, build_models, make_prompt
+    from shared.decoding import IMAGE, SHAPES, Decoder, build_models, make_prompt
 
     from keepsight.vismem.memory import Formation, Sight
     from keepsight.vismem.vision import Patches

@@ -33,10 +33,10 @@ from typing import Any
 
 import httpx
 import torch
-from measuring import conditions, make_console, spread
 from peft import get_peft_model
 from rich.table import Table
-from serving import Server, generated_ids, messages
+from shared.measuring import conditions, make_console, spread
+from shared.serving import Server, generated_ids, messages
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import keepsight
@@ -49,7 +49,7 @@ MEASURED = (
     "src/keepsight/pvm",
     ":!src/keepsight/serve/vllm*",
     "benchmarks/serve.py",
-    "benchmarks/serving.py",
+    "benchmarks/shared/serving.py",
 )
 
 

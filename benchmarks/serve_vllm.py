@@ -255,7 +255,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def summarise(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per batch size: medians, and quartiles of the ratios of paired turns."""
-    from measuring import spread
+    from shared.measuring import spread
 
     rows = []
     for batch in sorted({sample["batch"] for sample in samples}):
@@ -315,7 +315,7 @@ def main() -> None:
         arguments.rounds, arguments.requests, arguments.new_tokens, arguments.visual_tokens = 2, 4, 8, 16
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
-    from measuring import conditions
+    from shared.measuring import conditions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     measured = ["src/keepsight/serve/vllm", "src/keepsight/pvm", "benchmarks/serve_vllm.py"]

@@ -188,7 +188,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def summarise(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per batch size, with memory and without: medians, and quartiles of the ratios of paired turns."""
-    from measuring import spread
+    from shared.measuring import spread
 
     rows = []
     for batch, memory in sorted({(sample["batch"], sample["memory"]) for sample in samples}):
@@ -252,7 +252,7 @@ def main() -> None:
         arguments.rounds, arguments.requests, arguments.visual_tokens = 2, 2, 16
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
-    from measuring import conditions
+    from shared.measuring import conditions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     measured = ["src/keepsight/serve", "src/keepsight/vismem", "benchmarks/serve_vllm_vismem.py"]

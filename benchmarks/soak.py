@@ -43,8 +43,8 @@ from urllib.parse import urlsplit
 
 import httpx
 import torch
-from measuring import conditions, spread
-from serving import Clock, Server, generated, make_memories, messages
+from shared.measuring import conditions, spread
+from shared.serving import Clock, Server, generated, make_memories, messages
 
 import keepsight
 from keepsight.lab.samples import example_images
@@ -57,7 +57,7 @@ MEASURED = (
     "src/keepsight/vismem",
     ":!src/keepsight/serve/vllm*",
     "benchmarks/soak.py",
-    "benchmarks/serving.py",
+    "benchmarks/shared/serving.py",
 )
 NAME = "soak"
 IMAGES, TOKENS = 24, 24

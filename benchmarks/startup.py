@@ -72,8 +72,8 @@ def main() -> None:
                 samples[name].append(start(command, expected))
     # Only now: a process starts with the peak of the one that started it, so this one had to be small.
     import torch
-    from measuring import conditions, make_console, spread
     from rich.table import Table
+    from shared.measuring import conditions, make_console, spread
 
     seen = conditions("benchmarks/startup.py", sys.argv[1:], ["src"], torch.device("cpu"), args.note)
     summary = {

@@ -24,21 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import conditions, make_console, place, spread
 from rich.table import Table
+from shared.measuring import conditions, make_console, place, spread
 
 from keepsight.errors import KeepsightWarning
 
 RESULTS = Path(__file__).parent / "results" / "train"
 _SHARED = (
     "src/keepsight/backbone",
-    *(f"benchmarks/{name}.py" for name in ("train", "stepping", "shapes", "measuring")),
+    *(f"benchmarks/{name}.py" for name in ("train", "training/stepping", "shared/shapes", "shared/measuring")),
 )
 MEASURED = {
-    "sft": (*_SHARED, "benchmarks/train_sft.py", "src/keepsight/pvm", "src/keepsight/train/run/learner.py"),
+    "sft": (*_SHARED, "benchmarks/training/sft.py", "src/keepsight/pvm", "src/keepsight/train/run/learner.py"),
     "grpo": (
         *_SHARED,
-        "benchmarks/train_grpo.py",
+        "benchmarks/training/grpo.py",
         "src/keepsight/vismem",
         *(
             f"src/keepsight/train/{name}.py"
@@ -132,9 +132,9 @@ def main(argv: list[str] | None = None) -> Path | None:
         "benchmarks/train.py", sys.argv[1:] if argv is None else argv, MEASURED[args.kind], device, args.note
     )
     if args.kind == "sft":
-        import train_sft as kind
+        from training import sft as kind
     else:
-        import train_grpo as kind  # type: ignore[no-redef]
+        from training import grpo as kind  # type: ignore[no-redef]
     samples, peaks, more = kind.measure(args, device, getattr(torch, args.dtype))
     keep = (
         "shape",

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import conditions, make_console, place, spread
 from peft import get_peft_model
 from rich.table import Table
+from shared.measuring import conditions, make_console, place, spread
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from keepsight.errors import KeepsightWarning
@@ -37,7 +37,7 @@ from keepsight.vismem import MemoryPolicy, VisMemBranch, VisMemConfig
 from keepsight.vismem.formers import Formers
 
 RESULTS = Path(__file__).parent / "results" / "vismem"
-MEASURED = ("src/keepsight/vismem", "src/keepsight/backbone", "benchmarks/vismem.py", "benchmarks/measuring.py")
+MEASURED = ("src/keepsight/vismem", "src/keepsight/backbone", "benchmarks/vismem.py", "benchmarks/shared/measuring.py")
 IMAGE, VIDEO, START, END = 10, 11, 12, 13
 
 

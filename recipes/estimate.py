@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent / "benchmarks"))
 
-from shapes import build_config  # noqa: E402
+from shared.shapes import build_config  # noqa: E402
 
 #: Positions of a sample, or of a question, that the estimates assume; 1,024 of them are visual.
 TOKENS = {"sft": 2048, "grpo": 1536, "formation": 1536, "invocation": 1536}

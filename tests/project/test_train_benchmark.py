@@ -14,7 +14,7 @@ import torch
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 train = importlib.import_module("train")
-stepping = importlib.import_module("stepping")
+stepping = importlib.import_module("training.stepping")
 
 
 def test_supervised_steps_train_as_many_parameters(tmp_path: Path) -> None:

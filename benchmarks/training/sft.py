@@ -10,8 +10,7 @@ from typing import Any
 import torch
 import transformers
 from peft import get_peft_model
-from shapes import build_config
-from stepping import peak_bytes, time_in_turn
+from shared.shapes import build_config
 from trl.trainer.utils import add_fused_lm_head
 
 import keepsight
@@ -19,6 +18,7 @@ from keepsight.backbone import Backbone
 from keepsight.compat import enable_checkpointing
 from keepsight.train.run.learner import matched_lora
 from keepsight.train.run.trainer import stop_below_learners
+from training.stepping import peak_bytes, time_in_turn
 
 REFERENCE = "lora"
 SHAPES = {"tiny": "tiny-qwen3-vl", "4b": "Qwen/Qwen3-VL-4B-Instruct", "8b": "Qwen/Qwen3-VL-8B-Instruct"}

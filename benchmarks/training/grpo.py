@@ -22,8 +22,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from shapes import build_config
-from stepping import peak_bytes, time_in_turn
+from shared.shapes import build_config
 
 from keepsight.compat import checkpointing_arguments
 from keepsight.errors import KeepsightWarning
@@ -34,6 +33,7 @@ from keepsight.train.vismem.settings import FormationSettings
 from keepsight.train.vismem.stages import FormationStage
 from keepsight.train.vismem.trainer import VisMemTrainer
 from keepsight.vismem import MemoryPolicy, VisMemConfig, add_memory_tokens
+from training.stepping import peak_bytes, time_in_turn
 
 REFERENCE = "trl"
 SHAPES = {"tiny": "tiny-qwen2.5-vl", "7b": "Qwen/Qwen2.5-VL-7B-Instruct"}

@@ -1,6 +1,6 @@
 """The sizes of released models, as transformers configurations: for benchmarks and recipes on machines without weights.
 
-`python benchmarks/shapes.py` prints the parameters of each; a test compares them with the published counts.
+`python benchmarks/shared/shapes.py` prints the parameters of each; a test compares them with the published counts.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def conditions(script: str, argv: Sequence[str], measured: Sequence[str], device
         device: where the model runs.
         note: what no program can find out.
     """
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
         found = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)

@@ -1,0 +1,1 @@
+"""The two halves of train.py, and how they are timed."""
