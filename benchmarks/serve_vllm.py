@@ -15,101 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-HERE = Path(__file__).resolve()
-RESULTS = HERE.parent / "results" / "serve"
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_KVCACHE_SPACE": "2",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
+from shared.engines import SHAPES, describe_model, make_parser, noise, only_answers, run, running
 
-#: Text and vision sizes. "8b" is the released Qwen3-VL-8B, with the memory of the paper; "tiny" is ours, with its
-#: latent width in the paper's proportion, an eighth of the model's.
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "text": {
-            "hidden_size": 512,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": 64,
-            "vocab_size": 8192,
-        },
-        "vision": {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "deepstack": [0]},
-        "memory": {"layers": [3, 6, 9], "width": 64},
-    },
-    "8b": {
-        "text": {
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 151936,
-        },
-        "vision": {
-            "depth": 27,
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_heads": 16,
-            "deepstack": [8, 16, 24],
-        },
-        "memory": {"layers": [8, 16, 24], "width": 512},
-    },
-}
-
-
-def describe_model(shape: str) -> tuple[Any, Any]:
-    """Config and processor of the plain model."""
-    import transformers
-
-    from keepsight.lab.narration import IMAGE_PAD, TOKEN, VIDEO_PAD, VISION_END, VISION_START
-    from keepsight.lab.reference import build_tokenizer
-
-    sizes = SHAPES[shape]
-    width, vision = sizes["text"]["hidden_size"], dict(sizes["vision"])
-    mrope = {"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True}
-    half = sizes["text"]["head_dim"] // 2
-    mrope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
-    config = transformers.Qwen3VLConfig(
-        text_config=sizes["text"] | {"rope_parameters": mrope, "max_position_embeddings": 32768},
-        vision_config={
-            "deepstack_visual_indexes": vision.pop("deepstack"),
-            "out_hidden_size": width,
-            "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "num_position_embeddings": 2304,
-            **vision,
-        },
-        image_token_id=TOKEN[IMAGE_PAD],
-        video_token_id=TOKEN[VIDEO_PAD],
-        vision_start_token_id=TOKEN[VISION_START],
-        vision_end_token_id=TOKEN[VISION_END],
-    )
-    geometry = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
-    geometry |= {"size": {"shortest_edge": 32 * 32, "longest_edge": 4096 * 32 * 32}}
-    processor = transformers.Qwen3VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(**geometry),
-        tokenizer=build_tokenizer(),
-        video_processor=transformers.Qwen3VLVideoProcessor(**geometry),
-    )
-    return config, processor
+SCRIPT = Path(__file__).name
 
 
 def make_folders(shape: str, root: Path) -> dict[str, Path]:
@@ -142,20 +57,16 @@ def make_folders(shape: str, root: Path) -> dict[str, Path]:
 
 def work(folder: str, options: dict[str, Any]) -> None:
     """Serve turns from stdin: each line {"batch": n}; answers a line with seconds and tokens."""
-    answers = os.fdopen(os.dup(1), "w")  # vLLM prints to stdout, so it gets stderr
-    os.dup2(2, 1)
-    import numpy as np
+    answers = only_answers()
     from PIL import Image
     from vllm import LLM, SamplingParams
 
-    side = 32 * round(options["visual_tokens"] ** 0.5)
-    noise = np.random.default_rng(0).integers(0, 255, (options["requests"], side, side, 3), dtype=np.uint8)
     prompts = [
         {
             "prompt": "<|vision_start|><|image_pad|><|vision_end|>" + " the" * options["text_tokens"],
             "multi_modal_data": {"image": Image.fromarray(image)},
         }
-        for image in noise
+        for image in noise(options)
     ]
     llm = LLM(
         folder,
@@ -188,45 +99,6 @@ def work(folder: str, options: dict[str, Any]) -> None:
         print(json.dumps(turn), file=answers, flush=True)
 
 
-class Engine:
-    """An engine in a process of its own.
-
-    Args:
-        folder: the model's.
-        options: the worker's.
-        script: the benchmark whose worker it is.
-    """
-
-    def __init__(self, folder: Path, options: dict[str, Any], script: Path = HERE):
-        self.process = subprocess.Popen(
-            [sys.executable, str(script), "--worker", str(folder), json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**ENVIRONMENT, **os.environ},
-        )
-
-    def wait(self) -> None:
-        """Until it has started."""
-        if self._read() != "ready":
-            raise RuntimeError("The engine did not start; its output stands above.")
-
-    def _read(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def turn(self, batch: int, **more: Any) -> dict[str, Any]:
-        """Answer the first `batch` prompts."""
-        assert self.process.stdin is not None
-        print(json.dumps({"batch": batch} | more), file=self.process.stdin, flush=True)
-        return json.loads(self._read())
-
-    def stop(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
 # --- the measurement ------------------------------------------------------------
 
 
@@ -234,12 +106,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both engines take turns; returns every turn and what follows from them."""
     options = {name: getattr(arguments, name) for name in ("visual_tokens", "text_tokens", "new_tokens", "requests")}
     options |= {"dtype": arguments.dtype, "eager": arguments.eager}
+    samples: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as root:
-        engines = {name: Engine(f, options) for name, f in make_folders(arguments.shape, Path(root)).items()}
-        samples: list[dict[str, Any]] = []
-        try:
+        folders = make_folders(arguments.shape, Path(root))
+        with running(folders, dict.fromkeys(folders, options), SCRIPT) as engines:
             for engine in engines.values():
-                engine.wait()
                 engine.turn(arguments.requests)  # warm up
                 engine.turn(1)
             for number in range(arguments.rounds):
@@ -247,9 +118,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     order = list(engines) if number % 2 == 0 else list(engines)[::-1]
                     samples.append({"batch": batch} | {name: engines[name].turn(batch) for name in order})
                 print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
-        finally:
-            for engine in engines.values():
-                engine.stop()
     return {"options": options | {"shape": arguments.shape}, "samples": samples, "summary": summarise(samples)}
 
 
@@ -293,46 +161,9 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         return work(sys.argv[2], json.loads(sys.argv[3]))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--eager", action=argparse.BooleanOptionalAction, default=True, help="no torch.compile")
-    parser.add_argument("--visual-tokens", type=int, default=256)
-    parser.add_argument("--text-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=16, help="requests at once")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="two short rounds, nothing to quote")
-    parser.add_argument("--note", default="", help="what no program can find out, for the record")
-    parser.add_argument("--out", type=Path, help="where to write the result; default: benchmarks/results/serve")
-    parser.add_argument("--show", nargs="+", type=Path, help="print earlier results")
-    arguments = parser.parse_args()
-    if arguments.show:
-        for file in arguments.show:
-            show(json.loads(file.read_text()))
-        return None
-    if arguments.quick:
-        arguments.rounds, arguments.requests, arguments.new_tokens, arguments.visual_tokens = 2, 4, 8, 16
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-    from shared.measuring import conditions
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measured = ["src/keepsight/serve/vllm", "src/keepsight/pvm", "benchmarks/serve_vllm.py"]
-    described = conditions("benchmarks/serve_vllm.py", sys.argv[1:], measured, device, arguments.note)
-    import vllm
-
-    described |= {"vllm": vllm.__version__, "threads": os.environ.get("OMP_NUM_THREADS")}
-    result = {"conditions": described} | measure(arguments)
-    show(result)
-    name = f"vllm-{arguments.shape}-{arguments.dtype}{'-eager' if arguments.eager else '-compiled'}.json"
-    if arguments.out is None and arguments.quick:
-        return None
-    out = arguments.out or RESULTS / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {out}")
-    return None
+    parser = make_parser(__doc__, visual_tokens=256, text_tokens=64, new_tokens=64, requests=16, rounds=15)
+    quick = {"rounds": 2, "requests": 4, "new_tokens": 8, "visual_tokens": 16}
+    return run(parser, SCRIPT, ["src/keepsight/serve/vllm", "src/keepsight/pvm"], measure, show, "vllm", quick)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -23,9 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from serve_vllm import RESULTS, SHAPES, Engine, describe_model
+from shared.engines import SHAPES, describe_model, make_parser, noise, only_answers, run, running
 
-HERE = Path(__file__).resolve()
+SCRIPT = Path(__file__).name
 #: Words written -> memory.
 FORCED = {8: "short", 24: "long"}
 WRITERS = ("transformers", "vllm")
@@ -59,8 +58,7 @@ def make_folders(shape: str, dtype: str, root: Path) -> Path:
 
 def work(folder: str, options: dict[str, Any]) -> None:
     """Serve turns from stdin: each line {"batch": n, "memory": bool}; answers a line with seconds and tokens."""
-    answers = os.fdopen(os.dup(1), "w")  # vLLM prints to stdout, so it gets stderr
-    os.dup2(2, 1)
+    answers = only_answers()
     import torch
 
     import keepsight
@@ -115,17 +113,14 @@ def _vllm(root: Path, model: Any, processor: Any, policy: Any, options: dict[str
 
 
 def _jobs(processor: Any, options: dict[str, Any], count: int, memory: bool) -> list[Any]:
-    import numpy as np
     from PIL import Image
 
     from keepsight.serve.hf.rows import Job
     from keepsight.serve.hf.sampling import Sampling
 
-    side = 32 * round(options["visual_tokens"] ** 0.5)
-    noise = np.random.default_rng(0).integers(0, 255, (options["requests"], side, side, 3), dtype=np.uint8)
     text = "<|vision_start|><|image_pad|><|vision_end|>" + " the" * options["text_tokens"]
     jobs = []
-    for pixels in noise[:count]:
+    for pixels in noise(options)[:count]:
         image = Image.fromarray(pixels)
         inputs = dict(processor(text=[text], images=[image], add_special_tokens=False, return_tensors="pt"))
         sampling = Sampling(options["new_tokens"], 0.0)
@@ -162,13 +157,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both writers take turns; returns every turn and what follows from them."""
     names = ("visual_tokens", "text_tokens", "new_tokens", "requests", "dtype", "eager", "block_size")
     options = {name: getattr(arguments, name) for name in (*names, "gpu_memory_utilization")}
+    samples: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as root:
-        folder = make_folders(arguments.shape, arguments.dtype, Path(root))
-        engines = {name: Engine(folder, options | {"writer": name}, HERE) for name in WRITERS}
-        samples: list[dict[str, Any]] = []
-        try:
+        folders = dict.fromkeys(WRITERS, make_folders(arguments.shape, arguments.dtype, Path(root)))
+        with running(folders, {name: options | {"writer": name} for name in WRITERS}, SCRIPT) as engines:
             for engine in engines.values():
-                engine.wait()
                 engine.turn(arguments.requests, memory=True)  # warm up
             for number in range(arguments.rounds):
                 for batch in sorted({1, arguments.requests}):
@@ -179,9 +172,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                         equal = sum(a == b for a, b in zip(*ids, strict=True))
                         samples.append({"batch": batch, "memory": memory, "equal_answers": equal} | turns)
                 print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
-        finally:
-            for engine in engines.values():
-                engine.stop()
     told = options | {"shape": arguments.shape, "forced": FORCED, "model": SHAPES[arguments.shape]}
     return {"options": told, "samples": samples, "summary": summarise(samples)}
 
@@ -226,50 +216,13 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         return work(sys.argv[2], json.loads(sys.argv[3]))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--eager", action=argparse.BooleanOptionalAction, default=True, help="no torch.compile")
-    parser.add_argument("--visual-tokens", type=int, default=64)
-    parser.add_argument("--text-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=96, help="positions, memories included")
-    parser.add_argument("--requests", type=int, default=8, help="requests at once")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = make_parser(__doc__, visual_tokens=64, text_tokens=32, new_tokens=96, requests=8, rounds=7)
     parser.add_argument(
         "--block-size", type=int, default=32, help="of vLLM's cache; what is resent is shared by blocks"
     )
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.0, help="vLLM's share of a GPU")
-    parser.add_argument("--quick", action="store_true", help="two short rounds, nothing to quote")
-    parser.add_argument("--note", default="", help="what no program can find out, for the record")
-    parser.add_argument("--out", type=Path, help="where to write the result; default: benchmarks/results/serve")
-    parser.add_argument("--show", nargs="+", type=Path, help="print earlier results")
-    arguments = parser.parse_args()
-    if arguments.show:
-        for file in arguments.show:
-            show(json.loads(file.read_text()))
-        return None
-    if arguments.quick:
-        arguments.rounds, arguments.requests, arguments.visual_tokens = 2, 2, 16
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-    from shared.measuring import conditions
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measured = ["src/keepsight/serve", "src/keepsight/vismem", "benchmarks/serve_vllm_vismem.py"]
-    described = conditions("benchmarks/serve_vllm_vismem.py", sys.argv[1:], measured, device, arguments.note)
-    import vllm
-
-    described |= {"vllm": vllm.__version__, "threads": os.environ.get("OMP_NUM_THREADS")}
-    result = {"conditions": described} | measure(arguments)
-    show(result)
-    if arguments.out is None and arguments.quick:
-        return None
-    name = f"vllm-vismem-{arguments.shape}-{arguments.dtype}{'-eager' if arguments.eager else '-compiled'}.json"
-    out = arguments.out or RESULTS / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {out}")
-    return None
+    quick = {"rounds": 2, "requests": 2, "visual_tokens": 16}
+    return run(parser, SCRIPT, ["src/keepsight/serve", "src/keepsight/vismem"], measure, show, "vllm-vismem", quick)
 
 
 if __name__ == "__main__":

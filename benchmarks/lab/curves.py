@@ -12,17 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import transformers
+from quiet import asked
 
 from keepsight.lab import evaluation
 from keepsight.lab.demo.methods import DemoSettings
 from keepsight.lab.demo.run import conditions
-from keepsight.lab.experiments import Step, train
+from keepsight.lab.experiments import TrainStep, train
 from keepsight.lab.pretraining import one_thread
 from keepsight.lab.reference import load_reference
 from keepsight.pvm import replace_memory
@@ -50,7 +49,7 @@ def curve(seed: int, share: float, base: Path | None) -> dict[str, Any]:
     steps: list[list[float]] = []
     looks: dict[int, dict[str, float]] = {}
 
-    def watch(step: Step) -> None:
+    def watch(step: TrainStep) -> None:
         steps.append([step.done, int(step.blindfolded), round(step.loss, 4), round(step.accuracy, 4), *step.gates])
         if step.done % EVERY == 0:
             looks[step.done] = look_up(model, processor, seed)
@@ -77,12 +76,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.5])
     parser.add_argument("--bases", type=Path, help="folder of pretrained bases, as benchmarks/lab/seeds.py keeps them")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    warnings.simplefilter("ignore", FutureWarning)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = asked(parser)
     for seed in args.seeds:
         for share in args.shares:
             found = curve(seed, share, args.bases / f"base-{seed}" if seed else None)

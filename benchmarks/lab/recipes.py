@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import transformers
+from quiet import asked
 
 import keepsight
 from keepsight.lab import evaluation
@@ -78,11 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=320)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(argv)
-    transformers.utils.logging.set_verbosity_error()
+    args = asked(parser, argv)
     _, processor = load_reference()
-    args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         begin = time.process_time()
         results: dict[str, Any] = {"seed": seed, "steps": args.steps, "split": "validation"}

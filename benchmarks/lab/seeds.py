@@ -15,12 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import transformers
+from quiet import asked
 
 import keepsight
 from keepsight.lab import evaluation
@@ -123,12 +122,7 @@ def main() -> None:
     parser.add_argument("--again", nargs="+", default=(), choices=METHODS, help="measure these anew")
     parser.add_argument("--validation", action="store_true", help="train PVM, read on validation glyphs, stop there")
     parser.add_argument("--keep", type=Path, required=True, help="folder for bases and adapters, used if there")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    warnings.simplefilter("ignore", FutureWarning)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = asked(parser)
     for name in ("pvm",) if args.validation else args.methods:
         for seed in args.seeds:
             settings = replace(DemoSettings(), seed=seed, base=base_of(seed, args.keep))

@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
+from quiet import asked
 
 from keepsight.lab.evaluation import accuracy, question_batches
 from keepsight.lab.experiments import TrainPlan, train
@@ -36,12 +36,9 @@ TRIES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bases", type=Path, nargs="+", required=True)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--first", type=int, default=0, help="skip so many tries")
-    args = parser.parse_args()
+    args = asked(parser)
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", FutureWarning)
-    transformers.utils.logging.disable_progress_bar()
     tries = []
     for method, change in TRIES[args.first :]:
         plan, by_base = replace(TrainPlan(), **change), {}

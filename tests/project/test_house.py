@@ -57,6 +57,23 @@ def test_nothing_that_is_loaded_may_bring_code() -> None:
     assert found == []
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "recipes", "tools"])
+def test_scripts_ask_for_what_is_there(folder: str) -> None:
+    """No test runs all of them, and the type checker reads none."""
+    asked, absent = 0, []
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            name = getattr(node, "module", None) or ""
+            if isinstance(node, ast.ImportFrom) and name.startswith("keepsight") and ".vllm." not in name:
+                module = importlib.import_module(name)
+                asked += 1
+                for alias in node.names:
+                    if not hasattr(module, alias.name) and importlib.util.find_spec(f"{name}.{alias.name}") is None:
+                        absent.append(f"{file.relative_to(ROOT)}:{node.lineno}: {name}.{alias.name}")
+    assert asked
+    assert absent == []
+
+
 @pytest.mark.parametrize(
     "module", ["keepsight", "keepsight.train", "keepsight.pvm", "keepsight.vismem", "keepsight.diagnose"]
 )
