@@ -77,10 +77,9 @@ def read_chat(messages: Any, images: Sequence[Any], answered: bool = True, ignor
         raise DataError(f"messages: {'empty' if not messages else f'expected a list, found {messages!r:.60}'}")
     reader = _Reader(ignore)
     kept = [(index, message) for index, message in enumerate(messages) if not reader.left_out(message)]
-    messages = [message for _, message in kept]
     result = [reader.message(index, message) for index, message in kept]
     _check_turns(result, answered)
-    return Chat(result, reader.placed(result, list(images), messages), reader.ignored)
+    return Chat(result, reader.placed(result, list(images), [m for _, m in kept]), reader.ignored)
 
 
 class _Reader:

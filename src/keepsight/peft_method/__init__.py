@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from keepsight import card
 from keepsight.compat import before_upload
 from keepsight.peft_method.branch import MemoryBranch, memory_off
-from keepsight.peft_method.config import MemoryConfig, check_base, config_from_adapter, refuse_unknown_keys
+from keepsight.peft_method.config import MemoryConfig, config_from_adapter, refuse_unknown_keys
 from keepsight.peft_method.tuner import MemoryTuner, refuse_adapter_names
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "MemoryConfig",
     "MemoryTuner",
     "add_peft_type",
-    "check_base",
     "config_from_adapter",
     "memory_off",
     "refuse_adapter_names",

@@ -13,6 +13,7 @@ from peft import PeftConfig
 from keepsight import card
 from keepsight.errors import AdapterMismatchError
 from keepsight.settings import check_kinds
+from keepsight.shipped import portable_name
 
 
 def refuse_unknown_keys(cls: type) -> type:
@@ -50,41 +51,42 @@ def config_from_adapter(cls: type, saved: dict[str, Any]) -> Any:
     return cls(**{name: value for name, value in saved.items() if name not in ("peft_type", "auto_mapping")})
 
 
-def check_base(config: Any, model_config: Any, **more: Any) -> dict[str, Any]:
-    """Compare the base that a memory's config was resolved for, if it was, with a model's configuration.
-
-    Args:
-        config: the memory's config, with fields of these names.
-        model_config: the configuration of the model at hand.
-        more: further `base_*` settings of the method, as they are for that model.
-
-    Returns:
-        The `base_*` settings as they would be for that model.
-
-    Raises:
-        AdapterMismatchError: if they differ.
-    """
-    text = model_config.get_text_config()
-    found = {
-        "base_model_type": model_config.model_type,
-        "base_num_layers": text.num_hidden_layers,
-        "base_hidden_size": text.hidden_size,
-        **more,
-    }
-    recorded = {name: getattr(config, name) for name in found}
-    wrong = [name for name, value in recorded.items() if value is not None and value != found[name]]
-    if wrong:
-        raise AdapterMismatchError(
-            "This memory was made for another base model: "
-            + ", ".join(f"{name.removeprefix('base_')} {recorded[name]}, here {found[name]}" for name in wrong)
-            + f". Load it on {config.base_model_name_or_path or 'the model it was trained with'}, "
-            f"or train a new one with a fresh {type(config).__name__}()."
-        )
-    return found
-
-
 class MemoryConfig(PeftConfig):
-    """PEFT's config, as all memories need it: saved with a model card of ours."""
+    """PEFT's config, as all memories need it: resolved for one base, and saved with a model card of ours."""
+
+    def check_base(self, model_config: Any) -> dict[str, Any]:
+        """Compare the base this config was resolved for, if it was, with a model's configuration.
+
+        Returns:
+            The `base_*` settings as they would be for that model.
+
+        Raises:
+            AdapterMismatchError: if they differ.
+        """
+        found = self._base_settings(model_config)
+        recorded = {name: getattr(self, name) for name in found}
+        wrong = [name for name, value in recorded.items() if value is not None and value != found[name]]
+        if wrong:
+            raise AdapterMismatchError(
+                "This memory was made for another base model: "
+                + ", ".join(f"{name.removeprefix('base_')} {recorded[name]}, here {found[name]}" for name in wrong)
+                + f". Load it on {self.base_model_name_or_path or 'the model it was trained with'}, "
+                f"or train a new one with a fresh {type(self).__name__}()."
+            )
+        return found
+
+    def _base_settings(self, model_config: Any) -> dict[str, Any]:
+        """Those fields of the config that say which base it is for, as they are for this model."""
+        text = model_config.get_text_config()
+        return {
+            "base_model_type": model_config.model_type,
+            "base_num_layers": text.num_hidden_layers,
+            "base_hidden_size": text.hidden_size,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as saved in `adapter_config.json`."""
+        return dataclasses.asdict(self) | {"base_model_name_or_path": portable_name(self.base_model_name_or_path)}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's own; then the card, and weights that may be read as the umask says."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peft.utils import PeftType
 
 from keepsight.backbone import Backbone
-from keepsight.peft_method import MemoryConfig, check_base, refuse_unknown_keys
+from keepsight.peft_method import MemoryConfig, refuse_unknown_keys
 from keepsight.pvm.module import BlockShape
-from keepsight.shipped import portable_name
 
 #: The layers the paper injects at, by (model_type, number of decoder layers, width). Elsewhere: the 8B model's stride.
 PAPER_LAYERS = {
@@ -147,21 +145,6 @@ class PvmConfig(MemoryConfig):
             self.attention_bias = bool(getattr(text, "attention_bias", False))
         if self.eps is None:
             self.eps = float(getattr(text, "rms_norm_eps", 1e-6))
-
-    def check_base(self, model_config: Any) -> dict[str, Any]:
-        """Compare the base this config was resolved for, if it was, with a model's configuration.
-
-        Returns:
-            The `base_*` settings as they would be for that model.
-
-        Raises:
-            AdapterMismatchError: if they differ.
-        """
-        return check_base(self, model_config)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, as saved in `adapter_config.json`."""
-        return dataclasses.asdict(self) | {"base_model_name_or_path": portable_name(self.base_model_name_or_path)}
 
 
 def default_layers(model_type: str, depth: int, hidden_size: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -10,8 +9,7 @@ from peft.utils import PeftType
 
 from keepsight.backbone import Backbone, family_of
 from keepsight.errors import UnsupportedModelError
-from keepsight.peft_method import MemoryConfig, check_base, refuse_unknown_keys
-from keepsight.shipped import portable_name
+from keepsight.peft_method import MemoryConfig, refuse_unknown_keys
 
 PolicyName = Literal["free", "off", "forced", "random", "only_short", "only_long", "reversed"]
 #: What the low-rank adapters can be put on, in either former.
@@ -190,17 +188,10 @@ class VisMemConfig(MemoryConfig):
             table = backbone.model.get_input_embeddings().weight
             self.token_ids = list(range(table.shape[0], table.shape[0] + 4))
 
-    def check_base(self, model_config: Any) -> dict[str, Any]:
-        """Compare the base this config was resolved for, if it was, with a model's configuration.
-
-        Returns:
-            The `base_*` settings as they would be for that model.
-
-        Raises:
-            AdapterMismatchError: if they differ.
-        """
+    def _base_settings(self, model_config: Any) -> dict[str, Any]:
         parts = family_of(model_config).vision_parts(model_config)
-        return check_base(self, model_config, base_vision_size=int(getattr(model_config.vision_config, parts.width)))
+        width = int(getattr(model_config.vision_config, parts.width))
+        return super()._base_settings(model_config) | {"base_vision_size": width}
 
     @property
     def most_positions(self) -> int:
@@ -211,10 +202,6 @@ class VisMemConfig(MemoryConfig):
     def has_bound_tokens(self) -> bool:
         """Whether `add_memory_tokens` has told which tokens are delimiters."""
         return self.delimiter_ids is not None
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, as saved in `adapter_config.json`."""
-        return dataclasses.asdict(self) | {"base_model_name_or_path": portable_name(self.base_model_name_or_path)}
 
 
 def _positive(name: str, value: Any) -> None:
