@@ -29,7 +29,7 @@ def test_imports_keep_the_contract() -> None:
 
 
 def test_no_folder_is_a_crowd() -> None:
-    places = ("src/keepsight", "studies", "tests", "tools")
+    places = ("src/keepsight", "studies", "benchmarks", "tests", "tools")
     files = [file for place in places for file in (ROOT / place).rglob("*.py")]
     count = Counter(file.parent.relative_to(ROOT).as_posix() for file in files if file.name != "__init__.py")
     assert {folder: n for folder, n in count.items() if n > CROWDED.get(folder, CROWD)} == {}
