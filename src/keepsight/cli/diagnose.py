@@ -14,6 +14,7 @@ from keepsight.cli.common.model import BUILT_IN, Adapters, Attention, Base, Devi
 from keepsight.cli.common.progress import Progress, Waiting
 from keepsight.data.mixture import for_evaluation, load_sources, mixture_of_words
 from keepsight.data.tables.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP
+from keepsight.diagnose.settings import Settings
 from keepsight.errors import KeepsightError, KeepsightWarning
 
 
@@ -59,38 +60,42 @@ def diagnose(
     ignore: Annotated[list[str] | None, typer.Option(help=IGNORE_HELP)] = None,
     image_folder: Annotated[Path | None, typer.Option(help=IMAGE_FOLDER_HELP)] = None,
     split: Annotated[str, typer.Option(help="Which split of the datasets, if they have several.")] = "train",
-    steps: Annotated[int, typer.Option(help="Tokens to write for the curves.", min=1)] = 256,
-    every: Annotated[int, typer.Option(help="Measure every n-th of them; 16 costs next to nothing.", min=1)] = 1,
+    steps: Annotated[int, typer.Option(help="Tokens to write for the curves.", min=1)] = Settings.steps,
+    every: Annotated[
+        int, typer.Option(help="Measure every n-th of them; 16 costs next to nothing.", min=1)
+    ] = Settings.every,
     layers: Annotated[
         str, typer.Option(help="Layers to meter: auto (up to twelve), all, or indices: 8,16,24.")
     ] = "auto",
-    samples: Annotated[int, typer.Option(help="At most so many samples for the causal table.", min=1)] = 32,
+    samples: Annotated[
+        int, typer.Option(help="At most so many samples for the causal table.", min=1)
+    ] = Settings.samples,
     method: Annotated[
         Literal["auto", "PVM", "VisMem"],
         typer.Option(
             "--method", case_sensitive=False, help="Which memory to examine in a model that carries both; auto: PVM."
         ),
-    ] = "auto",
+    ] = Settings.memory,
     memory: Annotated[
         Literal["auto", "PVM", "VisMem"] | None, typer.Option(hidden=True, help="--method as it was called before.")
     ] = None,
     kind: Annotated[
         Literal["auto", "short", "long"],
         typer.Option(help="VisMem: the type that is formed where text is only read; auto: as the model would."),
-    ] = "auto",
+    ] = Settings.kind,
     probe_images: Annotated[
         int, typer.Option(help="VisMem: at most so many images for the probe of its latents.", min=1)
-    ] = 512,
+    ] = Settings.probe_images,
     out_dir: Annotated[
         str, typer.Option("--output-dir", "-o", help="Folder for report.html, results.json and the charts as SVG.")
-    ] = ("keepsight-diagnosis"),
+    ] = "keepsight-diagnosis",
     control: Annotated[
         str | None, typer.Option(help="An adapter trained on the memory's data without its memory, to compare.")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Of the written text. Default: 1 for the built-in model, else 0.", min=0)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of noise, choices and sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of noise, choices and sampling.")] = Settings.seed,
     base: Base = None,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -126,7 +131,6 @@ def diagnose(
     from keepsight.checkpoints.adapters import trained_steps
     from keepsight.diagnose.results import Diagnosis
     from keepsight.diagnose.run import examine
-    from keepsight.diagnose.settings import Settings
     from keepsight.lab.cases import DigitGrids
 
     settings = Settings(

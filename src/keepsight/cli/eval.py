@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,8 @@ from keepsight.cli.common.progress import Progress, Waiting
 from keepsight.data.mixture import for_evaluation, load_sources, mixture_of_words
 from keepsight.data.tables.reading import COLUMNS_HELP, IGNORE_HELP, IMAGE_FOLDER_HELP
 from keepsight.errors import KeepsightError
+from keepsight.evaluate.scoring import Match
+from keepsight.evaluate.settings import Compared, EvalSettings
 from keepsight.words import counted, some
 
 
@@ -44,21 +46,23 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Which split of the datasets, if they have several.")] = "train",
     adapter: Adapters = None,
     memory: Annotated[
-        Literal["on", "free", "only_short", "only_long", "random", "reversed"],
+        Compared,
         typer.Option(help="What is compared with off: the memory as it is, or a policy of a VisMem."),
-    ] = "on",
-    max_new_tokens: Annotated[int, typer.Option(help="Length limit of an answer.", min=1)] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Questions at a time.", min=1)] = 8,
-    strata: Annotated[int, typer.Option(help="Groups by the length of the answers.", min=1)] = 4,
+    ] = EvalSettings.memory,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Length limit of an answer.", min=1)
+    ] = EvalSettings.max_new_tokens,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time.", min=1)] = EvalSettings.batch_size,
+    strata: Annotated[int, typer.Option(help="Groups by the length of the answers.", min=1)] = EvalSettings.strata,
     match: Annotated[
-        Literal["answer", "contains", "exact"],
+        Match,
         typer.Option(help="Right is: the answer that the text gives; its words anywhere in it; the same characters."),
-    ] = "answer",
+    ] = EvalSettings.match,
     samples: Annotated[int | None, typer.Option(help="At most so many questions, the first.", min=1)] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="A JSON file: the table, and every answer.")] = Path(
         "keepsight-eval.json"
     ),
-    seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the intervals.")] = EvalSettings.seed,
     base: Base = None,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -73,7 +77,6 @@ def evaluate(
     from keepsight.checkpoints.sources import check_sources
     from keepsight.diagnose.cases import read_dataset
     from keepsight.evaluate.keeping import Kept, fingerprint
-    from keepsight.evaluate.run import EvalSettings
     from keepsight.evaluate.run import evaluate as ask
 
     check_device(device)

@@ -15,6 +15,7 @@ from keepsight.cli.common.console import check_device, quiet, refuse_twins, say,
 from keepsight.cli.common.model import BUILT_IN, Adapters, Attention, Base, Device, Dtype, Source
 from keepsight.cli.common.progress import Waiting
 from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.serve.openai.settings import MB, Limits, ServeSettings
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _FAR = 2000  # words between an image and a question about it, on the page
@@ -69,16 +70,27 @@ def serve(
         ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Offer a page to try the model on, at /chat.")] = False,
-    max_batch: Annotated[int, typer.Option(help="Answers that are written at the same time.", min=1)] = 8,
-    max_queue: Annotated[int, typer.Option(help="Requests that wait; further ones get 429.", min=0)] = 32,
-    max_output_tokens: Annotated[int, typer.Option(help="Length limit of an answer, and its default.", min=1)] = 2048,
-    max_prompt_tokens: Annotated[int, typer.Option(help="Length limit of a prompt, images included.", min=1)] = 32768,
-    max_images: Annotated[int, typer.Option(help="Images per request.", min=1)] = 16,
-    max_image_mb: Annotated[float, typer.Option(help="Size of one image file, in MB.", min=0.001)] = 20,
+    max_batch: Annotated[
+        int, typer.Option(help="Answers that are written at the same time.", min=1)
+    ] = Limits.max_batch,
+    max_queue: Annotated[int, typer.Option(help="Requests that wait; further ones get 429.", min=0)] = Limits.max_queue,
+    max_output_tokens: Annotated[
+        int, typer.Option(help="Length limit of an answer, and its default.", min=1)
+    ] = Limits.max_output_tokens,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(help="Length limit of a prompt, images included.", min=1)
+    ] = Limits.max_prompt_tokens,
+    max_images: Annotated[int, typer.Option(help="Images per request.", min=1)] = Limits.max_images,
+    max_image_mb: Annotated[
+        float, typer.Option(help="Size of one image file, in MB.", min=0.001)
+    ] = Limits.max_image_bytes // MB,
     max_image_megapixels: Annotated[
         float, typer.Option(help="Size of one image, in million pixels.", min=0.001, max=89)
-    ] = 50,
-    max_body_mb: Annotated[float, typer.Option(help="Size of a request, in MB.", min=0.001)] = 32,
+    ] = Limits.max_image_pixels // MB,
+    max_body_mb: Annotated[
+        float,
+        typer.Option(help="Size of a request, in MB.", min=0.001),
+    ] = Limits.max_body_bytes // MB,
     shutdown_timeout: Annotated[
         float, typer.Option(help="Seconds that running requests get to finish at the end.", min=1)
     ] = 120,
@@ -100,7 +112,6 @@ def serve(
     Any OpenAI client works: base_url="http://127.0.0.1:8000/v1". Ctrl-C, or SIGTERM, finishes what runs and ends.
     """
     from keepsight.serve.openai.server import address_of, bind, log_to_stderr, run
-    from keepsight.serve.openai.settings import MB, Limits, ServeSettings
 
     quiet()
     check_device(device)

@@ -4,63 +4,52 @@
 diagnosis, as `keepsight diagnose` makes it.
 """
 
-from keepsight.diagnose.battery.causal import Battery
-from keepsight.diagnose.battery.invocation_results import InvocationResult
-from keepsight.diagnose.battery.invocations import InvocationCount
-from keepsight.diagnose.battery.lengths import LengthResult, LengthScore
-from keepsight.diagnose.battery.probe import Probe
-from keepsight.diagnose.battery.probe_results import LatentProbe
-from keepsight.diagnose.battery.verdict import CausalResult, Verdict
-from keepsight.diagnose.cases import LONG_PROMPT, Case, Sample, read_dataset
-from keepsight.diagnose.instruments.attention import AttentionMeter
-from keepsight.diagnose.instruments.attention_trace import AttentionTrace
-from keepsight.diagnose.instruments.decay import DecayFit, fit_decay, fit_trace
-from keepsight.diagnose.instruments.forming import FormingTrace, watch_forming
-from keepsight.diagnose.instruments.lens import LensTrace, logit_lens
-from keepsight.diagnose.instruments.retrieval import RetrievalMeter, RetrievalTrace
-from keepsight.diagnose.memories.find import memory_of
-from keepsight.diagnose.memories.interface import Memory
-from keepsight.diagnose.memories.vismem import VisMemHandle
-from keepsight.diagnose.reader import Output, Reader
-from keepsight.diagnose.results import Diagnosis, Written, read_results
-from keepsight.diagnose.run import examine
-from keepsight.diagnose.settings import Settings
-from keepsight.diagnose.task import KnownTask
+from typing import Any
 
-__all__ = [
-    "LONG_PROMPT",
-    "AttentionMeter",
-    "AttentionTrace",
-    "Battery",
-    "Case",
-    "CausalResult",
-    "DecayFit",
-    "Diagnosis",
-    "FormingTrace",
-    "InvocationCount",
-    "InvocationResult",
-    "KnownTask",
-    "LatentProbe",
-    "LengthResult",
-    "LengthScore",
-    "LensTrace",
-    "Memory",
-    "Output",
-    "Probe",
-    "Reader",
-    "RetrievalMeter",
-    "RetrievalTrace",
-    "Sample",
-    "Settings",
-    "Verdict",
-    "VisMemHandle",
-    "Written",
-    "examine",
-    "fit_decay",
-    "fit_trace",
-    "logit_lens",
-    "memory_of",
-    "read_dataset",
-    "read_results",
-    "watch_forming",
-]
+#: Public name -> the module it is in. They are imported when first used: the settings alone need no torch.
+_PUBLIC = {
+    "AttentionMeter": "instruments.attention",
+    "AttentionTrace": "instruments.attention_trace",
+    "Battery": "battery.causal",
+    "Case": "cases",
+    "CausalResult": "battery.verdict",
+    "DecayFit": "instruments.decay",
+    "Diagnosis": "results",
+    "FormingTrace": "instruments.forming",
+    "InvocationCount": "battery.invocations",
+    "InvocationResult": "battery.invocation_results",
+    "KnownTask": "task",
+    "LONG_PROMPT": "cases",
+    "LatentProbe": "battery.probe_results",
+    "LengthResult": "battery.lengths",
+    "LengthScore": "battery.lengths",
+    "LensTrace": "instruments.lens",
+    "Memory": "memories.interface",
+    "Output": "reader",
+    "Probe": "battery.probe",
+    "Reader": "reader",
+    "RetrievalMeter": "instruments.retrieval",
+    "RetrievalTrace": "instruments.retrieval",
+    "Sample": "cases",
+    "Settings": "settings",
+    "Verdict": "battery.verdict",
+    "VisMemHandle": "memories.vismem",
+    "Written": "results",
+    "examine": "run",
+    "fit_decay": "instruments.decay",
+    "fit_trace": "instruments.decay",
+    "logit_lens": "instruments.lens",
+    "memory_of": "memories.find",
+    "read_dataset": "cases",
+    "read_results": "results",
+    "watch_forming": "instruments.forming",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        import importlib
+
+        return getattr(importlib.import_module(f"keepsight.diagnose.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'keepsight.diagnose' has no attribute {name!r}")

@@ -15,6 +15,7 @@ from keepsight.checkpoints.load import load
 from keepsight.data.images import open_image
 from keepsight.errors import KeepsightError
 from keepsight.evaluate.answering import Answer, Answerer, Question
+from keepsight.evaluate.settings import EvalSettings
 
 ARGUMENTS = (
     "pretrained, base, memory, dtype, batch_size, device, max_new_tokens, max_frames, system_prompt, invocations"
@@ -51,7 +52,7 @@ class KeepsightModel(lmms):
         dtype: str = "auto",
         batch_size: int | str | None = 1,
         device: str | None = None,
-        max_new_tokens: int = 1024,
+        max_new_tokens: int = EvalSettings.max_new_tokens,
         max_frames: int = 32,
         system_prompt: str = "",
         invocations: str | None = None,
