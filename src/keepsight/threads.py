@@ -25,3 +25,9 @@ class PerThread(threading.local, Generic[T]):
 
     def __init__(self, make: Callable[[], T]):
         self.here = make()
+
+
+class Switch:
+    """What each thread has off until one of its scopes puts it on: to be held in a `PerThread`."""
+
+    on = False

@@ -19,7 +19,7 @@ from torch import nn
 
 from keepsight.errors import KeepsightError
 from keepsight.pvm.module import CrossAttention, PvmBlock, RMSNorm, SwiGLU
-from keepsight.threads import PerThread
+from keepsight.threads import PerThread, Switch
 
 MOST_POSITIONS = 16
 """In all rows: beyond, reading the weights once for each position costs more than starting a kernel."""
@@ -29,11 +29,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OURS = (PvmBlock, CrossAttention, SwiGLU, RMSNorm, nn.Linear)
 
 
-class _Scope:
-    on = False
-
-
-_scope: PerThread[_Scope] = PerThread(_Scope)
+_scope: PerThread[Switch] = PerThread(Switch)
 
 
 @contextlib.contextmanager

@@ -19,17 +19,13 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from keepsight.pvm.work import Work, added
-from keepsight.threads import PerThread
+from keepsight.threads import PerThread, Switch
 
 MOST_POSITIONS = 8
 """Per row: beyond, the branch has work enough to slow the network down."""
 
 
-class _Scope:
-    on = False
-
-
-_scope: PerThread[_Scope] = PerThread(_Scope)
+_scope: PerThread[Switch] = PerThread(Switch)
 _streams: PerThread[dict[torch.device, torch.cuda.Stream]] = PerThread(dict)  # shared by threads, memory would be too
 
 
