@@ -36,6 +36,16 @@ def test_no_folder_is_a_crowd() -> None:
     assert {folder: n for folder, n in CROWDED.items() if count[folder] < n} == {}, "it has shrunk: say so here"
 
 
+def test_one_word_is_one_class() -> None:
+    found = Counter(
+        node.name
+        for file in (ROOT / "src").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in found.items() if count > 1] == []
+
+
 def test_the_picture_is_drawn_from_the_contract() -> None:
     place = importlib.util.spec_from_file_location("picture", ROOT / "tools" / "picture.py")
     assert place is not None
