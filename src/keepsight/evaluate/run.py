@@ -20,6 +20,7 @@ from keepsight.evaluate.scoring import RULES, is_right
 from keepsight.evaluate.settings import OFF, ON, EvalSettings
 from keepsight.words import counted
 
+__all__ = ["EvalSettings", "Evaluation", "Stratum", "evaluate"]
 SCHEMA = "keepsight.eval/1"
 
 
