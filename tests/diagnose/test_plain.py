@@ -70,7 +70,7 @@ def test_a_used_memory_is_told_by_what_follows_it() -> None:
         (
             {1: 0.0025},
             5,
-            "5 steps of training, gate at 0.0025: a gate begins at 0, and so small a one lets next to nothing through.",
+            "5 steps of training, gate at 0.0025: a gate begins at 0, and one so small lets next to nothing through.",
         ),
         ({1: 0.4, 3: 0.2}, 1, "1 step of training, gates at 0.4 and 0.2. Train longer, or with a longer warm-up"),
         ({1: 0.0}, None, "gate at 0: it was not trained yet, and changes nothing."),

@@ -108,8 +108,8 @@ class Diagnosis:
                 lines.append("With the memory off: " + self.written_off.decay.sentence)
         if self.causal is not None:
             verdict = self.causal.verdict
-            lines.append(verdict.sentence if self.causal.method is None else f"Memory {verdict.sentence}")
-        lines += [f"{kind.capitalize()} memory {found.verdict.sentence}" for kind, found in self.causal_by_type.items()]
+            lines.append(verdict.sentence if self.causal.method is None else verdict.on("Memory"))
+        lines += [found.verdict.on(f"{kind.capitalize()} memory") for kind, found in self.causal_by_type.items()]
         if self.invocations is not None:
             lines.append(self.invocations.sentence)
         lines += [

@@ -74,6 +74,10 @@ class Verdict:
             return f"{self.word}: {self.rule}"
         return f"{self.word}: right image minus other image = {self.figure} {self.measure} ({self.rule})"
 
+    def on(self, what: str) -> str:
+        """ "Memory used: ...", "Memory: not enough data: ..."."""
+        return f"{what}{':' if self.figure is None else ''} {self.sentence}"
+
 
 @dataclass
 class CausalResult:

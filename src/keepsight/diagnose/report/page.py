@@ -56,8 +56,8 @@ def _figures(diagnosis: Diagnosis) -> list[str]:
     """What the sentences at the top rest on, in the terms of the field."""
     lines = []
     if diagnosis.causal is not None:
-        lead = "Memory " if diagnosis.model["memory"] else ""
-        lines.append(f"{lead}{diagnosis.causal.verdict.sentence}.")
+        verdict = diagnosis.causal.verdict
+        lines.append(f"{verdict.on('Memory') if diagnosis.model['memory'] else verdict.sentence}.")
     for kind, found in diagnosis.causal_by_type.items():
         lines.append(f"{kind.capitalize()}-term memory only: {found.verdict.sentence}.")
     for written, lead in ((diagnosis.written, ""), (diagnosis.written_off, "Memory off. ")):

@@ -88,7 +88,7 @@ def _training(diagnosis: Diagnosis) -> list[Plain]:
         if gates and max(map(abs, gates)) < OPEN:
             return [
                 Plain(
-                    f"{text}: a gate begins at 0, and so small a one lets next to nothing through. Train longer.", "mid"
+                    f"{text}: a gate begins at 0, and one so small lets next to nothing through. Train longer.", "mid"
                 )
             ]
         return [Plain(f"{text}. Train longer, or with a longer warm-up under the blindfold.", "mid")]
