@@ -73,7 +73,8 @@ def test_six_kernels_are_the_block(dtype, rows, length, tokens, kv_heads, masked
     assert apart(found, expected) < bound < apart(blind, expected)
     y = torch.randn_like(x)
     flat = update.added_to(y.flatten(0, 1))  # as some mixtures of experts have it
-    close = {"rtol": 0, "atol": 2**-6 if dtype == torch.bfloat16 else 1e-6}  # half a step of bfloat16 at 4
+    # in bfloat16 `found` was rounded before the sum was: by one step of the sum, and half a step of its own below 4
+    close = {"rtol": 2**-7, "atol": 2**-6} if dtype == torch.bfloat16 else {"rtol": 0, "atol": 1e-6}
     torch.testing.assert_close(flat.view_as(y), y + found, **close)
 
 
