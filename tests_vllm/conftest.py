@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import engine
+import fresh
 import numpy as np
 import pytest
 import tiny
@@ -29,7 +30,6 @@ from keepsight.pvm import memory_off
 from keepsight.serve.vllm.export import export_vllm
 
 torch.set_num_threads(1)
-HERE = Path(__file__).parent
 LENGTH = 12
 ALLOWED = list(range(tiny.FIRST_WORD, tiny.VOCAB))  # words only: random models would write placeholders and ends
 Request = dict[str, Any]
@@ -165,11 +165,9 @@ def serve(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def run(model: str, rounds: list[list[Request]], length: int = LENGTH, **job: Any) -> dict[str, Any]:
         described = {"model": model, "rounds": rounds, "max_tokens": length, "allowed": ALLOWED, "engine": {}} | job
         (tmp_path / "job.json").write_text(json.dumps(described))
-        command = [sys.executable, str(HERE / "engine.py"), str(tmp_path / "job.json"), str(tmp_path / "answers.json")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-        if done.returncode:
-            raise RuntimeError(f"{done.stdout[-4000:]}\n{done.stderr[-40000:]}")
-        return json.loads((tmp_path / "answers.json").read_text()) | {"log": done.stdout + done.stderr}
+        answers = tmp_path / "answers.json"
+        log = fresh.run(engine.main, str(tmp_path / "job.json"), str(answers), log=tmp_path / "log")
+        return json.loads(answers.read_text()) | {"log": log}
 
     return run
 

@@ -1,9 +1,7 @@
-"""Runs one vLLM engine in a process of its own: `python engine.py JOB.json ANSWERS.json`.
+"""Runs one vLLM engine, in a process of its own (fresh.py).
 
-An engine leaves global state behind (process groups, caches, the choice of kernels), so every configuration gets a
-fresh process. A job says which model, which engine arguments, and rounds of requests; all requests of a round are
-handed over at once. An answer is its tokens, their log-probabilities, and how many prompt tokens came from the prefix
-cache.
+A job says which model, which engine arguments, and rounds of requests; all requests of a round are handed over at once.
+An answer is its tokens, their log-probabilities, and how many prompt tokens came from the prefix cache.
 """
 
 from __future__ import annotations
@@ -14,15 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every process pins itself to the same core
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 1024,
@@ -37,8 +26,6 @@ SETTINGS: dict[str, Any] = {
 
 
 def main(job_file: str, answers_file: str) -> None:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     job = json.loads(Path(job_file).read_text())
     for name, value in job.get("environment", {}).items():
         os.environ[name] = value
@@ -91,7 +78,3 @@ def _mutate(name: str) -> None:
         attention.FlagChannel.unpack = lambda self, out: (out[..., : self.head_dim], out[:, :1, 0] > float("inf"))
     else:
         raise ValueError(name)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Runs one vLLM engine beside its memory's former in a process of its own: `python latent.py JOB.json ANSWERS.json`.
+"""Runs one vLLM engine beside its memory's former, in a process of its own (fresh.py).
 
 A job names base and adapter and holds rounds: what invokes memory (`MemoryPolicy`'s arguments, or null for the
 adapter's own policy) and the requests, all handed over at once. An answer is its text's tokens, their log-probabilities
@@ -8,17 +8,13 @@ and its memories.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from engine import ENVIRONMENT, SETTINGS
+from engine import SETTINGS
 
 
 def main(job_file: str, answers_file: str) -> None:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     job = json.loads(Path(job_file).read_text())
     import torch
 
@@ -75,7 +71,3 @@ def _answers(batch: Any, processor: Any, requests: list[Any], length: int, bias:
         }
         for answer, (_, events) in zip(kept, rows, strict=True)
     ]
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""One short GRPO run whose completions vLLM writes, in a process of its own: `python rollouts.py JOB.json LOGS.json`.
+"""One short GRPO run whose completions vLLM writes, in a process of its own (fresh.py).
 
 A job says the family, what learns beside the memory, and whether the tensors that learn are handed to vLLM. The logs
 are TRL's, among them how far vLLM's log-probability of each token that it wrote lies from the trainer's.
@@ -7,7 +7,6 @@ are TRL's, among them how far vLLM's log-probability of each token that it wrote
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import tiny
 import torch
 import transformers
-from engine import ENVIRONMENT, SETTINGS
+from engine import SETTINGS
 from PIL import Image
 
 
@@ -29,8 +28,6 @@ def varied(completions: list[Any], **columns: Any) -> list[float]:
 
 
 def main(job_file: str, logs_file: str) -> None:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     torch.set_num_threads(1)
     job, folder = json.loads(Path(job_file).read_text()), Path(job_file).parent
     from keepsight.serve.vllm import rollouts
@@ -95,7 +92,3 @@ def _prompts(folder: Path) -> Path:
     file = folder / "questions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
+import fresh
 import pytest
+import rollouts
 
-HERE = Path(__file__).parent
 DIFFERENCE = "sampling/sampling_logp_difference/mean"
 
 
-def run(folder: Path, family: str, policy: str, lr: float, handed: bool = True, packed: bool = False) -> Any:
+def run(folder: Path, family: str, policy: str, lr: float, handed: bool = True, packed: bool = False) -> list[float]:
+    """By step: how far vLLM's log-probabilities lie from the trainer's."""
     job = {"family": family, "policy": policy, "lr": lr, "handed": handed, "packed": packed}
     (folder / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, str(HERE / "rollouts.py"), str(folder / "job.json"), str(folder / "logs.json")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
-
-
-def differences(folder: Path, result: Any) -> list[float]:
-    """By step: how far vLLM's log-probabilities lie from the trainer's."""
-    assert result.returncode == 0, result.stderr[-3000:]
+    fresh.run(rollouts.main, str(folder / "job.json"), str(folder / "logs.json"), log=folder / "log")
     found = [logs[DIFFERENCE] for logs in json.loads((folder / "logs.json").read_text()) if DIFFERENCE in logs]
     assert len(found) == 3
     return found
@@ -42,17 +35,16 @@ def differences(folder: Path, result: Any) -> list[float]:
     ],
 )
 def test_vllm_writes_with_the_weights_of_every_step(tmp_path: Path, family: str, policy: str, lr: float) -> None:
-    found = differences(tmp_path, run(tmp_path, family, policy, lr))
+    found = run(tmp_path, family, policy, lr)
     assert max(found) < 0.02  # what forbidding the placeholders changes; without the new weights it is above 1, below
 
 
 def test_without_the_new_weights_vllm_is_found_to_be_another_model(tmp_path: Path) -> None:
-    first, *later = differences(tmp_path, run(tmp_path, "qwen2_5_vl", "none", 1e-2, handed=False))
+    first, *later = run(tmp_path, "qwen2_5_vl", "none", 1e-2, handed=False)
     assert first < 0.02
     assert min(later) > 1
 
 
 def test_packed_weights_of_a_cpu_build_are_refused(tmp_path: Path) -> None:
-    result = run(tmp_path, "qwen2_5_vl", "lora", 1e-2, packed=True)
-    assert result.returncode != 0
-    assert "packs the language model's weights" in result.stderr
+    with pytest.raises(RuntimeError, match="packs the language model's weights"):
+        run(tmp_path, "qwen2_5_vl", "lora", 1e-2, packed=True)

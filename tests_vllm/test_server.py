@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ALLOWED, LENGTH, Model, Request, words
-from engine import ENVIRONMENT
+from fresh import ENVIRONMENT
 from openai import AsyncOpenAI
 
 SETTINGS = [

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fresh
+import latent as beside
 import pytest
 import tiny
 import torch
-from conftest import HERE, Model, Request, words
-from engine import ENVIRONMENT
+from conftest import Model, Request, words
+from fresh import ENVIRONMENT
 from openai import BadRequestError, OpenAI
 from PIL import Image
 from test_server import content
@@ -98,10 +100,7 @@ def served(model: Model, rounds: list[Any], tmp_path: Path, **engine: Any) -> li
     job = {"base": str(model.folder / "base"), "adapter": str(model.folder / "memory"), "rounds": rounds}
     job |= {"max_tokens": LENGTH, "bias": BIAS, "engine": {"max_num_batched_tokens": 48} | engine}
     (tmp_path / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, str(HERE / "latent.py"), str(tmp_path / "job.json"), str(tmp_path / "answers.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    if done.returncode:
-        raise RuntimeError(f"{done.stdout[-4000:]}\n{done.stderr[-40000:]}")
+    fresh.run(beside.main, str(tmp_path / "job.json"), str(tmp_path / "answers.json"), log=tmp_path / "log")
     return json.loads((tmp_path / "answers.json").read_text())["rounds"]
 
 
