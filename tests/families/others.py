@@ -7,9 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from families.first import qwen3_5
 from families.parts import PLAIN_ROPE, TOKENS, decoder, four_each, merging, modality_types, moments, row, vit
-from families.patches import STRIP
 from families.tiny import IMAGE, START, VIDEO, TinyFamily
 
 
@@ -157,32 +155,6 @@ def _placed(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
     }
 
 
-def inkling() -> Any:
-    text = decoder(
-        head_dim=16,
-        swa_num_attention_heads=4,
-        swa_num_key_value_heads=2,
-        swa_head_dim=16,
-        sliding_window_size=8,
-        d_rel=4,
-        rel_extent=16,
-        layer_types=["hybrid_sliding", "hybrid"] * 2,
-        mlp_layer_types=["dense", "sparse"] * 2,
-        moe_intermediate_size=32,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        logits_mup_width_multiplier=1.0,
-    )
-    return transformers.InklingConfig(
-        text_config=text,
-        vision_config={"patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
-        audio_config={"n_mel_bins": 4, "mel_vocab_size": 8},
-        image_token_id=IMAGE,
-        audio_token_id=119,
-    )
-
-
 def molmo2() -> Any:
     vision = {k: v for k, v in vit(head_dim=16, num_key_value_heads=2).items() if k != "image_size"}
     return transformers.Molmo2Config(
@@ -204,21 +176,6 @@ def molmo2() -> Any:
         image_end_token_id=123,
         frame_start_token_id=117,
         frame_end_token_id=116,
-    )
-
-
-def minicpmv4_7() -> Any:
-    return transformers.MiniCPMV4_7Config(
-        text_config=qwen3_5().text_config.to_dict(),
-        vision_config=vit(image_size=32),
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        insert_layer_id=0,
-        image_start_id=START,
-        image_end_id=123,
-        slice_start_id=118,
-        slice_end_id=117,
-        newline_id=116,
     )
 
 
@@ -283,19 +240,14 @@ def _pooled(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
     }
 
 
-def _looks(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
-    """Patches of two moments, which are an image's tokens."""
-    return {"pixel_values": torch.cat([draw(1, 2, 4, 4, 3) for _ in sizes])}
-
-
 def _each(tokens: int) -> Any:
     return lambda model, arguments: [tokens] * len(arguments["pixel_values"])
 
 
 ROWS = [
-    TinyFamily("fuyu", fuyu, "FuyuForCausalLM", _flat, marks=False, count=four_each, lacks=("copies",)),
+    TinyFamily("fuyu", fuyu, "FuyuForCausalLM", _flat, marks=False, count=four_each, lacks=("copies",), since="5.24"),
     row("fast_vlm", fast_vlm, "FastVlm"),
-    row("perception_lm", perception_lm, "PerceptionLM", _tile, count=four_each),
+    row("perception_lm", perception_lm, "PerceptionLM", _tile, count=four_each, since="5.24"),
     row("hyperclovax_vision_v2", hyperclovax, "HyperCLOVAXVisionV2", moments, marks=True, packed=True),
     row("lfm3_vl", lfm3_vl, "Lfm3Vl", moments, marks=True, packed=True, hybrid=True),
     row("emu3", emu3, "Emu3", _little, count=_each(6)),
@@ -310,9 +262,7 @@ ROWS = [
         token_types=modality_types,
         lacks=("static cache",),
     ),
-    row("inkling_mm_model", inkling, "Inkling", _looks, hybrid=True, rounds=True, lacks=("static cache",)),
     row("molmo2", molmo2, "Molmo2", _pooled, counts_rows=True, token_types=modality_types, lacks=("turns",)),
-    row("minicpmv4_7", minicpmv4_7, "MiniCPMV4_7", token_types=modality_types, marks=True, **STRIP),
     row("deepseek_ocr2", deepseek_ocr2, "DeepseekOcr2", _page, rounds=True),
     row("unlimited_ocr", unlimited_ocr, "UnlimitedOcr", _page, count=_each(7), rounds=True),
 ]

@@ -182,7 +182,7 @@ def _positions(model, inputs):
     vlm = Backbone.of(model).vlm
     if not hasattr(vlm, "get_rope_index"):
         return None
-    wanted = ("input_ids", "mm_token_type_ids", "image_grid_thw", "target_sizes", "attention_mask")
+    wanted = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
     return vlm.get_rope_index(**{k: inputs[k] for k in wanted if k in inputs})[0]
 
 
@@ -262,7 +262,7 @@ def _positions_of_step(model, request, step):
     vlm = Backbone.of(model).vlm
     if not hasattr(vlm, "get_rope_index"):
         return None
-    wanted = ("input_ids", "mm_token_type_ids", "image_grid_thw", "target_sizes", "attention_mask")
+    wanted = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
     kwargs = {k: request[k] for k in wanted if k in request}
     positions, deltas = vlm.get_rope_index(**kwargs)
     return torch.full_like(positions[..., :1], request["input_ids"].shape[1] + step) + deltas

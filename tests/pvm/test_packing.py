@@ -160,6 +160,8 @@ def test_samples_that_the_decoder_would_mix_are_refused(change: dict[str, Any], 
 def test_no_sample_reads_another_one_whatever_the_decoder_makes_of_positions(name: str) -> None:
     """Flat positions for every family: another first image changes nothing behind it, or the row is refused."""
     family = EVERY[name]
+    if name == "molmo2":
+        pytest.skip("its patches are numbered through a whole batch, so that images are not put together like this")
     base = family.build()
     first, other, second = (make_inputs(family, base, [Row(3, (2, 2), 4, seed=seed)]) for seed in (1, 3, 2))
     start, length = first["input_ids"].shape[1], second["input_ids"].shape[1]
@@ -173,7 +175,8 @@ def test_no_sample_reads_another_one_whatever_the_decoder_makes_of_positions(nam
             return model(**row, **flat, **more).logits[:, start:]
 
     for attention in ("sdpa", "eager"):
-        base.set_attn_implementation(attention)
+        # The vision encoders of these know one attention only.
+        (base.get_decoder() if name in ("fast_vlm", "apertus1p5") else base).set_attn_implementation(attention)
         for more in ({"use_cache": False}, {"use_cache": True}, {"use_cache": False, **mask}):
             try:
                 found = behind(first, more)

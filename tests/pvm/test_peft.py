@@ -41,7 +41,7 @@ def test_save_then_load_equals_before(family, tmp_path):
 
 
 #: transformers renames parts of every name that it loads into these.
-RENAMED = ("kimi_k25", "cosmos3_edge", "deepseek_ocr2", "inkling_mm_model", "unlimited_ocr")
+RENAMED = ("kimi_k25", "cosmos3_edge", "deepseek_ocr2", "unlimited_ocr")
 
 
 def test_transformers_load_adapter_equals_peft(family, tmp_path):

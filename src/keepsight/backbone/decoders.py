@@ -61,7 +61,6 @@ SHAPES = (
         leave="post_feedforward_residual_gate",
         norms=(*_SANDWICHED, "post_feedforward_layernorm"),
     ),
-    LayerParts(leave="mlp_sconv"),  # Inkling: a convolution over neighbouring positions behind each branch
     PLAIN,  # Llama, Qwen, Mistral, Gemma 1
     LayerParts(  # Gemma 2 to 4: a norm behind each branch; Gemma 4 also norms its experts and its embeddings per layer
         enter="pre_feedforward_layernorm",

@@ -91,6 +91,14 @@ PENDING: dict[str, str] = {
         "Llama 4's own forward fails in transformers 5.24 (it asks its language model's output for image_outputs, "
         "which that has not), so no memory could be tested on it."
     ),
+    "inkling_mm_model": (
+        "A memory on it answers, and its convolutions carry a state between samples that are packed into one row, "
+        "which is not refused yet."
+    ),
+    "minicpmv4_7": (
+        "A memory on it answers, and not in a server's batch: images have positions that go back within a row, which "
+        "keepsight takes for several samples in one row."
+    ),
 }
 
 

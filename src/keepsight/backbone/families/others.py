@@ -247,12 +247,10 @@ ROWS: dict[str, Family] = {
     ),
     "emu3": Family(name="Emu3", **_CODES),
     "apertus1p5": Family(name="Apertus 1.5", **_CODES | {"vision_tower": "vision_tokenizer.encoder"}),
-    "inkling_mm_model": Family(name="Inkling", projector="vision_tower", visual_tokens=IMAGES, no_vismem=_NO_ENCODER),
     "molmo2": Family(
         name="Molmo2",
         no_vismem="its projector pools patches in groups that its processor chooses, and a memory's are in none",
     ),
-    "minicpmv4_7": Family(name="MiniCPM-V 4.7", projector="merger", no_vismem=_MERGED),
     "unlimited_ocr": Family(name="Unlimited-OCR", visual_tokens=IMAGES, no_vismem=_GOT["no_vismem"]),
     "deepseek_ocr2": Family(name="DeepSeek-OCR 2", visual_tokens=IMAGES, no_vismem=_QUERIES),
 }

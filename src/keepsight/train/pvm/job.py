@@ -163,7 +163,7 @@ def check_pvm_engine(
 def about_rule(pvm: PvmConfig) -> str:
     """What a memory's rule means for serving it."""
     if pvm.causal:
-        return "causal rule: text reads the images before it. vLLM can serve this memory (keepsight export vllm)"
+        return "causal rule: text reads the images before it. vLLM can serve this memory, of families that it knows"
     return "published rule: text before an image reads it, too. vLLM cannot serve this memory; keepsight serve can"
 
 
