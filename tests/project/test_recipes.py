@@ -22,7 +22,7 @@ from keepsight.train.run.engines import current_engine
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
 estimate = importlib.import_module("estimate")
-shapes = importlib.import_module("shapes")
+shapes = importlib.import_module("shared.shapes")
 
 RECIPES = estimate.recipes()
 # One per command and one per engine are run dry; every recipe's flags are parsed.
