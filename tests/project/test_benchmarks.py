@@ -96,13 +96,13 @@ def test_a_captured_step_is_the_step() -> None:
 
 
 def test_ceilings_are_measured() -> None:
-    found = importlib.import_module("measuring").ceilings(torch.device("cpu"), rounds=2)
+    found = importlib.import_module("shared.measuring").ceilings(torch.device("cpu"), rounds=2)
     assert found.keys() == {"copy_bytes_per_second", "matmul_operations_per_second"}
     assert min(found.values()) > 0
 
 
 def test_a_memory_that_is_not_read_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("decoding"), "GATE", 0.0)
+    monkeypatch.setattr(importlib.import_module("shared.decoding"), "GATE", 0.0)
     with pytest.raises(RuntimeError, match="not being read"):
         decode.main(["--quick", "--device", "cpu", "--visual-tokens", "16", "--out", str(tmp_path)])
 
