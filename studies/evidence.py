@@ -64,7 +64,8 @@ def judge(study: Study, results: Results) -> list[Judged]:
                 verdict = Judgement(verdict.word, f"{verdict.because} ({seeds} of {wanted} seeds.)")
         else:
             seeds = len(results.seeds(*claim.rows))
-            so_far = f"{seeds} seeds are too few to judge" if seeds else "not run yet"
+            few = "one seed is" if seeds == 1 else f"{seeds} seeds are"
+            so_far = f"{few} too few to judge" if seeds else "not run yet"
             verdict = Judgement("not run", f"{so_far.capitalize()}: `python -m studies run {study.name}`.")
         found.append(Judged(study, claim, verdict))
     return found
