@@ -130,7 +130,7 @@ OTHERS = {
     "llama": "takes no images",
     "bert": "takes no images",
     "t5": "is an encoder-decoder",
-    "fast_vlm": "has no row for it yet",
+    "llama4": "has no row for it yet",
     "mllama": "cross-attention",
     "kimi_vl": "trust_remote_code",
 }

@@ -36,8 +36,9 @@ PARTS = {
 }
 DISTRIBUTIONS = {"PIL": "pillow", "functorch": "torch", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 #: Asked for by the user's own accelerate config, and refused by name where it is missing; and what stands in
-#: evaluate/lmms*.py, which only lmms-eval imports, in its environment.
-UNDECLARED = {"deepspeed", "lmms-eval", "av"}
+#: evaluate/lmms*.py, which only lmms-eval imports, in its environment; and triton, which torch's builds for CUDA bring
+#: along on Linux: pvm's `fused()` says so where it is missing.
+UNDECLARED = {"deepspeed", "lmms-eval", "av", "triton"}
 #: What one study alone needs, which asks for it by name (docs/eye.md).
 OF_A_STUDY = {"resvg-py", "gguf"}
 
