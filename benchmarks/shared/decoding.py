@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,14 +27,21 @@ GATE = 0.1  # any value but 0, at which the logits could not tell the variants a
 
 
 @contextlib.contextmanager
-def fused_beside() -> Iterator[None]:
+def few() -> Iterator[None]:
+    """Few kernels; without Triton, which torch's builds for CPUs lack, pvm's own, which `Decoder.fuses` tells."""
+    with fused() if find_spec("triton") else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def few_beside() -> Iterator[None]:
     """Few kernels, on a second stream."""
-    with fused(), overlap():
+    with few(), overlap():
         yield
 
 
 #: Variants of pvm whose steps run in a scope of their own: with --graph.
-SCOPES = {"beside": overlap, "fused": fused, "fused-beside": fused_beside}
+SCOPES = {"beside": overlap, "fused": few, "fused-beside": few_beside}
 
 
 @dataclass(frozen=True)
