@@ -10,6 +10,17 @@ import transformers
 from families.parts import decoder, image_types, modality_types, row, vit
 from families.tiny import IMAGE, START, VIDEO, VOCAB
 
+GEMMA4_TOKENS: dict[str, Any] = {
+    "audio_config": None,
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "audio_token_id": 119,
+    "boi_token_id": START,
+    "eoi_token_id": 118,
+    "boa_token_id": 117,
+    "eoa_token_index": 116,
+}
+
 
 def _prefix_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """PaliGemma reads its prompt in both directions."""
@@ -66,23 +77,21 @@ def gemma4() -> Any:
             "patch_size": 4,
             "position_embedding_size": 64,
         },
-        audio_config=None,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        audio_token_id=119,
-        boi_token_id=START,
-        eoi_token_id=118,
-        boa_token_id=117,
-        eoa_token_index=116,
+        **GEMMA4_TOKENS,
     )
 
 
-def _gemma4_images(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
-    spots = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).flatten(0, 1)
-    return {
-        "pixel_values": torch.cat([draw(1, 16, 48) for _ in sizes]),
-        "image_position_ids": spots[None].repeat(len(sizes), 1, 1),
-    }
+def placed(side: int) -> Any:
+    """Images of side * side patches, each with its column and row."""
+
+    def images(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
+        spots = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), -1).flatten(0, 1)
+        return {
+            "pixel_values": torch.cat([draw(1, side**2, 48) for _ in sizes]),
+            "image_position_ids": spots[None].repeat(len(sizes), 1, 1),
+        }
+
+    return images
 
 
 def paligemma() -> Any:
@@ -102,6 +111,6 @@ _GEMMA = {"marks": True, "several": False}
 ROWS = [
     row("gemma3", gemma3, "Gemma3", token_types=image_types, marks=True, several=False),
     row("shieldgemma2", shieldgemma2, "Gemma3", token_types=image_types, **_GEMMA),
-    row("gemma4", gemma4, "Gemma4", _gemma4_images, token_types=modality_types, marks=True, several=False),
+    row("gemma4", gemma4, "Gemma4", placed(4), token_types=modality_types, marks=True, several=False),
     row("paligemma", paligemma, "PaliGemma", token_types=_prefix_types),
 ]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 
+from families.gemma import GEMMA4_TOKENS, placed
 from families.parts import PLAIN_ROPE, TOKENS, decoder, four_each, merging, modality_types, moments, row, vit
 from families.tiny import IMAGE, START, VIDEO, TinyFamily
 
@@ -136,23 +137,8 @@ def gemma4_unified() -> Any:
             "mm_posemb_size": 16,
             "output_proj_dims": 32,
         },
-        audio_config=None,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        audio_token_id=119,
-        boi_token_id=START,
-        eoi_token_id=118,
-        boa_token_id=117,
-        eoa_token_index=116,
+        **GEMMA4_TOKENS,
     )
-
-
-def _placed(config: Any, sizes: Any, draw: Any) -> dict[str, Any]:
-    spots = torch.stack(torch.meshgrid(torch.arange(2), torch.arange(2), indexing="xy"), -1).flatten(0, 1)
-    return {
-        "pixel_values": torch.cat([draw(1, 4, 48) for _ in sizes]),
-        "image_position_ids": spots[None].repeat(len(sizes), 1, 1),
-    }
 
 
 def molmo2() -> Any:
@@ -256,7 +242,7 @@ ROWS = [
         "gemma4_unified",
         gemma4_unified,
         "Gemma4Unified",
-        _placed,
+        placed(2),
         marks=True,
         several=False,
         token_types=modality_types,
