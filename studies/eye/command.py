@@ -87,7 +87,7 @@ def make_eye(
 
     from studies.eye.drawings.pictures import pictures
     from studies.eye.language import language_model
-    from studies.eye.make import make
+    from studies.eye.making.make import make
 
     chosen, until = _size(size), time.monotonic() + 60 * minutes
     torch.set_num_threads(threads)
@@ -123,7 +123,7 @@ def gate_of_eye(
     from studies.eye.drawings.pictures import pictures
     from studies.eye.gate import lines, measure
     from studies.eye.language import language_model
-    from studies.eye.make import made_model
+    from studies.eye.making.make import made_model
 
     chosen = _size(size)
     torch.set_num_threads(threads)
@@ -205,7 +205,7 @@ def reading_at_lengths(
     from studies.eye import lengths, narrations
     from studies.eye.drawings.pictures import pictures
     from studies.eye.language import language_model
-    from studies.eye.make import made_model
+    from studies.eye.making.make import made_model
 
     chosen = _size(size)
     torch.set_num_threads(threads)
@@ -243,7 +243,7 @@ def methods_on_eye(
     from studies.eye import lengths, methods, narrations
     from studies.eye.drawings.pictures import pictures
     from studies.eye.language import language_model
-    from studies.eye.make import made_model
+    from studies.eye.making.make import made_model
 
     if method not in methods.METHODS:
         raise KeepsightError(f"No method is called {method!r}. There are: {', '.join(methods.METHODS)}.")

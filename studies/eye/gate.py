@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from studies.eye import sequences
-from studies.eye.align import answers
 from studies.eye.drawings import brush
 from studies.eye.drawings.pictures import Pictures
 from studies.eye.drawings.scenes import Scenes
-from studies.eye.pretrain import average_tokens
+from studies.eye.making.align import answers
+from studies.eye.making.pretrain import average_tokens
+from studies.eye.making.stages import generator
 from studies.eye.questions import ask, tasks_of
 from studies.eye.shares import interval
 from studies.eye.sizes import Size
-from studies.eye.stages import generator
 
 DISTANCES = (0, 1024, 2048)
 """Tokens of narration between image and question, hidden from attention."""

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 from studies.eye import sequences
-from studies.eye.align import answers
 from studies.eye.drawings import brush
 from studies.eye.drawings.pictures import Pictures
 from studies.eye.drawings.scenes import Scenes
 from studies.eye.gate import STYLE
+from studies.eye.making.align import answers
+from studies.eye.making.stages import generator
 from studies.eye.questions import Question, ask
 from studies.eye.shares import difference, interval
 from studies.eye.sizes import Size
-from studies.eye.stages import generator
 
 LENGTHS = (0, 256, 512, 1024, 2048)
 CONDITIONS = {

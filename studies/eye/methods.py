@@ -18,13 +18,13 @@ from torch import nn
 from keepsight import PvmConfig
 from keepsight.train.pvm.blindfold import BlindfoldSchedule, blindfold
 from studies.eye import sequences
-from studies.eye.align import answers
 from studies.eye.drawings.pictures import Pictures
 from studies.eye.drawings.scenes import Scenes
 from studies.eye.lengths import asked
+from studies.eye.making.align import answers
+from studies.eye.making.stages import Stage, generator
 from studies.eye.questions import ask
 from studies.eye.sizes import Size
-from studies.eye.stages import Stage, generator
 
 METHODS = ("lora", "mlp", "pvm", "pvm-warm")
 """LoRA of PVM's number of parameters, the parallel network of as many, PVM by plain SFT, and with the warm-up."""

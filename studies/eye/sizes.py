@@ -20,11 +20,11 @@ class Size:
         width, depth, heads: the tower's.
         sides: pictures along the side of an image; 1 is a single picture.
         pretrain_steps, pretrain_batch, pretrain_lr: the tower alone; the batch counts pictures.
+        restyle_steps: of the tower alone after these, the drawings in bolder styles
+            (`studies/eye/drawings/restyle.py`); 0 for none.
         muon_lr: of the matrices of the tower's blocks, which Muon trains; AdamW does the rest.
         others: share of the tower's pictures that show something else than the words to be named.
         align_steps, align_batch, align_lr: through the language model; the batch counts images.
-        second_pretrain_steps, second_align_steps: of both again, from where they ended, the drawings in bolder styles
-            (`studies/eye/drawings/restyle.py`); 0 for none.
         questions: questions about each image.
         tower_lr: share of `align_lr` for the tower and its projector; the LoRA has all of it.
         top: how many of the tower's last blocks learn through the language model, besides the projector.
@@ -40,16 +40,15 @@ class Size:
     depth: int = 6
     heads: int = 6
     sides: tuple[int, ...] = (1, 2)
-    pretrain_steps: int = 3600
+    pretrain_steps: int = 2000
+    restyle_steps: int = 4500
     pretrain_batch: int = 64
     pretrain_lr: float = 1e-3
     muon_lr: float = 0.01
     others: float = 0.3
-    align_steps: int = 600
+    align_steps: int = 1300
     align_batch: int = 4
     align_lr: float = 2e-3
-    second_pretrain_steps: int = 3600
-    second_align_steps: int = 900
     questions: int = 6
     tower_lr: float = 0.05
     top: int = 0
@@ -63,9 +62,10 @@ class Size:
         """Tokens along the side of one picture."""
         return self.cell // (self.patch * self.merge)
 
-    def settings(self) -> dict[str, Any]:
-        """As plain JSON."""
-        return asdict(self) | {"sides": list(self.sides)}
+    def settings(self, *without: str) -> dict[str, Any]:
+        """As plain JSON, without those whose names begin so."""
+        every = asdict(self) | {"sides": list(self.sides)}
+        return {key: value for key, value in every.items() if not key.startswith(without)}
 
     def computing(self, device: str) -> torch.dtype:
         """What training multiplies in on a device of this type.
@@ -81,11 +81,15 @@ class Size:
         return torch.bfloat16 if native else torch.float32
 
 
-CPU = Size()
-"""83 CPU minutes on shared cores: 0.3 CPU seconds a step in stage (a), about 2 in (b)."""
+OF_ALIGNING = ("align_", "questions", "tower_lr", "top", "lora", "max_gap", "dtype")
+OF_RESTYLING = ("restyle_",)
+"""Settings that an earlier stage knows nothing of, by the beginnings of their names."""
 
-QUICK = replace(CPU, pretrain_steps=1500, others=0.0, align_steps=150, second_pretrain_steps=0, second_align_steps=0)
-"""Less than half of it, without other drawings."""
+CPU = Size()
+"""Less than three core-hours where bfloat16 is emulated, about half of that where it is not (LOG.md)."""
+
+QUICK = replace(CPU, pretrain_steps=1500, restyle_steps=0, others=0.0, align_steps=150)
+"""A fifth of it, without other drawings."""
 
 GPU = replace(
     CPU,
@@ -94,11 +98,9 @@ GPU = replace(
     depth=10,
     heads=10,
     sides=(1, 2, 3),
-    pretrain_steps=20000,
+    pretrain_steps=8000,
+    restyle_steps=12000,
     pretrain_batch=256,
-    pretrain_lr=1e-3,
-    second_pretrain_steps=0,
-    second_align_steps=0,
     align_steps=4700,
     align_batch=64,
     align_lr=7e-4,
@@ -114,11 +116,10 @@ TINY = replace(
     depth=2,
     heads=2,
     pretrain_steps=4,
+    restyle_steps=2,
     pretrain_batch=8,
     align_steps=3,
     align_batch=2,
-    second_pretrain_steps=2,
-    second_align_steps=2,
     lora=2,
 )
 """For tests."""

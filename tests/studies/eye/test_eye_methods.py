@@ -7,12 +7,12 @@ import torch
 
 from keepsight.pvm import replace_memory
 from studies.eye import lengths, methods, sequences, shares
-from studies.eye.align import answers
 from studies.eye.drawings import brush
 from studies.eye.drawings.scenes import Scenes
 from studies.eye.language import with_eye
+from studies.eye.making.align import answers
+from studies.eye.making.stages import generator
 from studies.eye.questions import Question
-from studies.eye.stages import generator
 from tests.studies.eye.tiny_eye import SIZE, drawings, language, tokenizer
 
 EXACT = dataclasses.replace(SIZE, dtype="float32")

@@ -14,19 +14,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from keepsight.errors import KeepsightError
-from studies.eye import windows
-from studies.eye.align import Alignment, with_lora
 from studies.eye.drawings.pictures import Pictures
 from studies.eye.language import with_eye, word_embeddings
-from studies.eye.pretrain import Pretraining
-from studies.eye.sizes import Size
-from studies.eye.stages import Stage
+from studies.eye.making import windows
+from studies.eye.making.align import Alignment, with_lora
+from studies.eye.making.pretrain import Pretraining
+from studies.eye.making.stages import Stage
+from studies.eye.sizes import OF_ALIGNING, OF_RESTYLING, Size
 
 EYE = "eye.safetensors"
 """The trained parts: tower, projector, LoRA."""
-
-_OF_ALIGNING = ("align_", "questions", "tower_lr", "top", "lora", "max_gap", "dtype")
-_OF_SECOND = ("second_",)
 
 
 @dataclass
@@ -82,36 +79,22 @@ def make(
     matrices = [name for name, (value, _) in weights.items() if ".blocks." in name and value.ndim == 2]
     spent: dict[str, float] = {}
 
-    def alone(name: str, steps: int, bold: bool, *later: str) -> Stage:
-        own = {key: value for key, value in size.settings().items() if not key.startswith(later)}
-        model.model.visual.requires_grad_(True)
+    def worked(stage: Stage, batch_of: Any, loss_of: Any) -> bool:
+        if not stage.done:
+            stage.run(batch_of, loss_of, stop, on_progress, workers)
+        spent[stage.name] = stage.cpu_seconds
+        return stage.done
+
+    for name, steps, bold, own in (
+        ("pretrain", size.pretrain_steps, False, size.settings(*OF_ALIGNING, *OF_RESTYLING)),
+        ("restyle", size.restyle_steps, True, size.settings(*OF_ALIGNING)),
+    ):
         stage = Stage(name, folder, weights, steps, size.pretrain_lr, own, matrices, size.muon_lr)
-        if not stage.done:
-            stage.run(partial(learner.batch, bold=bold), learner.loss, stop, on_progress, workers)
-        spent[name] = stage.cpu_seconds
-        return stage
-
-    def together(name: str, steps: int, again: bool, *later: str) -> Stage:
-        own = {key: value for key, value in size.settings().items() if not key.startswith(later)}
-        alignment.ready()
-        stage = Stage(name, folder, alignment.parameters(), steps, size.align_lr, own)
-        if not stage.done:
-            stage.run(partial(alignment.batch, again=again), alignment.loss, stop, on_progress, workers)
-        spent[name] = stage.cpu_seconds
-        return stage
-
-    stage = alone("pretrain", size.pretrain_steps, False, *_OF_ALIGNING, *_OF_SECOND)
-    if not stage.done:
-        return Made(stage.name, stage.step, stage.steps, spent, False)
-    alignment = Alignment(model, tokenizer, pictures, size)
-    stage = together("align", size.align_steps, False, *_OF_SECOND)
-    if stage.done and size.second_pretrain_steps:
-        stage = alone("second-pretrain", size.second_pretrain_steps, True, "second_align_")
-        if not stage.done:
+        if not worked(stage, partial(learner.batch, bold=bold), learner.loss):
             return Made(stage.name, stage.step, stage.steps, spent, False)
-    if stage.done and size.second_align_steps:
-        stage = together("second-align", size.second_align_steps, True)
-    done = stage.done
+    alignment = Alignment(model, tokenizer, pictures, size)
+    stage = Stage("align", folder, alignment.parameters(), size.align_steps, size.align_lr, size.settings())
+    done = worked(stage, alignment.batch, alignment.loss)
     about = {"size": json.dumps(size.settings()), "cpu_seconds": json.dumps(spent), "done": json.dumps(done)}
     learnt = {
         name.replace(".base_layer", ""): value.detach().contiguous().cpu()

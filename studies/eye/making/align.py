@@ -11,9 +11,9 @@ from studies.eye import sequences
 from studies.eye.drawings import brush
 from studies.eye.drawings.pictures import Pictures
 from studies.eye.drawings.scenes import Scenes
+from studies.eye.making.stages import generator
 from studies.eye.questions import TASKS, ask, tasks_of
 from studies.eye.sizes import Size
-from studies.eye.stages import generator
 
 _NEAR = 0.3
 """Share of the questions that follow the image at once."""
@@ -41,14 +41,10 @@ class Alignment:
         if size.lora:
             torch.manual_seed(size.seed)
             with_lora(model, size)
-        self.ready()
-
-    def ready(self) -> None:
-        """Freeze all but what learns: LoRA, projector and the top of the tower."""
-        tower = self.model.model.visual
-        for name, value in self.model.named_parameters():
+        tower = model.model.visual
+        for name, value in model.named_parameters():
             value.requires_grad_("lora_" in name)
-        for module in (tower.merger, *tower.blocks[len(tower.blocks) - self.size.top :]):
+        for module in (tower.merger, *tower.blocks[len(tower.blocks) - size.top :]):
             module.requires_grad_(True)
 
     def parameters(self) -> dict[str, tuple[nn.Parameter, float]]:
@@ -59,12 +55,9 @@ class Alignment:
             if value.requires_grad
         }
 
-    def batch(self, step: int, again: bool = False) -> tuple[torch.Tensor, list[list[sequences.Part]], int]:
-        """Images, what is asked about each, and pictures along their side; drawn anew from the step's number.
-
-        `again` draws others than the first time.
-        """
-        size, draws = self.size, generator(self.size.seed, 5 if again else 2, step)
+    def batch(self, step: int) -> tuple[torch.Tensor, list[list[sequences.Part]], int]:
+        """Images, what is asked about each, and pictures along their side; drawn anew from the step's number."""
+        size, draws = self.size, generator(self.size.seed, 2, step)
         often = torch.tensor(size.sides, dtype=torch.float)  # where to look is harder than what it is
         side = size.sides[int(torch.multinomial(often, 1, generator=draws))]
         images, rows = [], []

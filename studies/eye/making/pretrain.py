@@ -11,9 +11,9 @@ from torch import nn
 
 from studies.eye.drawings import brush, restyle
 from studies.eye.drawings.pictures import SIDE, Pictures
+from studies.eye.making.stages import generator
 from studies.eye.questions import place
 from studies.eye.sizes import Size
-from studies.eye.stages import generator
 
 _WRITING = 0.15
 """Share of the cells that hold writing."""
@@ -169,16 +169,12 @@ class Pretraining(nn.Module):
         return drawn, targets
 
     @torch.no_grad()
-    def reads(self, style: str) -> tuple[int, int]:
-        """How many of a style's concepts the tower alone names (of all concepts), and of how many."""
-        found = self.pictures.of(style)
-        drawn = self.pictures.pixels[list(found.values())]
-        papers = torch.zeros(len(drawn), dtype=torch.long)
-        plain = torch.zeros(len(drawn), dtype=torch.bool)
-        cells = brush.draw(drawn, plain, papers, self.size.cell, 0.0, generator(0)).to(self.scale.device)
-        known = self.words[: len(self.pictures.concepts)]
-        best = (F.normalize(self.cells(cells, 1) - self.mean, dim=-1) @ known.T).argmax(-1).cpu()
-        return sum(self.names[name] == int(number) for name, number in zip(found, best, strict=True)), len(found)
+    def scores(self, drawings: list[int], papers: torch.Tensor, vary: float, draws: torch.Generator) -> torch.Tensor:
+        """`[N, concepts]`: how near the average token of each drawing, on its paper, is to every concept."""
+        plain = torch.zeros(len(drawings), dtype=torch.bool)
+        cells = brush.draw(self.pictures.pixels[drawings], plain, papers, self.size.cell, vary, draws)
+        found = F.normalize(self.cells(cells.to(self.scale.device), 1) - self.mean, dim=-1)
+        return (found @ self.words[: len(self.pictures.concepts)].T * self.scale.exp()).cpu()
 
 
 def picture_tokens(tower: Any, images: torch.Tensor, side: int, size: Size) -> torch.Tensor:

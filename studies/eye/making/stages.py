@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from keepsight.errors import KeepsightError
+from studies.eye.making.muon import Muon
 
 _SAVE_EVERY = 120.0
 """Seconds between checkpoints."""
@@ -85,7 +86,7 @@ class Stage:
         ]
         if muon:
             groups = [{"params": [self.parameters[key]], "highest": muon_lr * parameters[key][1]} for key in muon]
-            self.optimizers.append(torch.optim.Muon(groups, lr=muon_lr, weight_decay=_DECAY))
+            self.optimizers.append(Muon(groups, lr=muon_lr, weight_decay=_DECAY))
         self.optimizer_of = {key: self.optimizers[key in muon] for key in self.parameters}
         self.step, self.cpu_seconds, self.losses = 0, 0.0, list[float]()
         self._load()
