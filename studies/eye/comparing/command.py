@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +10,7 @@ import typer
 from keepsight.cli.common.console import quiet, say, with_examples
 from keepsight.cli.common.progress import Progress
 from keepsight.errors import KeepsightError
-from studies.eye.options import RESULTS, WORK, Which, Work, conditions_of, report, size_of
+from studies.eye.options import RESULTS, WORK, Made, Published, Results, Work, conditions_of, opened, report
 
 
 @with_examples(("PVM with the warm-up, trained behind up to 256 tokens", "python -m studies eye methods pvm-warm"))
@@ -20,12 +19,13 @@ def methods_on_eye(
     longest: Annotated[int, typer.Option(help="Tokens of narration in training: from 0 to so many.", min=0)] = 256,
     seed: Annotated[int, typer.Option(help="Of the method's start and its data.")] = 0,
     minutes: Annotated[float, typer.Option(help="Stop after so long, with a checkpoint.", min=0.0)] = 60.0,
-    size: Which = "cpu",
+    size: Made = None,
+    eye: Published = None,
     images: Annotated[int, typer.Option(help="Images of each kind in the test.", min=2)] = 96,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
     work: Work = WORK,
-    results: Annotated[Path, typer.Option(help="Folder of the raw results.")] = RESULTS,
+    results: Results = RESULTS,
 ) -> None:
     """Train one method on the frozen eye, then measure how its reading falls with length. Goes on where it was."""
     quiet()
@@ -34,19 +34,16 @@ def methods_on_eye(
     from studies.eye import lengths, narrations
     from studies.eye.comparing import methods
     from studies.eye.drawings.pictures import pictures
-    from studies.eye.language import language_model
-    from studies.eye.making.make import made_model
 
     if method not in methods.METHODS:
         raise KeepsightError(f"No method is called {method!r}. There are: {', '.join(methods.METHODS)}.")
-    chosen, until = size_of(size), time.monotonic() + 60 * minutes
+    until = time.monotonic() + 60 * minutes
     trial = methods.Trial(method, longest, seed)
     torch.set_num_threads(threads)
     with Progress(trial.name) as show:
-        language, tokenizer = language_model(work / "packages", work)
+        model, tokenizer, chosen, about = opened(work, size, eye)
         told = narrations.read(results / narrations.FILE, tokenizer)
         drawn = pictures(work / "packages", work)
-        model, about = made_model(language, tokenizer, chosen, work / size)
 
         def on_progress(stage: str, step: int, steps: int, loss: float) -> None:
             show(stage, step, steps, f"loss {loss:.2f}")
@@ -58,7 +55,7 @@ def methods_on_eye(
             chosen,
             told[: -methods.HELD_OUT],
             trial,
-            work / size / "methods",
+            work / about["size"] / "methods" / about["sha256"][:12],
             lambda: time.monotonic() > until,
             on_progress,
         )
@@ -76,7 +73,7 @@ def methods_on_eye(
             ("base", "hidden"),
             lambda what, done, of: show(what, done, of),
         )
-    conditions = conditions_of(size, chosen, about, begin, device, threads)
+    conditions = conditions_of(about, begin, device, threads)
     conditions["trial"] = {**vars(trial), "lr": methods.RATES[method], "train_cpu_seconds": round(stage.cpu_seconds, 1)}
     file = results / "methods" / f"{trial.name}.json"
     report(file, {"conditions": conditions, "rows": rows}, lengths.table(rows))

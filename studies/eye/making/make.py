@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,20 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from keepsight.errors import KeepsightError
 from studies.eye.drawings.pictures import Pictures
 from studies.eye.language import with_eye, word_embeddings
 from studies.eye.making import windows
-from studies.eye.making.align import Alignment, with_lora
+from studies.eye.making.align import Alignment
 from studies.eye.making.pretrain import Pretraining
 from studies.eye.making.stages import Stage
+from studies.eye.publishing.eye import write
 from studies.eye.sizes import OF_ALIGNING, OF_RESTYLING, Size
-
-EYE = "eye.safetensors"
-"""The trained parts: tower, projector, LoRA."""
 
 
 @dataclass
@@ -95,34 +89,5 @@ def make(
     alignment = Alignment(model, tokenizer, pictures, size)
     stage = Stage("align", folder, alignment.parameters(), size.align_steps, size.align_lr, size.settings())
     done = worked(stage, alignment.batch, alignment.loss)
-    about = {"size": json.dumps(size.settings()), "cpu_seconds": json.dumps(spent), "done": json.dumps(done)}
-    learnt = {
-        name.replace(".base_layer", ""): value.detach().contiguous().cpu()
-        for name, value in model.named_parameters()
-        if ".visual." in name or "lora_" in name
-    }
-    save_file(learnt, folder / EYE, about)
+    write(model, size, pictures.concepts, spent, done, folder)
     return Made(stage.name, stage.step, stage.steps, spent, done)
-
-
-def made_model(language: Any, tokenizer: Any, size: Size, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The language model with the eye that `make` left in `folder`, LoRA merged, in float32; and what is known of it.
-
-    Raises:
-        KeepsightError: there is no eye yet, or it is of another size.
-    """
-    file = folder / EYE
-    if not file.is_file():
-        raise KeepsightError(f"{file} is not there: no eye has come to stage (b). Go on: python -m studies eye make")
-    model = with_eye(language, tokenizer, size)
-    with safe_open(file, "pt") as opened:
-        about = {key: json.loads(value) for key, value in opened.metadata().items()}
-        if about["size"] != json.loads(json.dumps(size.settings())):
-            raise KeepsightError(f"{file} was made with other settings than this size has now.")
-        learnt = {key: opened.get_tensor(key) for key in list(opened.keys())}
-    wrapped = with_lora(model, size) if size.lora else None
-    report = model.load_state_dict(learnt, strict=False)
-    assert not report.unexpected_keys, report.unexpected_keys
-    if wrapped is not None:
-        model = wrapped.merge_and_unload()
-    return model, about

@@ -20,6 +20,7 @@ class Package:
         licence: SPDX identifier of what is in it.
         use: "language model", or what its pictures may serve for: "train", "test", or "shapes", icons of one colour or
             few from which the tower alone learns.
+        author, source: who is to be named, and where what is in it comes from.
     """
 
     registry: Literal["pypi", "npm"]
@@ -30,6 +31,8 @@ class Package:
     size: int
     licence: str
     use: Literal["language model", "train", "shapes", "test"]
+    author: str
+    source: str
 
     @property
     def style(self) -> str:
@@ -38,9 +41,17 @@ class Package:
 
 
 def _icons(
-    style: str, version: str, sha256: str, size: int, licence: str, use: Literal["train", "shapes", "test"]
+    style: str,
+    version: str,
+    sha256: str,
+    size: int,
+    licence: str,
+    use: Literal["train", "shapes", "test"],
+    author: str,
+    source: str,
 ) -> Package:
-    return Package("npm", f"@iconify-json/{style}", version, f"{style}-{version}.tgz", sha256, size, licence, use)
+    name, file = f"@iconify-json/{style}", f"{style}-{version}.tgz"
+    return Package("npm", name, version, file, sha256, size, licence, use, author, f"https://github.com/{source}")
 
 
 LANGUAGE_MODEL = Package(
@@ -52,6 +63,8 @@ LANGUAGE_MODEL = Package(
     92871040,
     "Apache-2.0",
     "language model",
+    "Hugging Face",
+    "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
 )
 """SmolLM2-135M-Instruct as a GGUF file of four bits (Q4_1), with its tokenizer."""
 
@@ -66,6 +79,8 @@ PICTURES = (
         3102958,
         "Apache-2.0",
         "train",
+        "Google Inc",
+        "googlefonts/noto-emoji",
     ),
     _icons(
         "noto-v1",
@@ -74,6 +89,8 @@ PICTURES = (
         1587591,
         "Apache-2.0",
         "train",
+        "Google Inc",
+        "googlefonts/noto-emoji",
     ),
     _icons(
         "twemoji",
@@ -82,6 +99,8 @@ PICTURES = (
         1555888,
         "CC-BY-4.0",
         "train",
+        "Twitter",
+        "jdecked/twemoji",
     ),
     _icons(
         "fluent-emoji",
@@ -90,6 +109,8 @@ PICTURES = (
         14323330,
         "MIT",
         "train",
+        "Microsoft Corporation",
+        "microsoft/fluentui-emoji",
     ),
     _icons(
         "fluent-emoji-flat",
@@ -98,6 +119,8 @@ PICTURES = (
         1172438,
         "MIT",
         "train",
+        "Microsoft Corporation",
+        "microsoft/fluentui-emoji",
     ),
     _icons(
         "emojione",
@@ -106,6 +129,8 @@ PICTURES = (
         687690,
         "CC-BY-4.0",
         "train",
+        "Emoji One",
+        "EmojiTwo/emojitwo",
     ),
     _icons(
         "fxemoji",
@@ -114,6 +139,8 @@ PICTURES = (
         1034876,
         "Apache-2.0",
         "train",
+        "Mozilla",
+        "mozilla/fxemoji",
     ),
     _icons(
         "streamline-emojis",
@@ -122,6 +149,8 @@ PICTURES = (
         381714,
         "CC-BY-4.0",
         "train",
+        "Streamline",
+        "webalys-hq/streamline-vectors",
     ),
     _icons(
         "fluent-emoji-high-contrast",
@@ -130,6 +159,8 @@ PICTURES = (
         1054969,
         "MIT",
         "shapes",
+        "Microsoft Corporation",
+        "microsoft/fluentui-emoji",
     ),
     _icons(
         "emojione-monotone",
@@ -138,6 +169,8 @@ PICTURES = (
         1094642,
         "CC-BY-4.0",
         "shapes",
+        "Emoji One",
+        "EmojiTwo/emojitwo",
     ),
     _icons(
         "fa6-solid",
@@ -146,6 +179,8 @@ PICTURES = (
         236394,
         "CC-BY-4.0",
         "shapes",
+        "Dave Gandy",
+        "FortAwesome/Font-Awesome",
     ),
     _icons(
         "game-icons",
@@ -154,6 +189,8 @@ PICTURES = (
         2739244,
         "CC-BY-3.0",
         "shapes",
+        "GameIcons",
+        "game-icons/icons",
     ),
     _icons(
         "icon-park",
@@ -162,6 +199,8 @@ PICTURES = (
         338205,
         "Apache-2.0",
         "shapes",
+        "ByteDance",
+        "bytedance/IconPark",
     ),
     _icons(
         "mdi",
@@ -170,6 +209,8 @@ PICTURES = (
         803764,
         "Apache-2.0",
         "shapes",
+        "Pictogrammers",
+        "Templarian/MaterialDesign",
     ),
     _icons(
         "ph",
@@ -178,6 +219,8 @@ PICTURES = (
         945517,
         "MIT",
         "shapes",
+        "Phosphor Icons",
+        "phosphor-icons/core",
     ),
     _icons(
         "tabler",
@@ -186,6 +229,8 @@ PICTURES = (
         338741,
         "MIT",
         "shapes",
+        "Paweł Kuna",
+        "tabler/tabler-icons",
     ),
     _icons(
         "emojione-v1",
@@ -194,6 +239,8 @@ PICTURES = (
         3704153,
         "CC-BY-SA-4.0",
         "test",
+        "Emoji One",
+        "joypixels/emojione-legacy",
     ),
     _icons(
         "openmoji",
@@ -202,6 +249,8 @@ PICTURES = (
         1264633,
         "CC-BY-SA-4.0",
         "test",
+        "OpenMoji",
+        "hfg-gmuend/openmoji",
     ),
 )
 """One name in up to ten drawing styles, and its shape in eight sets of icons. Share-alike sets serve as tests only."""

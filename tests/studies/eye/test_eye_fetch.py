@@ -19,6 +19,7 @@ def package(registry, content, **other):
     if registry == "npm":
         about = {"name": "@icons/some", "version": "2.1.0", "file": "some-2.1.0.tgz"}
     about |= {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "licence": "MIT", "use": "train"}
+    about |= {"author": "Somebody", "source": "https://example.org/some"}
     return Package(registry, **(about | other))
 
 

@@ -13,10 +13,11 @@ from studies.eye.drawings.scenes import Scenes
 from studies.eye.language import text_difference, with_eye
 from studies.eye.making import windows
 from studies.eye.making.align import answers
-from studies.eye.making.make import made_model, make
+from studies.eye.making.make import make
 from studies.eye.making.muon import Muon
 from studies.eye.making.pretrain import Pretraining
 from studies.eye.making.stages import generator
+from studies.eye.publishing.eye import made_model
 from studies.eye.questions import TASKS, Question, ask, tasks_of
 from studies.eye.registries.packages import PICTURES
 from tests.studies.eye.tiny_eye import CONCEPTS, SIZE, drawings, language, tokenizer
@@ -232,8 +233,8 @@ def going_on(folder, steps, size=SIZE):
 def test_a_making_that_was_stopped_comes_to_the_same_eye(tmp_path):
     going_on(tmp_path / "once", 100)
     going_on(tmp_path / "often", 2)
-    once, about = made_model(language(), tokenizer(), SIZE, tmp_path / "once")
-    often, _ = made_model(language(), tokenizer(), SIZE, tmp_path / "often")
+    once, _, about = made_model(language(), tokenizer(), tmp_path / "once", SIZE)
+    often, *_ = made_model(language(), tokenizer(), tmp_path / "often", SIZE)
     assert about["done"] is True
     assert all(torch.equal(one, other) for one, other in zip(once.parameters(), often.parameters(), strict=True))
     fresh = with_eye(language(), tokenizer(), SIZE)
@@ -245,17 +246,17 @@ def test_a_making_that_was_stopped_comes_to_the_same_eye(tmp_path):
 def test_without_a_lora_the_language_model_stays_as_it_was(tmp_path):
     frozen = dataclasses.replace(SIZE, lora=0)
     going_on(tmp_path, 100, frozen)
-    model, _ = made_model(language(), tokenizer(), frozen, tmp_path)
+    model, *_ = made_model(language(), tokenizer(), tmp_path, frozen)
     assert text_difference(model, language(), tokenizer()) == 0.0
     with pytest.raises(KeepsightError, match="other settings"):
         going_on(tmp_path, 1, dataclasses.replace(frozen, align_lr=1.0))
     with pytest.raises(KeepsightError, match="other settings"):
-        made_model(language(), tokenizer(), SIZE, tmp_path)
+        made_model(language(), tokenizer(), tmp_path, SIZE)
 
 
 def test_no_eye_yet_says_what_to_do(tmp_path):
-    with pytest.raises(KeepsightError, match="studies eye make"):
-        made_model(language(), tokenizer(), SIZE, tmp_path)
+    with pytest.raises(KeepsightError, match=r"--eye studies/eye/published/cpu.*studies eye make"):
+        made_model(language(), tokenizer(), tmp_path, SIZE)
 
 
 def test_a_random_eye_does_not_pass(model):
@@ -294,7 +295,7 @@ def test_intervals_hold_their_share_and_stay_within_bounds():
 def test_batches_are_the_same_from_workers(tmp_path):
     for folder, workers in (("here", 0), ("ahead", 2)):
         make(language(), tokenizer(), drawings(), SIZE, tmp_path / folder, lambda: False, workers=workers)
-    here, ahead = (made_model(language(), tokenizer(), SIZE, tmp_path / one)[0] for one in ("here", "ahead"))
+    here, ahead = (made_model(language(), tokenizer(), tmp_path / one, SIZE)[0] for one in ("here", "ahead"))
     assert all(torch.equal(one, other) for one, other in zip(here.parameters(), ahead.parameters(), strict=True))
 
 

@@ -1,0 +1,111 @@
+"""A published eye: what is measured is what is published, and the card says what the files say."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from keepsight.errors import KeepsightError
+from studies.__main__ import app
+from studies.eye import gate
+from studies.eye.making.make import make
+from studies.eye.publishing.eye import EYE, about_eye, made_model
+from studies.eye.publishing.publish import CARD
+from studies.eye.registries.packages import LANGUAGE_MODEL, PICTURES
+from tests.studies.eye.tiny_eye import CONCEPTS, SIZE, drawings, language, tokenizer
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Two makings of the same tiny eye."""
+    folder = tmp_path_factory.mktemp("work")
+    for name in ("tiny", "again"):
+        make(language(), tokenizer(), drawings(), SIZE, folder / name, lambda: False)
+    return folder
+
+
+def command(*words):
+    return CliRunner().invoke(app, ["eye", *map(str, words)], catch_exceptions=False)
+
+
+def published(work, to, *more):
+    done = command("publish", "--work", work, "--size", "tiny", "--to", to, *more)
+    assert done.exit_code == 0, done.output
+    return (to / CARD).read_text()
+
+
+def test_what_is_measured_is_what_is_published(work, tmp_path):
+    published(work, tmp_path / "out")
+    here, _, about = made_model(language(), tokenizer(), work / "tiny", SIZE)
+    there, size, same = made_model(language(), tokenizer(), tmp_path / "out")
+    assert (size, same) == (SIZE, about)
+    assert all(torch.equal(one, other) for one, other in zip(here.parameters(), there.parameters(), strict=True))
+    assert {value.dtype for value in load_file(tmp_path / "out" / EYE).values()} == {torch.bfloat16}
+
+
+def test_the_same_weights_are_the_same_file(work):
+    """An eye is known by its file's sha256; what took other times to make says so, and is another."""
+    make(language(), tokenizer(), drawings(), SIZE, work / "tiny", lambda: False)  # is done, and writes the file again
+    first, again = (load_file(work / name / EYE) for name in ("tiny", "again"))
+    assert all(torch.equal(first[name], again[name]) for name in {*first, *again})
+    before = about_eye(work / "tiny")["sha256"]
+    make(language(), tokenizer(), drawings(), SIZE, work / "tiny", lambda: False)
+    assert about_eye(work / "tiny")["sha256"] == before
+
+
+def test_the_card_says_what_the_files_say(work, tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    text = published(work, tmp_path / "out", "--results", results)
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert {"license", "pipeline_tag", "tags", "language"} <= set(head)
+    for package in (LANGUAGE_MODEL, *PICTURES):
+        assert all(one in text for one in (package.sha256, package.version, package.author, package.source))
+    assert about_eye(work / "tiny")["sha256"] in text
+    assert ", ".join(CONCEPTS) in text
+    assert "Not measured" in text
+
+    model, size, about = made_model(language(), tokenizer(), work / "tiny", SIZE)
+    found = gate.measure(model, tokenizer(), drawings(), size, grids=4)
+    file = results / "tiny.json"
+    file.write_text(json.dumps({"conditions": {"eye": about["sha256"]}, **found}))
+    text = published(work, tmp_path / "out", "--results", results)
+    assert "Not measured" not in text
+    assert "does not hold" in text
+    for row in found["rows"]:
+        assert f"| {row['style']} | {row['image']} | {row['task']} | {row['n']} | " in text
+    file.write_text(json.dumps({"conditions": {"eye": "another"}, **found}))
+    assert "Not measured" in published(work, tmp_path / "out", "--results", results)
+
+
+def test_a_published_eye_is_published_again_in_its_place(work, tmp_path):
+    published(work, tmp_path / "out")
+    before = (tmp_path / "out" / EYE).read_bytes()
+    assert command("publish", "--eye", tmp_path / "out", "--to", tmp_path / "out").exit_code == 0
+    assert (tmp_path / "out" / EYE).read_bytes() == before
+
+
+def test_what_is_no_eye_is_refused(work, tmp_path):
+    with pytest.raises(KeepsightError, match=r"both given"):
+        command("gate", "--eye", work / "tiny", "--size", "cpu")
+    with pytest.raises(KeepsightError, match="no eye yet"):
+        command("gate", "--eye", tmp_path, "--work", work)
+    left = iter([False] * 7)
+    make(language(), tokenizer(), drawings(), SIZE, tmp_path / "half", lambda: next(left, True))
+    with pytest.raises(KeepsightError, match="not done"):
+        command("publish", "--eye", tmp_path / "half")
+    shutil.copytree(work / "tiny", tmp_path / "cut")
+    weights = load_file(tmp_path / "cut" / EYE)
+    about = {"about": json.dumps({key: value for key, value in about_eye(work / "tiny").items() if key != "sha256"})}
+    weights.pop(next(name for name in weights if "merger" in name))
+    save_file(weights, tmp_path / "cut" / EYE, about)
+    with pytest.raises(KeepsightError, match=r"no eye for this language model: .*merger"):
+        made_model(language(), tokenizer(), tmp_path / "cut")
+    save_file(weights, tmp_path / "cut" / EYE)
+    with pytest.raises(KeepsightError, match="what it was made with"):
+        about_eye(tmp_path / "cut")
