@@ -1,4 +1,4 @@
-"""`python -m studies eye fetch|make|gate|narrate|lengths|methods|publish`."""
+"""`python -m studies eye fetch|make|gate|narrate|lengths|language|methods|publish`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from keepsight.cli.common.console import out, quiet, say, with_examples
 from keepsight.cli.common.progress import Progress
-from studies.eye.comparing.command import methods_on_eye
+from studies.eye.comparing.command import language_of_eye, methods_on_eye
 from studies.eye.options import (
     RESULTS,
     WORK,
@@ -186,5 +186,6 @@ def reading_at_lengths(
     report(results / f"lengths-{about['size']}.json", {"conditions": conditions, "rows": rows}, lengths.table(rows))
 
 
+app.command("language")(language_of_eye)
 app.command("methods")(methods_on_eye)
 app.command("publish")(publish_eye)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from studies.eye.drawings.scenes import Scenes
 from studies.eye.gate import STYLE
 from studies.eye.making.align import answers
 from studies.eye.making.stages import generator
-from studies.eye.questions import Question, ask
+from studies.eye.questions import Cell, Question, ask
 from studies.eye.shares import difference, interval
 from studies.eye.sizes import Size
 
@@ -56,6 +57,47 @@ def asked(
     return part
 
 
+@dataclass(frozen=True)
+class Shown:
+    """An image `[1, 3, S, S]` of the test, its cells row by row, `side` of them along a side, and what is asked."""
+
+    image: torch.Tensor
+    cells: list[Cell]
+    side: int
+    question: Question
+
+    @property
+    def names(self) -> list[str]:
+        """Of the things that are drawn in it."""
+        return [cell.name for cell in self.cells if not cell.text]
+
+
+def shown(pictures: Pictures, size: Size, images: int) -> dict[str, list[Shown]]:
+    """The test: unseen grids of seen styles and single pictures of `STYLE`; the same first ones for any number.
+
+    Args:
+        pictures: all drawings.
+        size: of the eye.
+        images: how many of either kind; singles at most one a concept.
+    """
+    found = {}
+    for what, styles, fonts, side in (
+        ("unseen grids", pictures.seen, brush.FONTS, max(number for number in size.sides if number <= 2)),
+        (STYLE, [STYLE], (brush.HELD_OUT_FONT,), 1),
+    ):
+        scenes = Scenes(pictures, styles, fonts, firsts=True)
+        firsts = list(scenes.names) if side == 1 else [None] * images
+        these = []
+        for number, first in enumerate(firsts[:images]):
+            draws = generator(size.seed, 6, side, number)
+            image, cells = scenes.image(side, size.cell, 0.0, draws, first)
+            while all(cell.text for cell in cells):
+                image, cells = scenes.image(side, size.cell, 0.0, draws, first)
+            these.append(Shown(image, cells, side, ask("name", cells, side, draws)))
+        found[what] = these
+    return found
+
+
 @torch.no_grad()
 def measure(
     model: Any,
@@ -82,30 +124,19 @@ def measure(
         Rows of `images`, `condition`, `length`, and `right`: a "1" or "0" for each image, in the same order everywhere.
     """
     longest = max(LENGTHS)
-    side = max(number for number in size.sides if number <= 2)
     rows = []
-    for what, styles, fonts, along in (
-        ("unseen grids", pictures.seen, brush.FONTS, side),
-        (STYLE, [STYLE], (brush.HELD_OUT_FONT,), 1),
-    ):
-        scenes = Scenes(pictures, styles, fonts, firsts=True)
-        firsts = list(scenes.names) if along == 1 else [None] * images
+    for what, these in shown(pictures, size, images).items():
         found: dict[tuple[str, int], str] = {}
-        for number, first in enumerate(firsts[:images]):
-            on_progress(what, number, min(images, len(firsts)))
-            draws = generator(size.seed, 6, along, number)
-            image, cells = scenes.image(along, size.cell, 0.0, draws, first)
-            while not any(not cell.text for cell in cells):
-                image, cells = scenes.image(along, size.cell, 0.0, draws, first)
-            question = ask("name", cells, along, draws)
+        for number, one in enumerate(these):
+            on_progress(what, number, len(these))
             told = narrations[number % len(narrations)]
             keys = [(condition, length) for length in LENGTHS for condition in conditions]
             parts = [
-                asked(question, condition, told[:length], along * size.tokens, tokenizer, model.config)
+                asked(one.question, condition, told[:length], one.side * size.tokens, tokenizer, model.config)
                 for condition, length in keys
             ]
             parts.insert(0, sequences.Part(told[:longest], longest))
-            batch, logits, _ = answers(model, tokenizer, image, [parts], along, size)
+            batch, logits, _ = answers(model, tokenizer, one.image, [parts], one.side, size)
             for key, right in zip(keys, sequences.exact(batch, logits)[0], strict=True):
                 found[key] = found.get(key, "") + str(int(right))
         rows += [

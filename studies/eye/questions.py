@@ -79,7 +79,7 @@ def ask(task: str, cells: list[Cell], side: int, draws: torch.Generator) -> Ques
         number = int(one(numbers(False)))
         text = worded("What is{}?", "What do you see{}?", "Name the thing{}.", "Which thing is drawn{}?")
         here = where(number) or " here"
-        return Question(task, text.format(here), f"{_article(cells[number].name)} {cells[number].name}.")
+        return Question(task, text.format(here), named(cells[number].name))
     if task == "colour":
         number = int(one(list(range(len(cells)))))
         text = worded(
@@ -124,5 +124,6 @@ def ask(task: str, cells: list[Cell], side: int, draws: torch.Generator) -> Ques
     return Question(task, text.format(where(number)), f"It says {cells[number].text}.")
 
 
-def _article(name: str) -> str:
-    return "An" if name[0] in "aeiou" else "A"
+def named(name: str) -> str:
+    """The answer that a thing of this name is seen."""
+    return f"{'An' if name[0] in 'aeiou' else 'A'} {name}."

@@ -53,7 +53,8 @@ def part_two(folder: Path, page: str, raw: str, size: str = "cpu") -> str:
         "dilution or the unfamiliar text, and a LoRA trained behind narrations is the control that is still to come.",
         "",
         "**Not asked yet of this model**: PVM, LoRA and the parallel network at equal lengths "
-        "(studies/eye/comparing/methods.py trains them; tested on a tiny model, not trained on this one), VisMem, hallucination, forgetting.",
+        "(studies/eye/comparing/methods.py trains them; tested on a tiny model, not trained on this one), VisMem, "
+        "hallucination, forgetting.",
         "",
     ]
     return "\n".join(lines)

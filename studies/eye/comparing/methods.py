@@ -26,9 +26,14 @@ from studies.eye.making.stages import Stage, generator
 from studies.eye.questions import ask
 from studies.eye.sizes import Size
 
-METHODS = ("lora", "mlp", "pvm", "pvm-warm")
-"""LoRA of PVM's number of parameters, the parallel network of as many, PVM by plain SFT, and with the warm-up."""
-RATES = {"lora": 1e-3, "mlp": 2e-3, "pvm": 2e-3, "pvm-warm": 2e-3}
+METHODS = {
+    "lora": "a LoRA of PVM's number of parameters on the attention",
+    "sft": "all weights of the language model",
+    "mlp": "the parallel network of as many parameters as PVM",
+    "pvm": "PVM by plain SFT",
+    "pvm-warm": "PVM with the warm-up",
+}
+RATES = {"lora": 1e-3, "sft": 1e-4, "mlp": 2e-3, "pvm": 2e-3, "pvm-warm": 2e-3}
 """Highest learning rates; not tuned yet, so no comparison of methods may rest on them."""
 
 HELD_OUT = 2
@@ -66,18 +71,30 @@ def equipped(model: Any, trial: Trial) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(trial.seed)
+    model.requires_grad_(False)
+    if trial.method == "sft":
+        model.model.language_model.requires_grad_(True)
+        return model
     if trial.method != "lora":
         return get_peft_model(model, PvmConfig(branch="mlp" if trial.method == "mlp" else "memory"))
     found = []
     for config in (PvmConfig(), LoraConfig(r=1, target_modules=_LORA)):
         tried: Any = get_peft_model(model, config)
-        found.append(_learning(tried))
+        found.append(learning(tried))
         model = tried.base_model.unload()
     rank = max(1, round(found[0] / found[1]))
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_LORA))
 
 
-def _learning(model: nn.Module) -> int:
+def bare(model: Any) -> Any:
+    """The language model with its eye that a method was put on, the method in it."""
+    from peft import PeftModel
+
+    return model.base_model.model if isinstance(model, PeftModel) else model
+
+
+def learning(model: nn.Module) -> int:
+    """How many parameters learn."""
     return sum(value.numel() for value in model.parameters() if value.requires_grad)
 
 
@@ -153,13 +170,11 @@ def train(
     Returns:
         The model with the method on it, and the stage: how far it is, and its CPU seconds.
     """
-    model.requires_grad_(False)
     equipped_model = equipped(model, trial)
     lessons = Lessons(tokenizer, pictures, size, narrations, trial, equipped_model.config)
     weights = {name: (value, 1.0) for name, value in equipped_model.named_parameters() if value.requires_grad}
     settings = {**size.settings(), **vars(trial), "lr": RATES[trial.method]}
     stage = Stage(trial.name, folder, weights, trial.steps, RATES[trial.method], settings)
     if not stage.done:
-        inner = equipped_model.base_model.model
-        stage.run(lessons.batch, partial(lessons.loss, inner), stop, on_progress)
+        stage.run(lessons.batch, partial(lessons.loss, bare(equipped_model)), stop, on_progress)
     return equipped_model, stage

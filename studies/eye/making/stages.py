@@ -149,7 +149,8 @@ class Stage:
         """Write weights, Adam's moments and the step, whole or not at all."""
         tensors = {f"weight.{key}": parameter.detach().contiguous() for key, parameter in self.parameters.items()}
         for key, parameter in self.parameters.items():
-            for name, value in self.optimizer_of[key].state.get(parameter, {}).items():
+            state = {} if self.done else self.optimizer_of[key].state.get(parameter, {})  # of no more use then
+            for name, value in state.items():
                 tensors[f"{name}.{key}"] = value.detach().contiguous().float()
         about = {
             "settings": json.dumps(self.settings),

@@ -1,0 +1,100 @@
+"""What is measured of a method on the eye: whether its memory is read, and whether the language stays."""
+
+import pytest
+import torch
+
+from studies.eye import lengths
+from studies.eye.comparing import kept, memories, methods
+from studies.eye.making.align import answers
+from tests.studies.eye.test_eye_methods import EXACT, TOLD, eye
+from tests.studies.eye.tiny_eye import drawings, language, tokenizer
+
+
+def with_pvm(read):
+    """A PVM that is read or (as it begins) silent."""
+    trained = methods.equipped(eye(), methods.Trial("pvm", 16, 0))
+    torch.manual_seed(2)
+    for value in trained.parameters():
+        if value.requires_grad and read:
+            value.data.add_(torch.randn_like(value) * 0.5)
+    return trained.eval()
+
+
+def rows_of(trained, images=6):
+    told = [one * 2 for one in TOLD]
+    return memories.measure(
+        methods.bare(trained), trained.disable_adapter, tokenizer(), drawings(), EXACT, told, images, 256
+    )
+
+
+def test_a_silent_memory_changes_no_answer():
+    rows = rows_of(with_pvm(read=False))
+    said = {(row["images"], row["length"], row["memory"]): row["said"] for row in rows}
+    assert {memory for *_, memory in said} == set(memories.MEMORIES)
+    assert {length for _, length, _ in said} == {0, 256}
+    assert all(texts == said[images, length, "off"] for (images, length, _), texts in said.items())
+
+
+def test_what_a_memory_holds_changes_answers():
+    rows = rows_of(with_pvm(read=True))
+    said = {row["memory"]: row["said"] for row in rows if row["length"] == 0 and row["images"] == "unseen grids"}
+    assert said["own"] != said["off"]
+    assert said["own"] != said["noise"]
+    assert {len(row["right"]) for row in rows} == {len(row["said"]) for row in rows} == {6}
+
+
+def test_off_is_what_the_eye_reads_alone():
+    plain = lengths.measure(eye(), tokenizer(), drawings(), EXACT, [one * 20 for one in TOLD], 6, ("base",))
+    right = {(row["images"], row["length"]): row["right"] for row in plain}
+    for row in rows_of(with_pvm(read=True)):
+        if row["memory"] == "off" and row["length"] == 0:
+            assert row["right"] == right[row["images"], 0]
+
+
+def test_greedy_decoding_along_candidates_is_what_the_model_writes():
+    model, text = methods.bare(with_pvm(read=True)), tokenizer()
+    one = lengths.shown(drawings(), EXACT, 2)["unseen grids"][0]
+    written = []
+    for _ in range(4):  # letter by letter, each behind those before it
+        part = lengths.asked(one.question, "base", [], one.side * EXACT.tokens, text, model.config)
+        asked = part.ids[: part.answer] + written + [0]
+        _, logits, _ = answers(model, text, one.image, [[type(part)(asked, len(asked) - 1)]], one.side, EXACT)
+        written.append(int(logits.argmax(-1)))
+    part = type(part)(part.ids[: part.answer] + written, part.answer)
+    _, logits, targets = answers(model, text, one.image, [[part]], one.side, EXACT)
+    assert memories.greedy([(targets.tolist(), logits.argmax(-1).tolist())]) == written
+    wrong = [*written[:2], written[2] + 1, 5]
+    likeliest = [*written[:3], 7]
+    assert memories.greedy([([9, 9], [written[0], 7]), (wrong, likeliest)]) == written[:3]
+
+
+def test_too_few_images_hold_no_other():
+    with pytest.raises(ValueError, match="ask for more"):
+        memories._other(lengths.shown(drawings(), EXACT, 1)["unseen grids"], 0)
+
+
+def test_the_language_of_a_new_method_is_the_eyes_and_alone_the_original_s():
+    text = tokenizer()
+    alone = [
+        kept.measure(model, text, "", None, EXACT)
+        for model in (language(), eye(), methods.bare(with_pvm(read=False)), methods.bare(with_pvm(read=True)))
+    ]
+    assert all(one == alone[0] for one in alone)  # without an image a memory is silent
+    behind = [
+        kept.measure(model, text, "", drawings(), EXACT)
+        for model in (eye(), methods.bare(with_pvm(read=False)), methods.bare(with_pvm(read=True)))
+    ]
+    assert behind[0] == behind[1]
+    assert behind[0]["nll"] != behind[2]["nll"]
+    assert len(behind[0]["right"]) == len(kept.QUESTIONS)
+    rows = [{**alone[0], "of": kept.EYE}, {**alone[0], "of": "x", "nll": [one + 0.5 for one in alone[0]["nll"]]}]
+    assert "+0.500 [+0.500, +0.500]" in kept.table(rows)[-1]
+
+
+def test_no_image_and_no_method_is_plain_reading():
+    """Against the language model's own loss over the same tokens."""
+    model, text = language(), tokenizer()
+    ids = torch.tensor([text(kept.TEXT.read_text())["input_ids"][: kept.WINDOW]])
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss.item()
+    assert kept.measure(model, text, "", None, EXACT)["nll"][0] == pytest.approx(loss, abs=1e-4)
