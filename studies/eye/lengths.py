@@ -24,6 +24,8 @@ from studies.eye.questions import Cell, Question, ask
 from studies.eye.shares import difference, interval
 from studies.eye.sizes import Size
 
+VALIDATION = "openmoji"
+"""The unseen style by which settings are chosen."""
 LENGTHS = (0, 256, 512, 1024, 2048)
 CONDITIONS = {
     "base": "the narration is seen",
@@ -72,24 +74,26 @@ class Shown:
         return [cell.name for cell in self.cells if not cell.text]
 
 
-def shown(pictures: Pictures, size: Size, images: int) -> dict[str, list[Shown]]:
+def shown(pictures: Pictures, size: Size, images: int, validation: bool = False) -> dict[str, list[Shown]]:
     """The test: unseen grids of seen styles and single pictures of `STYLE`; the same first ones for any number.
 
     Args:
         pictures: all drawings.
         size: of the eye.
         images: how many of either kind; singles at most one a concept.
+        validation: not the test, but other grids, and `VALIDATION` instead of `STYLE`.
     """
     found = {}
+    style, own = (VALIDATION, 10) if validation else (STYLE, 6)
     for what, styles, fonts, side in (
         ("unseen grids", pictures.seen, brush.FONTS, max(number for number in size.sides if number <= 2)),
-        (STYLE, [STYLE], (brush.HELD_OUT_FONT,), 1),
+        (style, [style], (brush.HELD_OUT_FONT,), 1),
     ):
         scenes = Scenes(pictures, styles, fonts, firsts=True)
         firsts = list(scenes.names) if side == 1 else [None] * images
         these = []
         for number, first in enumerate(firsts[:images]):
-            draws = generator(size.seed, 6, side, number)
+            draws = generator(size.seed, own, side, number)
             image, cells = scenes.image(side, size.cell, 0.0, draws, first)
             while all(cell.text for cell in cells):
                 image, cells = scenes.image(side, size.cell, 0.0, draws, first)
@@ -108,15 +112,16 @@ def measure(
     images: int,
     conditions: tuple[str, ...] = tuple(CONDITIONS),
     on_progress: Callable[[str, int, int], Any] = lambda *_: None,
+    validation: bool = False,
 ) -> list[dict[str, Any]]:
-    """Names in unseen grids of seen styles and in single pictures of `STYLE`, one question an image.
+    """Names in unseen grids of seen styles and in single pictures of `STYLE`, one question an image (see `shown`).
 
     Args:
         model, tokenizer: the language model with its eye.
         pictures: all drawings.
         size: of the eye.
         narrations: tokens of each; image number n stands before narration n modulo their number.
-        images: how many of either kind; singles at most one a concept.
+        images, validation: see `shown`.
         conditions: keys of `CONDITIONS`.
         on_progress: called with what is measured, how much of it is done and of how much.
 
@@ -125,7 +130,7 @@ def measure(
     """
     longest = max(LENGTHS)
     rows = []
-    for what, these in shown(pictures, size, images).items():
+    for what, these in shown(pictures, size, images, validation).items():
         found: dict[tuple[str, int], str] = {}
         for number, one in enumerate(these):
             on_progress(what, number, len(these))

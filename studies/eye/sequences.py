@@ -113,7 +113,7 @@ def _positions(ids: list[int], side: int, config: Any) -> torch.Tensor:
     """`[3, T]`: of time, height and width, as Qwen2.5-VL counts them; a framed image lies in a square."""
     offset = torch.arange(side)
     square = torch.stack([torch.zeros(side**2, dtype=torch.long), offset.repeat_interleave(side), offset.repeat(side)])
-    found, at, number = [], 0, 0
+    found, at, number = [torch.zeros(3, 0, dtype=torch.long)], 0, 0  # a narration may be of no tokens at all
     while number < len(ids):
         found.append(torch.full((3, 1), at))
         at, number = at + 1, number + 1

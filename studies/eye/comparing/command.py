@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from keepsight.cli.common.console import quiet, say, with_examples
+from keepsight.cli.common.console import out, quiet, say, with_examples
 from keepsight.cli.common.progress import Progress
 from keepsight.errors import KeepsightError
 from studies.eye.options import RESULTS, WORK, Made, Published, Results, Work, conditions_of, opened, report
 
 
 @with_examples(
+    ("the eye itself, to compare with", "python -m studies eye methods none"),
     ("PVM with the warm-up, trained behind up to 256 tokens", "python -m studies eye methods pvm-warm"),
     ("all weights, at the target length, another seed", "python -m studies eye methods sft --longest 2048 --seed 1"),
+    ("a rate, chosen without the test", "python -m studies eye methods lora --rate 3e-4 --validation --images 32"),
 )
 def methods_on_eye(
-    method: Annotated[str, typer.Argument(help="lora, sft, mlp, pvm or pvm-warm.")],
+    method: Annotated[str, typer.Argument(help="none, lora, sft, mlp, pvm or pvm-warm.")],
     longest: Annotated[int, typer.Option(help="Tokens of narration in training: from 0 to so many.", min=0)] = 256,
     seed: Annotated[int, typer.Option(help="Of the method's start and its data.")] = 0,
+    rate: Annotated[float | None, typer.Option(help="Highest learning rate. Default: the method's own.")] = None,
+    validation: Annotated[
+        bool, typer.Option("--validation", help="To choose settings by: measure on what is neither trained nor tested.")
+    ] = False,
     minutes: Annotated[float, typer.Option(help="Stop training after so long, with a checkpoint.", min=0.0)] = 60.0,
     size: Made = None,
     eye: Published = None,
@@ -35,81 +42,92 @@ def methods_on_eye(
     work: Work = WORK,
     results: Results = RESULTS,
 ) -> None:
-    """Train one method on the frozen eye, then measure it: reading, its memory, the language. Goes on where it was.
+    """Train one method on the frozen eye, then measure the language, reading by length and its memory.
 
-    The raw result is written after each of the three measurements, the quickest first.
+    Goes on where it was, in training and between the three measurements; their raw result is written after each.
     """
     quiet()
     import torch
 
     from studies.eye import lengths, narrations
-    from studies.eye.comparing import kept, memories, methods
+    from studies.eye.comparing import methods
+    from studies.eye.comparing.measure import measure
     from studies.eye.drawings.pictures import pictures
 
-    if method not in methods.METHODS:
-        raise KeepsightError(f"No method is called {method!r}. There are: {', '.join(methods.METHODS)}.")
+    if method not in (methods.NONE, *methods.METHODS):
+        known = ", ".join([methods.NONE, *methods.METHODS])
+        raise KeepsightError(f"No method is called {method!r}. There are: {known}.")
     until = time.monotonic() + 60 * minutes
-    trial = methods.Trial(method, longest, seed)
+    trial = methods.Trial(method, longest, seed, rate=rate, validation=validation)
     torch.set_num_threads(threads)
     with Progress(trial.name) as show:
         model, tokenizer, chosen, about = opened(work, size, eye)
-        told = narrations.read(results / narrations.FILE, tokenizer)
+        told, unheard = trial.narrations(narrations.read(results / narrations.FILE, tokenizer))
         drawn = pictures(work / "packages", work)
+        trained, spent = model.to(device), 0.0
+        if method != methods.NONE:
 
-        def on_progress(stage: str, step: int, steps: int, loss: float) -> None:
-            show(stage, step, steps, f"loss {loss:.2f}")
+            def on_progress(stage: str, step: int, steps: int, loss: float) -> None:
+                show(stage, step, steps, f"loss {loss:.2f}")
 
-        def on_measured(what: str, done: int, of: int) -> None:
-            show(what, done, of)
-
-        trained, stage = methods.train(
-            model.to(device),
-            tokenizer,
-            drawn,
-            chosen,
-            told[: -methods.HELD_OUT],
-            trial,
-            work / about["size"] / "methods" / about["sha256"][:12],
-            lambda: time.monotonic() > until,
-            on_progress,
-        )
-        if not stage.done:
-            say(f"{trial.name}: step {stage.step} of {stage.steps}; the same command goes on")
-            return
-        begin, unheard = time.process_time(), told[-methods.HELD_OUT :]
-        about_trial = {
-            **vars(trial),
-            "lr": methods.RATES[method],
-            "parameters": methods.learning(trained),
-            "train_cpu_seconds": round(stage.cpu_seconds, 1),
-        }
-        reader = methods.bare(trained).eval()
-        found: dict[str, Any] = {}
-
-        def keep(lines: Iterable[str] = ()) -> None:
-            conditions = conditions_of(about, begin, device, threads)
-            file = results / "methods" / f"{trial.name}.json"
-            report(file, {"conditions": {**conditions, "trial": about_trial}, **found}, lines)
-
-        found["language"] = [kept.measure(reader, tokenizer, trial.name, shown, chosen) for shown in (None, drawn)]
-        keep()
-        found["rows"] = lengths.measure(
-            reader, tokenizer, drawn, chosen, unheard, images, ("base", "hidden"), on_measured
-        )
-        keep()
-        if memory_images and method.startswith("pvm"):
-            found["memories"] = memories.measure(
-                reader,
-                trained.disable_adapter,
+            trained, stage = methods.train(
+                trained,
                 tokenizer,
                 drawn,
                 chosen,
-                unheard,
-                memory_images,
-                memory_longest,
-                on_measured,
+                told,
+                trial,
+                work / about["size"] / "methods" / about["sha256"][:12],
+                lambda: time.monotonic() > until,
+                on_progress,
             )
-        keep(lengths.table(found["rows"]))
+            if not stage.done:
+                say(f"{trial.name}: step {stage.step} of {stage.steps}; the same command goes on")
+                return
+            spent = round(stage.cpu_seconds, 1)
+        told_of = {
+            **vars(trial),
+            "lr": trial.lr,
+            "parameters": methods.learning(trained) if method != methods.NONE else 0,
+            "train_cpu_seconds": spent,
+            "images": images,
+            "memory_images": memory_images,
+            "memory_longest": memory_longest,
+        }
+        file = results / "methods" / f"{trial.name}.json"
+        found, seconds = _before(file, told_of, about["sha256"])
+        begin = time.process_time() - seconds
+
+        def keep() -> None:
+            conditions = conditions_of(about, begin, device, threads)
+            report(file, {"conditions": {**conditions, "trial": told_of}, **found}, ())
+
+        measure(
+            trained,
+            tokenizer,
+            drawn,
+            chosen,
+            unheard,
+            trial,
+            found,
+            keep,
+            images,
+            memory_images,
+            memory_longest,
+            lambda what, done, of: show(what, done, of),
+        )
+    for line in lengths.table(found["rows"]):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _before(file: Path, trial: dict[str, Any], eye: str) -> tuple[dict[str, Any], float]:
+    """What this trial's raw result holds already, and the CPU seconds that it took."""
+    if not file.is_file():
+        return {}, 0.0
+    found = json.loads(file.read_text(encoding="utf-8"))
+    conditions = found.pop("conditions")
+    same = conditions["trial"] == json.loads(json.dumps(trial)) and conditions["eye"] == eye
+    return (found, conditions["cpu_seconds"]) if same else ({}, 0.0)
 
 
 @with_examples(("before any method", "python -m studies eye language"))

@@ -26,6 +26,8 @@ from studies.eye.making.stages import Stage, generator
 from studies.eye.questions import ask
 from studies.eye.sizes import Size
 
+NONE = "none"
+"""The eye as it is, measured as the methods are."""
 METHODS = {
     "lora": "a LoRA of PVM's number of parameters on the attention",
     "sft": "all weights of the language model",
@@ -34,10 +36,11 @@ METHODS = {
     "pvm-warm": "PVM with the warm-up",
 }
 RATES = {"lora": 1e-3, "sft": 1e-4, "mlp": 2e-3, "pvm": 2e-3, "pvm-warm": 2e-3}
-"""Highest learning rates; not tuned yet, so no comparison of methods may rest on them."""
+"""Highest learning rates; not tuned yet, so no comparison of methods may rest on them. `Trial.validation` is for it:
+another unseen style, other grids and a narration of its own, so that the test stays unseen."""
 
 HELD_OUT = 2
-"""The last so many narrations serve as a test only."""
+"""The last so many narrations serve as a test only; the one before them as a validation too."""
 
 _LORA = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
 
@@ -51,6 +54,8 @@ class Trial:
         longest: tokens of narration in training: from 0 to so many.
         seed: of the start and of everything drawn.
         steps, images, questions: how much of it; images a step and questions an image.
+        rate: highest learning rate; None: of `RATES`.
+        validation: it is trained to choose settings by: one narration is kept from it, which it is measured on.
     """
 
     method: str
@@ -59,11 +64,24 @@ class Trial:
     steps: int = 120
     images: int = 2
     questions: int = 6
+    rate: float | None = None
+    validation: bool = False
 
     @property
     def name(self) -> str:
-        """Of its checkpoint and its rows."""
-        return f"{self.method}-{self.longest}-{self.seed}"
+        """Of its checkpoint and its raw result."""
+        name = self.method if self.method == NONE else f"{self.method}-{self.longest}-{self.seed}"
+        return name + ("" if self.rate is None else f"-rate-{self.rate:g}") + ("-validation" if self.validation else "")
+
+    @property
+    def lr(self) -> float:
+        """Highest learning rate."""
+        return RATES.get(self.method, 0.0) if self.rate is None else self.rate
+
+    def narrations(self, every: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Of all narrations those to train on, and those to be measured on."""
+        last = len(every) - HELD_OUT
+        return (every[: last - 1], every[last - 1 : last]) if self.validation else (every[:last], every[last:])
 
 
 def equipped(model: Any, trial: Trial) -> Any:
@@ -173,8 +191,8 @@ def train(
     equipped_model = equipped(model, trial)
     lessons = Lessons(tokenizer, pictures, size, narrations, trial, equipped_model.config)
     weights = {name: (value, 1.0) for name, value in equipped_model.named_parameters() if value.requires_grad}
-    settings = {**size.settings(), **vars(trial), "lr": RATES[trial.method]}
-    stage = Stage(trial.name, folder, weights, trial.steps, RATES[trial.method], settings)
+    settings = {**size.settings(), **vars(trial), "lr": trial.lr}
+    stage = Stage(trial.name, folder, weights, trial.steps, trial.lr, settings)
     if not stage.done:
         stage.run(lessons.batch, partial(lessons.loss, bare(equipped_model)), stop, on_progress)
     return equipped_model, stage

@@ -1,13 +1,27 @@
 """What is measured of a method on the eye: whether its memory is read, and whether the language stays."""
 
+import json
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from studies.eye import lengths
+from studies.eye import lengths, narrations
+from studies.eye.command import app
+from studies.eye.comparing import command as commands
 from studies.eye.comparing import kept, memories, methods
+from studies.eye.comparing.measure import measure
 from studies.eye.making.align import answers
 from tests.studies.eye.test_eye_methods import EXACT, TOLD, eye
 from tests.studies.eye.tiny_eye import drawings, language, tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _short_text(monkeypatch, tmp_path):
+    """This tokenizer's tokens are letters; 700 of them are two windows."""
+    text = tmp_path / "text.txt"
+    text.write_text(kept.TEXT.read_text(encoding="utf-8")[:700], encoding="utf-8")
+    monkeypatch.setattr(kept, "TEXT", text)
 
 
 def with_pvm(read):
@@ -98,3 +112,59 @@ def test_no_image_and_no_method_is_plain_reading():
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss.item()
     assert kept.measure(model, text, "", None, EXACT)["nll"][0] == pytest.approx(loss, abs=1e-4)
+
+
+def test_what_is_measured_already_is_kept():
+    trained, kept_times = with_pvm(read=True), []
+    trial, told = methods.Trial("pvm", 16, 0), [one * 20 for one in TOLD]
+    found = {"language": "as it was", "rows": "as they were"}
+    measure(trained, tokenizer(), drawings(), EXACT, told, trial, found, lambda: kept_times.append(1), 2, 6, 0)
+    assert found.keys() == {"language", "rows", "memories"}
+    assert found["rows"] == "as they were"
+    assert len(kept_times) == 1
+    assert {row["length"] for row in found["memories"]} == {0}
+
+
+def test_settings_are_chosen_on_what_is_neither_trained_nor_tested():
+    told = [[number] for number in range(6)]
+    test, validation = methods.Trial("lora", 16, 0), methods.Trial("lora", 16, 0, rate=1e-4, validation=True)
+    assert test.narrations(told) == ([[0], [1], [2], [3]], [[4], [5]])
+    assert validation.narrations(told) == ([[0], [1], [2]], [[3]])
+    assert test.name != validation.name
+    images = [lengths.shown(drawings(), EXACT, 2, other)["unseen grids"][0].image for other in (False, True)]
+    assert not torch.equal(*images)
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    """A folder of raw results with narrations, and the tiny eye as the one that was made."""
+    about = {"size": "tiny", "sha256": "0" * 64, "settings": {}, "done": True, "cpu_seconds": {}}
+    monkeypatch.setattr(commands, "opened", lambda *_: (eye(), tokenizer(), EXACT, about))
+    monkeypatch.setattr("studies.eye.drawings.pictures.pictures", lambda *_: drawings())
+    monkeypatch.setattr("studies.eye.language.language_model", lambda *_: (language(), tokenizer()))
+    turns = [["Go on.", "It was a long way to the sea. " * 10]] * 24
+    (tmp_path / narrations.FILE).write_text(json.dumps({"turns": turns}))
+    return tmp_path
+
+
+def asked(world, *words):
+    done = CliRunner().invoke(app, [*words, "--work", str(world / "work"), "--results", str(world)])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_the_commands_leave_raw_results(world):
+    assert "| SmolLM2 | no |" in asked(world, "language")
+    assert len(json.loads((world / "language-tiny.json").read_text())["rows"]) == 3
+    asked(world, "methods", "none", "--images", "2")
+    file = world / "methods" / "none.json"
+    raw = json.loads(file.read_text())
+    assert {row["condition"] for row in raw["rows"]} == {"base", "hidden", "repeated"}
+    assert raw["conditions"]["trial"]["parameters"] == 0
+    raw["language"] = "what is there is not measured again"
+    file.write_text(json.dumps(raw))
+    asked(world, "methods", "none", "--images", "2")
+    assert json.loads(file.read_text())["language"] == raw["language"]
+    asked(world, "methods", "none", "--images", "3")  # other numbers, another measurement
+    assert json.loads(file.read_text())["language"] != raw["language"]
+    assert "step 0 of 120" in asked(world, "methods", "pvm", "--minutes", "0")

@@ -60,6 +60,16 @@ def test_a_method_learns_and_nothing_else(method, tmp_path):
         assert torch.equal(logits_of(inner), found) == (not method.startswith("pvm"))
 
 
+def test_a_narration_of_no_tokens_is_none():
+    trial = methods.Trial("lora", 0, 0, images=1, questions=1)
+    model = eye()
+    lessons = methods.Lessons(tokenizer(), drawings(), EXACT, TOLD, trial, model.config)
+    images, rows, side, step = lessons.batch(0)
+    with torch.no_grad():
+        alone = sequences.loss(*answers(model, tokenizer(), images, [rows[0][1:]], side, EXACT)[1:])
+        assert torch.equal(lessons.loss(model, (images, rows, side, step)), alone)
+
+
 def test_methods_have_the_same_number_of_parameters():
     found = {
         method: methods.learning(methods.equipped(eye(), methods.Trial(method, 16, 0)))
