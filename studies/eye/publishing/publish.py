@@ -23,7 +23,7 @@ _LICENCES = {
 _USES = {
     "train": "named drawings to learn from",
     "shapes": "shapes for the tower alone",
-    "test": "test only: nothing was learnt from them",
+    "test": "test or validation: no weight was learnt from them",
 }
 
 
@@ -56,13 +56,13 @@ def gate_of(about: dict[str, Any], results: Path) -> dict[str, Any] | None:
     return found if found.get("conditions", {}).get("eye") == about["sha256"] else None
 
 
-def card(about: dict[str, Any], gate: dict[str, Any] | None, weighs: int) -> str:
+def card(about: dict[str, Any], gate: dict[str, Any] | None, weighs: int | None) -> str:
     """The model card.
 
     Args:
         about: what `about_eye` says.
         gate: raw result of its gate; None where it was not measured.
-        weighs: bytes of the eye's file.
+        weighs: bytes of the eye's file; None for the card of the whole model that it was exported into.
     """
     settings, pictures = about["settings"], [one for one in about["packages"] if one["use"] != "language model"]
     language = next(one for one in about["packages"] if one["use"] == "language model")
@@ -72,7 +72,7 @@ def card(about: dict[str, Any], gate: dict[str, Any] | None, weighs: int) -> str
         "---",
         "license: apache-2.0",
         f"base_model: {language['source'].removeprefix('https://huggingface.co/')}",
-        "base_model_relation: adapter",
+        f"base_model_relation: {'finetune' if weighs is None else 'adapter'}",
         "pipeline_tag: image-text-to-text",
         "language:",
         "- en",
@@ -85,7 +85,7 @@ def card(about: dict[str, Any], gate: dict[str, Any] | None, weighs: int) -> str
         "VLM.** It exists so that methods against visual forgetting can be measured on real text on a CPU.",
         "",
         f"- It names {len(about['concepts'])} things and tells paper colours, places in a grid ({grids}), numbers and "
-        "short words. Anything else it was never shown: it will name one of its own words for a photograph.",
+        "short words. Anything else it was never shown; what it says of a photograph means nothing.",
         f"- A picture is {settings['cell']} px square, on paper of one colour; a grid has {settings['cell']} px for "
         "each of its pictures. Other sizes and shapes are nothing that it knows.",
         "- English; questions in the words of its training (studies/eye/questions.py) are answered best.",
@@ -94,21 +94,9 @@ def card(about: dict[str, Any], gate: dict[str, Any] | None, weighs: int) -> str
         "## What it reads",
         *_read(gate),
         "",
-        "## How to load it",
-        "In a clone of keepsight, with this folder as FOLDER:",
+        *_loaded(weighs),
         "",
-        "    pip install gguf==0.19.0 resvg-py==0.5.0",
-        "    python -m studies eye fetch                       # the language model, which is not in this folder",
-        "    python -m studies eye export my-vlm --eye FOLDER  # an ordinary Qwen2.5-VL checkpoint",
-        '    keepsight generate my-vlm -i picture.png -p "What is here?"',
-        "",
-        "docs/eye.md says how pictures are to be given, and how the figures above are measured again.",
-        "",
-        "## The file",
-        f"`{EYE}`: {weighs / 1e6:.1f} MB, bfloat16, with the names of transformers' Qwen2.5-VL and of PEFT's LoRA. "
-        "Its metadata (`about`) holds everything that this card says of its making.",
-        "",
-        f"    sha256 {about['sha256']}",
+        f"Of the eye's file, `{EYE}`: sha256 `{about['sha256']}`.",
         "",
         "## How it was made",
         f"`python -m studies eye make --size {about['size']}`, seed {settings['seed']}, with torch {about['torch']} "
@@ -124,8 +112,8 @@ def card(about: dict[str, Any], gate: dict[str, Any] | None, weighs: int) -> str
         "The words: " + ", ".join(about["concepts"]) + ".",
         "",
         "## Pictures and attribution",
-        "Packages of npm. The drawings were rendered at 64 px, bent, recoloured and put on coloured paper; none of "
-        "them is in this folder.",
+        "Packages of npm. For training the drawings were rendered at 64 px, bent, recoloured and put on coloured "
+        "paper; none of them is part of the weights' file.",
         "",
         "| pictures | licence | used as | package, sha256 |",
         "|---|---|---|---|",
@@ -137,6 +125,30 @@ def card(about: dict[str, Any], gate: dict[str, Any] | None, weighs: int) -> str
         "",
     ]
     return "\n".join(lines)
+
+
+def _loaded(weighs: int | None) -> list[str]:
+    if weighs is None:
+        return [
+            "## How to load it",
+            "An ordinary Qwen2.5-VL checkpoint of transformers, in float32. Crop images to a square; the processor "
+            "brings them to the eye's size.",
+            "",
+            '    keepsight generate FOLDER -i picture.png -p "What is here?"',
+        ]
+    return [
+        "## How to load it",
+        "In a clone of keepsight, with this folder as FOLDER:",
+        "",
+        "    pip install gguf==0.19.0 resvg-py==0.5.0",
+        "    python -m studies eye fetch                       # the language model, which is not in this folder",
+        "    python -m studies eye export my-vlm --eye FOLDER  # an ordinary Qwen2.5-VL checkpoint",
+        '    keepsight generate my-vlm -i picture.png -p "What is here?"',
+        "",
+        "docs/eye.md says how pictures are to be given, and how the figures above are measured again. The file has "
+        f"{weighs / 1e6:.1f} MB, in bfloat16, with the names of transformers' Qwen2.5-VL and of PEFT's LoRA; its "
+        "metadata (`about`) holds everything that this card says of its making.",
+    ]
 
 
 def _named(package: dict[str, Any]) -> str:

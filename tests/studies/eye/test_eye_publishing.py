@@ -7,11 +7,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from keepsight.errors import KeepsightError
 from studies.__main__ import app
-from studies.eye import gate
 from studies.eye.making.make import make
 from studies.eye.publishing.eye import EYE, about_eye, made_model
 from studies.eye.publishing.publish import CARD
@@ -21,8 +21,11 @@ from tests.studies.eye.tiny_eye import CONCEPTS, SIZE, drawings, language, token
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Two makings of the same tiny eye."""
+    """A working folder with what `fetch` leaves, and two makings of the same tiny eye."""
     folder = tmp_path_factory.mktemp("work")
+    language().save_pretrained(folder / "language-model")
+    tokenizer().save_pretrained(folder / "language-model")
+    drawings().save(folder / "pictures.safetensors")
     for name in ("tiny", "again"):
         make(language(), tokenizer(), drawings(), SIZE, folder / name, lambda: False)
     return folder
@@ -70,16 +73,17 @@ def test_the_card_says_what_the_files_say(work, tmp_path):
     assert ", ".join(CONCEPTS) in text
     assert "Not measured" in text
 
-    model, size, about = made_model(language(), tokenizer(), work / "tiny", SIZE)
-    found = gate.measure(model, tokenizer(), drawings(), size, grids=4)
+    done = command("gate", "--eye", tmp_path / "out", "--work", work, "--results", results, "--grids", 4)
+    assert done.exit_code == 0, done.output
     file = results / "tiny.json"
-    file.write_text(json.dumps({"conditions": {"eye": about["sha256"]}, **found}))
+    found = json.loads(file.read_text())
     text = published(work, tmp_path / "out", "--results", results)
     assert "Not measured" not in text
     assert "does not hold" in text
     for row in found["rows"]:
         assert f"| {row['style']} | {row['image']} | {row['task']} | {row['n']} | " in text
-    file.write_text(json.dumps({"conditions": {"eye": "another"}, **found}))
+    found["conditions"]["eye"] = "another"
+    file.write_text(json.dumps(found))
     assert "Not measured" in published(work, tmp_path / "out", "--results", results)
 
 
@@ -88,6 +92,22 @@ def test_a_published_eye_is_published_again_in_its_place(work, tmp_path):
     before = (tmp_path / "out" / EYE).read_bytes()
     assert command("publish", "--eye", tmp_path / "out", "--to", tmp_path / "out").exit_code == 0
     assert (tmp_path / "out" / EYE).read_bytes() == before
+
+
+def test_a_published_eye_is_exported(work, tmp_path):
+    published(work, tmp_path / "out")
+    done = command("export", tmp_path / "vlm", "--eye", tmp_path / "out", "--work", work)
+    assert done.exit_code == 0, done.output
+    found = AutoModelForImageTextToText.from_pretrained(tmp_path / "vlm").state_dict()
+    expected = made_model(language(), tokenizer(), work / "tiny", SIZE)[0].state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    head = yaml.safe_load((tmp_path / "vlm" / CARD).read_text().split("---")[1])
+    assert head["base_model_relation"] == "finetune"
+    with pytest.raises(KeepsightError, match="not empty"):
+        command("export", tmp_path / "vlm", "--eye", tmp_path / "out", "--work", work)
+    with pytest.raises(KeepsightError, match=r"--side 3.*1, 2"):
+        command("export", tmp_path / "other", "--side", 3, "--eye", tmp_path / "out", "--work", work)
 
 
 def test_what_is_no_eye_is_refused(work, tmp_path):
