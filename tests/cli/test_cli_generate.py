@@ -34,6 +34,32 @@ def test_generate_equals_the_library(trained: Trained, image: Path) -> None:
     assert result.stdout.split() == processor.tokenizer.decode(tokens, skip_special_tokens=True).split()
 
 
+def test_what_was_said_stands_between_image_and_prompt(trained: Trained, image: Path, tmp_path: Path) -> None:
+    said = tmp_path / "said.txt"
+    said.write_text("the digit is three\n")
+    words = ["generate", trained[0], "-i", image, "-p", "describe", "--max-new-tokens", 6]
+    result = keepsight_cli(*words, "--said", said)
+    model, processor = keepsight.load(trained[0])
+    turns = [
+        ("user", {"type": "image"}),
+        ("assistant", {"type": "text", "text": "the digit is three"}),
+        ("user", {"type": "text", "text": "describe"}),
+    ]
+    text = processor.apply_chat_template(
+        [{"role": role, "content": [part]} for role, part in turns], add_generation_prompt=True
+    )
+    inputs = processor(text=[text], images=[[draw_digit(3)]], add_special_tokens=False, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert result.stdout.split() == processor.tokenizer.decode(tokens, skip_special_tokens=True).split()
+    assert f"after a prompt of {inputs['input_ids'].shape[1]};" in result.stderr
+    for broken, lesson in ((b" \n", "is empty"), (b"\xff\xfe\xfd", "not UTF-8"), (None, "Expected a text file")):
+        said.unlink() if broken is None else said.write_bytes(broken)
+        assert lesson in message(keepsight_cli(*words, "--said", said))
+    said.write_text(f"an image: {processor.image_token}")
+    assert f"--said {said} holds {processor.image_token}" in message(keepsight_cli(*words, "--said", said))
+    assert "Give one by --image" in message(keepsight_cli("generate", trained[0], "-p", "x", "--said", said))
+
+
 def test_no_memory_gives_the_bases_answer(trained: Trained, tiny_vlm: Path, image: Path) -> None:
     words = ["-i", image, "-p", "describe", "--max-new-tokens", 8]
     with_memory = keepsight_cli("generate", trained[0], *words)

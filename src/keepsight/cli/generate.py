@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +31,10 @@ from keepsight.errors import KeepsightError, KeepsightWarning
         'keepsight generate my-memory -i a.jpg -p "Describe it." --no-memory',
     ),
     (
+        "the question stands behind a long text, which was said since the image",
+        'keepsight generate my-memory -i a.jpg --said story.txt -p "What was on the table?"',
+    ),
+    (
         "a memory and a LoRA together on a model of your choice",
         'keepsight generate Qwen/Qwen3-VL-4B-Instruct -a my-memory -a my-lora -i a.jpg -p "..."',
     ),
@@ -39,6 +44,10 @@ def generate(
     source: Source = BUILT_IN,
     image: Images = None,
     adapter: Adapters = None,
+    said: Annotated[
+        Path | None,
+        typer.Option(help="A text file: what the model has said since the images, in a turn before the prompt."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 256,
     temperature: Annotated[
         float, typer.Option(help="0 always takes the likeliest token; 1 samples as trained.", min=0)
@@ -59,6 +68,7 @@ def generate(
     images = [(path, open_image(path)) for path in image or []]
     if not prompt.strip():
         raise KeepsightError("--prompt is empty; ask something.")
+    between = None if said is None else _read(said, bool(images))
     check_device(device)
 
     from keepsight.checkpoints.load import load_checked
@@ -90,23 +100,39 @@ def generate(
     with Waiting(f"loading {base_name}"):
         model, processor = load_checked(base_name, infos, dtype=dtype, device=device, attn_implementation=attention)
     require_chat_template(processor)
-    _refuse_typed(model, processor, prompt)
+    _refuse_typed(model, processor, "--prompt", prompt)
+    _refuse_typed(model, processor, f"--said {said}", between or "")
     latent = {"return_dict_in_generate": True} if has_latent and show_memory and not no_memory else {}
     with memory_off(model) if no_memory else nullcontext():
-        _answer(model, processor, images, prompt, max_new_tokens, temperature, seed, latent)
+        _answer(model, processor, images, between, prompt, max_new_tokens, temperature, seed, latent)
 
 
-def _refuse_typed(model: Any, processor: Any, prompt: str) -> None:
+def _read(said: Path, pictured: bool) -> str:
+    """The text that stands between image and prompt."""
+    if not pictured:
+        raise KeepsightError("--said is what was said since an image, and there is none. Give one by --image.")
+    try:
+        text = said.read_text(encoding="utf-8-sig").strip()
+    except OSError as error:
+        raise KeepsightError(f"--said {said}: {error.strerror}. Expected a text file.") from error
+    except UnicodeDecodeError as error:
+        raise KeepsightError(f"--said {said}: not UTF-8 text ({error.reason}). Save the file as UTF-8.") from error
+    if not text:
+        raise KeepsightError(f"--said {said} is empty. Leave --said out to ask about the image at once.")
+    return text
+
+
+def _refuse_typed(model: Any, processor: Any, option: str, words: str) -> None:
     """Raise if the words hold a token that is none to this model."""
     from keepsight.data.collate import ConversationCollator
     from keepsight.vismem import VisMemBranch
 
     branch = VisMemBranch.find(model)
     names = () if branch is None else branch.config.token_names
-    typed = next((token for token in (*ConversationCollator(processor).placeholders, *names) if token in prompt), None)
+    typed = next((token for token in (*ConversationCollator(processor).placeholders, *names) if token in words), None)
     if typed is not None:
         raise KeepsightError(
-            f"--prompt holds {typed}, which stands for an image or a memory to this model. Give images by --image; a "
+            f"{option} holds {typed}, which stands for an image or a memory to this model. Give images by --image; a "
             "memory comes by itself. Leave the token out of the words."
         )
 
@@ -115,6 +141,7 @@ def _answer(
     model: Any,
     processor: Any,
     images: list[tuple[str, Any]],
+    said: str | None,
     prompt: str,
     max_new_tokens: int,
     temperature: float,
@@ -125,10 +152,12 @@ def _answer(
 
     from keepsight.data.collate import may_refuse
 
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    shown, asked = [{"type": "image"} for _ in images], {"type": "text", "text": prompt}
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [*shown, asked]}]
+    if said is not None:
+        told = {"role": "assistant", "content": [{"type": "text", "text": said}]}
+        messages = [{"role": "user", "content": shown}, told, {"role": "user", "content": [asked]}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     given = [[picture for _, picture in images]] if images else None
     sizes = ", ".join(f"{path} ({picture.width} x {picture.height} pixels)" for path, picture in images)
     with may_refuse(processor, sizes or "the prompt"):
