@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.eye import gate, lengths
+from studies.eye.comparing.report import section
 from studies.eye.shares import difference
 
 
@@ -50,11 +51,10 @@ def part_two(folder: Path, page: str, raw: str, size: str = "cpu") -> str:
         *lengths.table(far["rows"]),
         *_reading(far["rows"]),
         "In training no text that is seen stood between image and question, only positions; so what base loses may be "
-        "dilution or the unfamiliar text, and a LoRA trained behind narrations is the control that is still to come.",
+        "dilution or the unfamiliar text: LoRA and SFT behind narrations, below, are the control.",
         "",
-        "**Not asked yet of this model**: PVM, LoRA and the parallel network at equal lengths "
-        "(studies/eye/comparing/methods.py trains them; tested on a tiny model, not trained on this one), VisMem, "
-        "hallucination, forgetting.",
+        *section(folder / "eye", size, read["conditions"].get("eye")),
+        "**Not asked of this model**: VisMem, the attention meter.",
         "",
     ]
     return "\n".join(lines)

@@ -155,4 +155,8 @@ def language_of_eye(
     rows = [kept.measure(language.to(device), tokenizer, kept.ORIGINAL, None, chosen)]
     rows += [kept.measure(model, tokenizer, kept.EYE, shown, chosen) for shown in (None, drawn)]
     conditions = conditions_of(about, begin, device, threads)
-    report(results / f"language-{about['size']}.json", {"conditions": conditions, "rows": rows}, kept.table(rows))
+    report(
+        results / f"language-{about['size']}.json",
+        {"conditions": conditions, "rows": rows},
+        kept.table(kept.by_name(rows)),
+    )

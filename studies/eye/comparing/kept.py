@@ -9,18 +9,19 @@ behind an image too.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from keepsight.lab.study.results import interval
 from studies.eye import sequences
 from studies.eye.drawings.pictures import Pictures
 from studies.eye.drawings.scenes import Scenes
 from studies.eye.making.align import answers
 from studies.eye.making.stages import generator
+from studies.eye.shares import Gap, gap
 from studies.eye.sizes import Size
 
 TEXT = Path(__file__).parent / "candle.txt"
@@ -120,20 +121,40 @@ def _behind(
     return list(zip(logits.split(counts), targets.split(counts), strict=True))
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown: perplexity and questions for each row; where there is the eye's, the loss against it."""
-    told = ["| | behind an image | perplexity | nats a token against the eye's | questions |", "|---|---|---|---|---|"]
-    eyes = {row["image"]: row for row in rows if row["of"] == EYE}
-    for row in rows:
-        mean = sum(row["nll"]) / len(row["nll"])
-        against = "" if row["of"] == EYE or row["image"] not in eyes else _against(row, eyes[row["image"]])
-        asked = f"{row['right'].count('1')} of {len(row['right'])}"
-        shown = "yes" if row["image"] else "no"
-        told.append(f"| {row['of']} | {shown} | {math.exp(mean):.1f} | {against} | {asked} |")
+Rows = Mapping[str, Mapping[int, Mapping[bool, dict[str, Any]]]]
+"""Of each name, by seed, what `measure` returned without (False) and with an image."""
+
+
+def against_eye(rows: Rows, name: str, image: bool) -> Gap | None:
+    """Nats a token that the text costs more than with the eye alone; None where either is missing."""
+    nll = {seed: one[image]["nll"] for seed, one in rows[name].items() if image in one}
+    eyes = [one[image]["nll"] for one in rows.get(EYE, {}).values() if image in one]
+    return gap(nll, dict.fromkeys(nll, eyes[0])) if eyes and name != EYE else None
+
+
+def table(rows: Rows) -> list[str]:
+    """Markdown: perplexity and questions, alone and behind an image, each against the eye's where it is there."""
+    told = ["| | text alone | against the eye | questions | behind an image | against the eye | questions |"]
+    told.append("|---|" + "---|" * 6)
+    for name, by_seed in rows.items():
+        cells = []
+        for image in (False, True):
+            found = [one[image] for one in by_seed.values() if image in one]
+            if not found:
+                cells += ["", "", ""]
+                continue
+            against = against_eye(rows, name, image)
+            mean = sum(sum(row["nll"]) / len(row["nll"]) for row in found) / len(found)
+            right = sum(row["right"].count("1") for row in found) / len(found)
+            cells.append(f"{math.exp(mean):.1f}")
+            cells += [against.told("nats", 3) if against else "", f"{right:.3g} of {len(found[0]['right'])}"]
+        told.append(f"| {name} | " + " | ".join(cells) + " |")
     return told
 
 
-def _against(row: dict[str, Any], eye: dict[str, Any]) -> str:
-    """Mean over windows of the difference, and its 95 % interval (Student's t)."""
-    gap = interval([mine - its for mine, its in zip(row["nll"], eye["nll"], strict=True)])
-    return f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+def by_name(rows: list[dict[str, Any]]) -> dict[str, dict[int, dict[bool, dict[str, Any]]]]:
+    """Rows of several models, one seed each, as `table` takes them."""
+    found: dict[str, dict[int, dict[bool, dict[str, Any]]]] = {}
+    for row in rows:
+        found.setdefault(row["of"], {0: {}})[0][row["image"]] = row
+    return found

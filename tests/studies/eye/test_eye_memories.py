@@ -102,7 +102,7 @@ def test_the_language_of_a_new_method_is_the_eyes_and_alone_the_original_s():
     assert behind[0]["nll"] != behind[2]["nll"]
     assert len(behind[0]["right"]) == len(kept.QUESTIONS)
     rows = [{**alone[0], "of": kept.EYE}, {**alone[0], "of": "x", "nll": [one + 0.5 for one in alone[0]["nll"]]}]
-    assert "+0.500 [+0.500, +0.500]" in kept.table(rows)[-1]
+    assert "+0.500 nats [+0.500, +0.500]" in kept.table(kept.by_name(rows))[-1]
 
 
 def test_no_image_and_no_method_is_plain_reading():
@@ -154,7 +154,7 @@ def asked(world, *words):
 
 
 def test_the_commands_leave_raw_results(world):
-    assert "| SmolLM2 | no |" in asked(world, "language")
+    assert "| SmolLM2 | 2" in asked(world, "language")
     assert len(json.loads((world / "language-tiny.json").read_text())["rows"]) == 3
     asked(world, "methods", "none", "--images", "2")
     file = world / "methods" / "none.json"

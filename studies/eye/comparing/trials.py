@@ -1,0 +1,94 @@
+"""The raw results of the methods on one eye, by method, length of training and seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from studies.eye.comparing.methods import METHODS, NONE
+
+TRAINED = (256, 2048)
+"""Longest narrations in training that are asked for: short, and the target."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method trained behind narrations of up to `longest` tokens: its raw results by seed, none if it was not run.
+
+    Missing parts (a measurement that was stopped) are missing seeds.
+    """
+
+    method: str
+    longest: int
+    raw: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """In a sentence."""
+        return "the eye itself" if self.method == NONE else f"{self.method} up to {self.longest:,}"
+
+    @property
+    def label(self) -> str:
+        """In a table, with the number of seeds."""
+        count = 0 if self.method == NONE else len(self.raw)
+        return self.name + (f" ({count} seed{'s' * (count > 1)})" if count else "")
+
+    def right(self, images: str, length: int, condition: str = "base") -> dict[int, str]:
+        """By seed, a "1" or "0" for each image."""
+        return {
+            seed: row["right"]
+            for seed, raw in self.raw.items()
+            for row in raw.get("rows", ())
+            if (row["images"], row["condition"], row["length"]) == (images, condition, length)
+        }
+
+    def memory(self, images: str, memory: str, key: str, length: int | None = None) -> dict[int, list[Any]]:
+        """By seed, what `key` holds for each image under a memory, at each length or at one: `[lengths][images]`."""
+        found: dict[int, list[Any]] = {}
+        for seed, raw in self.raw.items():
+            for row in raw.get("memories", ()):
+                if (row["images"], row["memory"]) == (images, memory) and length in (None, row["length"]):
+                    found.setdefault(seed, []).append(row[key])
+        return found
+
+    def memory_lengths(self) -> list[int]:
+        """At which lengths other memories were tried."""
+        return sorted({row["length"] for raw in self.raw.values() for row in raw.get("memories", ())})
+
+    def language(self) -> dict[int, dict[bool, dict[str, Any]]]:
+        """By seed, without (False) and with an image."""
+        return {
+            seed: {row["image"]: row for row in raw["language"]} for seed, raw in self.raw.items() if "language" in raw
+        }
+
+    def told(self, key: str) -> list[Any]:
+        """What the trials say of themselves, seed by seed."""
+        return [raw["conditions"]["trial"][key] for raw in self.raw.values()]
+
+
+def read(folder: Path, eye: str | None) -> tuple[dict[tuple[str, int], Row], list[str]]:
+    """All rows, those that were not run among them, and the files that are left out, since they are of another eye.
+
+    Trials with a rate of their own, and those that choose settings, are no rows.
+
+    Args:
+        folder: of the raw results.
+        eye: sha256 of the eye that the page is about; None takes all.
+    """
+    found: dict[tuple[str, int], dict[int, Any]] = {(NONE, 0): {}}
+    found |= {(method, longest): {} for longest in TRAINED for method in METHODS}
+    others = []
+    for file in sorted(folder.glob("*.json")):
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        trial = raw["conditions"]["trial"]
+        if trial["rate"] is not None or trial["validation"]:
+            continue
+        if eye is not None and raw["conditions"]["eye"] != eye:
+            others.append(file.name)
+            continue
+        key = (trial["method"], 0 if trial["method"] == NONE else trial["longest"])
+        found.setdefault(key, {})[trial["seed"]] = raw
+    return {key: Row(*key, raw) for key, raw in found.items()}, others

@@ -1,0 +1,144 @@
+"""The methods' part of the report says what planted raw results hold, no more, and names what is missing."""
+
+import json
+
+import pytest
+
+from studies.eye import lengths, shares
+from studies.eye.comparing.report import section
+
+EYE = "a" * 64
+COUNT = 20
+
+
+def bits(share):
+    """The first images right."""
+    return "1" * round(share * COUNT) + "0" * (COUNT - round(share * COUNT))
+
+
+def plant(
+    folder, method, share, seed=0, longest=256, eye=EYE, memories=None, nll=2.0, rate=None, validation=False, rows=True
+):
+    trial = {"method": method, "seed": seed, "longest": longest, "rate": rate, "validation": validation}
+    trial |= {"parameters": 3_000_000, "train_cpu_seconds": 600.0}
+    raw = {"conditions": {"eye": eye, "trial": trial}}
+    raw["language"] = [{"of": "x", "image": image, "nll": [nll, nll + 1], "right": "110"} for image in (False, True)]
+    kinds = ("unseen grids", "emojione-v1")
+    if rows:
+        raw["rows"] = [
+            {
+                "images": what,
+                "condition": condition,
+                "length": length,
+                "right": bits(share if condition == "base" else 1),
+            }
+            for what in kinds
+            for condition in ("base", "hidden")
+            for length in lengths.LENGTHS
+        ]
+    if memories:
+        raw["memories"] = [
+            {"images": what, "memory": memory, "length": length, "right": right, "follows": follows, "said": said}
+            for what in kinds
+            for memory, (right, follows, said) in memories.items()
+            for length in (0, 1024)
+        ]
+    name = f"{method}-{longest}-{seed}-{eye[0]}{rate or ''}{validation}.json"
+    (folder / "methods").mkdir(exist_ok=True)
+    (folder / "methods" / name).write_text(json.dumps(raw))
+
+
+READ = {
+    "own": ("1" * 15 + "0" * 5, "0" * 20, ["A cat."] * 10 + ["A dog"] * 10),
+    "other": ("0" * 20, "1" * 20, ["A fish."] * 20),
+    "noise": ("0" * 20, "0" * 20, ["A dog"] * 20),
+    "off": ("0" * 20, "0" * 20, ["A dog"] * 20),
+}
+"""A look-up: of 15 right answers 10 differ from those without it, of 5 wrong ones none, of 20 misled ones all."""
+
+
+def answer(lines, question):
+    (found,) = [line for line in lines if line.startswith(f"- **{question}")]
+    return found
+
+
+def test_nothing_run_is_told_and_nothing_else(tmp_path):
+    lines = section(tmp_path, "cpu", EYE)
+    assert all("*not run*" in line for line in lines if line.startswith("- **"))
+    assert not any(line.startswith("|") for line in lines)
+    (missing,) = [line for line in lines if line.startswith("Not run:")]
+    assert "sft up to 2,048" in missing
+
+
+def test_planted_differences_are_found(tmp_path):
+    plant(tmp_path, "none", 0.25)
+    for seed in range(3):
+        plant(tmp_path, "lora", 0.5 + 0.05 * seed, seed)
+        plant(tmp_path, "pvm-warm", 0.9, seed, memories=READ, nll=2.5)
+    plant(tmp_path, "pvm", 0.3, memories=dict.fromkeys(READ, READ["off"]))
+    lines = section(tmp_path, "cpu", EYE)
+    text = "\n".join(lines)
+    assert "| lora up to 256 (3 seeds) | 55 %" in text
+    assert "| the eye itself, hidden | 100 %" in text
+    assert "| 3.0 M | 10.0 |" in text
+    formed = answer(lines, "With a pretrained language model")
+    assert "pvm up to 256 *not shown*, +0.0 points [+0.0, +0.0] (one seed); *not run*: pvm up to 2,048." in formed
+    assert "pvm-warm up to 256 *yes*, +75.0 points" in answer(lines, "And with the warm-up?")
+    better = answer(lines, "Does PVM with the warm-up read better than lora?")
+    assert "*yes*, +35.0 points [" in better
+    assert "(3 seeds)" in better
+    assert "*not run*." in answer(lines, "Does PVM with the warm-up read better than sft?")
+    assert "lora up to 256 *yes*, +30.0 points" in answer(lines, "Was it the unfamiliar text")
+    named = answer(lines, "Does another image's memory")
+    assert "pvm up to 256 *not shown*, +0.0" in named
+    assert "pvm-warm up to 256 *yes*, +100.0" in named
+    notice = answer(lines, "Could a check")
+    assert "pvm-warm up to 256 of the right 67 % of 180, of the wrong 0 % of 60, of the misled 100 % of 240" in notice
+    assert "pvm up to 256 of the right none, of the wrong 0 % of 80, of the misled none" in notice
+    stays = answer(lines, "Does the language stay?")
+    assert "lora up to 256 *no loss shown*, +0.000 nats" in stays
+    assert "pvm-warm up to 256 *no*, +0.500 nats [+0.500, +0.500] (3 seeds) and +0.500" in stays
+    named = [line for line in lines if line.startswith("| pvm-warm up to 256 (3 seeds) | other |")]
+    assert [line.endswith("| 100.0 % |") for line in named] == [True, True]
+
+
+def test_what_is_of_another_eye_or_chooses_settings_is_left_out(tmp_path):
+    plant(tmp_path, "lora", 0.5, eye="b" * 64)
+    plant(tmp_path, "sft", 0.5, rate=1e-3)
+    plant(tmp_path, "mlp", 0.5, validation=True)
+    lines = section(tmp_path, "cpu", EYE)
+    assert not any(line.startswith("|") for line in lines)
+    assert "Left out, since they are of another eye: lora-256-0-bFalse.json." in lines
+    assert any(line.startswith("| lora up to 256 (1 seed) |") for line in section(tmp_path, "cpu", "b" * 64))
+
+
+def test_a_measurement_that_was_stopped_is_not_run(tmp_path):
+    plant(tmp_path, "none", 0.25)
+    plant(tmp_path, "pvm-warm", 0.9, rows=False)
+    lines = section(tmp_path, "cpu", EYE)
+    assert "*not run*." in answer(lines, "And with the warm-up?")
+    assert "*no loss shown*" in answer(lines, "Does the language stay?")
+
+
+def test_the_languages_own_raw_result_is_what_methods_are_held_against(tmp_path):
+    plant(tmp_path, "sft", 0.5, nll=3.0)
+    rows = [
+        {"of": of, "image": image, "nll": [nll, nll + 1], "right": "111"}
+        for of, image, nll in (("SmolLM2", False, 1.0), ("the eye", False, 1.5), ("the eye", True, 1.0))
+    ]
+    (tmp_path / "language-cpu.json").write_text(json.dumps({"rows": rows}))
+    lines = section(tmp_path, "cpu", EYE)
+    assert any(line.startswith("| SmolLM2 | 4.5 | -0.500 nats") for line in lines)
+    assert "+1.500 nats [+1.500, +1.500] (one seed) and +2.000" in answer(lines, "Does the language stay?")
+
+
+def test_a_gap_takes_the_wider_interval():
+    same_images = shares.gap({0: [1.0, 1.0], 1: [3.0, 3.0]}, {0: [0.0, 0.0], 1: [0.0, 0.0]})
+    assert (same_images.mean, same_images.seeds) == (2.0, 2)
+    assert same_images.high - same_images.mean == pytest.approx(12.7062, abs=1e-3)  # t of one degree of freedom
+    same_seeds = shares.gap({0: [1.0, 3.0], 1: [1.0, 3.0]}, {0: [0.0, 0.0], 1: [0.0, 0.0]})
+    assert same_seeds.high == pytest.approx(same_images.high)
+    assert shares.gap({0: [1.0]}, {1: [1.0]}) is None
+    longer = shares.gap({0: [1.0, 3.0, 99.0]}, {0: [0.0, 0.0]})
+    assert (longer.mean, longer.seeds) == (2.0, 1)
+    assert shares.share({0: "1100", 1: "1110"}).startswith("62 % [")
