@@ -40,7 +40,7 @@ class Size:
     depth: int = 6
     heads: int = 6
     sides: tuple[int, ...] = (1, 2)
-    pretrain_steps: int = 2000
+    pretrain_steps: int = 2400
     restyle_steps: int = 4500
     pretrain_batch: int = 64
     pretrain_lr: float = 1e-3

@@ -92,9 +92,9 @@ class Pretraining(nn.Module):
         size, draws = self.size, generator(self.size.seed, 4 if bold else 1, step)
         side = size.sides[step % len(size.sides)]
         count = size.pretrain_batch // side**2 * side**2
-        drawn, targets = self.sample(count, draws)
-        # from the easy to the varied, or it begins with colours alone
+        # from the names alone, drawn plainly, to all that is drawn, and varied: else it learns colours and nothing more
         vary = 1.0 if bold else min(1.0, 2 * step / size.pretrain_steps)
+        drawn, targets = self.sample(count, draws, vary)
         if bold:
             drawn = restyle.restyled(drawn, targets["ink"], draws)
         cells = brush.draw(drawn, targets["ink"], targets["colour"], size.cell, vary, draws)
@@ -130,8 +130,13 @@ class Pretraining(nn.Module):
                 total = total + 0.3 * F.cross_entropy(logits, targets[name], ignore_index=-1)
         return total
 
-    def sample(self, count: int, draws: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Drawings `[count, 64, 64, 4]` and what they are: -1 where a head has nothing to say."""
+    def sample(
+        self, count: int, draws: torch.Generator, vary: float = 1.0
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Drawings `[count, 64, 64, 4]` and what they are: -1 where a head has nothing to say.
+
+        `vary` is how much of the other things and of the icons is among them: from none (0) to their share (1).
+        """
 
         def whole(below: int) -> int:
             return int(torch.randint(below, (1,), generator=draws))
@@ -142,8 +147,8 @@ class Pretraining(nn.Module):
         targets["colour"] = torch.randint(len(brush.COLOURS), (count,), generator=draws)
         targets["colour"][torch.rand(count, generator=draws) < _WHITE] = 0
         targets["ink"] = torch.rand(count, generator=draws) < _WRITING
-        other = torch.rand(count, generator=draws) < self.size.others
-        icon = torch.rand(count, generator=draws) < _SHAPES
+        other = torch.rand(count, generator=draws) < self.size.others * vary
+        icon = torch.rand(count, generator=draws) < _SHAPES * vary
         for at in range(count):
             if targets["ink"][at]:
                 targets["style"][at] = len(self.styles)

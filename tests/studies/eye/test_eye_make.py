@@ -8,7 +8,7 @@ import torch
 from keepsight.errors import KeepsightError
 from studies.eye import gate, lengths, sequences, shares
 from studies.eye.drawings import brush, choose
-from studies.eye.drawings.pictures import Pictures
+from studies.eye.drawings.pictures import SIDE, Pictures
 from studies.eye.drawings.scenes import Scenes
 from studies.eye.language import text_difference, with_eye
 from studies.eye.making import windows
@@ -19,7 +19,6 @@ from studies.eye.making.pretrain import Pretraining
 from studies.eye.making.stages import generator
 from studies.eye.publishing.eye import made_model
 from studies.eye.questions import TASKS, Question, ask, tasks_of
-from studies.eye.registries.packages import PICTURES
 from tests.studies.eye.tiny_eye import CONCEPTS, SIZE, drawings, language, tokenizer
 
 EXACT = dataclasses.replace(SIZE, dtype="float32")
@@ -179,23 +178,21 @@ def test_icons_are_for_the_tower_alone(model):
     assert contrast.min() > 0.39
 
 
-def test_words_are_kept_that_are_told_from_each_other():
-    """Three words that two styles tell well, one that is taken for another, one that is told in one style of two."""
-    told = 4 * torch.eye(5)
-    taken, half = told.clone(), told.clone()
-    taken[3, 1] = half[3, 1] = 9.0
-    half[4] = 0.0
-    words, shares = choose.choose(torch.cat([taken, half]), torch.arange(5).repeat(2), kept=3)
-    assert words == [0, 1, 2]
-    assert shares[words].tolist() == [1.0, 1.0, 1.0]
-
-
-def test_the_styles_that_choose_words_are_those_of_training():
-    """Every training style is left out once, with all of its hand, and no test style is read."""
-    of = {use: {package.style for package in PICTURES if package.use == use} for use in ("train", "shapes", "test")}
-    left_out = [style for half in choose.HALVES for style in half]
-    assert len(left_out) == len(set(left_out))
-    assert of["train"] <= set(left_out) <= of["train"] | of["shapes"]
+def test_words_are_kept_whose_drawings_are_alike():
+    """Three words drawn alike in every style, three drawn at random: the first are chosen."""
+    draws = torch.Generator().manual_seed(0)
+    styles, alike, random = ["a", "b", "c", "d"], ["bell", "cat", "dog"], ["ant", "bee", "cow"]
+    of = [(name, style) for name in [*alike, *random] for style in styles]
+    pixels = torch.full((len(of), SIDE, SIDE, 4), 255, dtype=torch.uint8)
+    for number, (name, _) in enumerate(of):
+        if name in alike:
+            begin = 8 + 16 * alike.index(name)
+            pixels[number, begin : begin + 12, 10:50, :3] = 0
+        else:
+            pixels[number, ..., :3] = torch.randint(256, (SIDE, SIDE, 3), generator=draws, dtype=torch.uint8)
+    names, styles = [name for name, _ in of], [style for _, style in of]
+    pictures = Pictures(pixels, names, styles, [True] * len(of), [*alike, *random], [])
+    assert choose.choose(pictures, [*alike, *random], kept=3) == (alike, 1.0)
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (8, 8)])
@@ -210,6 +207,20 @@ def test_muon_steps_as_torchs_does(shape):
             stepper.step()
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)  # torch's iterates in bfloat16
     assert (ours - 1).abs().max() > 1e-2
+
+
+def test_the_tower_begins_with_the_names_alone(model):
+    """Other things and icons come in with the variation, up to their shares."""
+    icons = dataclasses.replace(drawings(), shapes=["flat"])
+    names = [*CONCEPTS, "other-thing"]
+    phrases = lambda said: torch.randn(len(said), 64)  # noqa: E731
+    learner = Pretraining(model.model.visual, icons, torch.randn(7, 64), names, EXACT, phrases)
+
+    def strange(vary):
+        _, targets = learner.sample(200, generator(0), vary)
+        return int((((targets["style"] < 0) | (targets["name"] == 6)) & ~targets["ink"]).sum())
+
+    assert strange(0.0) == 0 < strange(0.4) < strange(1.0)
 
 
 def test_drawings_survive_their_file(tmp_path):
