@@ -40,6 +40,7 @@ def publish_eye(
     ("of the eye that `make` left", "python -m studies eye export my-vlm"),
     ("of a published one", "python -m studies eye export my-vlm --eye studies/eye/published/cpu"),
     ("for grids of 2 x 2 pictures", "python -m studies eye export my-vlm --side 2"),
+    ("with a memory that `methods` has trained", "python -m studies eye export my-vlm --method pvm-warm-256-0"),
 )
 def export_eye(
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
@@ -49,6 +50,9 @@ def export_eye(
     pictures: Annotated[
         int, typer.Option(help="So many examples in FOLDER/pictures; 0 for none, which needs no drawings.", min=0)
     ] = 8,
+    method: Annotated[
+        str | None, typer.Option(help="A training of `methods` by its name, to be written into FOLDER/NAME as well.")
+    ] = None,
     size: Made = None,
     eye: Published = None,
     work: Work = WORK,
@@ -63,7 +67,7 @@ def export_eye(
     from studies.eye import narrations
     from studies.eye.drawings.pictures import pictures as drawings
     from studies.eye.publishing import examples
-    from studies.eye.publishing.export import export
+    from studies.eye.publishing.export import export, export_method, trial_of
     from studies.eye.publishing.publish import CARD, card, gate_of
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -72,10 +76,15 @@ def export_eye(
     if side not in own.sides:
         known = ", ".join(map(str, own.sides))
         raise KeepsightError(f"--side {side}: this eye has seen images of so many pictures along a side: {known}.")
+    trained = work / about["size"] / "methods" / about["sha256"][:12] / f"{method}.safetensors"
+    if method is not None:
+        trial_of(trained)  # what is wrong with it is told before half a gigabyte is written
     export(model, tokenizer, own, side, folder)
     (folder / CARD).write_text(card(about, gate_of(about, results), None), encoding="utf-8")
     if pictures:
         drawn, told = drawings(work / "packages", work), results / narrations.FILE
         examples.write(drawn, about["packages"], told, own, side, folder / "pictures", pictures)
-    say(f'keepsight generate {folder} -i PICTURE -p "What is here?"')
+    if method is not None:
+        export_method(model, trained, folder, folder / method)
+    say(f'keepsight generate {folder / (method or "")} -i PICTURE -p "What is here?"')
     out.print(str(folder), highlight=False, markup=False, soft_wrap=True)

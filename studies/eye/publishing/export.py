@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
+from keepsight.errors import KeepsightError
 from keepsight.modes import readable
+from studies.eye.comparing.methods import Trial, equipped
 from studies.eye.language import SPECIAL
 from studies.eye.sizes import Size
 
@@ -52,6 +58,45 @@ def export(model: Any, tokenizer: Any, size: Size, side: int, folder: Path) -> N
     )
     model.save_pretrained(folder)
     processor_of(tokenizer, size, side).save_pretrained(folder)
+    readable(folder.glob("*.safetensors"))
+
+
+def trial_of(file: Path) -> Trial:
+    """What was trained into this checkpoint of `python -m studies eye methods`.
+
+    Raises:
+        KeepsightError: there is no such training, it is not done, or it made no adapter.
+    """
+    if not file.is_file():
+        there = ", ".join(sorted(path.stem for path in file.parent.glob("*.safetensors"))) or "none"
+        raise KeepsightError(f"--method {file.stem}: no training of this eye is called so. There are: {there}.")
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    settings = json.loads(about["settings"])
+    trial = Trial(**{field.name: settings[field.name] for field in dataclasses.fields(Trial)})
+    if int(about["step"]) < trial.steps:
+        raise KeepsightError(f"--method {file.stem} is at step {about['step']} of {trial.steps}: let it be trained.")
+    if trial.method == "sft":
+        raise KeepsightError(f"--method {file.stem} trained the model's own weights, so it is no adapter.")
+    return trial
+
+
+def export_method(model: Any, file: Path, base: Path, folder: Path) -> None:
+    """Write what `python -m studies eye methods` trained as an adapter of PEFT, for the exported model.
+
+    Args:
+        model: the language model with its eye; the method is put on it.
+        file: the training's checkpoint (`trial_of`).
+        base: folder of the exported model, which the adapter names.
+        folder: of the adapter.
+    """
+    trained = equipped(model, trial_of(file))
+    with safe_open(file, "pt") as opened:
+        for name, value in trained.named_parameters():
+            if value.requires_grad:
+                value.data.copy_(opened.get_tensor(f"weight.{name}"))
+    trained.active_peft_config.base_model_name_or_path = str(base.resolve())
+    trained.save_pretrained(folder)
     readable(folder.glob("*.safetensors"))
 
 

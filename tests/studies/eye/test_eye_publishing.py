@@ -6,15 +6,23 @@ import shutil
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
+import keepsight
 from keepsight.errors import KeepsightError
 from studies.__main__ import app
+from studies.eye import lengths, sequences
+from studies.eye.comparing import methods
+from studies.eye.drawings import brush
+from studies.eye.drawings.scenes import Scenes
 from studies.eye.making.make import make
+from studies.eye.making.stages import generator
 from studies.eye.publishing.eye import EYE, about_eye, made_model
 from studies.eye.publishing.publish import CARD
+from studies.eye.questions import Question
 from studies.eye.registries.packages import LANGUAGE_MODEL, PICTURES
 from tests.studies.eye.tiny_eye import CONCEPTS, SIZE, drawings, language, tokenizer
 
@@ -108,6 +116,45 @@ def test_a_published_eye_is_exported(work, tmp_path):
         command("export", tmp_path / "vlm", "--eye", tmp_path / "out", "--work", work)
     with pytest.raises(KeepsightError, match=r"--side 3.*1, 2"):
         command("export", tmp_path / "other", "--side", 3, "--eye", tmp_path / "out", "--work", work)
+
+
+@torch.no_grad()
+def test_a_trained_method_is_exported_with_the_eye(work, tmp_path):
+    """The memory that was trained behind narrations in the studies' sequences gives the same logits in a chat."""
+    about = about_eye(work / "tiny")
+    trial = methods.Trial("pvm-warm", 16, 0, steps=6, images=1, questions=2, rate=0.1)
+    heard = sequences.narration("It was a long way to the sea.", tokenizer())
+    model, *_ = made_model(language(), tokenizer(), work / "tiny")
+    folder = work / "tiny" / "methods" / about["sha256"][:12]
+    with torch.enable_grad():
+        trained, _ = methods.train(model, tokenizer(), drawings(), SIZE, [heard.ids] * 3, trial, folder)
+    words = ["export", tmp_path / "vlm", "--size", "tiny", "--work", work]
+    with pytest.raises(KeepsightError, match=f"There are: {trial.name}"):
+        command(*words, "--method", "pvm-9-9")
+    assert not (tmp_path / "vlm").exists()
+    assert command(*words, "--method", trial.name).exit_code == 0
+
+    loaded, processor = keepsight.load(tmp_path / "vlm" / trial.name)
+    image = (255 * Scenes(drawings(), ["round"]).image(1, SIZE.cell, 0.0, generator(5))[0]).round()
+    picture = Image.fromarray(image[0].byte().permute(1, 2, 0).numpy())
+    said = [{"type": "text", "text": "It was a long way to the sea."}]
+    words = [{"type": "text", "text": "What is here?"}]
+    turns = [("user", [{"type": "image", "image": picture}]), ("assistant", said), ("user", words)]
+    asked = processor.apply_chat_template(
+        [{"role": role, "content": content} for role, content in turns],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    found = loaded(**asked).logits[0, -1]
+    pixels, grids = brush.patches(image / 255, SIZE.patch, SIZE.merge)
+    part = lengths.asked(Question("name", "What is here?", "A."), "base", heard.ids, 3, tokenizer(), model.config)
+    batch = sequences.lay_out([[heard, part]], 3, model, tokenizer())
+    expected = sequences.answers(methods.bare(trained).eval(), batch, pixels, grids)[0][0]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    with keepsight.memory_off(loaded):
+        assert (loaded(**asked).logits[0, -1] - found).abs().max() > 1e-2
 
 
 def test_what_is_no_eye_is_refused(work, tmp_path):
