@@ -36,8 +36,8 @@ METHODS = {
     "pvm-warm": "PVM with the warm-up",
 }
 RATES = {"lora": 1e-3, "sft": 1e-4, "mlp": 2e-3, "pvm": 2e-3, "pvm-warm": 2e-3}
-"""Highest learning rates; not tuned yet, so no comparison of methods may rest on them. `Trial.validation` is for it:
-another unseen style, other grids and a narration of its own, so that the test stays unseen."""
+"""Highest learning rates. They may be chosen by trials for `validation` alone: another unseen style, other grids and a
+narration of its own, so that the test stays unseen; the report says which were tried."""
 
 HELD_OUT = 2
 """The last so many narrations serve as a test only; the one before them as a validation too."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from studies.eye.comparing.methods import METHODS, NONE
 
+GRIDS = "unseen grids"
 TRAINED = (256, 2048)
 """Longest narrations in training that are asked for: short, and the target."""
 
@@ -69,7 +70,11 @@ class Row:
         return [raw["conditions"]["trial"][key] for raw in self.raw.values()]
 
 
-def read(folder: Path, eye: str | None) -> tuple[dict[tuple[str, int], Row], list[str]]:
+Rows = Mapping[tuple[str, int], Row]
+"""By method and longest narration in training."""
+
+
+def read(folder: Path, eye: str | None) -> tuple[Rows, list[str]]:
     """All rows, those that were not run among them, and the files that are left out, since they are of another eye.
 
     Trials with a rate of their own, and those that choose settings, are no rows.
@@ -81,14 +86,32 @@ def read(folder: Path, eye: str | None) -> tuple[dict[tuple[str, int], Row], lis
     found: dict[tuple[str, int], dict[int, Any]] = {(NONE, 0): {}}
     found |= {(method, longest): {} for longest in TRAINED for method in METHODS}
     others = []
-    for file in sorted(folder.glob("*.json")):
-        raw = json.loads(file.read_text(encoding="utf-8"))
+    for name, raw in _all(folder):
         trial = raw["conditions"]["trial"]
         if trial["rate"] is not None or trial["validation"]:
             continue
         if eye is not None and raw["conditions"]["eye"] != eye:
-            others.append(file.name)
+            others.append(name)
             continue
         key = (trial["method"], 0 if trial["method"] == NONE else trial["longest"])
         found.setdefault(key, {})[trial["seed"]] = raw
     return {key: Row(*key, raw) for key, raw in found.items()}, others
+
+
+def rates(folder: Path, eye: str | None) -> dict[str, dict[float, float]]:
+    """Of each method, by learning rate, the share of names right on validation: over seeds, images and lengths."""
+    found: dict[str, dict[float, list[str]]] = {}
+    for _, raw in _all(folder):
+        trial = raw["conditions"]["trial"]
+        if trial["validation"] and (eye is None or raw["conditions"]["eye"] == eye):
+            name = Row(trial["method"], trial["longest"]).name
+            right = [row["right"] for row in raw.get("rows", ()) if row["condition"] == "base"]
+            found.setdefault(name, {}).setdefault(trial["lr"], []).extend(right)
+    return {
+        name: {rate: "".join(right).count("1") / len("".join(right)) for rate, right in by_rate.items() if right}
+        for name, by_rate in found.items()
+    }
+
+
+def _all(folder: Path) -> list[tuple[str, Any]]:
+    return [(file.name, json.loads(file.read_text(encoding="utf-8"))) for file in sorted(folder.glob("*.json"))]

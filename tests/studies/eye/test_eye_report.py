@@ -20,7 +20,7 @@ def plant(
     folder, method, share, seed=0, longest=256, eye=EYE, memories=None, nll=2.0, rate=None, validation=False, rows=True
 ):
     trial = {"method": method, "seed": seed, "longest": longest, "rate": rate, "validation": validation}
-    trial |= {"parameters": 3_000_000, "train_cpu_seconds": 600.0}
+    trial |= {"lr": rate or 0.001, "parameters": 3_000_000, "train_cpu_seconds": 600.0}
     raw = {"conditions": {"eye": eye, "trial": trial}}
     raw["language"] = [{"of": "x", "image": image, "nll": [nll, nll + 1], "right": "110"} for image in (False, True)]
     kinds = ("unseen grids", "emojione-v1")
@@ -33,7 +33,7 @@ def plant(
                 "right": bits(share if condition == "base" else 1),
             }
             for what in kinds
-            for condition in ("base", "hidden")
+            for condition in ("base", "hidden", *(["repeated"] if method == "none" else []))
             for length in lengths.LENGTHS
         ]
     if memories:
@@ -74,6 +74,7 @@ def test_planted_differences_are_found(tmp_path):
     plant(tmp_path, "none", 0.25)
     for seed in range(3):
         plant(tmp_path, "lora", 0.5 + 0.05 * seed, seed)
+        plant(tmp_path, "lora", 0.5, seed, longest=2048)
         plant(tmp_path, "pvm-warm", 0.9, seed, memories=READ, nll=2.5)
     plant(tmp_path, "pvm", 0.3, memories=dict.fromkeys(READ, READ["off"]))
     lines = section(tmp_path, "cpu", EYE)
@@ -89,6 +90,13 @@ def test_planted_differences_are_found(tmp_path):
     assert "(3 seeds)" in better
     assert "*not run*." in answer(lines, "Does PVM with the warm-up read better than sft?")
     assert "lora up to 256 *yes*, +30.0 points" in answer(lines, "Was it the unfamiliar text")
+    repeated = answer(lines, "And better than the image repeated")
+    assert "pvm-warm up to 256 *not shown*, -10.0 points" in repeated
+    assert "lora up to 256 *the contrary*, -45.0 points" in repeated
+    longer = answer(lines, "Does training on long narrations")
+    assert "lora up to 2,048 *not shown*, -5.0 points" in longer
+    assert "up to 256 *" not in longer
+    assert "*not run*: sft up to 2,048," in longer
     named = answer(lines, "Does another image's memory")
     assert "pvm up to 256 *not shown*, +0.0" in named
     assert "pvm-warm up to 256 *yes*, +100.0" in named
@@ -105,9 +113,13 @@ def test_planted_differences_are_found(tmp_path):
 def test_what_is_of_another_eye_or_chooses_settings_is_left_out(tmp_path):
     plant(tmp_path, "lora", 0.5, eye="b" * 64)
     plant(tmp_path, "sft", 0.5, rate=1e-3)
+    assert "Learning rates were not tuned." in section(tmp_path, "cpu", EYE)[0]
     plant(tmp_path, "mlp", 0.5, validation=True)
+    plant(tmp_path, "mlp", 0.75, rate=0.01, validation=True)
     lines = section(tmp_path, "cpu", EYE)
     assert not any(line.startswith("|") for line in lines)
+    assert "mlp 0.002, pvm 0.002" in lines[0]
+    assert "mlp up to 256: 0.001 50 %, 0.01 75 %." in lines[0]
     assert "Left out, since they are of another eye: lora-256-0-bFalse.json." in lines
     assert any(line.startswith("| lora up to 256 (1 seed) |") for line in section(tmp_path, "cpu", "b" * 64))
 
