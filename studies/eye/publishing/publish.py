@@ -86,8 +86,8 @@ def card(about: dict[str, Any], gate: dict[str, Any] | None, weighs: int | None)
         "",
         f"- It names {len(about['concepts'])} things and tells paper colours, places in a grid ({grids}), numbers and "
         "short words. Anything else it was never shown; what it says of a photograph means nothing.",
-        f"- A picture is {settings['cell']} px square, on paper of one colour; a grid has {settings['cell']} px for "
-        "each of its pictures. Other sizes and shapes are nothing that it knows.",
+        f"- A picture is {settings['cell']} px square, on paper of one colour of which some is left on every side; a "
+        f"grid has {settings['cell']} px for each of its pictures. Other sizes and shapes are nothing that it knows.",
         "- English; questions in the words of its training (studies/eye/questions.py) are answered best.",
         "- It is for research on methods. No decision should rest on what it says.",
         "",
