@@ -77,6 +77,8 @@ def export_eye(
         known = ", ".join(map(str, own.sides))
         raise KeepsightError(f"--side {side}: this eye has seen images of so many pictures along a side: {known}.")
     trained = work / about["size"] / "methods" / about["sha256"][:12] / f"{method}.safetensors"
+    if not about["done"]:
+        say("the eye is not done: python -m studies eye make goes on with it")
     if method is not None:
         trial_of(trained)  # what is wrong with it is told before half a gigabyte is written
     export(model, tokenizer, own, side, folder)

@@ -116,11 +116,12 @@ def processor_of(tokenizer: Any, size: Size, side: int) -> Any:
             trust_remote_code=False,
         )
     framed = "".join(SPECIAL[f"{key}_id"] for key in ("vision_start_token", "image_token", "vision_end_token"))
+    own.chat_template = TEMPLATE.strip().replace("FRAMED", repr(framed))
     return Qwen2_5_VLProcessor(
         Qwen2VLImageProcessor(**patches, **colours, size=limits),
         own,
         Qwen2VLVideoProcessor(**patches, **colours, size=limits),  # the class wants one; the template refuses videos
-        chat_template=TEMPLATE.strip().replace("FRAMED", repr(framed)),
+        chat_template=own.chat_template,
     )
 
 
