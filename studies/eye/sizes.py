@@ -41,7 +41,7 @@ class Size:
     heads: int = 6
     sides: tuple[int, ...] = (1, 2)
     pretrain_steps: int = 2400
-    restyle_steps: int = 3600
+    restyle_steps: int = 3000
     pretrain_batch: int = 64
     pretrain_lr: float = 1e-3
     muon_lr: float = 0.01
