@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from studies.eye.drawings import brush
+from studies.eye.drawings import brush, restyle
 from studies.eye.drawings.pictures import SIDE, Pictures
 from studies.eye.questions import Cell
 
@@ -44,9 +44,12 @@ class Scenes:
         self.short = [word for word in self.names if len(word) <= 5]
 
     def image(
-        self, side: int, cell: int, vary: float, draws: torch.Generator, name: str | None = None
+        self, side: int, cell: int, vary: float, draws: torch.Generator, name: str | None = None, bold: bool = False
     ) -> tuple[torch.Tensor, list[Cell]]:
-        """One image `[1, 3, side * cell, side * cell]` and its cells, row by row; `name` is what the first shows."""
+        """One image `[1, 3, side * cell, side * cell]` and its cells, row by row; `name` is what the first shows.
+
+        `bold` draws them in bolder styles (`restyle.py`); what is called their style is what they were drawn in before.
+        """
 
         def whole(below: int) -> int:
             return int(torch.randint(below, (1,), generator=draws))
@@ -74,5 +77,7 @@ class Scenes:
                 cells.append(Cell(shown, self.pictures.styles[number], colour))
         ink = torch.tensor([bool(one.text) for one in cells])
         papers = torch.tensor([one.colour for one in cells])
+        if bold:
+            drawn = restyle.restyled(drawn, ink, draws)
         pixels = brush.draw(drawn, ink, papers, cell, vary, draws)
         return brush.arrange(pixels, side) if side > 1 else pixels, cells

@@ -20,6 +20,9 @@ _NEAR = 0.3
 _NAMING = 6.0
 """How much more often than another task a name is asked for."""
 
+_BOLD = 0.5
+"""Share of the images that are restyled where the tower has learnt from such: what is read must not rest on tokens as
+sure as those of a known hand."""
 _VARY = 0.5
 """How much the drawings vary here: the tower has seen them varied more, and what is new is reading them."""
 
@@ -62,8 +65,9 @@ class Alignment:
         side = size.sides[int(torch.multinomial(often, 1, generator=draws))]
         images, rows = [], []
         for _ in range(size.align_batch):
-            image, cells = self.scenes.image(side, size.cell, _VARY, draws)
-            possible = tasks_of(cells, side)
+            bold = bool(size.restyle_steps) and float(torch.rand(1, generator=draws)) < _BOLD
+            image, cells = self.scenes.image(side, size.cell, _VARY, draws, bold=bold)
+            possible = [task for task in tasks_of(cells, side) if not (bold and task == "style")]
             weights = torch.tensor([_NAMING if task == TASKS[0] else 1.0 for task in possible])
             chosen = torch.multinomial(weights, size.questions, replacement=True, generator=draws)
             parts = []

@@ -162,6 +162,14 @@ def test_held_out_styles_are_drawn_only_when_asked_for():
     assert seen == {"round", "flat", ""}
 
 
+def test_a_bolder_image_shows_the_same_otherwise():
+    scenes = Scenes(drawings(), ["round", "flat"])
+    plain, cells = scenes.image(2, 24, 0.0, generator(3))
+    bold, again = scenes.image(2, 24, 0.0, generator(3), bold=True)
+    assert cells == again
+    assert not torch.equal(plain, bold)
+
+
 def test_icons_are_for_the_tower_alone(model):
     """They are drawn in stage (a), in a colour that their paper has not, and nothing is asked about them."""
     icons = dataclasses.replace(drawings(), pixels=drawings().pixels.clone(), shapes=["flat"])
