@@ -108,7 +108,8 @@ def continual_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measure
 
     Settings: as `fitted` and `at`, `stages`, `far`; what is to keep a memory from overwriting, from the second stage
     on: `replay` (narrations of the earlier stages' tasks among the new one's), `frozen` (parts of parameters' names
-    that learn no more), `kept` (share of every stage's change that is taken back behind it).
+    that learn no more), `kept` (share of every stage's change that is taken back behind it), `own` (parts of
+    parameters' names that alone learn then, and of which every task keeps its own, taken where it is asked).
 
     Values:
         `first_<n>`, `own_<n>`: the first stage's task and its own, behind stage n; `forgotten`; `taken`: behind a stage
@@ -116,23 +117,37 @@ def continual_cell(bench: Bench, settings: dict[str, Any], seed: int) -> Measure
     """
     model, processor = task_base(bench, settings["base"], seed)
     first, values = settings["stages"][0], {}
+    own, of_first = settings.get("own"), dict[str, torch.Tensor]()
     for stage, task in enumerate(settings["stages"]):
         tasks = settings["stages"][: stage + 1] if settings.get("replay") else [task]
         before = {name: p.detach().clone() for name, p in model.named_parameters() if stage and p.requires_grad}
         for name, parameter in model.named_parameters():
-            if name in before and any(f".{part}." in name for part in settings.get("frozen", ())):
-                parameter.requires_grad_(False)
+            if name in before:
+                parameter.requires_grad_(_learns(name, settings))
         model, _ = fitted(bench, settings, seed, model, processor, tasks, stage)
         take_back(model, before, settings.get("kept", 0.0))
         values[f"own_{stage + 1}"] = at(model, processor, settings, task, settings["far"], seed)
+        if not stage:
+            values["first_1"] = values["own_1"]
+            of_first = {name: p.detach().clone() for name, p in model.named_parameters() if own and p.requires_grad}
+            continue
+        of_this = {name: p.detach().clone() for name, p in model.named_parameters() if name in of_first}
+        take_back(model, of_first, 1.0)
         if (first, task) == ("read", "colour"):
             values["taken"] = taken_for_colours(model, processor, settings, seed)
-        if stage:
-            values[f"first_{stage + 1}"] = at(model, processor, settings, first, settings["far"], seed)
-        else:
-            values["first_1"] = values["own_1"]
+        values[f"first_{stage + 1}"] = at(model, processor, settings, first, settings["far"], seed)
+        take_back(model, of_this, 1.0)
     values["forgotten"] = values["first_1"] - values[f"first_{len(settings['stages'])}"]
     return Measured(values, settings["rows"] * 4)
+
+
+def _learns(name: str, settings: dict[str, Any]) -> bool:
+    """Whether a parameter of a memory learns after the first stage."""
+
+    def has(parts: list[str]) -> bool:
+        return any(f".{part}." in f"{name}." for part in parts)
+
+    return has(settings["own"]) if settings.get("own") else not has(settings.get("frozen", []))
 
 
 def taken_for_colours(model: Any, processor: Any, settings: dict[str, Any], seed: int) -> float:

@@ -20,6 +20,7 @@ TRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "slower": ("later stages at a tenth of the rate", {"plan_later": {"pvm_lr": RATES["pvm"] / 10}}),
     "frozen": ("the maps of the image (W_vis, k, v) frozen after the first stage", {"frozen": list(LOOK_UP)}),
     "anchored": ("half of every later stage's change taken back", {"kept": 0.5}),
+    "gates": ("later stages train a task's own gates alone, over the first stage's look-up", {"own": ["gate"]}),
     "half_blind": ("every second step with sight blindfolded as well", {"plan_later": {"blindfold_share": 0.5}}),
 }
 LAST = f"first_{len(STAGES)}"
@@ -80,7 +81,7 @@ OVERWRITING = Study(
     claims=(
         Claim(
             "A memory can be taught one task after the other without losing the first: by replay, a lower rate, frozen "
-            "maps of the image, an anchor, or more of the blindfold.",
+            "maps of the image, an anchor, gates of a task's own, or more of the blindfold.",
             "ours (the reader's question)",
             ("pvm", *TRIES),
             _kept,

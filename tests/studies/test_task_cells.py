@@ -67,6 +67,8 @@ def test_what_should_keep_a_look_up_changes_what_comes_after_the_first_stage_onl
         assert found["first_1"] == plain["first_1"], label
     kept = continual_cell(bench, {**settings, "kept": 1.0}, 0).values
     assert kept["forgotten"] == 0
+    gates = continual_cell(bench, {**settings, **TRIES["gates"][1]}, 0).values
+    assert gates["first_2"] == plain["first_1"]  # the first task's own gates, over what no later stage has touched
 
 
 def test_taking_back_goes_that_share_of_the_way():
