@@ -23,7 +23,7 @@ from studies.eye.options import (
     report,
     size_of,
 )
-from studies.eye.publishing.command import export_eye, publish_eye
+from studies.eye.publishing.command import data_of_eye, export_eye, publish_eye
 from studies.eye.registries.fetch import NPM, PYPI, fetch, told
 from studies.eye.registries.packages import LANGUAGE_MODEL, PICTURES, Package
 
@@ -190,3 +190,4 @@ app.command("language")(language_of_eye)
 app.command("methods")(methods_on_eye)
 app.command("publish")(publish_eye)
 app.command("export")(export_eye)
+app.command("data")(data_of_eye)

@@ -1,4 +1,4 @@
-"""`python -m studies eye publish|export`."""
+"""`python -m studies eye publish|export|data`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from keepsight.cli.common.console import out, quiet, say, with_examples
 from keepsight.errors import KeepsightError
-from studies.eye.options import RESULTS, WORK, Made, Published, Results, Work, folder_of, opened
+from studies.eye.options import RESULTS, WORK, Made, Published, Results, Which, Work, folder_of, opened, size_of
 
 
 @with_examples(
@@ -70,8 +70,7 @@ def export_eye(
     from studies.eye.publishing.export import export, export_method, trial_of
     from studies.eye.publishing.publish import CARD, card, gate_of
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise KeepsightError(f"{folder} is there already, and not empty. Choose another folder, or remove it.")
+    _must_be_new(folder)
     model, tokenizer, own, about = opened(work, size, eye)
     if side not in own.sides:
         known = ", ".join(map(str, own.sides))
@@ -90,3 +89,55 @@ def export_eye(
         export_method(model, trained, folder, folder / method)
     say(f'keepsight generate {folder / (method or "")} -i PICTURE -p "What is here?"')
     out.print(str(folder), highlight=False, markup=False, soft_wrap=True)
+
+
+@with_examples(
+    ("questions about single drawings", "python -m studies eye data my-data"),
+    ("about grids, behind longer texts", "python -m studies eye data my-data --side 2 --longest 2048"),
+)
+def data_of_eye(
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    side: Annotated[
+        int, typer.Option(help="Pictures along the side of an image, as with `export`: 1 or 2.", min=1)
+    ] = 1,
+    longest: Annotated[int, typer.Option(help="Tokens of narration in training: from 0 to so many.", min=0)] = 256,
+    rows: Annotated[int, typer.Option(help="Questions to train on.", min=1)] = 512,
+    images: Annotated[
+        int, typer.Option(help="Images to validate with, and to test with, each behind every length.", min=2)
+    ] = 48,
+    seed: Annotated[int, typer.Option(help="Of training and validation.")] = 0,
+    size: Which = "cpu",
+    work: Work = WORK,
+    results: Results = RESULTS,
+) -> None:
+    """Write questions behind long texts as JSONL and PNG files, for `keepsight train|eval|diagnose` of an exported eye.
+
+    The images are drawn for one size of model: --side and --size as with `export`.
+    """
+    quiet()
+    from keepsight.cli.common.progress import Progress
+    from studies.eye import narrations
+    from studies.eye.drawings.pictures import pictures
+    from studies.eye.language import language_model
+    from studies.eye.publishing.data import write
+
+    _must_be_new(folder)
+    chosen = size_of(size)
+    if side not in (1, max(number for number in chosen.sides if number <= 2)):
+        raise KeepsightError(f"--side {side}: there is a test for single drawings (1) and for grids of 2 x 2 (2).")
+    with Progress("the questions") as show:
+        _, tokenizer = language_model(work / "packages", work)
+        told = narrations.read(results / narrations.FILE, tokenizer)
+        drawn = pictures(work / "packages", work)
+        written = write(
+            drawn, tokenizer, told, chosen, side, folder, rows, images, longest, seed, lambda *done: show(*done)
+        )
+    for name, count in written.items():
+        say(f"{count} questions: {folder / name}.jsonl")
+    say(f"keepsight data check {folder / 'train.jsonl'}")
+    out.print(str(folder), highlight=False, markup=False, soft_wrap=True)
+
+
+def _must_be_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise KeepsightError(f"{folder} is there already, and not empty. Choose another folder, or remove it.")
