@@ -95,6 +95,7 @@ def test_random_places():
         assert before
         assert not set(before) & set(ends)
         assert (set(before) <= set(delimiters)) == (places == "delimiters")
+        assert all(t.invocations[0].position == 0 for t in found if t.invoked) == (places == "anywhere")
         kinds = [i.kind for t in found for i in t.invocations]
         assert 0.35 < kinds.count("short") / len(kinds) < 0.65
     assert all(

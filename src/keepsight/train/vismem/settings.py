@@ -89,7 +89,9 @@ class FormationSettings(RlSettings):
         0.5, "For this share of the steps memory is invoked after delimiters only.", MEMORY
     )
     delimiter_probability: float = setting(0.25, "Of an invocation there.", MEMORY)
-    anywhere_probability: float = setting(0.03, "Of an invocation after any token, from then on.", MEMORY)
+    anywhere_probability: float = setting(
+        0.03, "Of an invocation before the first token and after any other, from then on.", MEMORY
+    )
     warm_start_steps: int = setting(
         0,
         "Steps of label-free latent distillation before stage I. Ours, not in the paper; without it stage I "

@@ -25,8 +25,8 @@ class MemoryPolicy:
         at: "forced": number of text tokens written -> type, e.g. `{0: "short", 20: "long"}`; one mapping for all rows
             or one per row.
         probability: "random"; default: the config's `random_probability`.
-        places: "random": an invocation is drawn after every delimiter, or "anywhere" (after every word that
-            is written).
+        places: "random": an invocation is drawn after every delimiter, or "anywhere" (before the first word and after
+            every word that is written).
         max_invocations: at most so many per sequence; default: the config's.
         min_words: where the model decides: so many words at least between two memories; default: the config's.
     """

@@ -287,7 +287,8 @@ class MemoryWriter:
             if kind in can:
                 del row.plan[row.words]
                 return kind
-        is_place = row.after_delimiter or (self.policy.places == "anywhere" and row.since > 0)  # no memory on memory
+        anywhere = self.policy.places == "anywhere" and (row.since > 0 or not row.count)  # no memory on memory
+        is_place = row.after_delimiter or anywhere
         if self.policy.name == "random" and is_place and can:
             given = self.policy.probability
             probability = self.branch.config.random_probability if given is None else given
