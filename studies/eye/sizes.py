@@ -41,12 +41,12 @@ class Size:
     heads: int = 6
     sides: tuple[int, ...] = (1, 2)
     pretrain_steps: int = 2400
-    restyle_steps: int = 3000
+    restyle_steps: int = 7500
     pretrain_batch: int = 64
     pretrain_lr: float = 1e-3
     muon_lr: float = 0.01
     others: float = 0.3
-    align_steps: int = 1000
+    align_steps: int = 900
     align_batch: int = 4
     align_lr: float = 2e-3
     questions: int = 6
@@ -86,7 +86,7 @@ OF_RESTYLING = ("restyle_",)
 """Settings that an earlier stage knows nothing of, by the beginnings of their names."""
 
 CPU = Size()
-"""Less than three core-hours where bfloat16 is emulated, about half of that where it is not (LOG.md)."""
+"""About three core-hours in float32 by the time that a step takes, half of that with matrix units (LOG.md)."""
 
 QUICK = replace(CPU, pretrain_steps=1500, restyle_steps=0, others=0.0, align_steps=150)
 """A fifth of it, without other drawings."""
