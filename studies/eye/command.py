@@ -9,7 +9,7 @@ import typer
 
 from keepsight.cli.common.console import out, quiet, say, with_examples
 from keepsight.cli.common.progress import Progress
-from studies.eye.comparing.command import language_of_eye, methods_on_eye
+from studies.eye.comparing.command import adapter_on_eye, language_of_eye, methods_on_eye
 from studies.eye.options import (
     RESULTS,
     WORK,
@@ -188,6 +188,7 @@ def reading_at_lengths(
 
 app.command("language")(language_of_eye)
 app.command("methods")(methods_on_eye)
+app.command("adapter")(adapter_on_eye)
 app.command("publish")(publish_eye)
 app.command("export")(export_eye)
 app.command("data")(data_of_eye)

@@ -54,7 +54,7 @@ def part_two(folder: Path, page: str, raw: str, size: str = "cpu") -> str:
         "dilution or the unfamiliar text: LoRA and SFT behind narrations, below, are the control.",
         "",
         *section(folder / "eye", size, read["conditions"].get("eye")),
-        "**Not asked of this model**: VisMem, the attention meter.",
+        "**Not run**: VisMem ([its commands](eye.md#vismem-by-the-products-commands)), the attention meter.",
         "",
     ]
     return "\n".join(lines)

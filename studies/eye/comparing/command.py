@@ -1,4 +1,4 @@
-"""`python -m studies eye methods|language`."""
+"""`python -m studies eye methods|language|adapter`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,19 @@ import typer
 from keepsight.cli.common.console import out, quiet, say, with_examples
 from keepsight.cli.common.progress import Progress
 from keepsight.errors import KeepsightError
-from studies.eye.options import RESULTS, WORK, Made, Published, Results, Work, conditions_of, opened, report
+from studies.eye.options import (
+    RESULTS,
+    WORK,
+    Made,
+    Published,
+    Results,
+    Which,
+    Work,
+    conditions_of,
+    opened,
+    report,
+    size_of,
+)
 
 
 @with_examples(
@@ -160,3 +172,57 @@ def language_of_eye(
         {"conditions": conditions, "rows": rows},
         kept.table(kept.by_name(rows)),
     )
+
+
+@with_examples(
+    ("after `keepsight train vismem-formation my-vlm ... -o stage1`", "python -m studies eye adapter stage1 --side 2"),
+    ("after stage II too: when left to itself", "python -m studies eye adapter stage2 --side 2 --free"),
+)
+def adapter_on_eye(
+    adapter: Annotated[Path, typer.Argument(help="A VisMem that `keepsight train` put on an exported eye.")],
+    side: Annotated[int, typer.Option(help="As the eye was exported with: 1 or 2.", min=1)] = 1,
+    images: Annotated[int, typer.Option(help="Images of the test.", min=2)] = 24,
+    longest: Annotated[int, typer.Option(help="Longest narration.", min=0)] = 1024,
+    free: Annotated[bool, typer.Option("--free", help="Also let the model decide when to invoke.")] = False,
+    size: Which = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
+    work: Work = WORK,
+    results: Results = RESULTS,
+) -> None:
+    """Measure a VisMem at the lengths of the test: never, short, long, and with another image's latents.
+
+    The memory stands before the first word of the answer. The decoder sees its own image each time.
+    """
+    quiet()
+    import hashlib
+
+    import torch
+
+    import keepsight
+    from studies.eye import lengths, narrations
+    from studies.eye.comparing import latents
+    from studies.eye.comparing.methods import HELD_OUT
+    from studies.eye.drawings.pictures import pictures
+
+    torch.set_num_threads(threads)
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise KeepsightError(f"{weights} is not there. Train one: keepsight train vismem-formation (docs/eye.md).")
+    with Progress("the adapter") as show:
+        model, processor = keepsight.load(adapter, device=device)
+        told = narrations.read(results / narrations.FILE, processor.tokenizer)[-HELD_OUT:]
+        these = latents.tested(pictures(work / "packages", work), size_of(size), side, images)
+        asked_at, begin = [one for one in lengths.LENGTHS if one <= longest], time.process_time()
+        rows = latents.measure(model.eval(), processor, these, told, asked_at, free, lambda *done: show(*done))
+    conditions = {
+        "adapter": adapter.name,
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "side": side,
+        "images": images,
+        "size": size,
+        "cpu_seconds": round(time.process_time() - begin, 1),
+        "device": device,
+        "threads": threads,
+    }
+    report(results / "adapters" / f"{adapter.name}.json", {"conditions": conditions, "rows": rows}, latents.table(rows))
