@@ -244,9 +244,10 @@ def eye_read(style: str, image: str) -> str:
 
 
 def eye_alone(style: str) -> str:
-    """What the tower alone names of a style, by the nearest average of the seen styles."""
+    """What the tower alone tells of a style: by the nearest word, and by the nearest average of the seen styles."""
     alone = _eye()["encoder alone"][style]
-    return f"{_share(alone['right'], alone['n'])} of {alone['n']}"
+    words, averages = (_share(alone[key], alone["n"]) for key in ("named", "right"))
+    return f"{words} of {alone['n']} by the nearest word, {averages} by the nearest average of the seen styles"
 
 
 def eye_holds() -> str:

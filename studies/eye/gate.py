@@ -17,6 +17,7 @@ from studies.eye import sequences
 from studies.eye.drawings import brush
 from studies.eye.drawings.pictures import Pictures
 from studies.eye.drawings.scenes import Scenes
+from studies.eye.language import word_embeddings
 from studies.eye.making.align import answers
 from studies.eye.making.pretrain import average_tokens
 from studies.eye.making.stages import generator
@@ -61,7 +62,7 @@ def measure(
         scenes = Scenes(pictures, styles, fonts, firsts=True)
         rows += _asked(model, tokenizer, scenes, size, 1, list(scenes.names), what, on_progress)
         rows += _asked(model, tokenizer, scenes, size, side, [None] * grids, what, on_progress)
-    alone = {style: _encoder_alone(model, pictures, size, seen, style) for style in pictures.held_out}
+    alone = {style: _encoder_alone(model, tokenizer, pictures, size, style) for style in pictures.held_out}
     return {"rows": rows, "encoder alone": alone, "distances": list(DISTANCES), "gate": verdict(rows)}
 
 
@@ -110,8 +111,9 @@ def _asked(
 
 
 @torch.no_grad()
-def _encoder_alone(model: Any, pictures: Pictures, size: Size, seen: list[str], style: str) -> dict[str, int]:
-    """How many concepts of an unseen style stand nearest to their own average over the seen styles."""
+def _encoder_alone(model: Any, tokenizer: Any, pictures: Pictures, size: Size, style: str) -> dict[str, int]:
+    """How many concepts of an unseen style stand nearest to their own average over the seen styles (`right`), and how
+    many nearest to their own word among the language model's embeddings (`named`)."""
     device = model.device
 
     def features(of: str) -> tuple[list[str], torch.Tensor]:
@@ -122,16 +124,20 @@ def _encoder_alone(model: Any, pictures: Pictures, size: Size, seen: list[str], 
         return list(found), average_tokens(model.model.visual, cells, 1, size).cpu()
 
     of_name: dict[str, list[torch.Tensor]] = {}
-    for one in seen:
+    for one in pictures.seen:
         for name, feature in zip(*features(one), strict=True):
             of_name.setdefault(name, []).append(feature)
     names = list(of_name)
     centres = torch.stack([torch.stack(found).mean(0) for found in of_name.values()])
     middle = centres.mean(0)
     asked, found = features(style)
-    nearest = (F.normalize(found - middle, dim=-1) @ F.normalize(centres - middle, dim=-1).T).argmax(-1)
-    right = sum(names[int(best)] == name for best, name in zip(nearest, asked, strict=True))
-    return {"n": len(asked), "right": right}
+    words = word_embeddings(model, tokenizer, names).cpu()
+
+    def nearest(to: torch.Tensor, origin: torch.Tensor) -> int:
+        best = (F.normalize(found - origin, dim=-1) @ F.normalize(to - origin, dim=-1).T).argmax(-1)
+        return sum(names[int(number)] == name for number, name in zip(best, asked, strict=True))
+
+    return {"n": len(asked), "right": nearest(centres, middle), "named": nearest(words, words.mean(0))}
 
 
 def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -166,9 +172,10 @@ def lines(found: dict[str, Any]) -> list[str]:
         )
         told.append(f"{row['style']}, {row['image']}, {row['task']} (n = {row['n']}): {shares}")
     for style, alone in found["encoder alone"].items():
-        low, high = interval(alone["right"], alone["n"])
-        share = 100 * alone["right"] / alone["n"]
-        told.append(f"the encoder alone, {style} (n = {alone['n']}): {share:.0f} % [{low:.0f}, {high:.0f}]")
+        for by, key in (("nearest to its word", "named"), ("nearest to its average in seen styles", "right")):
+            low, high = interval(alone[key], alone["n"])
+            share = f"{100 * alone[key] / alone['n']:.0f} % [{low:.0f}, {high:.0f}]"
+            told.append(f"the encoder alone, {style} (n = {alone['n']}), {by}: {share}")
     for name, part in found["gate"]["parts"].items():
         short = "holds" if part["short"] else "does not hold"
         far = ("holds" if part["far"] else "does not hold") if part["short"] else "says nothing where short fails"

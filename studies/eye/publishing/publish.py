@@ -173,8 +173,8 @@ def _read(gate: dict[str, Any] | None) -> list[str]:
     told.append("")
     for style, alone in gate["encoder alone"].items():
         told.append(
-            f"The tower alone, names in `{style}` by the nearest average of the seen styles: "
-            f"{_share(alone['right'], alone['n'])} of {alone['n']}."
+            f"The tower alone, names in `{style}`, {alone['n']} of them: {_share(alone['named'], alone['n'])} by the "
+            f"nearest word, {_share(alone['right'], alone['n'])} by the nearest average of the seen styles."
         )
     told += [
         "",
