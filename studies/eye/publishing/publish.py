@@ -85,8 +85,8 @@ def card(about: dict[str, Any], gate: dict[str, Any] | None, weighs: int | None)
         "VLM.** It exists so that methods against visual forgetting can be measured on real text on a CPU.",
         "",
         f"- It was taught to name {len(about['concepts'])} things, and paper colours, drawing styles, places in a grid "
-        f"({grids}), numbers and short words; how much of each it learnt stands below. Anything else it was never shown; "
-        "what it says of a photograph means nothing.",
+        f"({grids}), numbers and short words; how much of each it learnt stands below. Anything else it was never "
+        "shown; what it says of a photograph means nothing.",
         f"- A picture is {settings['cell']} px square, on paper of one colour of which some is left on every side; a "
         f"grid has {settings['cell']} px for each of its pictures. Other sizes and shapes are nothing that it knows.",
         "- English; questions in the words of its training (studies/eye/questions.py) are answered best.",
