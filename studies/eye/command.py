@@ -13,9 +13,11 @@ from studies.eye.comparing.command import adapter_on_eye, language_of_eye, metho
 from studies.eye.options import (
     RESULTS,
     WORK,
+    Device,
     Made,
     Published,
     Results,
+    Threads,
     Which,
     Work,
     conditions_of,
@@ -74,8 +76,8 @@ def fetch_packages(
 def make_eye(
     size: Which = "cpu",
     minutes: Annotated[float, typer.Option(help="Stop after so long, with a checkpoint.", min=0.0)] = 60.0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
+    device: Device = "cpu",
+    threads: Threads = 1,
     workers: Annotated[int, typer.Option(help="Processes that draw ahead, for a GPU.", min=0)] = 0,
     work: Work = WORK,
 ) -> None:
@@ -110,8 +112,8 @@ def gate_of_eye(
     size: Made = None,
     eye: Published = None,
     grids: Annotated[int, typer.Option(help="Unseen grids of each kind.", min=1)] = 100,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
+    device: Device = "cpu",
+    threads: Threads = 1,
     work: Work = WORK,
     results: Results = RESULTS,
 ) -> None:
@@ -139,7 +141,7 @@ def gate_of_eye(
 @with_examples(("written once, some minutes on a CPU", "python -m studies eye narrate"))
 def narrate(
     work: Work = WORK,
-    threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
+    threads: Threads = 1,
     results: Results = RESULTS,
 ) -> None:
     """Let the language model write the narrations that stand between image and question."""
@@ -161,8 +163,8 @@ def reading_at_lengths(
     size: Made = None,
     eye: Published = None,
     images: Annotated[int, typer.Option(help="Images of each kind.", min=2)] = 96,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
+    device: Device = "cpu",
+    threads: Threads = 1,
     work: Work = WORK,
     results: Results = RESULTS,
 ) -> None:

@@ -21,6 +21,8 @@ Made = Annotated[str | None, typer.Option("--size", help="Which of the eyes that
 Published = Annotated[
     Path | None, typer.Option("--eye", help=f"Folder of a published eye to take instead, such as {PUBLISHED}.")
 ]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Threads = Annotated[int, typer.Option(help="Threads on a CPU.", min=1)]
 Results = Annotated[Path, typer.Option(help="Folder of the raw results.")]
 WORK = Path("keepsight-eye")
 RESULTS = Path("studies/results/eye")

@@ -15,9 +15,11 @@ from keepsight.errors import KeepsightError
 from studies.eye.options import (
     RESULTS,
     WORK,
+    Device,
     Made,
     Published,
     Results,
+    Threads,
     Which,
     Work,
     conditions_of,
@@ -49,8 +51,8 @@ def methods_on_eye(
         int, typer.Option(help="Of these, so many with other memories too; four passes each. 0: none.", min=0)
     ] = 24,
     memory_longest: Annotated[int, typer.Option(help="Longest narration with other memories.", min=0)] = 1024,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
+    device: Device = "cpu",
+    threads: Threads = 1,
     work: Work = WORK,
     results: Results = RESULTS,
 ) -> None:
@@ -146,8 +148,8 @@ def _before(file: Path, trial: dict[str, Any], eye: str) -> tuple[dict[str, Any]
 def language_of_eye(
     size: Made = None,
     eye: Published = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
+    device: Device = "cpu",
+    threads: Threads = 1,
     work: Work = WORK,
     results: Results = RESULTS,
 ) -> None:
@@ -185,8 +187,8 @@ def adapter_on_eye(
     longest: Annotated[int, typer.Option(help="Longest narration.", min=0)] = 1024,
     free: Annotated[bool, typer.Option("--free", help="Also let the model decide when to invoke.")] = False,
     size: Which = "cpu",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 1,
+    device: Device = "cpu",
+    threads: Threads = 1,
     work: Work = WORK,
     results: Results = RESULTS,
 ) -> None:
