@@ -178,13 +178,13 @@ def _load(source: str, base: str, settings: RlSettings, trainable: bool = False)
 
 
 def _ready(model: Any, say: Say) -> Any:
-    """The model with its memory in float32, its base in a dtype to train in."""
+    """The model with its memory in float32, or wider if the base is; its base in a dtype to train in."""
     base = Backbone.of(model).model
     if base.dtype == torch.float16:
         better = torch.bfloat16 if base.device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
         base.to(better)
         say(f"the base is stored in float16, which overflows in training; it is used in {better}".replace("torch.", ""))
-    VisMemBranch.of(model).active.float()
+    VisMemBranch.of(model).active.to(torch.promote_types(base.dtype, torch.float32))
     return model
 
 
