@@ -60,6 +60,23 @@ def test_what_was_said_stands_between_image_and_prompt(trained: Trained, image: 
     assert "Give one by --image" in message(keepsight_cli("generate", trained[0], "-p", "x", "--said", said))
 
 
+def test_an_answer_that_is_begun_goes_on(trained: Trained, image: Path, tmp_path: Path) -> None:
+    """Begun with its own first words, an answer goes on with the rest, also behind something said before."""
+    begun, said = tmp_path / "begun.txt", tmp_path / "said.txt"
+    said.write_text("the digit is three")
+    for more in ((), ("--said", said)):
+        words = ["generate", trained[0], "-i", image, "-p", "describe", *more]
+        whole = keepsight_cli(*words, "--max-new-tokens", 8).stdout.split()
+        begun.write_text(" ".join(whole[:5]) + "\n")
+        rest = keepsight_cli(*words, "--prefill", begun, "--max-new-tokens", 3)
+        assert rest.stdout.split() == whole[5:], rest.output
+        assert len(whole) == 8
+    begun.write_text(" ")
+    assert "--prefill" in message(keepsight_cli(*words, "--prefill", begun))
+    begun.write_text(f"an image: {keepsight.load(trained[0])[1].image_token}")
+    assert f"--prefill {begun} holds" in message(keepsight_cli(*words, "--prefill", begun))
+
+
 def test_no_memory_gives_the_bases_answer(trained: Trained, tiny_vlm: Path, image: Path) -> None:
     words = ["-i", image, "-p", "describe", "--max-new-tokens", 8]
     with_memory = keepsight_cli("generate", trained[0], *words)

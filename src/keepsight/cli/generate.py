@@ -35,6 +35,10 @@ from keepsight.errors import KeepsightError, KeepsightWarning
         'keepsight generate my-memory -i a.jpg --said story.txt -p "What was on the table?"',
     ),
     (
+        "the answer is begun already, and the model goes on",
+        'keepsight generate my-memory -i a.jpg -p "Describe it." --prefill begun.txt',
+    ),
+    (
         "a memory and a LoRA together on a model of your choice",
         'keepsight generate Qwen/Qwen3-VL-4B-Instruct -a my-memory -a my-lora -i a.jpg -p "..."',
     ),
@@ -47,6 +51,9 @@ def generate(
     said: Annotated[
         Path | None,
         typer.Option(help="A text file: what the model has said since the images, in a turn before the prompt."),
+    ] = None,
+    prefill: Annotated[
+        Path | None, typer.Option(help="A text file: how the answer begins. The model goes on behind it.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 256,
     temperature: Annotated[
@@ -68,7 +75,10 @@ def generate(
     images = [(path, open_image(path)) for path in image or []]
     if not prompt.strip():
         raise KeepsightError("--prompt is empty; ask something.")
-    between = None if said is None else _read(said, bool(images))
+    if said is not None and not images:
+        raise KeepsightError("--said is what was said since an image, and there is none. Give one by --image.")
+    between = None if said is None else _read("--said", said, "ask about the image at once")
+    begun = None if prefill is None else _read("--prefill", prefill, "let the model begin")
     check_device(device)
 
     from keepsight.checkpoints.load import load_checked
@@ -102,23 +112,23 @@ def generate(
     require_chat_template(processor)
     _refuse_typed(model, processor, "--prompt", prompt)
     _refuse_typed(model, processor, f"--said {said}", between or "")
+    _refuse_typed(model, processor, f"--prefill {prefill}", begun or "")
     latent = {"return_dict_in_generate": True} if has_latent and show_memory and not no_memory else {}
     with memory_off(model) if no_memory else nullcontext():
-        _answer(model, processor, images, between, prompt, max_new_tokens, temperature, seed, latent)
+        text = _chat(processor, len(images), between, prompt, begun)
+        _answer(model, processor, images, text, max_new_tokens, temperature, seed, latent)
 
 
-def _read(said: Path, pictured: bool) -> str:
-    """The text that stands between image and prompt."""
-    if not pictured:
-        raise KeepsightError("--said is what was said since an image, and there is none. Give one by --image.")
+def _read(option: str, file: Path, without: str) -> str:
+    """The text of a file that an option names; `without` is what leaving the option out does."""
     try:
-        text = said.read_text(encoding="utf-8-sig").strip()
+        text = file.read_text(encoding="utf-8-sig").strip()
     except OSError as error:
-        raise KeepsightError(f"--said {said}: {error.strerror}. Expected a text file.") from error
+        raise KeepsightError(f"{option} {file}: {error.strerror}. Expected a text file.") from error
     except UnicodeDecodeError as error:
-        raise KeepsightError(f"--said {said}: not UTF-8 text ({error.reason}). Save the file as UTF-8.") from error
+        raise KeepsightError(f"{option} {file}: not UTF-8 text ({error.reason}). Save the file as UTF-8.") from error
     if not text:
-        raise KeepsightError(f"--said {said} is empty. Leave --said out to ask about the image at once.")
+        raise KeepsightError(f"{option} {file} is empty. Leave {option} out to {without}.")
     return text
 
 
@@ -137,12 +147,29 @@ def _refuse_typed(model: Any, processor: Any, option: str, words: str) -> None:
         )
 
 
+def _chat(processor: Any, images: int, said: str | None, prompt: str, begun: str | None) -> str:
+    """The conversation as the model's chat template writes it, up to where the model goes on."""
+    shown, asked = [{"type": "image"}] * images, {"type": "text", "text": prompt}
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [*shown, asked]}]
+    if said is not None:
+        told = {"role": "assistant", "content": [{"type": "text", "text": said}]}
+        messages = [{"role": "user", "content": shown}, told, {"role": "user", "content": [asked]}]
+    if begun is None:
+        return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": begun}]})
+    try:
+        return str(processor.apply_chat_template(messages, tokenize=False, continue_final_message=True))
+    except ValueError as error:
+        raise KeepsightError(
+            f"--prefill: this model's chat template does not leave an answer as it was begun ({error})"
+        ) from error
+
+
 def _answer(
     model: Any,
     processor: Any,
     images: list[tuple[str, Any]],
-    said: str | None,
-    prompt: str,
+    text: str,
     max_new_tokens: int,
     temperature: float,
     seed: int | None,
@@ -152,12 +179,6 @@ def _answer(
 
     from keepsight.data.collate import may_refuse
 
-    shown, asked = [{"type": "image"} for _ in images], {"type": "text", "text": prompt}
-    messages: list[dict[str, Any]] = [{"role": "user", "content": [*shown, asked]}]
-    if said is not None:
-        told = {"role": "assistant", "content": [{"type": "text", "text": said}]}
-        messages = [{"role": "user", "content": shown}, told, {"role": "user", "content": [asked]}]
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     given = [[picture for _, picture in images]] if images else None
     sizes = ", ".join(f"{path} ({picture.width} x {picture.height} pixels)" for path, picture in images)
     with may_refuse(processor, sizes or "the prompt"):
