@@ -11,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import keepsight
+from keepsight.cli import app
 from keepsight.lab import evaluation
 from keepsight.lab.demo.methods import DemoSettings
 from keepsight.lab.demo.run import DemoOutputError, check_output, describe_regime, measure_all, run_demo
@@ -73,6 +74,7 @@ def test_nothing_else_is_left_in_the_folder(demo):
         "accuracy_by_length.png",
         "adapter",
         "attention_mass.png",
+        "begun.txt",
         "causal.png",
         "example-1.png",
         "example-2.png",
@@ -83,6 +85,19 @@ def test_nothing_else_is_left_in_the_folder(demo):
     for path in out.glob("*.png"):
         with Image.open(path) as image:
             assert min(image.size) >= 256
+
+
+def test_what_the_page_says_to_try_is_what_the_commands_answer(demo):
+    out, results, _ = demo
+    tried = results["try_it"]
+    words = (out / "begun.txt").read_text().split()
+    assert (len(words), words[-1]) == (TINY.lengths[-1] + 1, tried["cell"])
+    begun = f"{out}/adapter -i {out}/example-1.png -p describe --prefill {out}/begun.txt --max-new-tokens 1"
+    for more, said in (("", "with_memory"), (" --no-memory", "without")):
+        done = CliRunner().invoke(app, ["generate", *(begun + more).split()])
+        assert done.stdout.strip() == tried[said], done.output
+        assert f"<code>{tried[said]}</code>" in (out / "report.html").read_text(encoding="utf-8")
+    assert (tried["with_memory"] == tried["truth"] != tried["without"]) or tried["cell"] == "a1"
 
 
 class Page(HTMLParser):

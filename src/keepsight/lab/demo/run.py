@@ -7,6 +7,7 @@ run.
     report.html                  one self-contained page that explains them
     accuracy_by_length.png, attention_mass.png, causal.png
     example-1.png ...            images from the test set, to try `keepsight generate` on
+    begun.txt                    a long text behind which only the memory reads the first of them
     adapter/                     the trained PVM, for `keepsight.load`
 
 Nothing is written there before all numbers are in, so an interrupted run leaves no half of a result.
@@ -38,7 +39,15 @@ from keepsight.lab.reference import REFERENCE_NAME, reference_path
 from keepsight.lab.study.results import Results
 from keepsight.lab.study.runs import PlannedCell, cells_to_run, run_cells, usable_cores, versions
 
-FILES = ("results.json", "report.html", "accuracy_by_length.png", "attention_mass.png", "causal.png", "adapter")
+FILES = (
+    "results.json",
+    "report.html",
+    "accuracy_by_length.png",
+    "attention_mass.png",
+    "causal.png",
+    "begun.txt",
+    "adapter",
+)
 EXAMPLES = 3
 
 
@@ -209,6 +218,7 @@ def write_folder(out: Path, results: dict[str, Any], settings: DemoSettings, fol
     """Make everything beside `out`, then move it in, `results.json` last."""
     from keepsight.lab.demo.plots import plot_all
     from keepsight.lab.demo.report import render_report
+    from keepsight.lab.demo.trying import try_it
     from keepsight.lab.samples import example_images, sample_narration
 
     out.mkdir(parents=True, exist_ok=True)
@@ -218,10 +228,18 @@ def write_folder(out: Path, results: dict[str, Any], settings: DemoSettings, fol
         for index, (image, _) in enumerate(images, start=1):
             image.resize((256, 256), resample=0).save(part / f"example-{index}.png")  # 0: nearest, pixels stay pixels
         figures = plot_all(results, part)
-        narration = sample_narration(np.random.default_rng(settings.seed), settings.seed)
-        (part / "report.html").write_text(render_report(results, figures, images, narration), encoding="utf-8")
         if (folder / "pvm").is_dir():
             shutil.copytree(folder / "pvm", part / "adapter")
+            results["try_it"] = try_it(
+                part / "adapter",
+                part / "example-1.png",
+                images[0][1],
+                settings.lengths[-1],
+                part / "begun.txt",
+                settings.seed,
+            )
+        narration = sample_narration(np.random.default_rng(settings.seed), settings.seed)
+        (part / "report.html").write_text(render_report(results, figures, images, narration), encoding="utf-8")
         (part / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         for path in sorted(part.iterdir(), key=lambda p: p.name == "results.json"):
             target = out / path.name
