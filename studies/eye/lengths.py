@@ -31,7 +31,7 @@ CONDITIONS = {
     "base": "the narration is seen",
     "hidden": "hidden from attention: its length in positions is left",
     "repeated": "the image stands again behind the narration, in the question's turn",
-    "reinserted": "the image's embeddings stand again, bare, where the answer begins",
+    "reinserted": "the image's embeddings stand again, bare, behind the question's words",
 }
 
 
@@ -53,9 +53,9 @@ def asked(
         more = [*tokenizer("<|im_end|>\n<|im_start|>user\n")["input_ids"], *sequences.framed(side, config)]
         return dataclasses.replace(part, ids=[*more, *part.ids], answer=part.answer + len(more))
     if condition == "reinserted":
-        more = [config.image_token_id] * side**2
-        ids = [*part.ids[: part.answer], *more, *part.ids[part.answer :]]
-        return dataclasses.replace(part, ids=ids, answer=part.answer + len(more))
+        # not where the answer begins: there this eye reads nothing, without any narration too (LOG.md)
+        more, end = [config.image_token_id] * side**2, part.answer - len(tokenizer(sequences.ASKED)["input_ids"])
+        return dataclasses.replace(part, ids=[*part.ids[:end], *more, *part.ids[end:]], answer=part.answer + len(more))
     return part
 
 

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 
 from studies.eye.questions import Question
 
+ASKED = "<|im_end|>\n<|im_start|>assistant\n"
+"""Between a question's words and its answer, in the language model's chat format."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -56,7 +59,7 @@ class Batch:
 
 def part(question: Question, tokenizer: Any, gap: int = 0) -> Part:
     """A question in a turn of its own, in the language model's chat format, with its answer."""
-    asked = f"<|im_end|>\n<|im_start|>user\n{question.text}<|im_end|>\n<|im_start|>assistant\n"
+    asked = f"<|im_end|>\n<|im_start|>user\n{question.text}{ASKED}"
     before, after = tokenizer(asked)["input_ids"], tokenizer(f"{question.answer}<|im_end|>")["input_ids"]
     return Part(before + after, len(before), gap)
 

@@ -41,12 +41,12 @@ class Size:
     heads: int = 6
     sides: tuple[int, ...] = (1, 2)
     pretrain_steps: int = 2400
-    restyle_steps: int = 3000
+    restyle_steps: int = 7500
     pretrain_batch: int = 64
     pretrain_lr: float = 1e-3
     muon_lr: float = 0.01
     others: float = 0.3
-    align_steps: int = 800
+    align_steps: int = 1300
     align_batch: int = 4
     align_lr: float = 2e-3
     questions: int = 6

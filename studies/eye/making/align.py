@@ -17,7 +17,7 @@ from studies.eye.sizes import Size
 
 _NEAR = 0.3
 """Share of the questions that follow the image at once."""
-_NAMING = 6.0
+_NAMING = 5.0
 """How much more often than another task a name is asked for."""
 
 _BOLD = 0.5
