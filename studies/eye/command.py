@@ -20,7 +20,6 @@ from studies.eye.options import (
     Threads,
     Which,
     Work,
-    conditions_of,
     opened,
     report,
     size_of,
@@ -119,22 +118,15 @@ def gate_of_eye(
 ) -> None:
     """Measure what the eye reads: unseen styles and grids, near and far; says whether the gate holds."""
     quiet()
-    import torch
-
-    from studies.eye.drawings.pictures import pictures
     from studies.eye.gate import lines, measure
 
-    torch.set_num_threads(threads)
     with Progress("the gate") as show:
-        model, tokenizer, chosen, about = opened(work, size, eye)
-        drawn = pictures(work / "packages", work)
-        begin = time.process_time()
-        found = measure(
-            model.to(device).eval(), tokenizer, drawn, chosen, grids, lambda what, done, of: show(what, done, of)
-        )
-    conditions = conditions_of(about, begin, device, threads)
-    unfinished = [] if about["done"] else ["the eye is not done"]
-    report(results / f"{about['size']}.json", {"conditions": conditions, **found}, [*unfinished, *lines(found)])
+        of = opened(work, size, eye, device, threads)
+        drawn, begin = of.pictures, time.process_time()
+        found = measure(of.model, of.tokenizer, drawn, of.size, grids, lambda *done: show(*done))
+    unfinished = [] if of.about["done"] else ["the eye is not done"]
+    file = results / f"{of.about['size']}.json"
+    report(file, {"conditions": of.conditions(begin), **found}, [*unfinished, *lines(found)])
 
 
 @app.command("narrate")
@@ -170,22 +162,17 @@ def reading_at_lengths(
 ) -> None:
     """Measure how reading falls with the length of a narration, and what helps without training."""
     quiet()
-    import torch
-
     from studies.eye import lengths, narrations
-    from studies.eye.drawings.pictures import pictures
 
-    torch.set_num_threads(threads)
     with Progress("reading at lengths") as show:
-        model, tokenizer, chosen, about = opened(work, size, eye)
-        told = narrations.read(results / narrations.FILE, tokenizer)
-        drawn = pictures(work / "packages", work)
-        model, begin = model.to(device).eval(), time.process_time()
+        of = opened(work, size, eye, device, threads)
+        told = narrations.read(results / narrations.FILE, of.tokenizer)
+        drawn, begin = of.pictures, time.process_time()
         rows = lengths.measure(
-            model, tokenizer, drawn, chosen, told, images, on_progress=lambda what, done, of: show(what, done, of)
+            of.model, of.tokenizer, drawn, of.size, told, images, on_progress=lambda *done: show(*done)
         )
-    conditions = conditions_of(about, begin, device, threads)
-    report(results / f"lengths-{about['size']}.json", {"conditions": conditions, "rows": rows}, lengths.table(rows))
+    file = results / f"lengths-{of.about['size']}.json"
+    report(file, {"conditions": of.conditions(begin), "rows": rows}, lengths.table(rows))
 
 
 app.command("language")(language_of_eye)

@@ -6,14 +6,19 @@ import json
 import platform
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from keepsight.cli.common.console import out
 from keepsight.errors import KeepsightError
 from studies.eye.sizes import PUBLISHED, SIZES, Size
+
+if TYPE_CHECKING:
+    from studies.eye.drawings.pictures import Pictures
 
 Work = Annotated[Path, typer.Option(help="Folder for what is fetched and made.")]
 Which = Annotated[str, typer.Option(help=f"How large an eye: {', '.join(SIZES)}.")]
@@ -42,37 +47,69 @@ def folder_of(work: Path, size: str | None, eye: Path | None) -> Path:
     return work / (size or "cpu") if eye is None else eye
 
 
-def opened(work: Path, size: str | None, eye: Path | None) -> tuple[Any, Any, Size, dict[str, Any]]:
-    """The model with the eye that was asked for, its tokenizer, the eye's size and what is known of it."""
+@dataclass
+class Opened:
+    """An eye in its language model, as a command measures it.
+
+    Args:
+        model: on its device, in evaluation mode.
+        tokenizer: of the language model.
+        size: of the eye.
+        about: what is known of it.
+        work: folder of the fetched packages.
+        device: where the model is.
+        threads: on a CPU.
+    """
+
+    model: Any
+    tokenizer: Any
+    size: Size
+    about: dict[str, Any]
+    work: Path
+    device: str
+    threads: int
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """All drawings."""
+        from studies.eye.drawings.pictures import pictures
+
+        return pictures(self.work / "packages", self.work)
+
+    def conditions(self, begin: float) -> dict[str, Any]:
+        """Of a measurement that began at `begin` in CPU seconds, as plain JSON."""
+        import torch
+        import transformers
+
+        return {
+            "size": self.about["size"],
+            "eye": self.about["sha256"],
+            "settings": self.about["settings"],
+            "done": self.about["done"],
+            "make_cpu_seconds": self.about["cpu_seconds"],
+            "cpu_seconds": round(time.process_time() - begin, 1),
+            "device": self.device,
+            "threads": self.threads,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        }
+
+
+def opened(work: Path, size: str | None, eye: Path | None, device: str = "cpu", threads: int = 1) -> Opened:
+    """The eye that was asked for, ready to be measured."""
+    import torch
+
     from studies.eye.language import language_model
     from studies.eye.publishing.eye import about_eye, made_model
 
+    torch.set_num_threads(threads)
     folder = folder_of(work, size, eye)
     wanted = size_of(size or "cpu") if eye is None else None
     about_eye(folder)  # a missing eye is found before the language model is unpacked
     language, tokenizer = language_model(work / "packages", work)
     model, own, about = made_model(language, tokenizer, folder, wanted)
-    return model, tokenizer, own, about
-
-
-def conditions_of(about: dict[str, Any], begin: float, device: str, threads: int) -> dict[str, Any]:
-    """Of a measurement of the eye `about` that began at `begin` in CPU seconds, as plain JSON."""
-    import torch
-    import transformers
-
-    return {
-        "size": about["size"],
-        "eye": about["sha256"],
-        "settings": about["settings"],
-        "done": about["done"],
-        "make_cpu_seconds": about["cpu_seconds"],
-        "cpu_seconds": round(time.process_time() - begin, 1),
-        "device": device,
-        "threads": threads,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
+    return Opened(model.to(device).eval(), tokenizer, own, about, work, device, threads)
 
 
 def report(file: Path, found: dict[str, Any], lines: Iterable[str]) -> None:

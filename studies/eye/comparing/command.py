@@ -22,7 +22,6 @@ from studies.eye.options import (
     Threads,
     Which,
     Work,
-    conditions_of,
     opened,
     report,
     size_of,
@@ -61,24 +60,19 @@ def methods_on_eye(
     Goes on where it was, in training and between the three measurements; their raw result is written after each.
     """
     quiet()
-    import torch
-
     from studies.eye import lengths, narrations
     from studies.eye.comparing import methods
     from studies.eye.comparing.measure import measure
-    from studies.eye.drawings.pictures import pictures
 
     if method not in (methods.NONE, *methods.METHODS):
         known = ", ".join([methods.NONE, *methods.METHODS])
         raise KeepsightError(f"No method is called {method!r}. There are: {known}.")
     until = time.monotonic() + 60 * minutes
     trial = methods.Trial(method, longest, seed, rate=rate, validation=validation)
-    torch.set_num_threads(threads)
     with Progress(trial.name) as show:
-        model, tokenizer, chosen, about = opened(work, size, eye)
-        told, unheard = trial.narrations(narrations.read(results / narrations.FILE, tokenizer))
-        drawn = pictures(work / "packages", work)
-        trained, spent = model.to(device), 0.0
+        of = opened(work, size, eye, device, threads)
+        told, unheard = trial.narrations(narrations.read(results / narrations.FILE, of.tokenizer))
+        trained, spent, sha256 = of.model, 0.0, of.about["sha256"]
         if method != methods.NONE:
 
             def on_progress(stage: str, step: int, steps: int, loss: float) -> None:
@@ -86,12 +80,12 @@ def methods_on_eye(
 
             trained, stage = methods.train(
                 trained,
-                tokenizer,
-                drawn,
-                chosen,
+                of.tokenizer,
+                of.pictures,
+                of.size,
                 told,
                 trial,
-                work / about["size"] / "methods" / about["sha256"][:12],
+                work / of.about["size"] / "methods" / sha256[:12],
                 lambda: time.monotonic() > until,
                 on_progress,
             )
@@ -109,18 +103,17 @@ def methods_on_eye(
             "memory_longest": memory_longest,
         }
         file = results / "methods" / f"{trial.name}.json"
-        found, seconds = _before(file, told_of, about["sha256"])
-        begin = time.process_time() - seconds
+        found, seconds = _before(file, told_of, sha256)
+        drawn, begin = of.pictures, time.process_time() - seconds
 
         def keep() -> None:
-            conditions = conditions_of(about, begin, device, threads)
-            report(file, {"conditions": {**conditions, "trial": told_of}, **found}, ())
+            report(file, {"conditions": {**of.conditions(begin), "trial": told_of}, **found}, ())
 
         measure(
             trained,
-            tokenizer,
+            of.tokenizer,
             drawn,
-            chosen,
+            of.size,
             unheard,
             trial,
             found,
@@ -128,7 +121,7 @@ def methods_on_eye(
             images,
             memory_images,
             memory_longest,
-            lambda what, done, of: show(what, done, of),
+            lambda *done: show(*done),
         )
     for line in lengths.table(found["rows"]):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -155,25 +148,16 @@ def language_of_eye(
 ) -> None:
     """Measure what the eye left of the language: perplexity of a text and plain questions, against SmolLM2's own."""
     quiet()
-    import torch
-
     from studies.eye.comparing import kept
-    from studies.eye.drawings.pictures import pictures
     from studies.eye.language import language_model
 
-    torch.set_num_threads(threads)
-    model, tokenizer, chosen, about = opened(work, size, eye)
+    of = opened(work, size, eye, device, threads)
     language, _ = language_model(work / "packages", work)
-    drawn = pictures(work / "packages", work)
-    model, begin = model.to(device).eval(), time.process_time()
-    rows = [kept.measure(language.to(device), tokenizer, kept.ORIGINAL, None, chosen)]
-    rows += [kept.measure(model, tokenizer, kept.EYE, shown, chosen) for shown in (None, drawn)]
-    conditions = conditions_of(about, begin, device, threads)
-    report(
-        results / f"language-{about['size']}.json",
-        {"conditions": conditions, "rows": rows},
-        kept.table(kept.by_name(rows)),
-    )
+    drawn, begin = of.pictures, time.process_time()
+    rows = [kept.measure(language.to(device), of.tokenizer, kept.ORIGINAL, None, of.size)]
+    rows += [kept.measure(of.model, of.tokenizer, kept.EYE, shown, of.size) for shown in (None, drawn)]
+    file = results / f"language-{of.about['size']}.json"
+    report(file, {"conditions": of.conditions(begin), "rows": rows}, kept.table(kept.by_name(rows)))
 
 
 @with_examples(

@@ -65,13 +65,13 @@ def export_eye(
     """
     quiet()
     from studies.eye import narrations
-    from studies.eye.drawings.pictures import pictures as drawings
     from studies.eye.publishing import examples
     from studies.eye.publishing.export import export, export_method, trial_of
     from studies.eye.publishing.publish import CARD, card, gate_of
 
     _must_be_new(folder)
-    model, tokenizer, own, about = opened(work, size, eye)
+    of = opened(work, size, eye)
+    own, about = of.size, of.about
     if side not in own.sides:
         known = ", ".join(map(str, own.sides))
         raise KeepsightError(f"--side {side}: this eye has seen images of so many pictures along a side: {known}.")
@@ -80,13 +80,13 @@ def export_eye(
         say("the eye is not done: python -m studies eye make goes on with it")
     if method is not None:
         trial_of(trained)  # what is wrong with it is told before half a gigabyte is written
-    export(model, tokenizer, own, side, folder)
+    export(of.model, of.tokenizer, own, side, folder)
     (folder / CARD).write_text(card(about, gate_of(about, results), None), encoding="utf-8")
     if pictures:
-        drawn, told = drawings(work / "packages", work), results / narrations.FILE
-        examples.write(drawn, about["packages"], told, own, side, folder / "pictures", pictures)
+        told = results / narrations.FILE
+        examples.write(of.pictures, about["packages"], told, own, side, folder / "pictures", pictures)
     if method is not None:
-        export_method(model, trained, folder, folder / method)
+        export_method(of.model, trained, folder, folder / method)
     say(f'keepsight generate {folder / (method or "")} -i PICTURE -p "What is here?"')
     out.print(str(folder), highlight=False, markup=False, soft_wrap=True)
 

@@ -12,6 +12,7 @@ from studies.eye.comparing import command as commands
 from studies.eye.comparing import kept, memories, methods
 from studies.eye.comparing.measure import measure
 from studies.eye.making.align import answers
+from studies.eye.options import Opened
 from tests.studies.eye.test_eye_methods import EXACT, TOLD, eye
 from tests.studies.eye.tiny_eye import drawings, language, tokenizer
 
@@ -139,7 +140,7 @@ def test_settings_are_chosen_on_what_is_neither_trained_nor_tested():
 def world(monkeypatch, tmp_path):
     """A folder of raw results with narrations, and the tiny eye as the one that was made."""
     about = {"size": "tiny", "sha256": "0" * 64, "settings": {}, "done": True, "cpu_seconds": {}}
-    monkeypatch.setattr(commands, "opened", lambda *_: (eye(), tokenizer(), EXACT, about))
+    monkeypatch.setattr(commands, "opened", lambda work, *_: Opened(eye(), tokenizer(), EXACT, about, work, "cpu", 1))
     monkeypatch.setattr("studies.eye.drawings.pictures.pictures", lambda *_: drawings())
     monkeypatch.setattr("studies.eye.language.language_model", lambda *_: (language(), tokenizer()))
     turns = [["Go on.", "It was a long way to the sea. " * 10]] * 24
