@@ -86,7 +86,7 @@ OF_RESTYLING = ("restyle_",)
 """Settings that an earlier stage knows nothing of, by the beginnings of their names."""
 
 CPU = Size()
-"""About three core-hours in float32 by the time that a step takes, half of that with matrix units (LOG.md)."""
+"""3.3 core-hours in float32; by what a step took, about half of that on a processor with matrix units (LOG.md)."""
 
 QUICK = replace(CPU, pretrain_steps=1500, restyle_steps=0, others=0.0, align_steps=150)
 """A fifth of it, without other drawings."""
