@@ -79,19 +79,25 @@ def make_eye(
     threads: Threads = 1,
     workers: Annotated[int, typer.Option(help="Processes that draw ahead, for a GPU.", min=0)] = 0,
     work: Work = WORK,
+    results: Results = RESULTS,
 ) -> None:
-    """Make the eye: the tower alone, then through the language model. The same command goes on where it was."""
+    """Make the eye: the tower alone, then through the language model, then with text. The same command goes on."""
     quiet()
     import torch
 
+    from studies.eye import narrations
+    from studies.eye.comparing.methods import HELD_OUT
     from studies.eye.drawings.pictures import pictures
     from studies.eye.language import language_model
     from studies.eye.making.make import make
+    from studies.eye.making.recall import texts
 
     chosen, until = size_of(size), time.monotonic() + 60 * minutes
     torch.set_num_threads(threads)
     with Progress("the eye") as show:
         language, tokenizer = language_model(work / "packages", work)
+        told = narrations.read(results / narrations.FILE, tokenizer)
+        kept = texts(told, HELD_OUT + 1, tokenizer)
         drawn = pictures(work / "packages", work, lambda done, of: show("pictures", done, of))
 
         def on_progress(stage: str, step: int, steps: int, loss: float) -> None:
@@ -100,7 +106,7 @@ def make_eye(
         def stop() -> bool:
             return time.monotonic() > until
 
-        made = make(language, tokenizer, drawn, chosen, work / size, stop, device, on_progress, workers)
+        made = make(language, tokenizer, drawn, kept, chosen, work / size, stop, device, on_progress, workers)
     spent = ", ".join(f"{stage} {seconds / 60:.1f}" for stage, seconds in made.cpu_seconds.items())
     say(f"{made.stage}: step {made.step} of {made.steps}; CPU minutes: {spent}")
     say("done. Next: python -m studies eye gate" if made.done else "not done; the same command goes on")

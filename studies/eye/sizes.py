@@ -25,6 +25,7 @@ class Size:
         muon_lr: of the matrices of the tower's blocks, which Muon trains; AdamW does the rest.
         others: share of the tower's pictures that show something else than the words to be named.
         align_steps, align_batch, align_lr: through the language model; the batch counts images.
+        recall_steps, recall_lr: the same with text beside it, where there is a LoRA, so that the language stays.
         questions: questions about each image.
         tower_lr: share of `align_lr` for the tower and its projector; the LoRA has all of it.
         top: how many of the tower's last blocks learn through the language model, besides the projector.
@@ -49,6 +50,8 @@ class Size:
     align_steps: int = 1300
     align_batch: int = 4
     align_lr: float = 2e-3
+    recall_steps: int = 250
+    recall_lr: float = 1e-3
     questions: int = 6
     tower_lr: float = 0.05
     top: int = 0
@@ -83,12 +86,13 @@ class Size:
 
 OF_ALIGNING = ("align_", "questions", "tower_lr", "top", "lora", "max_gap", "dtype")
 OF_RESTYLING = ("restyle_",)
+OF_RECALLING = ("recall_",)
 """Settings that an earlier stage knows nothing of, by the beginnings of their names."""
 
 CPU = Size()
 """3.3 core-hours in float32; by what a step took, about half of that on a processor with matrix units (LOG.md)."""
 
-QUICK = replace(CPU, pretrain_steps=1500, restyle_steps=0, others=0.0, align_steps=150)
+QUICK = replace(CPU, pretrain_steps=1500, restyle_steps=0, others=0.0, align_steps=150, recall_steps=30)
 """A fifth of it, without other drawings."""
 
 GPU = replace(
@@ -104,6 +108,8 @@ GPU = replace(
     align_steps=4700,
     align_batch=64,
     align_lr=7e-4,
+    recall_steps=500,
+    recall_lr=3.5e-4,
     questions=4,
     tower_lr=0.2,
     top=2,
@@ -120,6 +126,7 @@ TINY = replace(
     pretrain_batch=8,
     align_steps=3,
     align_batch=2,
+    recall_steps=2,
     lora=2,
 )
 """For tests."""

@@ -41,9 +41,10 @@ class Alignment:
         self.model, self.tokenizer, self.size = model, tokenizer, size
         self.scenes = Scenes(pictures, pictures.seen)
         model.model.language_model.to(size.computing(model.device.type))
+        self.wrapped: Any = None
         if size.lora:
             torch.manual_seed(size.seed)
-            with_lora(model, size)
+            self.wrapped = with_lora(model, size)
         tower = model.model.visual
         for name, value in model.named_parameters():
             value.requires_grad_("lora_" in name)

@@ -15,9 +15,10 @@ from studies.eye.language import with_eye, word_embeddings
 from studies.eye.making import windows
 from studies.eye.making.align import Alignment
 from studies.eye.making.pretrain import Pretraining
+from studies.eye.making.recall import Recall
 from studies.eye.making.stages import Stage
 from studies.eye.publishing.eye import write
-from studies.eye.sizes import OF_ALIGNING, OF_RESTYLING, Size
+from studies.eye.sizes import OF_ALIGNING, OF_RECALLING, OF_RESTYLING, Size
 
 
 @dataclass
@@ -42,6 +43,7 @@ def make(
     language: Any,
     tokenizer: Any,
     pictures: Pictures,
+    texts: list[list[int]],
     size: Size,
     folder: Path,
     stop: Callable[[], bool],
@@ -54,8 +56,9 @@ def make(
     Args:
         language, tokenizer: the language model.
         pictures: all drawings.
+        texts: tokens of each text that the language is kept by.
         size: what to make.
-        folder: of the checkpoints and, whenever stage (b) is left, of `eye.safetensors`.
+        folder: of the checkpoints and, whenever stage (b) or (c) is left, of `eye.safetensors`.
         stop: asked before every step whether to leave it at that for now.
         device: "cpu" or "cuda".
         on_progress: called with stage, step, steps and the mean loss of the last steps.
@@ -80,14 +83,19 @@ def make(
         return stage.done
 
     for name, steps, bold, own in (
-        ("pretrain", size.pretrain_steps, False, size.settings(*OF_ALIGNING, *OF_RESTYLING)),
-        ("restyle", size.restyle_steps, True, size.settings(*OF_ALIGNING)),
+        ("pretrain", size.pretrain_steps, False, size.settings(*OF_ALIGNING, *OF_RECALLING, *OF_RESTYLING)),
+        ("restyle", size.restyle_steps, True, size.settings(*OF_ALIGNING, *OF_RECALLING)),
     ):
         stage = Stage(name, folder, weights, steps, size.pretrain_lr, own, matrices, size.muon_lr)
         if not worked(stage, partial(learner.batch, bold=bold), learner.loss):
             return Made(stage.name, stage.step, stage.steps, spent, False)
     alignment = Alignment(model, tokenizer, pictures, size)
-    stage = Stage("align", folder, alignment.parameters(), size.align_steps, size.align_lr, size.settings())
+    learnt = alignment.parameters()
+    stage = Stage("align", folder, learnt, size.align_steps, size.align_lr, size.settings(*OF_RECALLING))
     done = worked(stage, alignment.batch, alignment.loss)
+    if done and size.lora:
+        recall = Recall(alignment, texts)
+        stage = Stage("recall", folder, learnt, size.recall_steps, size.recall_lr, size.settings())
+        done = worked(stage, recall.batch, recall.loss)
     write(model, size, pictures.concepts, spent, done, folder)
     return Made(stage.name, stage.step, stage.steps, spent, done)

@@ -11,15 +11,15 @@ from studies.eye.drawings import brush, choose
 from studies.eye.drawings.pictures import SIDE, Pictures
 from studies.eye.drawings.scenes import Scenes
 from studies.eye.language import text_difference, with_eye
-from studies.eye.making import windows
-from studies.eye.making.align import answers
+from studies.eye.making import recall, windows
+from studies.eye.making.align import Alignment, answers
 from studies.eye.making.make import make
 from studies.eye.making.muon import Muon
 from studies.eye.making.pretrain import Pretraining
 from studies.eye.making.stages import generator
 from studies.eye.publishing.eye import made_model
 from studies.eye.questions import TASKS, Question, ask, tasks_of
-from tests.studies.eye.tiny_eye import CONCEPTS, SIZE, drawings, language, tokenizer
+from tests.studies.eye.tiny_eye import CONCEPTS, SIZE, drawings, language, texts, tokenizer
 
 EXACT = dataclasses.replace(SIZE, dtype="float32")
 QUESTIONS = [
@@ -243,7 +243,7 @@ def going_on(folder, steps, size=SIZE):
     """Calls of `make` of so many steps each, until it is done."""
     for _ in range(20):
         left = iter([False] * steps)
-        made = make(language(), tokenizer(), drawings(), size, folder, lambda left=left: next(left, True))
+        made = make(language(), tokenizer(), drawings(), texts(), size, folder, lambda left=left: next(left, True))
         if made.done:
             return made
     raise AssertionError("never done")
@@ -271,6 +271,41 @@ def test_without_a_lora_the_language_model_stays_as_it_was(tmp_path):
         going_on(tmp_path, 1, dataclasses.replace(frozen, align_lr=1.0))
     with pytest.raises(KeepsightError, match="other settings"):
         made_model(language(), tokenizer(), tmp_path, SIZE)
+
+
+def test_recall_asks_for_the_languages_own_expectations():
+    """A LoRA that does nothing costs nothing; one that does is drawn back to what the language model expected."""
+    torch.manual_seed(2)
+    model = with_eye(language(), tokenizer(), EXACT)
+    recalled = recall.Recall(Alignment(model, tokenizer(), drawings(), EXACT), texts())
+    batches = [recalled.batch(step) for step in range(12)]
+    assert {behind for *_, behind in batches} == {False, True}
+    assert [text for _, text, _ in batches] == [recalled.batch(step)[1] for step in range(12)]
+    alone = next(batch for batch in batches if not batch[2])
+
+    def apart(batch):
+        return recalled.loss(batch) - recalled.alignment.loss(batch[0])
+
+    assert apart(alone).item() == pytest.approx(0.0, abs=1e-5)
+    learnt = [value for name, (value, _) in recalled.alignment.parameters().items() if "lora_B" in name]
+    with torch.no_grad():
+        for value in learnt:
+            value.normal_()
+    far = apart(alone).item()
+    optimizer = torch.optim.Adam(learnt, lr=0.03)
+    for step in range(24):
+        optimizer.zero_grad()
+        apart(batches[step % 12]).backward()
+        optimizer.step()
+    assert apart(alone).item() < far / 2
+    assert text_difference(model, language(), tokenizer()) > 0  # what was expected is the original's, not its own
+
+
+def test_no_text_of_a_test_is_learnt_from():
+    told = [[number] * 4 for number in range(6)]
+    found = recall.texts(told, 3, tokenizer())
+    assert found[:3] == told[:3]
+    assert len({tuple(one) for one in found[3:]}) == 1 < len(found[3])
 
 
 def test_no_eye_yet_says_what_to_do(tmp_path):
@@ -313,7 +348,7 @@ def test_intervals_hold_their_share_and_stay_within_bounds():
 
 def test_batches_are_the_same_from_workers(tmp_path):
     for folder, workers in (("here", 0), ("ahead", 2)):
-        make(language(), tokenizer(), drawings(), SIZE, tmp_path / folder, lambda: False, workers=workers)
+        make(language(), tokenizer(), drawings(), texts(), SIZE, tmp_path / folder, lambda: False, workers=workers)
     here, ahead = (made_model(language(), tokenizer(), tmp_path / one, SIZE)[0] for one in ("here", "ahead"))
     assert all(torch.equal(one, other) for one, other in zip(here.parameters(), ahead.parameters(), strict=True))
 

@@ -24,7 +24,7 @@ from studies.eye.publishing.eye import EYE, about_eye, made_model
 from studies.eye.publishing.publish import CARD
 from studies.eye.questions import Question
 from studies.eye.registries.packages import LANGUAGE_MODEL, PICTURES
-from tests.studies.eye.tiny_eye import CONCEPTS, SIZE, drawings, language, tokenizer
+from tests.studies.eye.tiny_eye import CONCEPTS, SIZE, drawings, language, texts, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def work(tmp_path_factory):
     tokenizer().save_pretrained(folder / "language-model")
     drawings().save(folder / "pictures.safetensors")
     for name in ("tiny", "again"):
-        make(language(), tokenizer(), drawings(), SIZE, folder / name, lambda: False)
+        make(language(), tokenizer(), drawings(), texts(), SIZE, folder / name, lambda: False)
     return folder
 
 
@@ -60,11 +60,13 @@ def test_what_is_measured_is_what_is_published(work, tmp_path):
 
 def test_the_same_weights_are_the_same_file(work):
     """An eye is known by its file's sha256; what took other times to make says so, and is another."""
-    make(language(), tokenizer(), drawings(), SIZE, work / "tiny", lambda: False)  # is done, and writes the file again
+    make(
+        language(), tokenizer(), drawings(), texts(), SIZE, work / "tiny", lambda: False
+    )  # is done, and writes the file again
     first, again = (load_file(work / name / EYE) for name in ("tiny", "again"))
     assert all(torch.equal(first[name], again[name]) for name in {*first, *again})
     before = about_eye(work / "tiny")["sha256"]
-    make(language(), tokenizer(), drawings(), SIZE, work / "tiny", lambda: False)
+    make(language(), tokenizer(), drawings(), texts(), SIZE, work / "tiny", lambda: False)
     assert about_eye(work / "tiny")["sha256"] == before
 
 
@@ -127,7 +129,7 @@ def test_a_trained_method_is_exported_with_the_eye(work, tmp_path):
     model, *_ = made_model(language(), tokenizer(), work / "tiny")
     folder = work / "tiny" / "methods" / about["sha256"][:12]
     with torch.enable_grad():
-        trained, _ = methods.train(model, tokenizer(), drawings(), SIZE, [heard.ids] * 3, trial, folder)
+        trained, _ = methods.train(model, tokenizer(), drawings(), texts(), SIZE, [heard.ids] * 3, trial, folder)
     words = ["export", tmp_path / "vlm", "--size", "tiny", "--work", work]
     with pytest.raises(KeepsightError, match=f"There are: {trial.name}"):
         command(*words, "--method", "pvm-9-9")
@@ -163,7 +165,7 @@ def test_what_is_no_eye_is_refused(work, tmp_path):
     with pytest.raises(KeepsightError, match="no eye yet"):
         command("gate", "--eye", tmp_path, "--work", work)
     left = iter([False] * 7)
-    make(language(), tokenizer(), drawings(), SIZE, tmp_path / "half", lambda: next(left, True))
+    make(language(), tokenizer(), drawings(), texts(), SIZE, tmp_path / "half", lambda: next(left, True))
     with pytest.raises(KeepsightError, match="not done"):
         command("publish", "--eye", tmp_path / "half")
     shutil.copytree(work / "tiny", tmp_path / "cut")

@@ -38,3 +38,8 @@ def drawings():
     pixels = torch.randint(256, (len(of), 64, 64, 4), generator=draws, dtype=torch.uint8)
     names, styles = [name for name, _ in of], [style for _, style in of]
     return Pictures(pixels, names, styles, [True] * len(of), CONCEPTS, ["emojione-v1"])
+
+
+def texts():
+    """Tokens of a text that the language is kept by."""
+    return [tokenizer()("Once upon a time, long ago, there was a sea. " * 20)["input_ids"]]
