@@ -93,7 +93,7 @@ def make(
     learnt = alignment.parameters()
     stage = Stage("align", folder, learnt, size.align_steps, size.align_lr, size.settings(*OF_RECALLING))
     done = worked(stage, alignment.batch, alignment.loss)
-    if done and size.lora:
+    if done and size.lora and size.recall_steps:
         recall = Recall(alignment, texts)
         stage = Stage("recall", folder, learnt, size.recall_steps, size.recall_lr, size.settings())
         done = worked(stage, recall.batch, recall.loss)
