@@ -129,7 +129,7 @@ def test_a_trained_method_is_exported_with_the_eye(work, tmp_path):
     model, *_ = made_model(language(), tokenizer(), work / "tiny")
     folder = work / "tiny" / "methods" / about["sha256"][:12]
     with torch.enable_grad():
-        trained, _ = methods.train(model, tokenizer(), drawings(), texts(), SIZE, [heard.ids] * 3, trial, folder)
+        trained, _ = methods.train(model, tokenizer(), drawings(), SIZE, [heard.ids] * 3, trial, folder)
     words = ["export", tmp_path / "vlm", "--size", "tiny", "--work", work]
     with pytest.raises(KeepsightError, match=f"There are: {trial.name}"):
         command(*words, "--method", "pvm-9-9")
