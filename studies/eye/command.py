@@ -96,8 +96,9 @@ def make_eye(
     torch.set_num_threads(threads)
     with Progress("the eye") as show:
         language, tokenizer = language_model(work / "packages", work)
-        told = narrations.read(results / narrations.FILE, tokenizer)
-        kept = texts(told, HELD_OUT + 1, tokenizer)
+        kept = list[list[int]]()
+        if chosen.recall_steps:
+            kept = texts(narrations.read(results / narrations.FILE, tokenizer), HELD_OUT + 1, tokenizer)
         drawn = pictures(work / "packages", work, lambda done, of: show("pictures", done, of))
 
         def on_progress(stage: str, step: int, steps: int, loss: float) -> None:
@@ -129,7 +130,7 @@ def gate_of_eye(
     with Progress("the gate") as show:
         of = opened(work, size, eye, device, threads)
         drawn, begin = of.pictures, time.process_time()
-        found = measure(of.model, of.tokenizer, drawn, of.size, grids, lambda *done: show(*done))
+        found = measure(of.model, of.tokenizer, drawn, of.size, grids, show)
     unfinished = [] if of.about["done"] else ["the eye is not done"]
     file = results / f"{of.about['size']}.json"
     report(file, {"conditions": of.conditions(begin), **found}, [*unfinished, *lines(found)])
@@ -174,9 +175,7 @@ def reading_at_lengths(
         of = opened(work, size, eye, device, threads)
         told = narrations.read(results / narrations.FILE, of.tokenizer)
         drawn, begin = of.pictures, time.process_time()
-        rows = lengths.measure(
-            of.model, of.tokenizer, drawn, of.size, told, images, on_progress=lambda *done: show(*done)
-        )
+        rows = lengths.measure(of.model, of.tokenizer, drawn, of.size, told, images, on_progress=show)
     file = results / f"lengths-{of.about['size']}.json"
     report(file, {"conditions": of.conditions(begin), "rows": rows}, lengths.table(rows))
 

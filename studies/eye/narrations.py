@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from keepsight.errors import KeepsightError
+from studies.eye.sequences import ASKED
 
 LONGEST = 2048
 """Tokens of a narration."""
@@ -90,7 +91,7 @@ def read(file: Path, tokenizer: Any) -> list[list[int]]:
         text = ""
         for prompt, answer in turns[begin : begin + _TURNS]:
             asked = f"<|im_end|>\n<|im_start|>user\n{prompt}" if text else ""
-            text += f"{asked}<|im_end|>\n<|im_start|>assistant\n{answer}"
+            text += f"{asked}{ASKED}{answer}"
         ids = tokenizer(text)["input_ids"]
         if len(ids) < LONGEST:
             raise KeepsightError(f"{file}: narration {len(found)} has {len(ids)} tokens; expected {LONGEST} or more.")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from studies.eye.questions import Question
 
 ASKED = "<|im_end|>\n<|im_start|>assistant\n"
-"""Between a question's words and its answer, in the language model's chat format."""
+"""Between what was said before and a turn of the assistant's, in the language model's chat format."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def part(question: Question, tokenizer: Any, gap: int = 0) -> Part:
 
 def narration(text: str, tokenizer: Any) -> Part:
     """A turn of the assistant's between image and question, that questions of the same sequence do not see."""
-    ids = tokenizer(f"<|im_end|>\n<|im_start|>assistant\n{text}")["input_ids"]
+    ids = tokenizer(f"{ASKED}{text}")["input_ids"]
     return Part(ids, len(ids))
 
 

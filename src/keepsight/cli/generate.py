@@ -114,8 +114,8 @@ def generate(
     _refuse_typed(model, processor, f"--said {said}", between or "")
     _refuse_typed(model, processor, f"--prefill {prefill}", begun or "")
     latent = {"return_dict_in_generate": True} if has_latent and show_memory and not no_memory else {}
+    text = _chat(processor, len(images), between, prompt, begun)
     with memory_off(model) if no_memory else nullcontext():
-        text = _chat(processor, len(images), between, prompt, begun)
         _answer(model, processor, images, text, max_new_tokens, temperature, seed, latent)
 
 

@@ -85,6 +85,11 @@ def filler_ids(rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
     return ids + _FILLER0
 
 
+def filler_words(length: int, rng: np.random.Generator) -> list[str]:
+    """So many words of filler."""
+    return [VOCABULARY[i] for i in filler_ids(1, length, rng)[0]]
+
+
 class TrainingText(Protocol):
     """What the lab's training reads of a batch: `Narrations`, and whatever a study makes to be trained on likewise."""
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from keepsight.data.images import open_image
 from keepsight.lab.digits import CELLS, draw_grids
-from keepsight.lab.narration import DESCRIBE, FILLER, READ, STOP, VOCABULARY, filler_ids
+from keepsight.lab.narration import DESCRIBE, FILLER, READ, STOP, filler_words
 from keepsight.shipped import IMAGE_NAME
 
 
@@ -37,7 +37,7 @@ def sample_narration(rng: np.random.Generator, seed: int, facts: int = 3, gap: i
     digits = example_images(1, seed)[0][1]
     words: list[Word] = []
     for cell in rng.permutation(len(CELLS))[:facts]:
-        words += [Word(VOCABULARY[i], "filler") for i in filler_ids(1, gap, rng)[0]]
+        words += [Word(word, "filler") for word in filler_words(gap, rng)]
         words += [Word(CELLS[cell], "cell"), Word(str(digits[cell]), "digit"), Word(STOP, "stop")]
     assert all(word.text in FILLER for word in words if word.kind == "filler")
     return words
@@ -51,6 +51,6 @@ def far_reading(length: int, seed: int = 0) -> dict[str, str]:
         `regex`: all answers that name each cell with a digit. Left to itself the model chooses the cells, and names one
         again and again.
     """
-    words = [VOCABULARY[i] for i in filler_ids(1, length, np.random.default_rng(seed))[0]]
+    words = filler_words(length, np.random.default_rng(seed))
     facts = " ".join(rf"{cell} [0-9] \{STOP}" for cell in CELLS)
     return {"asked": DESCRIBE, "text": " ".join(words), "question": READ, "regex": facts}

@@ -121,7 +121,7 @@ def methods_on_eye(
             images,
             memory_images,
             memory_longest,
-            lambda *done: show(*done),
+            show,
         )
     for line in lengths.table(found["rows"]):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -200,7 +200,7 @@ def adapter_on_eye(
         told = narrations.read(results / narrations.FILE, processor.tokenizer)[-HELD_OUT:]
         these = latents.tested(pictures(work / "packages", work), size_of(size), side, images)
         asked_at, begin = [one for one in lengths.LENGTHS if one <= longest], time.process_time()
-        rows = latents.measure(model.eval(), processor, these, told, asked_at, free, lambda *done: show(*done))
+        rows = latents.measure(model.eval(), processor, these, told, asked_at, free, show)
     conditions = {
         "adapter": adapter.name,
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),

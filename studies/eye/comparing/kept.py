@@ -86,7 +86,7 @@ def measure(model: Any, tokenizer: Any, of: str, pictures: Pictures | None, size
     ]
     windows = len(parts)
     for question, beginning, word in QUESTIONS:
-        asked = f"{begin}user\n{question}<|im_end|>\n<|im_start|>assistant\n{beginning}"
+        asked = f"{begin}user\n{question}{sequences.ASKED}{beginning}"
         before, after = tokenizer(asked)["input_ids"], tokenizer(f" {word}")["input_ids"]
         parts.append(sequences.Part(before + after, len(before)))
     found = _alone(model, parts) if pictures is None else _behind(model, tokenizer, parts, pictures, size)

@@ -129,9 +129,7 @@ def data_of_eye(
         _, tokenizer = language_model(work / "packages", work)
         told = narrations.read(results / narrations.FILE, tokenizer)
         drawn = pictures(work / "packages", work)
-        written = write(
-            drawn, tokenizer, told, chosen, side, folder, rows, images, longest, seed, lambda *done: show(*done)
-        )
+        written = write(drawn, tokenizer, told, chosen, side, folder, rows, images, longest, seed, show)
     for name, count in written.items():
         say(f"{count} questions: {folder / name}.jsonl")
     say(f"keepsight data check {folder / 'train.jsonl'}")

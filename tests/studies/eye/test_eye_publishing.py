@@ -60,9 +60,8 @@ def test_what_is_measured_is_what_is_published(work, tmp_path):
 
 def test_the_same_weights_are_the_same_file(work):
     """An eye is known by its file's sha256; what took other times to make says so, and is another."""
-    make(
-        language(), tokenizer(), drawings(), texts(), SIZE, work / "tiny", lambda: False
-    )  # is done, and writes the file again
+    # is done, and writes the file again
+    make(language(), tokenizer(), drawings(), texts(), SIZE, work / "tiny", lambda: False)
     first, again = (load_file(work / name / EYE) for name in ("tiny", "again"))
     assert all(torch.equal(first[name], again[name]) for name in {*first, *again})
     before = about_eye(work / "tiny")["sha256"]

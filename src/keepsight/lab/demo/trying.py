@@ -13,7 +13,7 @@ import torch
 from keepsight.checkpoints.load import load
 from keepsight.data.images import open_image
 from keepsight.lab.digits import CELLS
-from keepsight.lab.narration import DESCRIBE, VOCABULARY, filler_ids
+from keepsight.lab.narration import DESCRIBE, filler_words
 from keepsight.pvm import memory_off
 
 
@@ -36,7 +36,7 @@ def try_it(adapter: Path, image: Path, digits: Sequence[int], words: int, begun:
         cells together how many were right, `right_with_memory` and `right_without`.
     """
     model, processor = load(adapter)
-    filler = " ".join(VOCABULARY[i] for i in filler_ids(1, words, np.random.default_rng([seed, 2]))[0])
+    filler = " ".join(filler_words(words, np.random.default_rng([seed, 2])))
     asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": DESCRIBE}]}
     texts = [
         processor.apply_chat_template(
