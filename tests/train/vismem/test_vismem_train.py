@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,23 +202,24 @@ def test_everything_is_logged(formed: tuple[Path, VisMemReport]) -> None:
     assert cost.steps == 4
 
 
+def run_stage(stage: str, source: Path, data: Path, out: Path, max_steps: int = 4, **more: Any) -> VisMemReport:
+    options = {"max_steps": max_steps, "save_steps": 1}
+    common: dict[str, Any] = {"rewards": ["test_vismem_train:digits"], "text_only": "keep", **more}
+    if stage == "formation":
+        config = VisMemConfig(**SIZES)
+        return train_vismem_formation(source, data, out, vismem=config, settings=formation(**options), **common)
+    return train_vismem_invocation(source, data, out, settings=invocation(**options), **common)
+
+
 @pytest.mark.parametrize("stage", ["formation", "invocation"])
 def test_a_killed_run_resumes_to_the_same_weights(
     stage: str, formed: tuple[Path, VisMemReport], tiny_vlm: Path, questions: Path, tmp_path: Path
 ) -> None:
-    options = {"max_steps": 4, "save_steps": 1}
-    source = tiny_vlm if stage == "formation" else formed[0]
-
-    def train(out: Path, data: Path = questions, **more: Any) -> VisMemReport:
-        common: dict[str, Any] = {"rewards": ["test_vismem_train:digits"], "text_only": "keep", **more}
-        if stage == "formation":
-            config = VisMemConfig(**SIZES)
-            return train_vismem_formation(source, data, out, vismem=config, settings=formation(**options), **common)
-        return train_vismem_invocation(source, data, out, settings=invocation(**options), **common)
-
-    unbroken = train(tmp_path / "unbroken")
+    train = partial(run_stage, stage, tiny_vlm if stage == "formation" else formed[0])
+    unbroken = train(questions, tmp_path / "unbroken")
     out = tmp_path / "killed"
-    run = multiprocessing.get_context("fork").Process(target=train, args=(out,))
+    # spawned, not forked: torch's threads do not outlive a fork
+    run = multiprocessing.get_context("spawn").Process(target=train, args=(questions, out))
     run.start()
     deadline = time.monotonic() + 120
     while last_checkpoint(out)[0] is None and time.monotonic() < deadline and run.is_alive():
@@ -228,7 +230,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert not (out / WEIGHTS).exists()
 
     said: list[str] = []
-    report = train(out, resume=True, say=said.append)
+    report = train(questions, out, resume=True, say=said.append)
     assert report.resumed_from is not None
     assert report.resumed_from >= 1
     assert same(tmp_path / "unbroken", out)
@@ -239,15 +241,13 @@ def test_a_killed_run_resumes_to_the_same_weights(
     )
     assert first == second
     # Under other settings it is another run.
-    options["max_steps"] = 9
     with pytest.raises(OutputError, match="max_steps was 4, now 9"):
-        train(out, resume=True)
-    options["max_steps"] = 4
+        train(questions, out, max_steps=9, resume=True)
     others = write_rows(
         questions.parent / f"{stage}.jsonl", [{**row, "answer": "never"} for row in read_rows(questions)]
     )
     with pytest.raises(OutputError, match="digest of the data"):
-        train(out, others, resume=True)
+        train(others, out, resume=True)
 
 
 def test_a_checkpoint_of_before_the_one_engine_is_read(formed: tuple[Path, VisMemReport], tmp_path: Path) -> None:
