@@ -51,7 +51,7 @@ class Size:
     align_steps: int = 1300
     align_batch: int = 4
     align_lr: float = 2e-3
-    recall_steps: int = 0
+    recall_steps: int = 480
     recall_lr: float = 1e-3
     questions: int = 6
     tower_lr: float = 0.05
@@ -91,12 +91,9 @@ OF_RECALLING = ("recall_",)
 """Settings that an earlier stage knows nothing of, by the beginnings of their names."""
 
 CPU = Size()
-"""3.3 core-hours in float32; by what a step took, about half of that on a processor with matrix units (LOG.md)."""
+"""4.1 core-hours in float32; by what a step took, about half of that on a processor with matrix units (LOG.md)."""
 
-RECALLED = replace(CPU, recall_steps=250)
-"""The same and then text: it keeps its language, and misses the gate by two pictures (LOG.md)."""
-
-QUICK = replace(CPU, pretrain_steps=1500, restyle_steps=0, others=0.0, align_steps=150)
+QUICK = replace(CPU, pretrain_steps=1500, restyle_steps=0, others=0.0, align_steps=150, recall_steps=60)
 """A fifth of it, without other drawings."""
 
 GPU = replace(
@@ -134,7 +131,7 @@ TINY = replace(
 )
 """For tests."""
 
-SIZES = {"cpu": CPU, "cpu-recalled": RECALLED, "quick": QUICK, "gpu": GPU, "tiny": TINY}
+SIZES = {"cpu": CPU, "quick": QUICK, "gpu": GPU, "tiny": TINY}
 
 PUBLISHED = "studies/eye/published/cpu"
 """In a clone: the eye of size `cpu` that was measured."""

@@ -20,7 +20,7 @@ _NEAR = 0.3
 _NAMING = 5.0
 """How much more often than another task a name is asked for."""
 
-_BOLD = 0.5
+BOLD = 0.5
 """Share of the images that are restyled where the tower has learnt from such: what is read must not rest on tokens as
 sure as those of a known hand."""
 _VARY = 0.5
@@ -59,14 +59,14 @@ class Alignment:
             if value.requires_grad
         }
 
-    def batch(self, step: int) -> tuple[torch.Tensor, list[list[sequences.Part]], int]:
+    def batch(self, step: int, bold_share: float = BOLD) -> tuple[torch.Tensor, list[list[sequences.Part]], int]:
         """Images, what is asked about each, and pictures along their side; drawn anew from the step's number."""
         size, draws = self.size, generator(self.size.seed, 2, step)
         often = torch.tensor(size.sides, dtype=torch.float)  # where to look is harder than what it is
         side = size.sides[int(torch.multinomial(often, 1, generator=draws))]
         images, rows = [], []
         for _ in range(size.align_batch):
-            bold = bool(size.restyle_steps) and float(torch.rand(1, generator=draws)) < _BOLD
+            bold = bool(size.restyle_steps) and float(torch.rand(1, generator=draws)) < bold_share
             image, cells = self.scenes.image(side, size.cell, _VARY, draws, bold=bold)
             possible = [task for task in tasks_of(cells, side) if not (bold and task == "style")]
             weights = torch.tensor([_NAMING if task == TASKS[0] else 1.0 for task in possible])

@@ -278,14 +278,17 @@ def test_recall_asks_for_the_languages_own_expectations():
     torch.manual_seed(2)
     model = with_eye(language(), tokenizer(), EXACT)
     recalled = recall.Recall(Alignment(model, tokenizer(), drawings(), EXACT), texts())
-    batches = [recalled.batch(step) for step in range(12)]
+    batches, without = ([recalled.batch(step) for step in range(first, 24, 2)] for first in (0, 1))
     assert {behind for *_, behind in batches} == {False, True}
-    assert [text for _, text, _ in batches] == [recalled.batch(step)[1] for step in range(12)]
+    assert all(text for _, text, _ in batches)
+    assert not any(text or behind for _, text, behind in without)
+    assert [text for _, text, _ in batches] == [recalled.batch(step)[1] for step in range(0, 24, 2)]
     alone = next(batch for batch in batches if not batch[2])
 
     def apart(batch):
         return recalled.loss(batch) - recalled.alignment.loss(batch[0])
 
+    assert apart(without[0]).item() == 0.0
     assert apart(alone).item() == pytest.approx(0.0, abs=1e-5)
     learnt = [value for name, (value, _) in recalled.alignment.parameters().items() if "lora_B" in name]
     with torch.no_grad():
