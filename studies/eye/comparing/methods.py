@@ -17,6 +17,7 @@ from torch import nn
 
 from keepsight import PvmConfig
 from keepsight.train.pvm.blindfold import BlindfoldSchedule, blindfold
+from keepsight.train.run.settings import SftSettings
 from studies.eye import sequences
 from studies.eye.drawings.pictures import Pictures
 from studies.eye.drawings.scenes import Scenes
@@ -190,8 +191,12 @@ def train(
     """
     equipped_model = equipped(model, trial)
     lessons = Lessons(tokenizer, pictures, size, narrations, trial, equipped_model.config)
-    weights = {name: (value, 1.0) for name, value in equipped_model.named_parameters() if value.requires_grad}
-    settings = {**size.settings(), **vars(trial), "lr": trial.lr}
+    learnt = {name: value for name, value in equipped_model.named_parameters() if value.requires_grad}
+    gates = {name for name, value in learnt.items() if value.numel() == 1}
+    # as `keepsight train pvm` does: while a gate is shut nothing behind it learns
+    faster = SftSettings.gate_lr_multiplier
+    weights = {name: (value, faster if name in gates else 1.0) for name, value in learnt.items()}
+    settings = {**size.settings(), **vars(trial), "lr": trial.lr, "gate_lr_multiplier": faster}
     stage = Stage(trial.name, folder, weights, trial.steps, trial.lr, settings)
     if not stage.done:
         stage.run(lessons.batch, partial(lessons.loss, bare(equipped_model)), stop, on_progress)
