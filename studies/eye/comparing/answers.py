@@ -7,7 +7,7 @@ from functools import partial
 
 from studies.eye.comparing import kept
 from studies.eye.comparing.methods import METHODS, NONE
-from studies.eye.comparing.trials import GRIDS, TRAINED, Row, Rows
+from studies.eye.comparing.trials import EYE_ITSELF, GRIDS, TRAINED, Row, Rows
 from studies.eye.gate import STYLE
 from studies.eye.shares import Gap, gap
 
@@ -20,17 +20,17 @@ def answers(rows: Rows, language: kept.Rows) -> list[tuple[str, str]]:
     looked_up = partial(_memory_gap, one="own", other="other", key="right")
     helped = partial(_memory_gap, one="own", other="off", key="right")
     misled = partial(_memory_gap, one="other", other="off", key="follows")
-    own = "In grids, right with the own memory minus another image's"
-    far = "In grids, right at 1,024 and 2,048 tokens, minus"
+    own = "Right with the own memory minus another image's"
+    far = "Right at 1,024 and 2,048 tokens, minus"
 
     def of(*methods: str, longer: bool = False) -> list[Row]:
         short = min(TRAINED) if longer else -1
         return [row for method in methods for row in rows.values() if row.method == method and row.longest > short]
 
-    found: list[tuple[str, str, list[Row], Callable[[Row], Gap | None]]] = [
+    found: list[tuple[str, str, list[Row], Callable[[Row, str], Gap | None]]] = [
         ("With a pretrained language model, does the look-up form by plain SFT?", own, of("pvm"), looked_up),
         ("And with the warm-up?", own, of("pvm-warm"), looked_up),
-        ("Does the memory help?", "In grids, right with the own memory minus none", of(*PVM), helped),
+        ("Does the memory help?", "Right with the own memory minus none", of(*PVM), helped),
         *(
             (
                 f"Does PVM with the warm-up read better than {rival}?",
@@ -54,7 +54,7 @@ def answers(rows: Rows, language: kept.Rows) -> list[tuple[str, str]]:
         ),
         (
             "Is something left behind training that hiding the narration brings back?",
-            "In grids, right at 1,024 and 2,048 tokens, hidden minus seen",
+            "Right at 1,024 and 2,048 tokens, hidden minus seen",
             of("lora", "sft", *PVM),
             _hidden,
         ),
@@ -66,13 +66,20 @@ def answers(rows: Rows, language: kept.Rows) -> list[tuple[str, str]]:
         ),
         (
             "Does another image's memory make the model name what is not there?",
-            "In grids, names that the other image alone shows, with its memory minus none",
+            "Names that the other image alone shows, with its memory minus none",
             of(*PVM),
             misled,
         ),
     ]
     told = [
-        (question, f"{what}: {_listed({row.name: _judged(by(row)) for row in these})}")
+        (
+            question,
+            f"{what}. "
+            + " ".join(
+                f"{where}: {_listed({row.name: _judged(by(row, images)) for row in these})}"
+                for where, images in (("In grids", GRIDS), ("In the unseen style", STYLE))
+            ),
+        )
         for question, what, these, by in found
     ]
     told.append(("Could a check while it runs notice, by asking again without the memory?", _differences(of(*PVM))))
@@ -97,30 +104,32 @@ def _listed(told: Mapping[str, str | None]) -> str:
     return "; ".join([*found, f"*not run*: {', '.join(missing)}"] if missing else found) + "."
 
 
-def _memory_gap(row: Row, one: str, other: str, key: str) -> Gap | None:
+def _memory_gap(row: Row, images: str, one: str, other: str, key: str) -> Gap | None:
     """Points between two memories, over all lengths."""
-    return _points(row.memory(GRIDS, one, key), row.memory(GRIDS, other, key))
+    return _points(row.memory(images, one, key), row.memory(images, other, key))
 
 
-def _far(rows: Rows, other: str, row: Row, condition: str = "base") -> Gap | None:
+def _far(rows: Rows, other: str, row: Row, images: str, condition: str = "base") -> Gap | None:
     """Points between two methods behind long narrations; the eye itself is the same for every seed."""
-    these = _long(row, "base")
+    these = _long(row, images, "base")
     if other != NONE:
-        return _points(these, _long(rows[other, row.longest], "base")) if (other, row.longest) in rows else None
-    eye = list(_long(rows[NONE, 0], condition).values())
+        rival = rows.get((other, row.longest, row.steps))
+        return _points(these, _long(rival, images, "base")) if rival else None
+    eye = list(_long(rows[EYE_ITSELF], images, condition).values())
     return _points(these, dict.fromkeys(these, eye[0])) if eye else None
 
 
-def _longer(rows: Rows, row: Row) -> Gap | None:
-    return _points(_long(row, "base"), _long(rows[row.method, min(TRAINED)], "base"))
+def _longer(rows: Rows, row: Row, images: str) -> Gap | None:
+    short = rows.get((row.method, min(TRAINED), row.steps))
+    return _points(_long(row, images, "base"), _long(short, images, "base")) if short else None
 
 
-def _hidden(row: Row) -> Gap | None:
-    return _points(_long(row, "hidden"), _long(row, "base"))
+def _hidden(row: Row, images: str) -> Gap | None:
+    return _points(_long(row, images, "hidden"), _long(row, images, "base"))
 
 
-def _long(row: Row, condition: str) -> dict[int, list[str]]:
-    near, far = (row.right(GRIDS, length, condition) for length in FAR)
+def _long(row: Row, images: str, condition: str) -> dict[int, list[str]]:
+    near, far = (row.right(images, length, condition) for length in FAR)
     return {seed: [near[seed], far[seed]] for seed in near}
 
 

@@ -38,6 +38,7 @@ def methods_on_eye(
     method: Annotated[str, typer.Argument(help="none, lora, sft, mlp, pvm or pvm-warm.")],
     longest: Annotated[int, typer.Option(help="Tokens of narration in training: from 0 to so many.", min=0)] = 256,
     seed: Annotated[int, typer.Option(help="Of the method's start and its data.")] = 0,
+    steps: Annotated[int, typer.Option(help="Of training, of 2 images with 6 questions.", min=1)] = 120,
     rate: Annotated[float | None, typer.Option(help="Highest learning rate. Default: the method's own.")] = None,
     validation: Annotated[
         bool, typer.Option("--validation", help="To choose settings by: measure on what is neither trained nor tested.")
@@ -68,7 +69,7 @@ def methods_on_eye(
         known = ", ".join([methods.NONE, *methods.METHODS])
         raise KeepsightError(f"No method is called {method!r}. There are: {known}.")
     until = time.monotonic() + 60 * minutes
-    trial = methods.Trial(method, longest, seed, rate=rate, validation=validation)
+    trial = methods.Trial(method, longest, seed, steps, rate=rate, validation=validation)
     with Progress(trial.name) as show:
         of = opened(work, size, eye, device, threads)
         told, unheard = trial.narrations(narrations.read(results / narrations.FILE, of.tokenizer))

@@ -72,6 +72,7 @@ class Trial:
     def name(self) -> str:
         """Of its checkpoint and its raw result."""
         name = self.method if self.method == NONE else f"{self.method}-{self.longest}-{self.seed}"
+        name += "" if self.steps == Trial.steps else f"-steps-{self.steps}"
         return name + ("" if self.rate is None else f"-rate-{self.rate:g}") + ("-validation" if self.validation else "")
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 from studies.eye.comparing import kept, memories
 from studies.eye.comparing.answers import answers
 from studies.eye.comparing.methods import METHODS, NONE, RATES
-from studies.eye.comparing.trials import GRIDS, Rows, rates, read
+from studies.eye.comparing.trials import EYE_ITSELF, GRIDS, Rows, rates, read
 from studies.eye.gate import STYLE
 from studies.eye.lengths import LENGTHS
 from studies.eye.shares import share
@@ -87,8 +87,8 @@ def _kept(rows: Rows, folder: Path, size: str) -> kept.Rows:
     """Of SmolLM2, of the eye, and of all methods that were run."""
     file = folder / f"language-{size}.json"
     found = kept.by_name(json.loads(file.read_text(encoding="utf-8"))["rows"]) if file.is_file() else {}
-    if kept.EYE not in found and rows[NONE, 0].language():
-        found[kept.EYE] = rows[NONE, 0].language()
+    if kept.EYE not in found and rows[EYE_ITSELF].language():
+        found[kept.EYE] = rows[EYE_ITSELF].language()
     return found | {row.label: row.language() for row in rows.values() if row.method != NONE and row.language()}
 
 

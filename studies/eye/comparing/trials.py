@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from studies.eye.comparing.methods import METHODS, NONE
+from studies.eye.comparing.methods import METHODS, NONE, Trial
 
 GRIDS = "unseen grids"
 TRAINED = (256, 2048)
@@ -17,7 +17,8 @@ TRAINED = (256, 2048)
 
 @dataclass(frozen=True)
 class Row:
-    """One method trained behind narrations of up to `longest` tokens: its raw results by seed, none if it was not run.
+    """One method trained behind narrations of up to `longest` tokens in so many steps: its raw results by seed, none if
+    it was not run.
 
     Missing parts (a measurement that was stopped) are missing seeds.
     """
@@ -25,11 +26,15 @@ class Row:
     method: str
     longest: int
     raw: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    steps: int = Trial.steps
 
     @property
     def name(self) -> str:
         """In a sentence."""
-        return "the eye itself" if self.method == NONE else f"{self.method} up to {self.longest:,}"
+        if self.method == NONE:
+            return "the eye itself"
+        steps = "" if self.steps == Trial.steps else f" in {self.steps:,} steps"
+        return f"{self.method} up to {self.longest:,}{steps}"
 
     @property
     def label(self) -> str:
@@ -70,8 +75,9 @@ class Row:
         return [raw["conditions"]["trial"][key] for raw in self.raw.values()]
 
 
-Rows = Mapping[tuple[str, int], Row]
-"""By method and longest narration in training."""
+Rows = Mapping[tuple[str, int, int], Row]
+"""By method, longest narration in training, and steps."""
+EYE_ITSELF = (NONE, 0, Trial.steps)
 
 
 def read(folder: Path, eye: str | None) -> tuple[Rows, list[str]]:
@@ -83,8 +89,8 @@ def read(folder: Path, eye: str | None) -> tuple[Rows, list[str]]:
         folder: of the raw results.
         eye: sha256 of the eye that the page is about; None takes all.
     """
-    found: dict[tuple[str, int], dict[int, Any]] = {(NONE, 0): {}}
-    found |= {(method, longest): {} for longest in TRAINED for method in METHODS}
+    found: dict[tuple[str, int, int], dict[int, Any]] = {EYE_ITSELF: {}}
+    found |= {(method, longest, Trial.steps): {} for longest in TRAINED for method in METHODS}
     others = []
     for name, raw in _all(folder):
         trial = raw["conditions"]["trial"]
@@ -93,9 +99,9 @@ def read(folder: Path, eye: str | None) -> tuple[Rows, list[str]]:
         if eye is not None and raw["conditions"]["eye"] != eye:
             others.append(name)
             continue
-        key = (trial["method"], 0 if trial["method"] == NONE else trial["longest"])
+        key = (trial["method"], 0 if trial["method"] == NONE else trial["longest"], trial["steps"])
         found.setdefault(key, {})[trial["seed"]] = raw
-    return {key: Row(*key, raw) for key, raw in found.items()}, others
+    return {(*of, steps): Row(*of, raw, steps) for (*of, steps), raw in found.items()}, others
 
 
 def rates(folder: Path, eye: str | None) -> dict[str, dict[float, float]]:
@@ -104,7 +110,7 @@ def rates(folder: Path, eye: str | None) -> dict[str, dict[float, float]]:
     for _, raw in _all(folder):
         trial = raw["conditions"]["trial"]
         if trial["validation"] and (eye is None or raw["conditions"]["eye"] == eye):
-            name = Row(trial["method"], trial["longest"]).name
+            name = Row(trial["method"], trial["longest"], steps=trial["steps"]).name
             right = [row["right"] for row in raw.get("rows", ()) if row["condition"] == "base"]
             found.setdefault(name, {}).setdefault(trial["lr"], []).extend(right)
     return {

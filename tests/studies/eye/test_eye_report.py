@@ -17,9 +17,20 @@ def bits(share):
 
 
 def plant(
-    folder, method, share, seed=0, longest=256, eye=EYE, memories=None, nll=2.0, rate=None, validation=False, rows=True
+    folder,
+    method,
+    share,
+    seed=0,
+    longest=256,
+    eye=EYE,
+    memories=None,
+    nll=2.0,
+    rate=None,
+    validation=False,
+    rows=True,
+    steps=120,
 ):
-    trial = {"method": method, "seed": seed, "longest": longest, "rate": rate, "validation": validation}
+    trial = {"method": method, "seed": seed, "longest": longest, "rate": rate, "validation": validation, "steps": steps}
     trial |= {"lr": rate or 0.001, "parameters": 3_000_000, "train_cpu_seconds": 600.0}
     raw = {"conditions": {"eye": eye, "trial": trial}}
     raw["language"] = [{"of": "x", "image": image, "nll": [nll, nll + 1], "right": "110"} for image in (False, True)]
@@ -83,7 +94,8 @@ def test_planted_differences_are_found(tmp_path):
     assert "| the eye itself, hidden | 100 %" in text
     assert "| 3.0 M | 10.0 |" in text
     formed = answer(lines, "With a pretrained language model")
-    assert "pvm up to 256 *not shown*, +0.0 points [+0.0, +0.0] (one seed); *not run*: pvm up to 2,048." in formed
+    told = "pvm up to 256 *not shown*, +0.0 points [+0.0, +0.0] (one seed); *not run*: pvm up to 2,048."
+    assert f"In grids: {told} In the unseen style: {told}" in formed
     assert "pvm-warm up to 256 *yes*, +75.0 points" in answer(lines, "And with the warm-up?")
     better = answer(lines, "Does PVM with the warm-up read better than lora?")
     assert "*yes*, +35.0 points [" in better
@@ -108,6 +120,23 @@ def test_planted_differences_are_found(tmp_path):
     assert "pvm-warm up to 256 *no*, +0.500 nats [+0.500, +0.500] (3 seeds) and +0.500" in stays
     named = [line for line in lines if line.startswith("| pvm-warm up to 256 (3 seeds) | other |")]
     assert [line.endswith("| 100.0 % |") for line in named] == [True, True]
+
+
+def test_another_number_of_steps_is_a_row_of_its_own(tmp_path):
+    plant(tmp_path, "none", 0.25)
+    plant(tmp_path, "lora", 0.5)
+    plant(tmp_path, "pvm-warm", 0.25, memories=dict.fromkeys(READ, READ["off"]))
+    plant(tmp_path, "pvm-warm", 0.9, seed=1, longest=2048, memories=READ, steps=600)
+    lines = section(tmp_path, "cpu", EYE)
+    formed = answer(lines, "And with the warm-up?")
+    assert "pvm-warm up to 256 *not shown*, +0.0" in formed
+    assert "pvm-warm up to 2,048 in 600 steps *yes*, +75.0" in formed
+    better = answer(lines, "Does PVM with the warm-up read better than lora?")
+    assert "pvm-warm up to 256 *the contrary*, -25.0" in better
+    assert better.count("*not run*: pvm-warm up to 2,048, pvm-warm up to 2,048 in 600 steps.") == 2
+    assert (
+        "pvm-warm up to 2,048 in 600 steps" not in answer(lines, "Does training on long narrations").split("not run")[0]
+    )
 
 
 def test_what_is_of_another_eye_or_chooses_settings_is_left_out(tmp_path):
