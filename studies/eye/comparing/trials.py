@@ -101,7 +101,7 @@ def read(folder: Path, eye: str | None) -> tuple[Rows, list[str]]:
             continue
         key = (trial["method"], 0 if trial["method"] == NONE else trial["longest"], trial["steps"])
         found.setdefault(key, {})[trial["seed"]] = raw
-    return {(*of, steps): Row(*of, raw, steps) for (*of, steps), raw in found.items()}, others
+    return {key: Row(key[0], key[1], raw, key[2]) for key, raw in found.items()}, others
 
 
 def rates(folder: Path, eye: str | None) -> dict[str, dict[float, float]]:
