@@ -193,10 +193,9 @@ def train(
     equipped_model = equipped(model, trial)
     lessons = Lessons(tokenizer, pictures, size, narrations, trial, equipped_model.config)
     learnt = {name: value for name, value in equipped_model.named_parameters() if value.requires_grad}
-    gates = {name for name, value in learnt.items() if value.numel() == 1}
     # as `keepsight train pvm` does: while a gate is shut nothing behind it learns
     faster = SftSettings.gate_lr_multiplier
-    weights = {name: (value, faster if name in gates else 1.0) for name, value in learnt.items()}
+    weights = {name: (value, faster if name.endswith(".gate") else 1.0) for name, value in learnt.items()}
     settings = {**size.settings(), **vars(trial), "lr": trial.lr, "gate_lr_multiplier": faster}
     stage = Stage(trial.name, folder, weights, trial.steps, trial.lr, settings)
     if not stage.done:
