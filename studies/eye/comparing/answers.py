@@ -25,7 +25,9 @@ def answers(rows: Rows, language: kept.Rows) -> list[tuple[str, str]]:
 
     def of(*methods: str, longer: bool = False) -> list[Row]:
         short = min(TRAINED) if longer else -1
-        return [row for method in methods for row in rows.values() if row.method == method and row.longest > short]
+        return [
+            row for method in methods for row in rows.values() if row.of.method == method and row.of.longest > short
+        ]
 
     found: list[tuple[str, str, list[Row], Callable[[Row, str], Gap | None]]] = [
         ("With a pretrained language model, does the look-up form by plain SFT?", own, of("pvm"), looked_up),
@@ -113,14 +115,14 @@ def _far(rows: Rows, other: str, row: Row, images: str, condition: str = "base")
     """Points between two methods behind long narrations; the eye itself is the same for every seed."""
     these = _long(row, images, "base")
     if other != NONE:
-        rival = rows.get((other, row.longest, row.steps))
+        rival = rows.get(row.of._replace(method=other))
         return _points(these, _long(rival, images, "base")) if rival else None
     eye = list(_long(rows[EYE_ITSELF], images, condition).values())
     return _points(these, dict.fromkeys(these, eye[0])) if eye else None
 
 
 def _longer(rows: Rows, row: Row, images: str) -> Gap | None:
-    short = rows.get((row.method, min(TRAINED), row.steps))
+    short = rows.get(row.of._replace(longest=min(TRAINED)))
     return _points(_long(row, images, "base"), _long(short, images, "base")) if short else None
 
 

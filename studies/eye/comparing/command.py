@@ -38,7 +38,10 @@ def methods_on_eye(
     method: Annotated[str, typer.Argument(help="none, lora, sft, mlp, pvm or pvm-warm.")],
     longest: Annotated[int, typer.Option(help="Tokens of narration in training: from 0 to so many.", min=0)] = 256,
     seed: Annotated[int, typer.Option(help="Of the method's start and its data.")] = 0,
-    steps: Annotated[int, typer.Option(help="Of training, of 2 images with 6 questions.", min=1)] = 120,
+    steps: Annotated[int, typer.Option(help="Of training, of up to 12 questions each.", min=1)] = 120,
+    batch_images: Annotated[
+        int, typer.Option(help="Images of a step, with 12 // N questions each.", min=1, max=12)
+    ] = 2,
     rate: Annotated[float | None, typer.Option(help="Highest learning rate. Default: the method's own.")] = None,
     validation: Annotated[
         bool, typer.Option("--validation", help="To choose settings by: measure on what is neither trained nor tested.")
@@ -69,7 +72,7 @@ def methods_on_eye(
         known = ", ".join([methods.NONE, *methods.METHODS])
         raise KeepsightError(f"No method is called {method!r}. There are: {known}.")
     until = time.monotonic() + 60 * minutes
-    trial = methods.Trial(method, longest, seed, steps, rate=rate, validation=validation)
+    trial = methods.Trial(method, longest, seed, steps, batch_images, rate=rate, validation=validation)
     with Progress(trial.name) as show:
         of = opened(work, size, eye, device, threads)
         told, unheard = trial.narrations(narrations.read(results / narrations.FILE, of.tokenizer))
@@ -96,6 +99,7 @@ def methods_on_eye(
             spent = round(stage.cpu_seconds, 1)
         told_of = {
             **vars(trial),
+            "batch_images": batch_images,
             "lr": trial.lr,
             "parameters": methods.learning(trained) if method != methods.NONE else 0,
             "train_cpu_seconds": spent,

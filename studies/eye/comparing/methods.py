@@ -54,7 +54,9 @@ class Trial:
         method: of `METHODS`.
         longest: tokens of narration in training: from 0 to so many.
         seed: of the start and of everything drawn.
-        steps, images, questions: how much of it; images a step and questions an image.
+        steps: of training.
+        images: a step, with `questions // images` questions each; more of them are more to look at for as many answers.
+        questions: a step, at most.
         rate: highest learning rate; None: of `RATES`.
         validation: it is trained to choose settings by: one narration is kept from it, which it is measured on.
     """
@@ -64,7 +66,7 @@ class Trial:
     seed: int
     steps: int = 120
     images: int = 2
-    questions: int = 6
+    questions: int = 12
     rate: float | None = None
     validation: bool = False
 
@@ -73,6 +75,7 @@ class Trial:
         """Of its checkpoint and its raw result."""
         name = self.method if self.method == NONE else f"{self.method}-{self.longest}-{self.seed}"
         name += "" if self.steps == Trial.steps else f"-steps-{self.steps}"
+        name += "" if self.images == Trial.images else f"-images-{self.images}"
         return name + ("" if self.rate is None else f"-rate-{self.rate:g}") + ("-validation" if self.validation else "")
 
     @property
@@ -150,7 +153,7 @@ class Lessons:
             while all(cell.text for cell in cells):
                 image, cells = self.scenes.image(side, self.size.cell, 0.5, draws)
             told = self.narrations[whole(len(self.narrations))][: whole(self.trial.longest + 1)]
-            questions = [ask("name", cells, side, draws) for _ in range(self.trial.questions)]
+            questions = [ask("name", cells, side, draws) for _ in range(self.trial.questions // self.trial.images)]
             along = side * self.size.tokens
             parts = [asked(one, "base", told, along, self.tokenizer, self.config) for one in questions]
             images.append(image)

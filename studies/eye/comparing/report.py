@@ -53,10 +53,10 @@ def _reading(rows: Rows, images: str) -> list[str]:
     lines = []
     for row in rows.values():
         cost = ["", ""]
-        if row.method != NONE and row.raw:
+        if row.of.method != NONE and row.raw:
             minutes = [seconds / 60 for seconds in row.told("train_cpu_seconds")]
             cost = [f"{row.told('parameters')[0] / 1e6:.1f} M", f"{sum(minutes) / len(minutes):.1f}"]
-        for condition in ("base", "hidden", "repeated") if row.method == NONE else ("base",):
+        for condition in ("base", "hidden", "repeated") if row.of.method == NONE else ("base",):
             cells = [row.right(images, length, condition) for length in LENGTHS]
             what = "" if condition == "base" else f", {condition}"
             if all(cells):
@@ -89,7 +89,7 @@ def _kept(rows: Rows, folder: Path, size: str) -> kept.Rows:
     found = kept.by_name(json.loads(file.read_text(encoding="utf-8"))["rows"]) if file.is_file() else {}
     if kept.EYE not in found and rows[EYE_ITSELF].language():
         found[kept.EYE] = rows[EYE_ITSELF].language()
-    return found | {row.label: row.language() for row in rows.values() if row.method != NONE and row.language()}
+    return found | {row.label: row.language() for row in rows.values() if row.of.method != NONE and row.language()}
 
 
 def _rates(folder: Path, eye: str | None) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from studies.eye.comparing.methods import METHODS, NONE, Trial
 
@@ -15,31 +15,43 @@ TRAINED = (256, 2048)
 """Longest narrations in training that are asked for: short, and the target."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One method trained behind narrations of up to `longest` tokens in so many steps: its raw results by seed, none if
-    it was not run.
-
-    Missing parts (a measurement that was stopped) are missing seeds.
-    """
+class Training(NamedTuple):
+    """A method, trained behind narrations of up to `longest` tokens in so many steps of so many images."""
 
     method: str
     longest: int
-    raw: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     steps: int = Trial.steps
+    images: int = Trial.images
 
     @property
     def name(self) -> str:
         """In a sentence."""
         if self.method == NONE:
             return "the eye itself"
-        steps = "" if self.steps == Trial.steps else f" in {self.steps:,} steps"
-        return f"{self.method} up to {self.longest:,}{steps}"
+        longer = "" if self.steps == Trial.steps else f" in {self.steps:,} steps"
+        more = "" if self.images == Trial.images else f" of {self.images} images"
+        return f"{self.method} up to {self.longest:,}{longer}{more}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training's raw results by seed, none if it was not run.
+
+    Missing parts (a measurement that was stopped) are missing seeds.
+    """
+
+    of: Training
+    raw: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """In a sentence."""
+        return self.of.name
 
     @property
     def label(self) -> str:
         """In a table, with the number of seeds."""
-        count = 0 if self.method == NONE else len(self.raw)
+        count = 0 if self.of.method == NONE else len(self.raw)
         return self.name + (f" ({count} seed{'s' * (count > 1)})" if count else "")
 
     def right(self, images: str, length: int, condition: str = "base") -> dict[int, str]:
@@ -75,9 +87,8 @@ class Row:
         return [raw["conditions"]["trial"][key] for raw in self.raw.values()]
 
 
-Rows = Mapping[tuple[str, int, int], Row]
-"""By method, longest narration in training, and steps."""
-EYE_ITSELF = (NONE, 0, Trial.steps)
+Rows = Mapping[Training, Row]
+EYE_ITSELF = Training(NONE, 0)
 
 
 def read(folder: Path, eye: str | None) -> tuple[Rows, list[str]]:
@@ -89,8 +100,8 @@ def read(folder: Path, eye: str | None) -> tuple[Rows, list[str]]:
         folder: of the raw results.
         eye: sha256 of the eye that the page is about; None takes all.
     """
-    found: dict[tuple[str, int, int], dict[int, Any]] = {EYE_ITSELF: {}}
-    found |= {(method, longest, Trial.steps): {} for longest in TRAINED for method in METHODS}
+    found: dict[Training, dict[int, Any]] = {EYE_ITSELF: {}}
+    found |= {Training(method, longest): {} for longest in TRAINED for method in METHODS}
     others = []
     for name, raw in _all(folder):
         trial = raw["conditions"]["trial"]
@@ -99,9 +110,8 @@ def read(folder: Path, eye: str | None) -> tuple[Rows, list[str]]:
         if eye is not None and raw["conditions"]["eye"] != eye:
             others.append(name)
             continue
-        key = (trial["method"], 0 if trial["method"] == NONE else trial["longest"], trial["steps"])
-        found.setdefault(key, {})[trial["seed"]] = raw
-    return {key: Row(key[0], key[1], raw, key[2]) for key, raw in found.items()}, others
+        found.setdefault(_training(trial), {})[trial["seed"]] = raw
+    return {training: Row(training, raw) for training, raw in found.items()}, others
 
 
 def rates(folder: Path, eye: str | None) -> dict[str, dict[float, float]]:
@@ -110,13 +120,18 @@ def rates(folder: Path, eye: str | None) -> dict[str, dict[float, float]]:
     for _, raw in _all(folder):
         trial = raw["conditions"]["trial"]
         if trial["validation"] and (eye is None or raw["conditions"]["eye"] == eye):
-            name = Row(trial["method"], trial["longest"], steps=trial["steps"]).name
+            name = _training(trial).name
             right = [row["right"] for row in raw.get("rows", ()) if row["condition"] == "base"]
             found.setdefault(name, {}).setdefault(trial["lr"], []).extend(right)
     return {
         name: {rate: "".join(right).count("1") / len("".join(right)) for rate, right in by_rate.items() if right}
         for name, by_rate in found.items()
     }
+
+
+def _training(trial: Mapping[str, Any]) -> Training:
+    images = trial.get("batch_images", Trial.images)  # the first trials do not tell theirs
+    return Training(trial["method"], 0 if trial["method"] == NONE else trial["longest"], trial["steps"], images)
 
 
 def _all(folder: Path) -> list[tuple[str, Any]]:

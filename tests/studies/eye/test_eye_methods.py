@@ -88,6 +88,18 @@ def test_all_methods_are_shown_the_same():
     assert batches[0][1:] == batches[1][1:]
 
 
+def test_more_images_are_more_to_look_at_for_as_many_questions():
+    names = set()
+    for images in (2, 4, 8, 12):
+        trial = methods.Trial("pvm", 16, 0, images=images)
+        pictures, rows, _, _ = methods.Lessons(tokenizer(), drawings(), EXACT, TOLD, trial, eye().config).batch(1)
+        asked = [len(row) - 1 for row in rows]
+        assert (len(pictures), asked) == (images, [12 // images] * images)
+        names.add(trial.name)
+    assert len(names) == 4
+    assert methods.Trial("pvm", 16, 0).name in names
+
+
 def test_the_memory_off_reads_as_the_eye_does():
     rows = lengths.measure(eye(), tokenizer(), drawings(), EXACT, [one * 20 for one in TOLD], 2, ("base", "hidden"))
     at_once = {row["condition"]: row["right"] for row in rows if row["length"] == 0 and row["images"] == "unseen grids"}

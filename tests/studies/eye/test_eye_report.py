@@ -29,9 +29,11 @@ def plant(
     validation=False,
     rows=True,
     steps=120,
+    images=None,
 ):
     trial = {"method": method, "seed": seed, "longest": longest, "rate": rate, "validation": validation, "steps": steps}
     trial |= {"lr": rate or 0.001, "parameters": 3_000_000, "train_cpu_seconds": 600.0}
+    trial |= {"batch_images": images} if images else {}
     raw = {"conditions": {"eye": eye, "trial": trial}}
     raw["language"] = [{"of": "x", "image": image, "nll": [nll, nll + 1], "right": "110"} for image in (False, True)]
     kinds = ("unseen grids", "emojione-v1")
@@ -54,7 +56,7 @@ def plant(
             for memory, (right, follows, said) in memories.items()
             for length in (0, 1024)
         ]
-    name = f"{method}-{longest}-{seed}-{eye[0]}{rate or ''}{validation}.json"
+    name = f"{method}-{longest}-{seed}-{eye[0]}{rate or ''}{validation}{steps}{images}.json"
     (folder / "methods").mkdir(exist_ok=True)
     (folder / "methods" / name).write_text(json.dumps(raw))
 
@@ -183,3 +185,18 @@ def test_a_gap_takes_the_wider_interval():
     longer = shares.gap({0: [1.0, 3.0, 99.0]}, {0: [0.0, 0.0]})
     assert (longer.mean, longer.seeds) == (2.0, 1)
     assert shares.share({0: "1100", 1: "1110"}).startswith("62 % [")
+
+
+def test_another_number_of_steps_or_images_is_a_row_of_its_own(tmp_path):
+    plant(tmp_path, "none", 0.5)
+    plant(tmp_path, "pvm-warm", 0.25)
+    plant(tmp_path, "pvm-warm", 0.5, images=2, seed=1)  # the default, told: the same row as where it is not
+    plant(tmp_path, "pvm-warm", 0.75, steps=1200)
+    plant(tmp_path, "pvm-warm", 1.0, steps=1200, images=8)
+    found = section(tmp_path, "cpu", EYE)
+    for name in (
+        "up to 256 (2 seeds)",
+        "up to 256 in 1,200 steps (1 seed)",
+        "up to 256 in 1,200 steps of 8 images (1 seed)",
+    ):
+        assert [line for line in found if line.startswith(f"| pvm-warm {name} |")], name
