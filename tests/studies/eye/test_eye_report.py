@@ -56,7 +56,9 @@ def plant(
             for memory, (right, follows, said) in memories.items()
             for length in (0, 1024)
         ]
-    name = f"{method}-{longest}-{seed}-{eye[0]}{rate or ''}{validation}{steps}{images}.json"
+    name = (
+        f"{method}-{longest}-{seed}-{eye[0]}{rate or ''}{validation}{steps if steps != 120 else ''}{images or ''}.json"
+    )
     (folder / "methods").mkdir(exist_ok=True)
     (folder / "methods" / name).write_text(json.dumps(raw))
 
