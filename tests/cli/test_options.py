@@ -167,7 +167,8 @@ def test_every_setting_of_a_stage_is_an_option_with_its_default(command: str) ->
 def test_options_of_a_memory_have_its_configs_defaults(options: Any, config: Any) -> None:
     defaults = config()
     for item in dataclasses.fields(options):
-        assert item.default == getattr(defaults, item.name), item.name
+        default = list(item.default) if isinstance(item.default, tuple) else item.default
+        assert default == getattr(defaults, item.name), item.name
 
 
 @pytest.mark.parametrize(

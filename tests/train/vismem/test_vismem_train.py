@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -182,6 +183,28 @@ def test_a_run_that_can_have_learned_nothing_says_so(tiny_vlm: Path, questions: 
         train("uninvoked", delimiter_share=0.0, anywhere_probability=1e-9, controls=[Control("lora")])
     warned = [str(one.message) for one in told if str(tmp_path) in str(one.message)]
     assert ["no memory was invoked in any step" in one for one in warned] == [True, False]
+
+
+def test_a_warm_start_says_how_far_it_is(tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = formation(
+        max_steps=1, warm_start_steps=5, logging_steps=2, delimiter_share=0.0, anywhere_probability=1.0
+    )
+    config = VisMemConfig(**SIZES)
+    train_vismem_formation(
+        tiny_vlm,
+        questions,
+        tmp_path / "out",
+        vismem=config,
+        rewards=[digits],
+        settings=settings,
+        text_only="skip",
+        say=said.append,
+    )
+    assert [line.split(":")[0] for line in said if re.match(r"warm start \d", line)] == [
+        "warm start 2/5",
+        "warm start 4/5",
+    ]
 
 
 def test_everything_is_logged(formed: tuple[Path, VisMemReport]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,3 +182,15 @@ class VisMemOptions:
         "long-term former then loses the image as the model does. The laboratory needed 8.",
         MEMORY,
     )
+    delimiters: tuple[str, ...] = setting(
+        (",", ".", ";", ":", "?", "!", "\n"),
+        "What ends a clause; repeat for several. Invocation tokens start as the first, and a language model goes on as "
+        "behind it: of a comma in mid-sentence, of a colon with an answer.",
+        MEMORY,
+    )
+
+    def config(self) -> Any:
+        """The VisMemConfig."""
+        from keepsight.vismem import VisMemConfig
+
+        return VisMemConfig(**{**asdict(self), "delimiters": list(self.delimiters)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import partial
 from typing import Annotated
 
@@ -47,11 +46,10 @@ def formation(
     """
     quiet()
     from keepsight.checkpoints.adapters import find_adapter
-    from keepsight.vismem import VisMemConfig
 
-    config: VisMemConfig | None = VisMemConfig(**asdict(memory))
+    config = memory.config()
     if find_adapter(source) is not None:
-        changed = [f"--{name.replace('_', '-')}" for name in asdict(memory) if not is_default(memory, name)]
+        changed = [f"--{name.replace('_', '-')}" for name in vars(memory) if not is_default(memory, name)]
         if changed:
             names = ", ".join(changed)
             raise KeepsightError(f"{source} is an adapter, whose memory has its sizes already; leave {names} out.")

@@ -147,9 +147,15 @@ def warm_up(model: Any, questions: Questions, settings: FormationSettings, say: 
         for step in range(settings.warm_start_steps)
     )
     say(f"warm start (latent distillation, ours, not in the paper): {settings.warm_start_steps} steps")
+
+    def on_log(step: int, values: Mapping[str, float]) -> None:
+        if step % settings.logging_steps == 0 and step < settings.warm_start_steps:
+            errors = ", ".join(f"{kind} {values[kind]:.3f}" for kind in TYPES)
+            say(f"warm start {step}/{settings.warm_start_steps}: relative squared error {errors}")
+
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        report = distill(model, batches, steps=settings.warm_start_steps, lr=settings.warm_start_lr)
+        report = distill(model, batches, steps=settings.warm_start_steps, lr=settings.warm_start_lr, on_log=on_log)
     model.eval()
     errors = ", ".join(f"{kind} {report.first[kind]:.3f} -> {report.last[kind]:.3f}" for kind in report.last)
     say(f"warm start done in {report.seconds:.1f} s; relative squared error: {errors}")
