@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.eye import gate, lengths
+from studies.eye.comparing import adapters
 from studies.eye.comparing.report import section
 from studies.eye.shares import difference
 
@@ -54,8 +55,10 @@ def part_two(folder: Path, page: str, raw: str, size: str = "cpu") -> str:
         "dilution or the unfamiliar text: LoRA and SFT behind narrations, below, are the control.",
         "",
         *section(folder / "eye", size, read["conditions"].get("eye")),
-        "**Not run**: VisMem ([its commands](eye.md#vismem-by-the-products-commands)), the attention meter.",
-        "",
+        *(
+            adapters.section(folder / "eye" / "adapters")
+            or ["**Not run**: VisMem ([its commands](eye.md#vismem-by-the-products-commands)).", ""]
+        ),
     ]
     return "\n".join(lines)
 

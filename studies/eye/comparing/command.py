@@ -42,6 +42,9 @@ def methods_on_eye(
     batch_images: Annotated[
         int, typer.Option(help="Images of a step, with 12 // N questions each.", min=1, max=12)
     ] = 2,
+    look_up_steps: Annotated[
+        int, typer.Option(help="Before that, so many steps of 8 images with no narration: the look-up first.", min=0)
+    ] = 0,
     rate: Annotated[float | None, typer.Option(help="Highest learning rate. Default: the method's own.")] = None,
     validation: Annotated[
         bool, typer.Option("--validation", help="To choose settings by: measure on what is neither trained nor tested.")
@@ -72,7 +75,9 @@ def methods_on_eye(
         known = ", ".join([methods.NONE, *methods.METHODS])
         raise KeepsightError(f"No method is called {method!r}. There are: {known}.")
     until = time.monotonic() + 60 * minutes
-    trial = methods.Trial(method, longest, seed, steps, batch_images, rate=rate, validation=validation)
+    trial = methods.Trial(
+        method, longest, seed, steps, batch_images, look_up_steps=look_up_steps, rate=rate, validation=validation
+    )
     with Progress(trial.name) as show:
         of = opened(work, size, eye, device, threads)
         told, unheard = trial.narrations(narrations.read(results / narrations.FILE, of.tokenizer))
@@ -98,7 +103,7 @@ def methods_on_eye(
                 return
             spent = round(stage.cpu_seconds, 1)
         told_of = {
-            **vars(trial),
+            **trial.told(),
             "batch_images": batch_images,
             "lr": trial.lr,
             "parameters": methods.learning(trained) if method != methods.NONE else 0,

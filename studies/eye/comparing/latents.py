@@ -5,6 +5,7 @@ The memory stands before the first word of the answer. The prompt is read once f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -50,11 +51,12 @@ def measure(
         on_progress: called with what is measured, how much of it is done and of how much.
 
     Returns:
-        Rows of `memory`, `length`; `right` and `follows`, a "1" or "0" for each image, "-" where nothing was asked: the
-        answer is right, or names what the other image alone shows; and `said`, the answers.
+        Rows of `memory`, `length`; `right`, `named` and `follows`, a "1" or "0" for each image, "-" where nothing was
+        asked: the answer is right to the letter, names the thing in whatever words, or names one that the other image
+        alone shows; and `said`, the answers.
     """
     rows: dict[tuple[str, int], dict[str, Any]] = {
-        (memory, length): {"right": "", "follows": "", "said": []}
+        (memory, length): {"right": "", "named": "", "follows": "", "said": []}
         for length in asked_at
         for memory in (NEVER, *TYPES, *(f"{kind}, other" for kind in TYPES), *([FREE] if free else []))
     }
@@ -62,7 +64,8 @@ def measure(
     for number, one in enumerate(these):
         on_progress("the latents", number, len(these))
         other = _other(these, number)
-        alone = [] if other is None else [named(name) for name in these[other].names if name not in one.names]
+        asked = [name for name in one.names if named(name) == one.question.answer]
+        alone = [] if other is None else [name for name in these[other].names if name not in one.names]
         for length in asked_at:
             inputs = _inputs(processor, one, narrations[number % len(narrations)][:length])
             inputs = {name: value.to(model.device) for name, value in inputs.items()}
@@ -74,20 +77,34 @@ def measure(
             for memory in (memory for memory, at in rows if at == length):
                 row, text = rows[memory, length], said.get(memory)
                 row["right"] += "-" if text is None else str(int(text == one.question.answer))
-                row["follows"] += "-" if text is None or other is None else str(int(text in alone))
+                row["named"] += "-" if text is None else str(int(_names(text, asked)))
+                row["follows"] += "-" if text is None or other is None else str(int(_names(text, alone)))
                 row["said"].append(text)
     return [{"memory": memory, "length": length, **row} for (memory, length), row in rows.items()]
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown: shares that are right, by memory and length, of the images that were asked about."""
+    """Markdown: shares that are right, by memory and length, of the images that were asked about; and where it is
+    another one, the share that names the thing in whatever words.
+    """
     asked_at = list(dict.fromkeys(row["length"] for row in rows))
     told = ["| memory | " + " | ".join(map(str, asked_at)) + " |", "|---|" + "---|" * len(asked_at)]
     for memory in dict.fromkeys(row["memory"] for row in rows):
-        bits = [row["right"].replace("-", "") for row in rows if row["memory"] == memory]
-        cells = [f"{100 * one.count('1') / len(one):.0f} % of {len(one)}" if one else "-" for one in bits]
+        cells = [_cell(row) for row in rows if row["memory"] == memory]
         told.append(f"| {memory} | " + " | ".join(cells) + " |")
     return told
+
+
+def _cell(row: dict[str, Any]) -> str:
+    right, anyhow = (row[of].replace("-", "") for of in ("right", "named"))
+    if not right:
+        return "-"
+    loosely = "" if anyhow == right else f" (named: {100 * anyhow.count('1') / len(right):.0f} %)"
+    return f"{100 * right.count('1') / len(right):.0f} % of {len(right)}{loosely}"
+
+
+def _names(text: str, things: list[str]) -> bool:
+    return any(re.search(rf"\b{re.escape(thing)}\b", text, re.IGNORECASE) for thing in things)
 
 
 def _inputs(processor: Any, one: Shown, told: list[int]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,9 @@ narration of its own, so that the test stays unseen; the report says which were 
 HELD_OUT = 2
 """The last so many narrations serve as a test only; the one before them as a validation too."""
 
+LOOK_UP_IMAGES = 8
+"""Images of a step where the look-up is learnt on images alone: with two it does not form in 600 steps (LOG.md)."""
+
 _LORA = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
 
 
@@ -57,6 +60,7 @@ class Trial:
         steps: of training.
         images: a step, with `questions // images` questions each; more of them are more to look at for as many answers.
         questions: a step, at most.
+        look_up_steps: before them, so many of `LOOK_UP_IMAGES` images with no narration at all.
         rate: highest learning rate; None: of `RATES`.
         validation: it is trained to choose settings by: one narration is kept from it, which it is measured on.
     """
@@ -67,6 +71,7 @@ class Trial:
     steps: int = 120
     images: int = 2
     questions: int = 12
+    look_up_steps: int = 0
     rate: float | None = None
     validation: bool = False
 
@@ -76,12 +81,24 @@ class Trial:
         name = self.method if self.method == NONE else f"{self.method}-{self.longest}-{self.seed}"
         name += "" if self.steps == Trial.steps else f"-steps-{self.steps}"
         name += "" if self.images == Trial.images else f"-images-{self.images}"
+        name += f"-look-up-{self.look_up_steps}" if self.look_up_steps else ""
         return name + ("" if self.rate is None else f"-rate-{self.rate:g}") + ("-validation" if self.validation else "")
+
+    @property
+    def look_up(self) -> Trial | None:
+        """What is trained before: the same method on images alone."""
+        if not self.look_up_steps:
+            return None
+        return replace(self, longest=0, steps=self.look_up_steps, images=LOOK_UP_IMAGES, look_up_steps=0)
 
     @property
     def lr(self) -> float:
         """Highest learning rate."""
         return RATES.get(self.method, 0.0) if self.rate is None else self.rate
+
+    def told(self) -> dict[str, Any]:
+        """As checkpoints and raw results have it; a look-up that is none is not told, as in the first of them."""
+        return {name: value for name, value in vars(self).items() if name != "look_up_steps" or value}
 
     def narrations(self, every: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
         """Of all narrations those to train on, and those to be measured on."""
@@ -193,14 +210,24 @@ def train(
     Returns:
         The model with the method on it, and the stage: how far it is, and its CPU seconds.
     """
-    equipped_model = equipped(model, trial)
+    before = None
+    if trial.look_up is not None:
+        equipped_model, before = train(
+            model, tokenizer, pictures, size, narrations, trial.look_up, folder, stop, on_progress
+        )
+        if not before.done:
+            return equipped_model, before
+    else:
+        equipped_model = equipped(model, trial)
     lessons = Lessons(tokenizer, pictures, size, narrations, trial, equipped_model.config)
     learnt = {name: value for name, value in equipped_model.named_parameters() if value.requires_grad}
     # as `keepsight train pvm` does: while a gate is shut nothing behind it learns
     faster = SftSettings.gate_lr_multiplier
     weights = {name: (value, faster if name.endswith(".gate") else 1.0) for name, value in learnt.items()}
-    settings = {**size.settings(), **vars(trial), "lr": trial.lr, "gate_lr_multiplier": faster}
+    settings = {**size.settings(), **trial.told(), "lr": trial.lr, "gate_lr_multiplier": faster}
     stage = Stage(trial.name, folder, weights, trial.steps, trial.lr, settings)
+    if before is not None and stage.step == 0:
+        stage.cpu_seconds = before.cpu_seconds
     if not stage.done:
         stage.run(lessons.batch, partial(lessons.loss, bare(equipped_model)), stop, on_progress)
     return equipped_model, stage

@@ -16,12 +16,15 @@ TRAINED = (256, 2048)
 
 
 class Training(NamedTuple):
-    """A method, trained behind narrations of up to `longest` tokens in so many steps of so many images."""
+    """A method, trained behind narrations of up to `longest` tokens in so many steps of so many images, and before them
+    in `look_up_steps` with no narration.
+    """
 
     method: str
     longest: int
     steps: int = Trial.steps
     images: int = Trial.images
+    look_up_steps: int = 0
 
     @property
     def name(self) -> str:
@@ -30,7 +33,8 @@ class Training(NamedTuple):
             return "the eye itself"
         longer = "" if self.steps == Trial.steps else f" in {self.steps:,} steps"
         more = "" if self.images == Trial.images else f" of {self.images} images"
-        return f"{self.method} up to {self.longest:,}{longer}{more}"
+        first = f", after {self.look_up_steps:,} steps of look-up" if self.look_up_steps else ""
+        return f"{self.method} up to {self.longest:,}{longer}{more}{first}"
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,8 @@ def rates(folder: Path, eye: str | None) -> dict[str, dict[float, float]]:
 
 def _training(trial: Mapping[str, Any]) -> Training:
     images = trial.get("batch_images", Trial.images)  # the first trials do not tell theirs
-    return Training(trial["method"], 0 if trial["method"] == NONE else trial["longest"], trial["steps"], images)
+    longest, before = 0 if trial["method"] == NONE else trial["longest"], trial.get("look_up_steps", 0)
+    return Training(trial["method"], longest, trial["steps"], images, before)
 
 
 def _all(folder: Path) -> list[tuple[str, Any]]:

@@ -57,5 +57,13 @@ def test_each_memory_is_what_it_is_called(equipped):
                 assert found[f"{kind}, other"] == said[f"{kind}, other", length][number]
                 again, _ = latents._answers(model, processor, inputs, own)
                 assert again[f"{kind}, other"] == again[kind] == said[kind, length][number]
-    assert {len(row["right"]) for row in rows} == {4}
+    assert {len(row[bits]) for row in rows for bits in ("right", "named", "follows")} == {4}
     assert any("| free | " in line for line in latents.table(rows))
+
+
+def test_a_thing_may_be_named_in_other_words_than_the_answers():
+    row = {"memory": "short", "length": 0, "right": "10-0", "named": "11-0"}
+    assert latents.table([row])[-1] == "| short | 33 % of 3 (named: 67 %) |"
+    assert latents.table([row | {"named": "10-0"}])[-1] == "| short | 33 % of 3 |"
+    assert latents._names("it is an Airplane.", ["sea", "airplane"])
+    assert not latents._names("A season.", ["sea"])

@@ -88,6 +88,30 @@ def test_all_methods_are_shown_the_same():
     assert batches[0][1:] == batches[1][1:]
 
 
+def test_a_look_up_comes_first_on_images_alone_and_is_gone_on_from(tmp_path):
+    trial = methods.Trial("pvm-warm", 16, 0, steps=2, images=1, questions=8, look_up_steps=3)
+    alone, _ = methods.train(eye(), tokenizer(), drawings(), EXACT, TOLD, trial.look_up, tmp_path / "alone")
+    trained, stage = methods.train(eye(), tokenizer(), drawings(), EXACT, TOLD, trial, tmp_path)
+    assert sorted(file.stem for file in tmp_path.glob("*.safetensors")) == sorted([trial.name, trial.look_up.name])
+    assert stage.done
+    first = methods.train(eye(), tokenizer(), drawings(), EXACT, TOLD, trial.look_up, tmp_path)[1]
+    assert stage.cpu_seconds > first.cpu_seconds > 0
+    plain = dataclasses.replace(trial, look_up_steps=0)
+    without, _ = methods.train(eye(), tokenizer(), drawings(), EXACT, TOLD, plain, tmp_path)
+    found = [logits_of(methods.bare(one).eval()) for one in (alone, trained, without)]
+    assert not torch.equal(found[1], found[2])
+    again, _ = methods.train(eye(), tokenizer(), drawings(), EXACT, TOLD, trial, tmp_path)
+    assert torch.equal(logits_of(methods.bare(again).eval()), found[1])
+    _, part = methods.train(eye(), tokenizer(), drawings(), EXACT, TOLD, trial, tmp_path / "new", lambda: True)
+    assert part.name == trial.look_up.name
+    assert torch.equal(
+        found[0],
+        logits_of(
+            methods.bare(methods.train(eye(), tokenizer(), drawings(), EXACT, TOLD, trial.look_up, tmp_path)[0]).eval()
+        ),
+    )
+
+
 def test_more_images_are_more_to_look_at_for_as_many_questions():
     names = set()
     for images in (2, 4, 8, 12):

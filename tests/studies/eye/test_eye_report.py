@@ -5,6 +5,7 @@ import json
 import pytest
 
 from studies.eye import lengths, shares
+from studies.eye.comparing import adapters
 from studies.eye.comparing.report import section
 
 EYE = "a" * 64
@@ -30,10 +31,11 @@ def plant(
     rows=True,
     steps=120,
     images=None,
+    look_up=0,
 ):
     trial = {"method": method, "seed": seed, "longest": longest, "rate": rate, "validation": validation, "steps": steps}
     trial |= {"lr": rate or 0.001, "parameters": 3_000_000, "train_cpu_seconds": 600.0}
-    trial |= {"batch_images": images} if images else {}
+    trial |= ({"batch_images": images} if images else {}) | ({"look_up_steps": look_up} if look_up else {})
     raw = {"conditions": {"eye": eye, "trial": trial}}
     raw["language"] = [{"of": "x", "image": image, "nll": [nll, nll + 1], "right": "110"} for image in (False, True)]
     kinds = ("unseen grids", "emojione-v1")
@@ -56,9 +58,8 @@ def plant(
             for memory, (right, follows, said) in memories.items()
             for length in (0, 1024)
         ]
-    name = (
-        f"{method}-{longest}-{seed}-{eye[0]}{rate or ''}{validation}{steps if steps != 120 else ''}{images or ''}.json"
-    )
+    more = f"-{steps}" * (steps != 120) + f"-{images}" * bool(images) + "-look" * bool(look_up)
+    name = f"{method}-{longest}-{seed}-{eye[0]}{rate or ''}{validation}{more}.json"
     (folder / "methods").mkdir(exist_ok=True)
     (folder / "methods" / name).write_text(json.dumps(raw))
 
@@ -195,10 +196,32 @@ def test_another_number_of_steps_or_images_is_a_row_of_its_own(tmp_path):
     plant(tmp_path, "pvm-warm", 0.5, images=2, seed=1)  # the default, told: the same row as where it is not
     plant(tmp_path, "pvm-warm", 0.75, steps=1200)
     plant(tmp_path, "pvm-warm", 1.0, steps=1200, images=8)
+    plant(tmp_path, "pvm-warm", 1.0, look_up=1200)
     found = section(tmp_path, "cpu", EYE)
     for name in (
         "up to 256 (2 seeds)",
         "up to 256 in 1,200 steps (1 seed)",
         "up to 256 in 1,200 steps of 8 images (1 seed)",
+        "up to 256, after 1,200 steps of look-up (1 seed)",
     ):
         assert [line for line in found if line.startswith(f"| pvm-warm {name} |")], name
+
+
+def test_an_adapter_is_told_with_what_its_memory_and_another_images_do(tmp_path):
+    assert adapters.section(tmp_path) == []
+
+    def row(memory, length, right, named, follows):
+        return {"memory": memory, "length": length, "right": right, "named": named, "follows": follows, "said": []}
+
+    rows = [row("never", 0, "1111", "1111", "----"), row("never", 512, "1000", "1000", "----")]
+    rows += [row("short", 0, "1111", "1111", "0000"), row("short", 512, "0000", "1111", "0000")]
+    rows += [row("short, other", 0, "-111", "-111", "-000"), row("short, other", 512, "-000", "-001", "-110")]
+    raw = {"conditions": {"adapter": "stage1"}, "rows": rows}
+    (tmp_path / "stage1.json").write_text(json.dumps(raw))
+    told = adapters.section(tmp_path)
+    assert "| short | 100 % of 4 | 0 % of 4 (named: 100 %) |" in told
+    assert "| short, other | 100 % of 3 | 0 % of 3 (named: 33 %) |" in told
+    [line] = [line for line in told if line.startswith("- ")]
+    assert "names with short against never at 512: +75.0 [" in line
+    assert "own against another image's: +66.7 [" in line
+    assert line.endswith("what it alone shows is named in 67 %")
