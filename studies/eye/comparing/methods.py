@@ -5,9 +5,9 @@ What differs is the method alone: images, questions, narrations and their length
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,12 @@ class Trial:
     def told(self) -> dict[str, Any]:
         """As checkpoints and raw results have it; a look-up that is none is not told, as in the first of them."""
         return {name: value for name, value in vars(self).items() if name != "look_up_steps" or value}
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Trial:
+        """What `told` wrote down, among other settings."""
+        told = {"look_up_steps": 0, **told}
+        return cls(**{field.name: told[field.name] for field in fields(cls)})
 
     def narrations(self, every: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
         """Of all narrations those to train on, and those to be measured on."""

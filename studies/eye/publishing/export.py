@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -73,7 +72,7 @@ def trial_of(file: Path) -> Trial:
     with safe_open(file, "pt") as opened:
         about = opened.metadata()
     settings = json.loads(about["settings"])
-    trial = Trial(**{field.name: settings[field.name] for field in dataclasses.fields(Trial)})
+    trial = Trial.of(settings)
     if int(about["step"]) < trial.steps:
         raise KeepsightError(f"--method {file.stem} is at step {about['step']} of {trial.steps}: let it be trained.")
     if trial.method == "sft":
