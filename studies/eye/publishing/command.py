@@ -40,7 +40,7 @@ def publish_eye(
     ("of the eye that `make` left", "python -m studies eye export my-vlm"),
     ("of a published one", "python -m studies eye export my-vlm --eye studies/eye/published/cpu"),
     ("for grids of 2 x 2 pictures", "python -m studies eye export my-vlm --side 2"),
-    ("with a memory that `methods` has trained", "python -m studies eye export my-vlm --method pvm-warm-256-0"),
+    ("with a memory that `methods` has trained", "python -m studies eye export my-vlm --method pvm-256-0"),
 )
 def export_eye(
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],

@@ -14,6 +14,7 @@ from studies.eye import lengths, sequences
 from studies.eye.language import with_eye
 from studies.eye.publishing import data
 from studies.eye.publishing.export import export
+from studies.eye.publishing.rewards import names
 from tests.studies.eye.tiny_eye import SIZE, drawings, language, tokenizer
 
 EXACT = dataclasses.replace(SIZE, dtype="float32")
@@ -108,3 +109,8 @@ def test_the_check_finds_nothing_wrong(written, kind):
     done = CliRunner().invoke(cli.app, ["data", "check", str(folder / "train.jsonl"), "--for", kind])
     assert done.exit_code == 0, done.output
     assert "12 of 12 are good" in done.output.replace("\n", " ")
+
+
+def test_a_thing_that_is_named_in_other_words_earns_a_reward():
+    said = ["A teapot.", "it is a Fire engine, or", "A tea.", [{"role": "assistant", "content": "an apple"}]]
+    assert names(said, answer=["A teapot.", "A fire engine.", "A teapot.", "An apple."], other="x") == [1, 1, 0, 1]
