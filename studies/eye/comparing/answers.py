@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from studies.eye.comparing import kept
-from studies.eye.comparing.methods import METHODS, NONE
-from studies.eye.comparing.trials import EYE_ITSELF, GRIDS, TRAINED, Row, Rows
+from studies.eye.comparing.methods import METHODS, NONE, Trial
+from studies.eye.comparing.trials import EYE_ITSELF, GRIDS, TRAINED, Row, Rows, Training
 from studies.eye.gate import STYLE
 from studies.eye.shares import Gap, gap
 
@@ -22,6 +22,7 @@ def answers(rows: Rows, language: kept.Rows) -> list[tuple[str, str]]:
     misled = partial(_memory_gap, one="other", other="off", key="follows")
     own = "Right with the own memory minus another image's"
     far = "Right at 1,024 and 2,048 tokens, minus"
+    as_long = f"trained the same, or where that was not run in {Trial.steps} steps up to {min(TRAINED)}"
 
     def of(*methods: str, longer: bool = False) -> list[Row]:
         short = min(TRAINED) if longer else -1
@@ -35,9 +36,9 @@ def answers(rows: Rows, language: kept.Rows) -> list[tuple[str, str]]:
         ("Does the memory help?", "Right with the own memory minus none", of(*PVM), helped),
         *(
             (
-                f"Does PVM with the warm-up read better than {rival}?",
-                f"{far} {rival}",
-                of("pvm-warm"),
+                f"Does PVM read better than {rival}?",
+                f"{far} {rival} {as_long}",
+                of(*PVM),
                 partial(_far, rows, rival),
             )
             for rival in ("lora", "sft", "mlp")
@@ -115,7 +116,8 @@ def _far(rows: Rows, other: str, row: Row, images: str, condition: str = "base")
     """Points between two methods behind long narrations; the eye itself is the same for every seed."""
     these = _long(row, images, "base")
     if other != NONE:
-        rival = rows.get(row.of._replace(method=other))
+        rivals = (rows.get(row.of._replace(method=other)), rows.get(Training(other, min(TRAINED))))
+        rival = next((one for one in rivals if one and one.raw), None)
         return _points(these, _long(rival, images, "base")) if rival else None
     eye = list(_long(rows[EYE_ITSELF], images, condition).values())
     return _points(these, dict.fromkeys(these, eye[0])) if eye else None

@@ -102,10 +102,10 @@ def test_planted_differences_are_found(tmp_path):
     told = "pvm up to 256 *not shown*, +0.0 points [+0.0, +0.0] (one seed); *not run*: pvm up to 2,048."
     assert f"In grids: {told} In the unseen style: {told}" in formed
     assert "pvm-warm up to 256 *yes*, +75.0 points" in answer(lines, "And with the warm-up?")
-    better = answer(lines, "Does PVM with the warm-up read better than lora?")
+    better = answer(lines, "Does PVM read better than lora?")
     assert "*yes*, +35.0 points [" in better
     assert "(3 seeds)" in better
-    assert "*not run*." in answer(lines, "Does PVM with the warm-up read better than sft?")
+    assert "*not run*." in answer(lines, "Does PVM read better than sft?")
     assert "lora up to 256 *yes*, +30.0 points" in answer(lines, "Was it the unfamiliar text")
     repeated = answer(lines, "And better than the image repeated")
     assert "pvm-warm up to 256 *not shown*, -10.0 points" in repeated
@@ -136,9 +136,18 @@ def test_another_number_of_steps_is_a_row_of_its_own(tmp_path):
     formed = answer(lines, "And with the warm-up?")
     assert "pvm-warm up to 256 *not shown*, +0.0" in formed
     assert "pvm-warm up to 2,048 in 600 steps *yes*, +75.0" in formed
-    better = answer(lines, "Does PVM with the warm-up read better than lora?")
+    better = answer(lines, "Does PVM read better than lora?")
     assert "pvm-warm up to 256 *the contrary*, -25.0" in better
-    assert better.count("*not run*: pvm-warm up to 2,048, pvm-warm up to 2,048 in 600 steps.") == 2
+    assert (
+        better.count("*not run*: pvm up to 256, pvm up to 2,048, pvm-warm up to 2,048, pvm-warm up to 2,048 in 600")
+        == 2
+    )
+    plant(tmp_path, "lora", 0.5, seed=1)  # where nothing was trained as long, the shorter training is the rival
+    better = answer(section(tmp_path, "cpu", EYE), "Does PVM read better than lora?")
+    assert better.count("pvm-warm up to 2,048 in 600 steps *yes*, +40.0 points") == 2
+    plant(tmp_path, "lora", 0.75, seed=1, longest=2048, steps=600)
+    better = answer(section(tmp_path, "cpu", EYE), "Does PVM read better than lora?")
+    assert better.count("pvm-warm up to 2,048 in 600 steps *not shown*, +15.0 points") == 2
     assert (
         "pvm-warm up to 2,048 in 600 steps" not in answer(lines, "Does training on long narrations").split("not run")[0]
     )
