@@ -55,6 +55,9 @@ def part_two(folder: Path, page: str, raw: str, size: str = "cpu") -> str:
         "dilution or the unfamiliar text: LoRA and SFT behind narrations, below, are the control.",
         "",
         *section(folder / "eye", size, read["conditions"].get("eye")),
+        "The attention meter and the controls of `keepsight diagnose`, of one of these memories: "
+        "[docs/eye.md](eye.md#methods-on-the-frozen-eye).",
+        "",
         *(
             adapters.section(folder / "eye" / "adapters")
             or ["**Not run**: VisMem ([its commands](eye.md#vismem-by-the-products-commands)).", ""]

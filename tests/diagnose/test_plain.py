@@ -13,6 +13,7 @@ import pytest
 
 from keepsight.checkpoints.adapters import trained_steps
 from keepsight.diagnose import Diagnosis
+from keepsight.diagnose.battery.lengths import LengthResult, Quartile
 from keepsight.diagnose.battery.verdict import (
     ENOUGH_SCORE,
     CausalResult,
@@ -53,6 +54,24 @@ def diagnosis(contrast: float, follows: float | None = 0.67, **model: Any) -> Di
     causal.half_way = [HalfWay("memory swapped", "only its memory", half, half, lost)]
     causal.verdict = verdict_from(about(contrast), "of task score", ENOUGH_SCORE)
     return Diagnosis(model={**FACTS, **model}, settings={}, causal=causal)
+
+
+def test_lengths_are_told_where_they_differ() -> None:
+    def told(*spans: tuple[int, int]) -> list[str]:
+        quarters = [
+            Quartile(*span, {"base": about(0.9 - 0.2 * at), "memory": about(0.9)}, about(0.0), 0.0)
+            for at, span in enumerate(spans)
+        ]
+        lengths = LengthResult("written freely", quarters)
+        return [
+            one.text for one in opening(replace(diagnosis(0.6), lengths=lengths)) if "quarter of answers" in one.text
+        ]
+
+    assert told((3, 5), (5, 9), (9, 30), (31, 80)) == [
+        "Of the shortest quarter of answers, up to 5 tokens, 90 % are right, and of the longest, 31 or more, 90 %; "
+        "with the memory off 90 and 30 %."
+    ]
+    assert told((4, 4), (4, 4), (4, 4), (4, 5)) == []
 
 
 def test_a_used_memory_is_told_by_what_follows_it() -> None:

@@ -115,17 +115,19 @@ def _scores(diagnosis: Diagnosis) -> list[Plain]:
     if diagnosis.lengths is None:
         return []
     near, far = diagnosis.lengths.quartiles[0], diagnosis.lengths.quartiles[-1]
+    if near.longest >= far.shortest:  # most answers are of one length: the quarters do not differ in it
+        return []
 
     def right(method: str) -> tuple[str, str]:
         return f"{100 * near.accuracy[method].value:.0f}", f"{100 * far.accuracy[method].value:.0f}"
 
     first, last = right("memory" if "memory" in near.accuracy else "base")
     text = (
-        f"Of 100 answers, {first} are right after up to {counted(near.longest, 'token')} of text and {last} after "
-        f"{far.shortest:,} or more"
+        f"Of the shortest quarter of answers, up to {counted(near.longest, 'token')}, {first} % are right, and of the "
+        f"longest, {far.shortest:,} or more, {last} %"
     )
     others = (("base", "with the memory off"), ("control", "of the control"))
     for method, name in others if "memory" in near.accuracy else others[1:]:
         if method in near.accuracy:
-            text += f"; {name} {' and '.join(right(method))}"
+            text += f"; {name} {' and '.join(right(method))} %"
     return [Plain(f"{text}.")]
