@@ -1,5 +1,7 @@
 """Tokens, policies, guards, warnings, and what people see of memories in text."""
 
+import warnings
+
 import pytest
 import torch
 from families import Row, make_inputs
@@ -11,6 +13,7 @@ from vismem_helpers import BY_NAME, CLOSE, ROWS, at_choices, attach, built, forc
 
 import keepsight
 from keepsight.compat import cache_argument
+from keepsight.errors import KeepsightWarning
 from keepsight.vismem import MemoryPolicy, VisMemBranch, VisMemConfig, add_memory_tokens, decode
 from keepsight.vismem.tokens import MemoryTokens
 
@@ -65,7 +68,12 @@ def test_a_tokenizer_without_the_first_delimiter_has_the_others(reference):
     find = keepsight.vismem.processor.find_delimiters
     full_stop = processor.tokenizer.convert_tokens_to_ids(".")
     assert processor.tokenizer.encode("\n", add_special_tokens=False) == []
-    assert find(processor.tokenizer, ["\n", "."]) == [full_stop]
+    with pytest.warns(KeepsightWarning, match=r"no token for the delimiter '\\n', so invocation tokens start as '\.'"):
+        assert find(processor.tokenizer, ["\n", "."]) == [full_stop]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find(processor.tokenizer, VisMemConfig().delimiters)  # nobody chose them
+        assert find(processor.tokenizer, [".", "\n"]) == [full_stop]
 
 
 def test_loss_equals_the_bases_own():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 
-from keepsight.errors import KeepsightError
+from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.vismem.branch import VisMemBranch
 from keepsight.vismem.config import VisMemConfig
 from keepsight.vismem.tokens import MemoryTokens
@@ -73,8 +74,16 @@ def find_delimiters(tokenizer: Any, delimiters: list[str]) -> list[int]:
             found.append(int(index))
     if not found:
         raise KeepsightError(f"The tokenizer has no token for any of the delimiters {delimiters}.")
-    first = tokenizer.encode(delimiters[0], add_special_tokens=False)
-    return sorted(found, key=lambda index: ([index] != first[-1:], index))  # a tokenizer may have nothing for it
+    first = tokenizer.encode(delimiters[0], add_special_tokens=False)[-1:]
+    found.sort(key=lambda index: ([index] != first, index))
+    if found[:1] != first and delimiters != VisMemConfig().delimiters:  # of those that nobody chose, any will do
+        warnings.warn(
+            f"The tokenizer has no token for the delimiter {delimiters[0]!r}, so invocation tokens start as "
+            f"{tokenizer.decode([found[0]])!r}. Name first what is to be chosen, of those that are one token.",
+            KeepsightWarning,
+            stacklevel=2,
+        )
+    return found
 
 
 def decode(processor: Any, sequences: Any, target: Any, show_memory: bool = False, **kwargs: Any) -> list[str]:
