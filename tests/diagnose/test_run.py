@@ -146,10 +146,28 @@ def test_free_answers_are_scored_by_containment(reference: tuple[Any, Any]) -> N
     score = LengthScore(reader, samples=samples, steps=64)
     for _ in score.run():
         pass
-    right = sum(q.accuracy["base"].value * q.accuracy["base"].n for q in score.result().quartiles)
-    assert right == 4
+    (only,) = score.result().quartiles  # all of one length, so there is nothing to compare
+    assert only.shortest == only.longest
+    assert only.accuracy["base"].value * only.accuracy["base"].n == 4
     assert contains("It is A Cat.", "a cat")
     assert not contains("It is a category", "a cat")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "parts"),
+    [
+        (range(8), [(0, 1), (2, 3), (4, 5), (6, 7)]),
+        ([4, 4, 4, 4, 4, 5, 9, 9], [(4, 5), (9, 9)]),
+        ([9, 5, 4, 4, 4, 4, 4, 4], [(4, 4), (5, 9)]),
+        ([7] * 9, [(7, 7)]),
+    ],
+)
+def test_answers_of_one_length_stay_together(lengths: Any, parts: Any, reference: tuple[Any, Any]) -> None:
+    score = LengthScore(Reader(*reference), samples=[Sample("read", [], answer="x")])
+    score._lengths, score._right = list(lengths), {"base": [True] * len(lengths)}
+    found = score.result().quartiles
+    assert sum(q.accuracy["base"].n for q in found) == len(lengths)
+    assert [(q.shortest, q.longest) for q in found] == parts
 
 
 TWO = [{"role": role, "content": "read"} for role in ("user", "assistant", "user", "assistant")]

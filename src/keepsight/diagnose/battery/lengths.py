@@ -92,14 +92,18 @@ class LengthScore:
             yield done
 
     def result(self) -> LengthResult | None:
-        """Quartiles of what was scored so far; None for fewer than eight answers."""
+        """Quartiles of what was scored so far, fewer where answers have few lengths, since those of one length stay
+        together; None for fewer than eight answers.
+        """
         if len(self._lengths) < 8:
             return None
         order = np.argsort(self._lengths, kind="stable")
         lengths = np.array(self._lengths)
         right = {name: np.array(values, float) for name, values in self._right.items()}
         quartiles = []
-        for part in np.array_split(order, 4):
+        quarters = [len(order) * quarter // 4 for quarter in (1, 2, 3)]
+        cuts = np.searchsorted(lengths[order], lengths[order][quarters])  # where answers of that length begin
+        for part in np.split(order, np.unique(cuts[cuts > 0])):
             gain = estimate(right["memory"][part] - right["base"][part]) if "memory" in right else None
             base = right["base"][part].mean()
             quartiles.append(
