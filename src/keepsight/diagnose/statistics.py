@@ -40,3 +40,19 @@ def estimate(values: np.ndarray, seed: int = 0) -> Estimate:
     means = [values[random.integers(0, len(values), (rows, len(values)))].mean(1) for rows in sizes]
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return Estimate(float(values.mean()), float(low), float(high), len(values))
+
+
+def strata(lengths: np.ndarray, count: int) -> list[np.ndarray]:
+    """Rows from the shortest to the longest in `count` groups, or fewer, since those of one length stay together.
+
+    Args:
+        lengths: of each row, `[n]`, at least one.
+        count: how many groups, as even as that allows.
+
+    Returns:
+        Indices of each group's rows.
+    """
+    order = np.argsort(lengths, kind="stable")
+    ordered = lengths[order]
+    cuts = [part[0] for part in np.array_split(np.arange(len(order)), count)[1:] if len(part)]
+    return np.split(order, sorted({int(np.searchsorted(ordered, ordered[cut])) for cut in cuts} - {0}))

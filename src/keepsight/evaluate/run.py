@@ -12,7 +12,7 @@ import numpy as np
 
 from keepsight.checkpoints.atomic import write_text
 from keepsight.diagnose.cases import Sample
-from keepsight.diagnose.statistics import Estimate, estimate
+from keepsight.diagnose.statistics import Estimate, estimate, strata
 from keepsight.errors import KeepsightError
 from keepsight.evaluate.answering import Answer, Answerer, Question
 from keepsight.evaluate.keeping import Kept
@@ -79,11 +79,7 @@ class Evaluation:
         lengths = np.array([answer.tokens for answer in self.off])
         off = self.right(OFF).astype(float)
         on = None if self.on is None else self.right(ON).astype(float)
-        order = np.argsort(lengths, kind="stable")
-        ordered = lengths[order]
-        cuts = [part[0] for part in np.array_split(np.arange(len(order)), self.settings.strata)[1:] if len(part)]
-        starts = sorted({int(np.searchsorted(ordered, ordered[cut])) for cut in cuts} - {0})  # one length, one group
-        groups = np.split(order, starts)
+        groups = strata(lengths, self.settings.strata)
 
         def stratum(rows: np.ndarray) -> Stratum:
             seed, span = self.settings.seed, (int(lengths[rows].min()), int(lengths[rows].max()))
@@ -92,7 +88,7 @@ class Evaluation:
                 return Stratum(len(rows), *span, base)
             return Stratum(len(rows), *span, base, estimate(on[rows], seed), estimate((on - off)[rows], seed))
 
-        return [stratum(rows) for rows in groups], stratum(order)
+        return [stratum(rows) for rows in groups], stratum(np.concatenate(groups))
 
     def save(self, file: Path) -> None:
         """Settings, table, and every answer, as JSON."""

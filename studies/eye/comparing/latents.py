@@ -5,12 +5,12 @@ The memory stands before the first word of the answer. The prompt is read once f
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from keepsight.diagnose.battery.lengths import contains
 from keepsight.vismem import MemoryPolicy, RolloutOptions, VisMemBranch
 from keepsight.vismem.scope import replace_latents
 from keepsight.vismem.tokens import TYPES
@@ -104,7 +104,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def _names(text: str, things: list[str]) -> bool:
-    return any(re.search(rf"\b{re.escape(thing)}\b", text, re.IGNORECASE) for thing in things)
+    return any(contains(text, thing) for thing in things)
 
 
 def _inputs(processor: Any, one: Shown, told: list[int]) -> dict[str, torch.Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
+
+from keepsight.diagnose.battery.lengths import contains
+from keepsight.train.rewards.rewards import text_of
 
 
 def names(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
@@ -11,9 +13,5 @@ def names(completions: list[Any], answer: list[str], **columns: Any) -> list[flo
 
     Beside `match` it pays for what was seen before the form is right, which a memory that was just begun breaks.
     """
-    texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
     things = [one.rstrip(".").split(" ", 1)[-1] for one in answer]
-    return [
-        float(bool(re.search(rf"\b{re.escape(thing)}\b", text, re.IGNORECASE)))
-        for text, thing in zip(texts, things, strict=True)
-    ]
+    return [float(contains(text_of(one), thing)) for one, thing in zip(completions, things, strict=True)]

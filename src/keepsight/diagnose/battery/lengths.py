@@ -13,7 +13,7 @@ from keepsight.diagnose.cases import Case, Sample
 from keepsight.diagnose.memories.find import memory_of
 from keepsight.diagnose.memories.interface import Memory
 from keepsight.diagnose.reader import Reader
-from keepsight.diagnose.statistics import Estimate, estimate
+from keepsight.diagnose.statistics import Estimate, estimate, strata
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,10 @@ class LengthScore:
         """
         if len(self._lengths) < 8:
             return None
-        order = np.argsort(self._lengths, kind="stable")
         lengths = np.array(self._lengths)
         right = {name: np.array(values, float) for name, values in self._right.items()}
         quartiles = []
-        quarters = [len(order) * quarter // 4 for quarter in (1, 2, 3)]
-        cuts = np.searchsorted(lengths[order], lengths[order][quarters])  # where answers of that length begin
-        for part in np.split(order, np.unique(cuts[cuts > 0])):
+        for part in strata(lengths, 4):
             gain = estimate(right["memory"][part] - right["base"][part]) if "memory" in right else None
             base = right["base"][part].mean()
             quartiles.append(
