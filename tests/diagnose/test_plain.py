@@ -63,12 +63,10 @@ def test_lengths_are_told_where_they_differ() -> None:
             for at, span in enumerate(spans)
         ]
         lengths = LengthResult("written freely", quarters)
-        return [
-            one.text for one in opening(replace(diagnosis(0.6), lengths=lengths)) if "quarter of answers" in one.text
-        ]
+        return [one.text for one in opening(replace(diagnosis(0.6), lengths=lengths)) if "shortest answers" in one.text]
 
     assert told((3, 5), (5, 9), (9, 30), (31, 80)) == [
-        "Of the shortest quarter of answers, up to 5 tokens, 90 % are right, and of the longest, 31 or more, 90 %; "
+        "Of the shortest answers, up to 5 tokens, 90 % are right, and of the longest, 31 or more, 90 %; "
         "with the memory off 90 and 30 %."
     ]
     assert told((4, 4), (4, 4), (4, 4), (4, 5)) == []

@@ -45,6 +45,9 @@ def methods_on_eye(
     look_up_steps: Annotated[
         int, typer.Option(help="Before that, so many steps of 8 images with no narration: the look-up first.", min=0)
     ] = 0,
+    text: Annotated[
+        bool, typer.Option("--text", help="Text too: behind an image it is to be expected as without the method.")
+    ] = False,
     rate: Annotated[float | None, typer.Option(help="Highest learning rate. Default: the method's own.")] = None,
     validation: Annotated[
         bool, typer.Option("--validation", help="To choose settings by: measure on what is neither trained nor tested.")
@@ -76,7 +79,15 @@ def methods_on_eye(
         raise KeepsightError(f"No method is called {method!r}. There are: {known}.")
     until = time.monotonic() + 60 * minutes
     trial = methods.Trial(
-        method, longest, seed, steps, batch_images, look_up_steps=look_up_steps, rate=rate, validation=validation
+        method,
+        longest,
+        seed,
+        steps,
+        batch_images,
+        look_up_steps=look_up_steps,
+        rate=rate,
+        text=text,
+        validation=validation,
     )
     with Progress(trial.name) as show:
         of = opened(work, size, eye, device, threads)

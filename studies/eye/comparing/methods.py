@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from keepsight import PvmConfig
+from keepsight.errors import KeepsightError
 from keepsight.train.pvm.blindfold import BlindfoldSchedule, blindfold
 from keepsight.train.run.settings import SftSettings
 from studies.eye import sequences
+from studies.eye.comparing.texts import Texts
 from studies.eye.drawings.pictures import Pictures
 from studies.eye.drawings.scenes import Scenes
 from studies.eye.lengths import asked
@@ -46,6 +48,9 @@ HELD_OUT = 2
 LOOK_UP_IMAGES = 8
 """Images of a step where the look-up is learnt on images alone: with two it does not form in 600 steps (LOG.md)."""
 
+_LATER: dict[str, Any] = {"look_up_steps": 0, "text": False}
+"""What the first trials did not tell, and what held of them; it is still not told where it holds."""
+
 _LORA = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
 
 
@@ -62,6 +67,8 @@ class Trial:
         questions: a step, at most.
         look_up_steps: before them, so many of `LOOK_UP_IMAGES` images with no narration at all.
         rate: highest learning rate; None: of `RATES`.
+        text: in every second step, what the model expects of a text behind an image is held to what it did without the
+            method.
         validation: it is trained to choose settings by: one narration is kept from it, which it is measured on.
     """
 
@@ -73,7 +80,16 @@ class Trial:
     questions: int = 12
     look_up_steps: int = 0
     rate: float | None = None
+    text: bool = False
     validation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.text and self.method in (NONE, "sft"):
+            raise KeepsightError(
+                f"--text holds a method to the model without it, and {self.method} cannot be taken off. It is for "
+                + ", ".join(method for method in METHODS if method != "sft")
+                + "."
+            )
 
     @property
     def name(self) -> str:
@@ -82,6 +98,7 @@ class Trial:
         name += "" if self.steps == Trial.steps else f"-steps-{self.steps}"
         name += "" if self.images == Trial.images else f"-images-{self.images}"
         name += f"-look-up-{self.look_up_steps}" if self.look_up_steps else ""
+        name += "-text" if self.text else ""
         return name + ("" if self.rate is None else f"-rate-{self.rate:g}") + ("-validation" if self.validation else "")
 
     @property
@@ -97,13 +114,13 @@ class Trial:
         return RATES.get(self.method, 0.0) if self.rate is None else self.rate
 
     def told(self) -> dict[str, Any]:
-        """As checkpoints and raw results have it; a look-up that is none is not told, as in the first of them."""
-        return {name: value for name, value in vars(self).items() if name != "look_up_steps" or value}
+        """As checkpoints and raw results have it, without what holds by `_LATER`."""
+        return {name: value for name, value in vars(self).items() if name not in _LATER or value}
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Trial:
         """What `told` wrote down, among other settings."""
-        told = {"look_up_steps": 0, **told}
+        told = {**_LATER, **told}
         return cls(**{field.name: told[field.name] for field in fields(cls)})
 
     def narrations(self, every: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
@@ -160,6 +177,7 @@ class Lessons:
     ):
         self.tokenizer, self.size, self.narrations, self.trial, self.config = tokenizer, size, narrations, trial, config
         self.scenes = Scenes(pictures, pictures.seen)
+        self.texts = Texts(tokenizer, size, narrations, trial.seed) if trial.text else None
         self.schedule = BlindfoldSchedule.default(trial.steps) if trial.method == "pvm-warm" else BlindfoldSchedule()
 
     def batch(self, step: int) -> tuple[torch.Tensor, list[list[sequences.Part]], int, int]:
@@ -184,10 +202,13 @@ class Lessons:
         return torch.cat(images), rows, side, step
 
     def loss(self, model: Any, batch: tuple[torch.Tensor, list[list[sequences.Part]], int, int]) -> torch.Tensor:
-        """Of one batch; blindfolded where the schedule says so."""
+        """Of one batch; blindfolded where the schedule says so, but for a text."""
         images, rows, side, step = batch
-        with blindfold(model) if self.schedule.covers(step) else nullcontext():
-            return sequences.loss(*answers(model, self.tokenizer, images, rows, side, self.size)[1:])
+        inner = bare(model)
+        with blindfold(inner) if self.schedule.covers(step) else nullcontext():
+            asked = sequences.loss(*answers(inner, self.tokenizer, images, rows, side, self.size)[1:])
+        piece = self.texts.piece(step) if self.texts else []
+        return asked + self.texts.apart(model, images[:1], side, piece) if self.texts and piece else asked
 
 
 def train(
@@ -235,5 +256,5 @@ def train(
     if before is not None and stage.step == 0:
         stage.cpu_seconds = before.cpu_seconds
     if not stage.done:
-        stage.run(lessons.batch, partial(lessons.loss, bare(equipped_model)), stop, on_progress)
+        stage.run(lessons.batch, partial(lessons.loss, equipped_model), stop, on_progress)
     return equipped_model, stage

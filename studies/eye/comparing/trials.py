@@ -17,7 +17,7 @@ TRAINED = (256, 2048)
 
 class Training(NamedTuple):
     """A method, trained behind narrations of up to `longest` tokens in so many steps of so many images, and before them
-    in `look_up_steps` with no narration.
+    in `look_up_steps` with no narration; with `text` held to what was expected of it.
     """
 
     method: str
@@ -25,6 +25,7 @@ class Training(NamedTuple):
     steps: int = Trial.steps
     images: int = Trial.images
     look_up_steps: int = 0
+    text: bool = False
 
     @property
     def name(self) -> str:
@@ -34,7 +35,8 @@ class Training(NamedTuple):
         longer = "" if self.steps == Trial.steps else f" in {self.steps:,} steps"
         more = "" if self.images == Trial.images else f" of {self.images} images"
         first = f", after {self.look_up_steps:,} steps of look-up" if self.look_up_steps else ""
-        return f"{self.method} up to {self.longest:,}{longer}{more}{first}"
+        beside = ", with text beside" if self.text else ""
+        return f"{self.method} up to {self.longest:,}{longer}{more}{first}{beside}"
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def rates(folder: Path, eye: str | None) -> dict[str, dict[float, float]]:
 def _training(trial: Mapping[str, Any]) -> Training:
     images = trial.get("batch_images", Trial.images)  # the first trials do not tell theirs
     longest, before = 0 if trial["method"] == NONE else trial["longest"], trial.get("look_up_steps", 0)
-    return Training(trial["method"], longest, trial["steps"], images, before)
+    text = trial.get("text", False)
+    return Training(trial["method"], longest, trial["steps"], images, before, text)
 
 
 def _all(folder: Path) -> list[tuple[str, Any]]:

@@ -16,9 +16,9 @@ from studies.eye import sequences
 from studies.eye.making.align import Alignment, answers
 from studies.eye.making.stages import generator
 
-_TOKENS = 128
+TOKENS = 128
 """Of text in a step that has some."""
-_EVERY = 2
+EVERY = 2
 """Steps from one with text to the next: text doubles what a step costs."""
 _LANGUAGE = 1.0
 """Weight of what is expected of the text, besides the questions."""
@@ -60,11 +60,11 @@ class Recall:
             return int(torch.randint(below, (1,), generator=draws))
 
         asked = self.alignment.batch(size.align_steps + step, _BOLD)
-        if step % _EVERY:
+        if step % EVERY:
             return asked, [], False
         text = self.texts[whole(len(self.texts))]
-        begin = whole(max(1, len(text) - _TOKENS))
-        return asked, text[begin : begin + _TOKENS], bool(whole(2))
+        begin = whole(max(1, len(text) - TOKENS))
+        return asked, text[begin : begin + TOKENS], bool(whole(2))
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Of the questions, and how far what is expected of the text is from what it was (KL divergence a token)."""

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from keepsight.errors import KeepsightError
 from keepsight.pvm import replace_memory
 from studies.eye import lengths, sequences, shares
 from studies.eye.comparing import methods
@@ -117,6 +118,37 @@ def test_more_images_are_more_to_look_at_for_as_many_questions():
         names.add(trial.name)
     assert len(names) == 4
     assert methods.Trial("pvm", 16, 0).name in names
+
+
+@pytest.mark.parametrize("method", ["lora", "pvm-warm"])
+def test_text_beside_the_questions_is_held_to_what_the_eye_expects_of_it(method, tmp_path):
+    plain = methods.Trial(method, 16, 0, steps=6, images=1, questions=2)
+    beside = dataclasses.replace(plain, text=True)
+    without, lessons = (
+        methods.Lessons(tokenizer(), drawings(), EXACT, TOLD, trial, eye().config) for trial in (plain, beside)
+    )
+    trained, _ = methods.train(eye(), tokenizer(), drawings(), EXACT, TOLD, plain, tmp_path)
+    for step, piece in ((4, []), (5, lessons.texts.piece(5))):
+        batch = lessons.batch(step)
+        assert torch.equal(batch[0], without.batch(step)[0])
+        assert batch[1:] == without.batch(step)[1:]
+        assert lessons.texts.piece(step) == piece
+        for model, moved in ((methods.equipped(eye(), beside), False), (trained, True)):
+            more = lessons.loss(model, batch) - without.loss(model, batch)
+            assert (more.item() > 1e-4) == bool(piece and moved)
+    lessons.texts.apart(trained, batch[0][:1], batch[2], piece).backward()
+    learnt = {name: value.grad for name, value in trained.named_parameters() if value.requires_grad}
+    assert any(grad is not None and grad.abs().max() > 0 for grad in learnt.values())
+    other, _ = methods.train(eye(), tokenizer(), drawings(), EXACT, TOLD, beside, tmp_path)
+    assert not torch.equal(logits_of(methods.bare(other)), logits_of(methods.bare(trained)))
+    assert [methods.Trial.of(trial.told()) for trial in (plain, beside)] == [plain, beside]
+    assert "text" not in plain.told()
+
+
+@pytest.mark.parametrize("method", ["sft", methods.NONE])
+def test_text_is_refused_where_there_is_nothing_to_hold_it_to(method):
+    with pytest.raises(KeepsightError, match=rf"--text .* {method} cannot be taken off.* lora, mlp, pvm, pvm-warm"):
+        methods.Trial(method, 16, 0, text=True)
 
 
 def test_the_memory_off_reads_as_the_eye_does():

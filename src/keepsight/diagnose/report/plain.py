@@ -123,7 +123,7 @@ def _scores(diagnosis: Diagnosis) -> list[Plain]:
 
     first, last = right("memory" if "memory" in near.accuracy else "base")
     text = (
-        f"Of the shortest quarter of answers, up to {counted(near.longest, 'token')}, {first} % are right, and of the "
+        f"Of the shortest answers, up to {counted(near.longest, 'token')}, {first} % are right, and of the "
         f"longest, {far.shortest:,} or more, {last} %"
     )
     others = (("base", "with the memory off"), ("control", "of the control"))
