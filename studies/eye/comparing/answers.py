@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 from studies.eye.comparing import kept
@@ -13,10 +14,37 @@ from studies.eye.shares import Gap, gap
 
 PVM = ("pvm", "pvm-warm")
 FAR = (1024, 2048)
+_WHERE = {"in grids": GRIDS, "in the unseen style": STYLE}
 
 
-def answers(rows: Rows, language: kept.Rows) -> list[tuple[str, str]]:
-    """Each question of the issue, and what the numbers say to it."""
+@dataclass(frozen=True)
+class Answer:
+    """What the numbers say to a question.
+
+    Args:
+        question: as a reader asks it.
+        what: what was measured.
+        columns: names of what is told of each training.
+        rows: for each training as many cells, empty where it was not measured.
+    """
+
+    question: str
+    what: str
+    columns: tuple[str, ...]
+    rows: Mapping[str, tuple[str, ...]]
+
+    def lines(self) -> list[str]:
+        """Markdown: a table of the trainings that were measured, or that none was."""
+        found = [f"| {name} | " + " | ".join(cells) + " |" for name, cells in self.rows.items() if any(cells)]
+        told = f"**{self.question}** {self.what}"
+        if not found:
+            return [f"{told}: *not run*.", ""]
+        head = ["| | " + " | ".join(self.columns) + " |", "|---|" + "---|" * len(self.columns)]
+        return [f"{told}:", "", *head, *found, ""]
+
+
+def answers(rows: Rows, language: kept.Rows) -> list[Answer]:
+    """To each question of the issue."""
     looked_up = partial(_memory_gap, one="own", other="other", key="right")
     helped = partial(_memory_gap, one="own", other="off", key="right")
     misled = partial(_memory_gap, one="other", other="off", key="follows")
@@ -75,36 +103,23 @@ def answers(rows: Rows, language: kept.Rows) -> list[tuple[str, str]]:
         ),
     ]
     told = [
-        (
+        Answer(
             question,
-            f"{what}. "
-            + " ".join(
-                f"{where}: {_listed({row.name: _judged(by(row, images)) for row in these})}"
-                for where, images in (("In grids", GRIDS), ("In the unseen style", STYLE))
-            ),
+            what,
+            tuple(_WHERE),
+            {row.name: tuple(_judged(by(row, images)) for images in _WHERE.values()) for row in these},
         )
         for question, what, these, by in found
     ]
-    told.append(("Could a check while it runs notice, by asking again without the memory?", _differences(of(*PVM))))
-    told.append(("Does the language stay?", _stays(of(*METHODS), language)))
-    return told
+    return [*told, _differences(of(*PVM)), _stays(of(*METHODS), language)]
 
 
-def _judged(found: Gap | None) -> str | None:
-    """Yes where the interval lies above zero."""
+def _judged(found: Gap | None) -> str:
+    """Yes where the interval lies above zero; nothing where nothing was found."""
     if found is None:
-        return None
+        return ""
     word = "yes" if found.low > 0 else "the contrary" if found.high < 0 else "not shown"
     return f"*{word}*, {found.told()}"
-
-
-def _listed(told: Mapping[str, str | None]) -> str:
-    """Of each row what is told; those of which nothing is were not run."""
-    found = [f"{name} {what}" for name, what in told.items() if what is not None]
-    missing = [name for name, what in told.items() if what is None]
-    if not found:
-        return "*not run*."
-    return "; ".join([*found, f"*not run*: {', '.join(missing)}"] if missing else found) + "."
 
 
 def _memory_gap(row: Row, images: str, one: str, other: str, key: str) -> Gap | None:
@@ -149,18 +164,19 @@ def _points(these: Mapping[int, list[str]], those: Mapping[int, list[str]]) -> G
     return gap(shares(these), shares(those))
 
 
-def _differences(these: list[Row]) -> str:
+def _differences(these: list[Row]) -> Answer:
     """How often an answer is another one than without the memory, of right, wrong and misled ones."""
 
-    def told(row: Row) -> str | None:
-        if not row.memory_lengths():
-            return None
+    def told(row: Row) -> tuple[str, ...]:
         right, wrong = (_differing(row, "own", "right", bit) for bit in "10")
-        misled = _differing(row, "other", "follows", "1")
-        return f"of the right {right}, of the wrong {wrong}, of the misled {misled}"
+        return right, wrong, _differing(row, "other", "follows", "1")
 
-    what = "Answers that are others than without the memory (misled: with another image's, and naming what it shows)"
-    return f"{what}: {_listed({row.name: told(row) for row in these})}"
+    return Answer(
+        "Could a check while it runs notice, by asking again without the memory?",
+        "Answers that are others than without the memory (misled: with another image's, and naming what it shows)",
+        ("of the right", "of the wrong", "of the misled"),
+        {row.name: told(row) for row in these if row.memory_lengths()},
+    )
 
 
 def _differing(row: Row, memory: str, key: str, bit: str) -> str:
@@ -174,15 +190,19 @@ def _differing(row: Row, memory: str, key: str, bit: str) -> str:
     return f"{100 * differ / count:.0f} % of {count}" if count else "none"
 
 
-def _stays(these: list[Row], language: kept.Rows) -> str:
+def _stays(these: list[Row], language: kept.Rows) -> Answer:
+    def told(row: Row) -> tuple[str, ...]:
+        if row.label not in language:
+            return "", ""
+        against = [kept.against_eye(language, row.label, image) for image in (False, True)]
+        words = ("" if gap is None else "no" if gap.low > 0 else "no loss shown" for gap in against)
+        return tuple(
+            f"*{word}*, {gap.told('nats', 3)}" if gap else "" for word, gap in zip(words, against, strict=True)
+        )
 
-    def told(row: Row) -> str | None:
-        known = row.label in language
-        alone, behind = (kept.against_eye(language, row.label, image) if known else None for image in (False, True))
-        if alone is None or behind is None:
-            return None
-        word = "no" if max(alone.low, behind.low) > 0 else "no loss shown"
-        return f"*{word}*, {alone.told('nats', 3)} and {behind.told('nats', 3)}"
-
-    what = "Nats that a token of the text costs more than with the eye, alone and behind an image"
-    return f"{what}: {_listed({row.name: told(row) for row in these})}"
+    return Answer(
+        "Does the language stay?",
+        "Nats that a token of the text costs more than with the eye",
+        ("text alone", "behind an image"),
+        {row.name: told(row) for row in these},
+    )

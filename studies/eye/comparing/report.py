@@ -45,8 +45,9 @@ def section(folder: Path, size: str, eye: str | None) -> list[str]:
     if language:
         told = "The language: perplexity of a text that people wrote, and plain questions right:"
         lines += [told, "", *kept.table(language), ""]
-    lines += [f"- **{question}** {answer}" for question, answer in answers(rows, language)]
-    return [*lines, ""]
+    for answer in answers(rows, language):
+        lines += answer.lines()
+    return lines
 
 
 def _reading(rows: Rows, images: str) -> list[str]:

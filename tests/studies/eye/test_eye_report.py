@@ -32,10 +32,12 @@ def plant(
     steps=120,
     images=None,
     look_up=0,
+    text=False,
 ):
     trial = {"method": method, "seed": seed, "longest": longest, "rate": rate, "validation": validation, "steps": steps}
     trial |= {"lr": rate or 0.001, "parameters": 3_000_000, "train_cpu_seconds": 600.0}
     trial |= ({"batch_images": images} if images else {}) | ({"look_up_steps": look_up} if look_up else {})
+    trial |= {"text": True} if text else {}
     raw = {"conditions": {"eye": eye, "trial": trial}}
     raw["language"] = [{"of": "x", "image": image, "nll": [nll, nll + 1], "right": "110"} for image in (False, True)]
     kinds = ("unseen grids", "emojione-v1")
@@ -58,7 +60,7 @@ def plant(
             for memory, (right, follows, said) in memories.items()
             for length in (0, 1024)
         ]
-    more = f"-{steps}" * (steps != 120) + f"-{images}" * bool(images) + "-look" * bool(look_up)
+    more = f"-{steps}" * (steps != 120) + f"-{images}" * bool(images) + "-look" * bool(look_up) + "-text" * text
     name = f"{method}-{longest}-{seed}-{eye[0]}{rate or ''}{validation}{more}.json"
     (folder / "methods").mkdir(exist_ok=True)
     (folder / "methods" / name).write_text(json.dumps(raw))
@@ -74,13 +76,19 @@ READ = {
 
 
 def answer(lines, question):
-    (found,) = [line for line in lines if line.startswith(f"- **{question}")]
-    return found
+    """Its cells, by training; none where it was not run."""
+    (at,) = [number for number, line in enumerate(lines) if line.startswith(f"**{question}")]
+    if "*not run*" in lines[at]:
+        return {}
+    table = lines[at + 4 : lines.index("", at + 2)]
+    return {cells[1].strip(): " | ".join(cells[2:-1]).strip() for cells in (line.split("|") for line in table)}
 
 
 def test_nothing_run_is_told_and_nothing_else(tmp_path):
     lines = section(tmp_path, "cpu", EYE)
-    assert all("*not run*" in line for line in lines if line.startswith("- **"))
+    asked = [line for line in lines if line.startswith("**") and line[2:].split("**")[0].endswith("?")]
+    assert len(asked) > 10
+    assert all("*not run*" in line for line in asked)
     assert not any(line.startswith("|") for line in lines)
     (missing,) = [line for line in lines if line.startswith("Not run:")]
     assert "sft up to 2,048" in missing
@@ -98,31 +106,30 @@ def test_planted_differences_are_found(tmp_path):
     assert "| lora up to 256 (3 seeds) | 55 %" in text
     assert "| the eye itself, hidden | 100 %" in text
     assert "| 3.0 M | 10.0 |" in text
-    formed = answer(lines, "With a pretrained language model")
-    told = "pvm up to 256 *not shown*, +0.0 points [+0.0, +0.0] (one seed); *not run*: pvm up to 2,048."
-    assert f"In grids: {told} In the unseen style: {told}" in formed
-    assert "pvm-warm up to 256 *yes*, +75.0 points" in answer(lines, "And with the warm-up?")
-    better = answer(lines, "Does PVM read better than lora?")
-    assert "*yes*, +35.0 points [" in better
-    assert "(3 seeds)" in better
-    assert "*not run*." in answer(lines, "Does PVM read better than sft?")
-    assert "lora up to 256 *yes*, +30.0 points" in answer(lines, "Was it the unfamiliar text")
+    told = "*not shown*, +0.0 points [+0.0, +0.0] (one seed)"
+    assert answer(lines, "With a pretrained language model") == {"pvm up to 256": f"{told}  |  {told}"}
+    assert answer(lines, "And with the warm-up?")["pvm-warm up to 256"].startswith("*yes*, +75.0 points")
+    better = answer(lines, "Does PVM read better than lora?")["pvm-warm up to 256"]
+    assert better.startswith("*yes*, +35.0 points [")
+    assert better.count("(3 seeds)") == 2
+    assert answer(lines, "Does PVM read better than sft?") == {}
+    assert answer(lines, "Was it the unfamiliar text")["lora up to 256"].startswith("*yes*, +30.0 points")
     repeated = answer(lines, "And better than the image repeated")
-    assert "pvm-warm up to 256 *not shown*, -10.0 points" in repeated
-    assert "lora up to 256 *the contrary*, -45.0 points" in repeated
+    assert repeated["pvm-warm up to 256"].startswith("*not shown*, -10.0 points")
+    assert repeated["lora up to 256"].startswith("*the contrary*, -45.0 points")
     longer = answer(lines, "Does training on long narrations")
-    assert "lora up to 2,048 *not shown*, -5.0 points" in longer
-    assert "up to 256 *" not in longer
-    assert "*not run*: sft up to 2,048," in longer
+    assert list(longer) == ["lora up to 2,048"]
+    assert longer["lora up to 2,048"].startswith("*not shown*, -5.0 points")
     named = answer(lines, "Does another image's memory")
-    assert "pvm up to 256 *not shown*, +0.0" in named
-    assert "pvm-warm up to 256 *yes*, +100.0" in named
+    assert named["pvm up to 256"].startswith("*not shown*, +0.0")
+    assert named["pvm-warm up to 256"].startswith("*yes*, +100.0")
     notice = answer(lines, "Could a check")
-    assert "pvm-warm up to 256 of the right 67 % of 180, of the wrong 0 % of 60, of the misled 100 % of 240" in notice
-    assert "pvm up to 256 of the right none, of the wrong 0 % of 80, of the misled none" in notice
+    assert notice["pvm-warm up to 256"] == "67 % of 180  |  0 % of 60  |  100 % of 240"
+    assert notice["pvm up to 256"] == "none  |  0 % of 80  |  none"
     stays = answer(lines, "Does the language stay?")
-    assert "lora up to 256 *no loss shown*, +0.000 nats" in stays
-    assert "pvm-warm up to 256 *no*, +0.500 nats [+0.500, +0.500] (3 seeds) and +0.500" in stays
+    assert stays["lora up to 256"].startswith("*no loss shown*, +0.000 nats")
+    half = "*no*, +0.500 nats [+0.500, +0.500] (3 seeds)"
+    assert stays["pvm-warm up to 256"] == f"{half}  |  {half}"
     named = [line for line in lines if line.startswith("| pvm-warm up to 256 (3 seeds) | other |")]
     assert [line.endswith("| 100.0 % |") for line in named] == [True, True]
 
@@ -134,23 +141,19 @@ def test_another_number_of_steps_is_a_row_of_its_own(tmp_path):
     plant(tmp_path, "pvm-warm", 0.9, seed=1, longest=2048, memories=READ, steps=600)
     lines = section(tmp_path, "cpu", EYE)
     formed = answer(lines, "And with the warm-up?")
-    assert "pvm-warm up to 256 *not shown*, +0.0" in formed
-    assert "pvm-warm up to 2,048 in 600 steps *yes*, +75.0" in formed
+    assert formed["pvm-warm up to 256"].startswith("*not shown*, +0.0")
+    assert formed["pvm-warm up to 2,048 in 600 steps"].startswith("*yes*, +75.0")
     better = answer(lines, "Does PVM read better than lora?")
-    assert "pvm-warm up to 256 *the contrary*, -25.0" in better
-    assert (
-        better.count("*not run*: pvm up to 256, pvm up to 2,048, pvm-warm up to 2,048, pvm-warm up to 2,048 in 600")
-        == 2
-    )
+    assert list(better) == ["pvm-warm up to 256"]
+    assert better["pvm-warm up to 256"].count("*the contrary*, -25.0") == 2
+    longer = "pvm-warm up to 2,048 in 600 steps"
     plant(tmp_path, "lora", 0.5, seed=1)  # where nothing was trained as long, the shorter training is the rival
     better = answer(section(tmp_path, "cpu", EYE), "Does PVM read better than lora?")
-    assert better.count("pvm-warm up to 2,048 in 600 steps *yes*, +40.0 points") == 2
+    assert better[longer].count("*yes*, +40.0 points") == 2
     plant(tmp_path, "lora", 0.75, seed=1, longest=2048, steps=600)
     better = answer(section(tmp_path, "cpu", EYE), "Does PVM read better than lora?")
-    assert better.count("pvm-warm up to 2,048 in 600 steps *not shown*, +15.0 points") == 2
-    assert (
-        "pvm-warm up to 2,048 in 600 steps" not in answer(lines, "Does training on long narrations").split("not run")[0]
-    )
+    assert better[longer].count("*not shown*, +15.0 points") == 2
+    assert longer not in answer(lines, "Does training on long narrations")
 
 
 def test_what_is_of_another_eye_or_chooses_settings_is_left_out(tmp_path):
@@ -171,8 +174,8 @@ def test_a_measurement_that_was_stopped_is_not_run(tmp_path):
     plant(tmp_path, "none", 0.25)
     plant(tmp_path, "pvm-warm", 0.9, rows=False)
     lines = section(tmp_path, "cpu", EYE)
-    assert "*not run*." in answer(lines, "And with the warm-up?")
-    assert "*no loss shown*" in answer(lines, "Does the language stay?")
+    assert answer(lines, "And with the warm-up?") == {}
+    assert "*no loss shown*" in answer(lines, "Does the language stay?")["pvm-warm up to 256"]
 
 
 def test_the_languages_own_raw_result_is_what_methods_are_held_against(tmp_path):
@@ -184,7 +187,8 @@ def test_the_languages_own_raw_result_is_what_methods_are_held_against(tmp_path)
     (tmp_path / "language-cpu.json").write_text(json.dumps({"rows": rows}))
     lines = section(tmp_path, "cpu", EYE)
     assert any(line.startswith("| SmolLM2 | 4.5 | -0.500 nats") for line in lines)
-    assert "+1.500 nats [+1.500, +1.500] (one seed) and +2.000" in answer(lines, "Does the language stay?")
+    stays = answer(lines, "Does the language stay?")["sft up to 256"]
+    assert "+1.500 nats [+1.500, +1.500] (one seed)  |  *no*, +2.000" in stays
 
 
 def test_a_gap_takes_the_wider_interval():
@@ -206,12 +210,14 @@ def test_another_number_of_steps_or_images_is_a_row_of_its_own(tmp_path):
     plant(tmp_path, "pvm-warm", 0.75, steps=1200)
     plant(tmp_path, "pvm-warm", 1.0, steps=1200, images=8)
     plant(tmp_path, "pvm-warm", 1.0, look_up=1200)
+    plant(tmp_path, "pvm-warm", 1.0, look_up=1200, text=True)
     found = section(tmp_path, "cpu", EYE)
     for name in (
         "up to 256 (2 seeds)",
         "up to 256 in 1,200 steps (1 seed)",
         "up to 256 in 1,200 steps of 8 images (1 seed)",
         "up to 256, after 1,200 steps of look-up (1 seed)",
+        "up to 256, after 1,200 steps of look-up, with text beside (1 seed)",
     ):
         assert [line for line in found if line.startswith(f"| pvm-warm {name} |")], name
 
