@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,134 +14,30 @@ import families
 import pytest
 import torch
 import transformers
-from families import BY_NAME, Row, make_inputs
+from authors_layout import (
+    EPS,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    PREFIX,
+    TINY,
+    WIDTH,
+    Converted,
+    change_json,
+    change_tensors,
+    stored_tensors,
+    write_checkpoint,
+)
+from families import Row, make_inputs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import keepsight
-from keepsight.checkpoints.convert import ConversionError, convert
-from keepsight.checkpoints.shards import CheckpointError
-
-LAYERS, WIDTH, HEAD_DIM, EPS = [1, 3], 32, 16, 1e-2  # an eps that shows if it is not the config's
-HEADS, KV_HEADS, FFN = 2, 1, 48  # 32 / 16; 2 // (4 / 2); 32 * 96 / 64
-TINY = BY_NAME["qwen3_vl"]
-PREFIX = "model.language_model.layers."
-
+from keepsight.checkpoints.convert import convert
 
 # --- a checkpoint in the authors' layout -----------------------------------------------------------------------------
-
-
-def block_tensors(seed: int = 0, dtype: torch.dtype = torch.float32, scalar_gate: bool = False) -> dict[str, Any]:
-    """Random tensors of the authors' names and shapes, none of them at a value that could hide a mistake."""
-    g = torch.Generator().manual_seed(seed)
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=g) * 0.3
-
-    def norm(size: int) -> torch.Tensor:
-        return 1 + 0.5 * torch.randn(size, generator=g)
-
-    tensors: dict[str, torch.Tensor] = {}
-    for number, layer in enumerate(LAYERS):
-        kv = KV_HEADS * HEAD_DIM
-        parts = {
-            "text_reducer": matrix(WIDTH, 64),
-            "vision_reducer": matrix(WIDTH, 64),
-            "output_expander": matrix(64, WIDTH),
-            "input_norm": norm(WIDTH),
-            "post_attn_norm": norm(WIDTH),
-            "cross_attn.q_proj": matrix(WIDTH, WIDTH),
-            "cross_attn.k_proj": matrix(kv, WIDTH),
-            "cross_attn.v_proj": matrix(kv, WIDTH),
-            "cross_attn.o_proj": matrix(WIDTH, WIDTH),
-            "cross_attn.q_norm": norm(HEAD_DIM),
-            "cross_attn.k_norm": norm(HEAD_DIM),
-            "mlp.gate_proj": matrix(FFN, WIDTH),
-            "mlp.up_proj": matrix(FFN, WIDTH),
-            "mlp.down_proj": matrix(WIDTH, FFN),
-        }
-        tensors |= {f"{PREFIX}{layer}.pvm_block.{name}.weight": t.to(dtype) for name, t in parts.items()}
-        gate = torch.tensor(0.5 - number)
-        tensors[f"{PREFIX}{layer}.pvm_block.gate_alpha"] = (gate if scalar_gate else gate.reshape(1)).to(dtype)
-    return tensors
-
-
-def processor() -> Any:
-    words = {f"w{i}": i for i in range(families.VOCAB)}
-    special = {"<|image_pad|>": families.IMAGE, "<|video_pad|>": families.VIDEO}
-    special |= {"<|vision_start|>": families.START, "<|vision_end|>": families.END}
-    for name, index in special.items():
-        del words[f"w{index}"]
-        words[name] = index
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-
-    backend = Tokenizer(WordLevel(words, unk_token="w3"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="w0", additional_special_tokens=list(special)
-    )
-    geometry: dict[str, Any] = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
-    geometry |= {"size": {"shortest_edge": 64, "longest_edge": 1024}}
-    return transformers.Qwen3VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(**geometry),
-        tokenizer=tokenizer,
-        video_processor=transformers.Qwen3VLVideoProcessor(**geometry),
-        chat_template="{{ messages[0]['content'] }}",
-    )
-
-
-def write_checkpoint(folder: Path, *, dtype: torch.dtype = torch.float32, shards: int = 1, **blocks: Any) -> Path:
-    """A tiny checkpoint as the authors' fork saves it: custom class names, auto_map, code, tensors among the base's."""
-    config = TINY.config()
-    config.text_config.rms_norm_eps = EPS
-    torch.manual_seed(1)
-    model = transformers.Qwen3VLForConditionalGeneration(config).to(dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name and parameter.dim() == 1:
-                parameter += 0.3 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    processor().save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors") | block_tensors(dtype=dtype, **blocks)
-    names = sorted(tensors)
-    if shards > 1:
-        (folder / "model.safetensors").unlink()
-        weight_map = {}
-        for i in range(shards):
-            file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-            part = {name: tensors[name] for name in names[i::shards]}
-            save_file(part, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(part, file)
-        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    else:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    def fork(settings: dict[str, Any]) -> None:
-        settings["architectures"] = ["PVMQwen3VLForConditionalGeneration"]
-        settings["auto_map"] = {"AutoConfig": "configuration_qwen3_vl.PVMQwen3VLConfig"}
-        settings["text_config"] |= {"pvm_layers": LAYERS[::-1], "pvm_hidden_size": WIDTH}
-
-    change_json(folder / "config.json", fork)
-    change_json(folder / "processor_config.json", lambda s: s.update(auto_map={"AutoProcessor": "p.PVMProcessor"}))
-    (folder / "modeling_qwen3_vl.py").write_text("raise SystemExit('custom code was run')\n")
-    (folder / "training_args.bin").write_bytes(b"pickle")
-    (folder / "LICENSE").write_text("terms")
-    return folder
-
-
-def change_json(file: Path, change: Any) -> None:
-    settings = json.loads(file.read_text())
-    change(settings)
-    file.write_text(json.dumps(settings))
-
-
-def change_tensors(folder: Path, change: Any) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 # --- the equations ---------------------------------------------------------------------------------------------------
@@ -228,20 +123,6 @@ class Equations:
 ROWS = [Row(2, (1, 2), 3, (2, 2), 4), Row(3, (2, 1), 2, seed=1), Row(6, seed=2)]  # 2, 1 and 0 images
 
 
-@dataclass
-class Converted:
-    source: Path
-    folder: Path
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> Converted:
-    place = tmp_path_factory.mktemp("single")
-    source = write_checkpoint(place / "authors")
-    convert(source, place / "out")
-    return Converted(source, place / "out")
-
-
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"dtype": torch.bfloat16, "scalar_gate": True},
@@ -257,15 +138,6 @@ def converted(request: Any, tmp_path_factory: pytest.TempPathFactory, single: Co
     source = write_checkpoint(place / "authors", **VARIANTS[request.param])
     convert(source, place / "out")
     return Converted(source, place / "out")
-
-
-def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        part = load_file(file)
-        assert not part.keys() & tensors.keys()
-        tensors |= part
-    return tensors
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------
@@ -388,184 +260,6 @@ def test_tied_embeddings(tmp_path: Path) -> None:
 
 
 # --- what is refused, before anything is written ---------------------------------------------------------------------
-
-
-def _set(*path: str, to: Any) -> Any:
-    def change(folder: Path) -> None:
-        def at(config: dict[str, Any]) -> None:
-            for key in path[:-1]:
-                config = config[key]
-            config[path[-1]] = to
-
-        change_json(folder / "config.json", at)
-
-    return change
-
-
-def _tensors(change: Any) -> Any:
-    return lambda folder: change_tensors(folder, change)
-
-
-def _only_pickle(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def _truncate(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def _spoil(name: str, value: float) -> Any:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[name].view(-1)[0] = value
-
-    return _tensors(change)
-
-
-BLOCK = f"{PREFIX}3.pvm_block."
-GATE_PROJ = BLOCK + "mlp.gate_proj.weight"
-BASE_WEIGHT = f"{PREFIX}2.mlp.up_proj.weight"
-REFUSED: dict[str, tuple[Any, str]] = {
-    "no folder": (shutil.rmtree, "is no folder"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
-    "config not json": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-    "config a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
-    "other family": (
-        lambda f: change_json(f / "config.json", lambda c: c.update(model_type="llava", architectures=["Llava"])),
-        "not a dense Qwen3-VL",
-    ),
-    "experts": (_set("model_type", to="qwen3_vl_moe"), "not a dense Qwen3-VL"),
-    "no text config": (_set("text_config", to=None), "no text_config"),
-    "nonsense config": (_set("text_config", "hidden_size", to="wide"), "cannot build a Qwen3-VL"),
-    "other sizes": (_set("text_config", "intermediate_size", to=104), r"has shape .* config.json asks for"),
-    "quantised": (_set("quantization_config", to={"bits": 4}), "quantised"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
-    "pickle": (_only_pickle, "never reads it"),
-    "truncated": (_truncate, "not a whole safetensors file"),
-    "no memory": (
-        _tensors(lambda t: [t.pop(n) for n in list(t) if ".pvm_block." in n]),
-        "has no visual memory",
-    ),
-    "no pvm_layers": (_set("text_config", "pvm_layers", to=None), "pvm_layers is None"),
-    "no width": (_set("text_config", "pvm_hidden_size", to=None), "pvm_hidden_size is None"),
-    "wrong width": (_set("text_config", "pvm_hidden_size", to=48), "has shape"),
-    "width of no heads": (_set("text_config", "pvm_hidden_size", to=40), "not a multiple of head_dim"),
-    "other layers": (_set("text_config", "pvm_layers", to=[1, 2]), r"says pvm_layers \[1, 2\].*layers \[1, 3\]"),
-    "a layer too many": (_set("text_config", "pvm_layers", to=[1, 2, 3]), r"says pvm_layers \[1, 2, 3\]"),
-    "layer out of range": (
-        lambda f: (
-            change_tensors(
-                f, lambda t: t.update({n.replace("s.3.p", "s.7.p"): t.pop(n) for n in list(t) if BLOCK in n})
-            ),
-            _set("text_config", "pvm_layers", to=[1, 7])(f),
-        ),
-        "out of range",
-    ),
-    "missing": (_tensors(lambda t: t.pop(GATE_PROJ)), f"lacks 1 of the 30 tensors of the memory.*{GATE_PROJ}"),
-    "extra": (_tensors(lambda t: t.update({BLOCK + "new.weight": torch.ones(2)})), "no part of the memory.*new.weight"),
-    "misshaped": (_tensors(lambda t: t.update({GATE_PROJ: torch.ones(FFN + 1, WIDTH)})), "gate_proj.weight has shape"),
-    "base missing": (_tensors(lambda t: t.pop(BASE_WEIGHT)), f"tensors of the base model, the first: {BASE_WEIGHT}"),
-    "base extra": (_tensors(lambda t: t.update({"model.other": torch.ones(2)})), "no part of the base model.*other"),
-    "nan": (_spoil(GATE_PROJ, float("nan")), "1 of 1536 values.*gate_proj.weight are NaN"),
-    "infinite base": (_spoil(BASE_WEIGHT, float("inf")), "up_proj.weight are NaN or infinite"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_before_writing(case: str, single: Converted, tmp_path: Path) -> None:
-    spoil, lesson = REFUSED[case]
-    source = tmp_path / "in" / "authors"
-    shutil.copytree(single.source, source)
-    spoil(source)
-    out = tmp_path / "place"
-    out.mkdir()
-    with pytest.raises(CheckpointError, match="(?s)" + lesson):
-        convert(source, out / "new" / "out")
-    assert list(out.iterdir()) == []
-
-
-INDEX_CASES = {
-    "shard missing": ({"a": "gone.safetensors"}, "not there"),
-    "outside": ({"a": "../authors2/model.safetensors"}, "no safetensors file of this folder"),
-    "pickled shard": ({"a": "pytorch_model.bin"}, "no safetensors file of this folder"),
-    "empty": ({}, "no weight_map"),
-}
-
-
-@pytest.mark.parametrize("case", INDEX_CASES)
-def test_broken_index(case: str, single: Converted, tmp_path: Path) -> None:
-    weight_map, lesson = INDEX_CASES[case]
-    shutil.copytree(single.source, tmp_path / "authors")
-    (tmp_path / "authors" / "model.safetensors").unlink()
-    (tmp_path / "authors" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match=lesson):
-        convert(tmp_path / "authors", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_existing_out(single: Converted, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "thesis.txt").write_text("mine")
-    with pytest.raises(ConversionError, match=r"exists.*--overwrite"):
-        convert(single.source, out)
-    with pytest.raises(ConversionError, match="not the result of an earlier conversion"):
-        convert(single.source, out, overwrite=True)
-    assert (out / "thesis.txt").read_text() == "mine"
-
-    (out / "thesis.txt").unlink()
-    (out / "base").mkdir()
-    (out / "base" / "old.txt").write_text("old")
-    convert(single.source, out, overwrite=True)
-    assert not (out / "base" / "old.txt").exists()
-    assert keepsight.load(out / "adapter", device="cpu")
-    assert {p.name for p in tmp_path.iterdir()} == {"out"}
-
-    for target in (single.source, single.source.parent):
-        with pytest.raises(ConversionError, match=r"is SRC .* or holds it"):
-            convert(single.source, target, overwrite=True)
-
-
-def test_disk_too_small(single: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ConversionError, match="GB free"):
-        convert(single.source, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("before", [False, True])
-def test_failure_while_writing_leaves_nothing(before: bool, single: Converted, tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "out"
-    if before:
-        shutil.copytree(single.folder, out)
-    kept = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
-
-    def fail(task: str, done: int, total: int) -> None:
-        if task == "Writing" and done > total / 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(single.source, out, overwrite=before, progress=fail)
-    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == kept
-
-
-def test_progress_counts_every_byte(single: Converted, tmp_path: Path) -> None:
-    seen: dict[str, list[tuple[int, int]]] = {}
-    made = convert(single.source, tmp_path / "out", progress=lambda t, d, n: seen.setdefault(t, []).append((d, n)))
-    assert list(seen) == ["Checking", "Writing"]
-    for steps in seen.values():
-        assert steps == sorted(steps)
-        assert steps[0][0] == 0
-        assert steps[-1][0] == steps[-1][1]
-    assert seen["Writing"][-1][1] == made.base_bytes
-
-
-def test_unknown_memory_settings_are_named(single: Converted, tmp_path: Path) -> None:
-    shutil.copytree(single.source, tmp_path / "authors")
-    _set("text_config", "pvm_temperature", to=2.0)(tmp_path / "authors")
-    with pytest.warns(keepsight.errors.KeepsightWarning, match="pvm_temperature"):
-        convert(tmp_path / "authors", tmp_path / "out")
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
