@@ -1,4 +1,5 @@
-"""Two processes train the same memory as one: the same gradients, weights and files, images on every rank or not."""
+"""Two processes train the same memory as one: the same gradients, weights and files, images on every rank or not, with
+texts beside the batches."""
 
 from __future__ import annotations
 
@@ -27,21 +28,24 @@ def job(tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     data = make_data(tmp_path_factory.mktemp("data") / "data")
     rows = read_rows(data)
     write_rows(data, [row | {"images": []} if index % 2 else row for index, row in enumerate(rows)])
-    return {"base": str(tiny_vlm), "data": str(data), "pvm": {"init_gate": 0.5}}
+    texts = data.with_name("texts.txt")
+    texts.write_text("describe a1 7 . read b2 3 : " * 100)
+    settings = SETTINGS | {"keep_language": str(texts)}
+    return {"base": str(tiny_vlm), "data": str(data), "pvm": {"init_gate": 0.5}, "settings": settings}
 
 
 @pytest.fixture(scope="module")
 def single(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, four samples per step."""
     out = tmp_path_factory.mktemp("single") / "out"
-    return run_jobs(out, job | {"output": str(out), "settings": SETTINGS | {"grad_accum": 4}})
+    return run_jobs(out, job | {"output": str(out), "settings": job["settings"] | {"grad_accum": 4}})
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
 def double(request: pytest.FixtureRequest, job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two processes with two samples per step each: an unbroken run, and one broken off half-way and resumed."""
     out = tmp_path_factory.mktemp(request.param) / request.param
-    job = job | {"settings": SETTINGS | {"grad_accum": 2}}
+    job = job | {"settings": job["settings"] | {"grad_accum": 2}}
     unbroken = job | {"output": str(out)}
     resumed = job | {"output": f"{out}-resumed", "resume_from": str(out)}
     jobs = [unbroken] if request.param == "ddp" and CANNOT_RESUME else [unbroken, resumed]

@@ -10,6 +10,7 @@ look-up did not form in our laboratory (docs/evidence). `SftSettings.paper()` is
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.pvm import PvmConfig
 from keepsight.train.pvm.blindfold import BlindfoldError, BlindfoldSchedule, why_not_blindfold
 from keepsight.train.pvm.job import PvmJob, about_rule, check_pvm_engine
+from keepsight.train.pvm.language import SHORT, Pieces, answered_words
 from keepsight.train.pvm.sft_trainer import make_sft_trainer
 from keepsight.train.run import preflight
 from keepsight.train.run.arguments import RunArguments
@@ -118,6 +120,10 @@ def train_pvm(
     learners = [(control, control_learner(control, memory, plan)) for control in controls]  # raises what cannot be
     checkpoint, processor = asked.checkpoint(), load_processor(source)
     collator = ConversationCollator(processor, max_length=settings.max_length)
+    pieces = None
+    if settings.keep_language is not None:
+        pieces = Pieces.read(settings.keep_language, collator, settings.seed)
+        say(f"{counted(len(pieces.texts), 'piece')} of text to keep the language by, from {settings.keep_language}")
     data, held_out = asked.read(
         collator,
         kind="chat",
@@ -138,7 +144,7 @@ def train_pvm(
             stacklevel=2,
         )
     settled = replace(chosen, blindfold_steps=schedule.steps, blindfold_share=schedule.share)
-    for line in _choices(settled, plan.pvm, steps):
+    for line in [*_choices(settled, plan.pvm, steps), *_about_language(settled, data)]:
         say(line)
     job = SftJob(
         name=SftJob.stage,
@@ -151,6 +157,7 @@ def train_pvm(
         held_out=held_out,
         processor=processor,
         collator=collator,
+        pieces=pieces,
         checkpoint=checkpoint,
         callbacks=callbacks or [],
     )
@@ -164,12 +171,14 @@ class SftJob(PvmJob[SftSettings]):
     stage = "pvm"
 
     collator: ConversationCollator
+    pieces: Pieces | None
 
     def trainer(self, loaded: tuple[Any, Learner]) -> Any:
         return make_sft_trainer(self, *loaded)
 
     def samples(self) -> dict[str, Any]:
-        return {"base": self.base, "samples": self.data.rows, **self.data.agreed()}
+        texts = {} if self.pieces is None else {"digest of the texts": self.pieces.digest}
+        return {"base": self.base, "samples": self.data.rows, **self.data.agreed(), **texts}
 
     def steps_per_epoch(self) -> int:
         return _steps_per_epoch(self.data, self.settings, self.engine)
@@ -216,6 +225,19 @@ def _choices(settings: SftSettings, pvm: PvmConfig, steps: int) -> list[str]:
     return [f"{counted(steps, 'step')}; blindfolded: {BlindfoldSchedule.of(settings, steps)}; {ours}", about_rule(pvm)]
 
 
+def _about_language(settings: SftSettings, data: CheckedData) -> list[str]:
+    """A word on answers too short to teach a memory anything about texts, where nothing else does."""
+    looked = range(0, data.rows, max(1, data.rows // 200))
+    words = [answered_words(data.dataset[place]["messages"]) for place in looked]
+    if settings.keep_language is not None or statistics.median(words) > SHORT:
+        return []
+    return [
+        f"half of the answers have at most {statistics.median(words):g} words: such data do not teach a memory to be "
+        "still in a longer text, and it can cost the language behind an image; --keep-language FILE, with some texts, "
+        "holds it (docs/train.md)"
+    ]
+
+
 def _steps_per_epoch(data: CheckedData, settings: SftSettings, engine: Engine) -> int:
     return math.ceil(data.rows / (settings.batch_size * settings.grad_accum * engine.processes))
 
@@ -224,4 +246,5 @@ def _note(settings: SftSettings, given: Any, held_out: CheckedData | None) -> st
     where = "the evaluation data" if given is not None else "samples held out of the training data"
     judged = f"Evaluated after the last step on {where}." if held_out is not None else "Training loss only."
     blind = " The memory was blindfolded, its controls cannot be." if settings.asks_for_blindfold else ""
-    return f"{judged}{blind}"
+    sft = " What is expected of texts was held to the base's, but for sft, which has no base beside it."
+    return f"{judged}{blind}{sft if settings.keep_language is not None else ''}"

@@ -1,22 +1,29 @@
-"""TRL's SFT trainer for a memory, with the blindfold and an account of its cost."""
+"""TRL's SFT trainer for a memory, with the blindfold, texts beside the batches and an account of its cost."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 
 from keepsight.data.check import CheckedData, read_sample
 from keepsight.data.collate import ConversationCollator
 from keepsight.train.pvm.blindfold import BlindfoldSchedule, SightLosses, blindfold
+from keepsight.train.pvm.language import EVERY, Pieces, divergence
 from keepsight.train.run.four_bit import trainable_as_it_is
 from keepsight.train.run.learner import Learner
 from keepsight.train.run.trainer import LearnerTrainer, Setup, common_arguments, finish, report_callback
 
 if TYPE_CHECKING:
     from keepsight.train.pvm.sft import SftJob
+
+
+PIECE = "keepsight_piece"
+"""In a batch: what is read beside it, a batch of its own."""
 
 
 def make_sft_trainer(job: SftJob, model: Any, learner: Learner) -> Any:
@@ -26,31 +33,48 @@ def make_sft_trainer(job: SftJob, model: Any, learner: Learner) -> Any:
     settings, data, eval_data = job.settings, job.data, job.held_out
     assert settings.blindfold_steps is not None, "train_pvm has settled the schedule"
     schedule = BlindfoldSchedule.of(settings, 0)
-    losses = SightLosses()
+    pieces = (
+        job.pieces if isinstance(model, PeftModel) else None
+    )  # a model that is trained as a whole has no base beside it
+    losses, apart = SightLosses(), Apart()
 
     class PvmTrainer(LearnerTrainer, SFTTrainer):
-        """TRL's SFT trainer, with what keepsight adds, the blindfold, and an account of its work."""
-
-        def cover(self, model: Any) -> Any:
-            covered = schedule.covers(self.state.global_step)
-            return blindfold(self.accelerator.unwrap_model(model)) if covered else nullcontext()
+        """TRL's SFT trainer, with what keepsight adds, the blindfold, texts, and an account of its work."""
 
         def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
             loss = super().training_step(model, *args, **kwargs)
             if schedule:
                 step = self.state.global_step
-                losses.add(step, schedule.covers(step), loss)
+                losses.add(step, schedule.covers(step), loss - apart.last)
             return loss
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             if schedule and "loss" in logs:
                 logs.update(losses.take(lambda value: self.accelerator.gather(value).mean()))
+            if pieces is not None and "loss" in logs:
+                logs.update(apart.take(self.accelerator.gather, self.accelerator.device))
             super().log(logs, *args, **kwargs)
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            piece = inputs.pop(PIECE, None)
             rows, length = inputs["input_ids"].shape
             self.count(rows, length, inputs["attention_mask"].sum(), inputs)
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            covered = self.model.training and schedule.covers(self.state.global_step)
+            with blindfold(self.accelerator.unwrap_model(model)) if covered else nullcontext():
+                loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if piece is None or not self.model.training or (self.state.global_step + 1) % EVERY:
+                apart.last = 0.0
+                return loss
+            # As TRL does with a term of its own: where the loss is a step's already, this one's share of it.
+            share = 1 if kwargs.get("num_items_in_batch") is None else self.current_gradient_accumulation_steps
+            return loss + apart.add(self._divergence(model, piece), share, self.current_gradient_accumulation_steps)
+
+        def _divergence(self, model: Any, piece: Any) -> torch.Tensor:
+            length, mask = piece["input_ids"].shape[1], piece["attention_mask"]
+            self.count(1, length, mask.sum(), piece)
+            if self.setup.meter is not None:
+                self.setup.meter.read(1, length, patches=self.setup.meter.shape.patches(piece))
+            return divergence(model, self.accelerator.unwrap_model(model).disable_adapter, piece)
 
     args = SFTConfig(
         **common_arguments(settings, job.asked.folder, SFTConfig, eval_data is not None and learner.learns),
@@ -62,13 +86,45 @@ def make_sft_trainer(job: SftJob, model: Any, learner: Learner) -> Any:
         trainer = PvmTrainer(
             model=model,
             args=args,
-            data_collator=_RowCollator(job.collator, data, eval_data),
-            train_dataset=data.dataset,
+            data_collator=_RowCollator(job.collator, data, eval_data, pieces),
+            train_dataset=data.dataset if pieces is None else _RowCollator.numbered(data.dataset),
             eval_dataset=None if eval_data is None else _RowCollator.marked(eval_data.dataset),
             processing_class=job.processor,
             callbacks=[report_callback(job.asked.on_log), *job.callbacks],
         )
     return finish(trainer, Setup(settings, learner))
+
+
+class Apart:
+    """The divergences of texts beside the batches, since the last look; `last` is what the last loss holds of one."""
+
+    def __init__(self) -> None:
+        self.last: Any = 0.0
+        self._found: list[torch.Tensor] = []
+
+    def add(self, found: torch.Tensor, share: int, batches: int) -> torch.Tensor:
+        """A batch's part of the loss.
+
+        Args:
+            found: divergence, a scalar.
+            share: of how many batches the loss is the mean, where it is one already.
+            batches: of a step; `last` is as `training_step` tells losses, which is by step.
+        """
+        self._found.append(found.detach())
+        self.last = found.detach() / batches
+        return found / share
+
+    def take(self, gather: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, float]:
+        """`language_divergence`, their mean over all processes, where there was any; and start anew.
+
+        Args:
+            gather: of a tensor over all processes; every process calls this.
+            device: of what is gathered.
+        """
+        own = torch.tensor([float(sum(self._found)), float(len(self._found))], device=device)
+        self._found = []
+        total, count = gather(own).reshape(-1, 2).sum(0).tolist()
+        return {"language_divergence": total / count} if count else {}
 
 
 @dataclass(frozen=True)
@@ -78,13 +134,23 @@ class _RowCollator:
     collator: ConversationCollator
     data: CheckedData
     eval_data: CheckedData | None
+    pieces: Pieces | None
 
     @staticmethod
     def marked(dataset: Any) -> Any:
         return dataset.add_column("is_eval", [True] * len(dataset))
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return self.collator([self._read(row) for row in rows])
+    @staticmethod
+    def numbered(dataset: Any) -> Any:
+        return dataset.add_column("place", list(range(len(dataset))))
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        samples = [self._read(row) for row in rows]
+        batch: dict[str, Any] = self.collator(samples)
+        if self.pieces is None or rows[0].get("is_eval"):
+            return batch
+        piece = self.pieces.beside(samples, [row["place"] for row in rows])
+        return {**batch, PIECE: self.collator([piece])}
 
     def _read(self, row: dict[str, Any]) -> dict[str, Any]:
         data = self.eval_data if row.get("is_eval") and self.eval_data is not None else self.data

@@ -147,6 +147,12 @@ class SftSettings(RunSettings):
         "with --blindfold-steps 0. Not in the paper.",
         MEMORY,
     )
+    keep_language: str | None = setting(
+        None,
+        "A file of texts (plain, or .jsonl with text). Behind an image, what is expected of them is held to what the "
+        "base expects. For short answers, which teach a memory nothing about texts. Not in the paper.",
+        MEMORY,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,8 +84,7 @@ class LearnerTrainer(_Base):
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """TRL's step; a loss that is not finite ends the run."""
-        with self.cover(model):
-            loss = super().training_step(model, *args, **kwargs)
+        loss = super().training_step(model, *args, **kwargs)
         settings = self.setup.settings
         if not torch.isfinite(loss) and self.state.global_step == 0:
             raise TrainingDivergedError(
@@ -125,10 +123,6 @@ class LearnerTrainer(_Base):
     def _checkpoints_reentrantly(self) -> bool:
         """TRL's choice under DeepSpeed ZeRO-3."""
         return checkpoints_reentrantly(self.args)
-
-    def cover(self, model: Any) -> Any:
-        """What a training step happens under."""
-        return nullcontext()
 
     def _clip_grad_norm(self, model: Any) -> Any:
         self.setup.gradient = memory_gradient_norm(self.model)  # before it is clipped
