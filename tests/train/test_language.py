@@ -83,6 +83,7 @@ def test_texts_hold_what_is_expected_behind_an_image(texts: Path, tmp_path: Path
             on_log=lambda values, step, total, logs=logs: logs.append(values),
         )
         assert any("language_divergence" in values for values in logs) == (keep is not None)
+        assert ("nats a token from the base" in (tmp_path / name / "README.md").read_text()) == (keep is not None)
         model, processor = keepsight.load(tmp_path / name)
         with torch.no_grad():
             found[name] = divergence(model, model.disable_adapter, piece_batch(processor)).item()

@@ -96,7 +96,7 @@ class Pieces:
             places: theirs in the data; the piece follows from them, so that a resumed run draws the same.
         """
         draw = int.from_bytes(hashlib.sha256(f"{self.seed} {places}".encode()).digest()[:8], "big")
-        images = next((sample["images"][:1] for sample in samples if sample["images"]), [])
+        images: list[Any] = next((sample["images"][:1] for sample in samples if sample["images"]), [])
         asked = [{"type": "image"}] if images else [{"type": "text", "text": ""}]
         said = [{"type": "text", "text": self.texts[draw % len(self.texts)]}]
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]

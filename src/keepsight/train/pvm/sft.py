@@ -199,7 +199,16 @@ class SftJob(PvmJob[SftSettings]):
             ("peak learning rate", f"{rates}; seed {settings.seed}"),
             ("training loss", loss),
             ("blindfolded steps", str(BlindfoldSchedule.of(settings, state.global_step))),
+            *self._about_texts(state.log_history),
         ]
+
+    def _about_texts(self, history: list[dict[str, Any]]) -> list[tuple[str, str]]:
+        name = "language_divergence"
+        apart = [entry[name] for entry in history if name in entry]
+        if self.pieces is None or not apart:
+            return []
+        pieces = counted(len(self.pieces.texts), "piece")
+        return [("texts beside", f"{pieces}; {apart[-1]:.4f} nats a token from the base at last, part of the loss")]
 
 
 def _without_blindfold(settings: SftSettings, plan: MemoryPlan, say: preflight.Say) -> SftSettings:

@@ -74,6 +74,7 @@ def line(values: dict[str, Any], step: int, total: int) -> list[str]:
     for name, said, form in (
         ("blindfolded_loss", "blindfolded", ".4f"),
         ("sighted_loss", "sighted", ".4f"),
+        ("language_divergence", "language", ".4f"),
         ("reward", "reward", ".3f"),
         ("frac_reward_zero_std", "no signal", ".0%"),
         ("completions/mean_length", "length", ".0f"),
