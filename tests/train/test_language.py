@@ -18,14 +18,14 @@ from tiny_training import QUICK, draw_digit, make_data, read_rows, write_rows
 
 import keepsight
 from keepsight.data.collate import IGNORED, ConversationCollator
-from keepsight.errors import KeepsightError
-from keepsight.train.pvm.blindfold import blindfold
-from keepsight.train.pvm.language import TOKENS, Pieces, divergence
+from keepsight.errors import KeepsightError, KeepsightWarning
+from keepsight.train.pvm.blindfold import BlindfoldSchedule, blindfold
+from keepsight.train.pvm.language import TOKENS, Pieces, divergence, has_pieces
 from keepsight.train.pvm.sft import SftSettings, train_pvm
 from keepsight.train.run.controls import parse_controls
 
 WEIGHTS = "adapter_model.safetensors"
-WORDS = "read the a1 of 7 and describe b2 : 3 . "
+WORDS = "the light line falls over a quiet canvas . near b2 a thin stroke slowly bends . "
 PVM = keepsight.PvmConfig(layers=[1, 3], width=32)
 
 
@@ -87,8 +87,8 @@ def test_texts_hold_what_is_expected_behind_an_image(texts: Path, tmp_path: Path
         model, processor = keepsight.load(tmp_path / name)
         with torch.no_grad():
             found[name] = divergence(model, model.disable_adapter, piece_batch(processor)).item()
-    assert found["without"] > 1, "a branch that learns answers moves texts, or there is nothing to hold"
-    assert found["with"] < found["without"] * 0.6
+    assert found["without"] > 0.5, "a branch that learns answers moves texts, or there is nothing to hold"
+    assert found["with"] < found["without"] / 2
 
 
 def test_a_resumed_run_is_the_unbroken_one_and_other_texts_are_refused(
@@ -102,10 +102,12 @@ def test_a_resumed_run_is_the_unbroken_one_and_other_texts_are_refused(
         (tmp_path / "broken" / name).unlink()
 
     shutil.rmtree(tmp_path / "broken" / "checkpoint-12")
+    moved = texts.rename(tmp_path / "moved.txt")
+    with_texts = settings(keep_language=moved, grad_accum=2)
     train_pvm(tiny_vlm, data, tmp_path / "broken", settings=with_texts, resume=True)
     whole, broken = load_file(tmp_path / "whole" / WEIGHTS), load_file(tmp_path / "broken" / WEIGHTS)
     assert all(torch.equal(tensor, broken[name]) for name, tensor in whole.items())
-    texts.write_text("other words " * 200)
+    moved.write_text("this old brush rests here . " * 200)
     with pytest.raises(KeepsightError, match="digest of the texts"):
         train_pvm(tiny_vlm, data, tmp_path / "broken", settings=with_texts, resume=True)
 
@@ -193,6 +195,10 @@ def test_controls_that_can_be_taken_off_are_held_as_the_memory_is(tiny_vlm: Path
         ("texts.txt", b"\xff\xfe\x00\x81", "no text in UTF-8"),
         ("texts.txt", b"see <|image_pad|> here", "stands for an image"),
         ("texts.jsonl", b'{"text": "good"}\n{"said": "bad"}\n', "line 2: expected one JSON object"),
+        ("texts.txt", b"read the <eos> a1", "a token with a meaning of its own"),
+        ("texts.txt", "\u4f60\u597d ".encode() * 20, "cannot read 100%"),
+        ("texts.json", b'["read the a1"]', "no plain text"),
+        ("texts.jsonl", b'{"text": "read \\ud800 the"}\n', "line 1: expected one JSON object"),
         ("texts.jsonl", b"plain\n", "line 1: expected one JSON object"),
         ("texts.jsonl", b"\n\n", "holds no text"),
     ],
@@ -205,6 +211,66 @@ def test_texts_that_are_none_are_refused_before_any_weight_is_read(
     with pytest.raises(KeepsightError, match=told):
         train_pvm(tiny_vlm, data, tmp_path / "out", settings=settings(keep_language=str(tmp_path / name)))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_ends_a_line_elsewhere_does_not_in_json(tiny_vlm: Path, tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_bytes('\ufeff{"text": "read\u2028the\u0085a1"}\r\n\r\n{"text": "b2"}'.encode())
+    assert len(Pieces.read(file, ConversationCollator(keepsight.load(tiny_vlm)[1]), 0).texts) == 2
+
+
+def test_steps_with_a_piece_are_blindfolded_and_sighted_alike() -> None:
+    for total in (100, 310, 316, 318, 320, 1000, 1002):
+        schedule = BlindfoldSchedule.default(total)
+        later = [schedule.covers(step) for step in range(schedule.steps, total) if has_pieces(step)]
+        assert abs(len(later) - (total - schedule.steps) / 2) <= 2
+        assert abs(sum(later) - len(later) / 2) <= 1
+
+
+def test_a_limit_on_samples_is_none_on_texts_and_the_loss_is_of_answers(
+    tiny_vlm: Path, texts: Path, tmp_path: Path
+) -> None:
+    data = make_data(tmp_path / "data")
+    logs: list[dict[str, float]] = []
+    changes = {"max_steps": 4, "logging_steps": 1, "max_length": 32, "over_long": "truncate", "lr": 0.1}
+    train_pvm(
+        tiny_vlm,
+        data,
+        tmp_path / "out",
+        settings=settings(**changes, keep_language=texts),
+        on_log=lambda values, step, total: logs.append(values),
+    )
+    told = [values for values in logs if "loss" in values]
+    assert ["language_divergence" in values for values in told] == [False, False, True, True]
+    sight = [values.get("blindfolded_loss", values.get("sighted_loss")) for values in told]
+    assert [values["loss"] for values in told] == pytest.approx(sight, abs=1e-3)
+
+
+@pytest.mark.parametrize(("answer", "hint"), [("a1 7 .", True), ("a1 7 . " * 20, False)])
+def test_short_answers_without_texts_are_told(
+    tiny_vlm: Path, texts: Path, tmp_path: Path, answer: str, hint: bool
+) -> None:
+    data = make_data(tmp_path / "data")
+    rows = read_rows(data)
+    for row in rows:
+        row["messages"] = [
+            {"role": "user", "content": "describe"},
+            {"role": "assistant", "content": "b2 3 . " * 30, "weight": 0},
+            {"role": "user", "content": "describe"},
+            {"role": "assistant", "content": answer},
+        ]
+    write_rows(data, rows)
+    said: list[str] = []
+    for name, keep in (("without", None), ("with", texts)):
+        said.clear()
+        train_pvm(tiny_vlm, data, tmp_path / name, settings=settings(max_steps=3, keep_language=keep), say=said.append)
+        assert any("--keep-language FILE" in line for line in said) == (hint and keep is None)
+
+
+def test_a_run_too_short_for_any_text_says_so(tiny_vlm: Path, texts: Path, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    with pytest.warns(KeepsightWarning, match="no step with a text"):
+        train_pvm(tiny_vlm, data, tmp_path / "out", settings=settings(max_steps=2, keep_language=texts))
 
 
 def test_a_file_that_is_missing_is_named(tiny_vlm: Path, tmp_path: Path) -> None:

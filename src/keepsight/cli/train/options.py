@@ -106,7 +106,7 @@ class TrainOptions:
             and "without --eval-dataset",
             "--keep-language": self.dry_run
             and getattr(settings, "keep_language", None) is not None
-            and "with --dry-run, which is of the samples alone: a text in every second step adds two forwards and "
+            and "with --dry-run, which is of the samples alone: a text in half of the steps adds two forwards and "
             "a backward of an image and 128 tokens",
             "--warm-start-lr": not getattr(settings, "warm_start_steps", 1)
             and not is_default(settings, "warm_start_lr")

@@ -169,7 +169,16 @@ def about_rule(pvm: PvmConfig) -> str:
 
 def _record_of(settings: RunSettings) -> dict[str, Any]:
     """The settings that a resumed run must agree on."""
-    free = {"logging_steps", "save_steps", "eval_steps", "keep_checkpoints", "workers", "report_to", "device"}
+    free = {
+        "logging_steps",
+        "save_steps",
+        "eval_steps",
+        "keep_checkpoints",
+        "workers",
+        "report_to",
+        "device",
+        "keep_language",
+    }
     return {name: value for name, value in asdict(settings).items() if name not in free}
 
 

@@ -5,17 +5,18 @@ tells the branch to be still in a text, and it speaks at every token behind an i
 model such a memory cost a text behind an image 1.2 nats a token; with texts beside the questions 0.2, and grids were
 read as before (LOG.md). Data whose answers are long texts themselves teach that by themselves.
 
-In every second step each batch has a piece of a text beside it: the first image of the batch, and the piece as what the
+In half of the steps each batch has a piece of a text beside it: the first image of the batch, and the piece as what the
 model says of it. The loss grows by the divergence a token of what is expected of the piece with the memory on from what
 is expected with it off (KL), averaged over the step's batches. A piece has the sight that it has in use: no blindfold.
-Which steps have pieces follows from their number, so that all processes take the same forwards.
+Which steps have pieces follows from their number, so that all processes take the same forwards; which piece follows
+from the batch's samples, so that a resumed run takes the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,26 @@ from keepsight.errors import KeepsightError
 
 TOKENS = 128
 """Of a piece."""
-EVERY = 2
-"""Steps from one with pieces to the next: a piece needs two forwards of its own."""
+SHORT = 24
+"""Tokens of answers that are called short; our laboratory's real language model learnt from four (LOG.md)."""
+_TABLES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".xml", ".html", ".gz", ".zip", ".zst", ".pdf", ".docx")
+_UNREAD = 0.05
+"""Share of tokens that may be unknown."""
 
-SHORT = 16
-"""Words of answers that are called short; our laboratory's real language model learnt from three (LOG.md)."""
+
+def has_pieces(step: int) -> bool:
+    """Whether optimiser step `step` (from 0) has pieces: two, then two without.
+
+    Each pair holds a blindfolded and a sighted step, where every second one is blindfolded.
+    """
+    return step % 4 >= 2
 
 
-def answered_words(messages: str) -> int:
-    """How many words the assistant says in a row of `CheckedData.dataset`."""
-    said = [message["content"] for message in json.loads(messages) if message["role"] == "assistant"]
-    return sum(len(part.get("text", "").split()) for parts in said for part in parts)
+def answered_tokens(messages: str, tokenizer: Any) -> list[int]:
+    """Tokens of each message that is learnt, in a row of `CheckedData.dataset`."""
+    learnt = [m for m in json.loads(messages) if m["role"] == "assistant" and m.get("weight", 1)]
+    said = ["".join(part.get("text", "") for part in message["content"]) for message in learnt]
+    return [len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in said]
 
 
 @dataclass(frozen=True)
@@ -64,22 +74,32 @@ class Pieces:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            KeepsightError: if it holds no text, or a placeholder of an image.
+            KeepsightError: if it holds no text, or what this model does not read as text.
         """
-        texts = _texts(Path(file))
-        for text in texts:
-            if found := [token for token in collator.placeholders if token in text]:
-                raise KeepsightError(
-                    f"{file} holds {found[0]!r}, which stands for an image. Expected texts alone; leave it out."
-                )
+        tokenizer, decoder = collator.tokenizer, collator.tokenizer.added_tokens_decoder
+        special = {str(token) for token in decoder.values() if token.special}
         pieces: list[str] = []
-        for text in texts:
-            ids = collator.tokenizer(text, add_special_tokens=False)["input_ids"]
-            cut = [collator.tokenizer.decode(ids[at : at + TOKENS]) for at in range(0, len(ids), TOKENS)]
+        tokens = unread = 0
+        for where, text in _texts(Path(file)):
+            if found := [token for token in collator.placeholders if token in text]:
+                raise KeepsightError(f"{where} holds {found[0]!r}, which stands for an image. Leave it out.")
+            if found := sorted(token for token in special if token in text):
+                raise KeepsightError(
+                    f"{where} holds {found[0]!r}, a token with a meaning of its own to this model. Expected the texts "
+                    "alone, without the marks of a chat or a tokenizer."
+                )
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            tokens, unread = tokens + len(ids), unread + ids.count(tokenizer.unk_token_id)
+            cut = [tokenizer.decode(ids[at : at + TOKENS]) for at in range(0, len(ids), TOKENS)]
             pieces += [whole for piece in cut if (whole := piece.strip("\ufffd \n"))]
         if not pieces:
             raise KeepsightError(
                 f"{file} holds no text. Expected some thousand words of the kind the model is to write."
+            )
+        if unread > _UNREAD * tokens:
+            raise KeepsightError(
+                f"{file}: this model's tokenizer cannot read {unread / tokens:.0%} of it ({tokenizer.unk_token}). "
+                "Expected texts in a language of the model."
             )
         return cls(tuple(pieces), seed)
 
@@ -103,29 +123,30 @@ class Pieces:
         return {"messages": turns, "images": images}
 
 
-def _texts(file: Path) -> list[str]:
+def _texts(file: Path) -> Iterator[tuple[str, str]]:
+    """(where it stands, text) of a file."""
+    expected = 'Expected plain text in UTF-8, or .jsonl with {"text": "..."} in every line.'
+    if file.is_dir() or file.suffix.lower() in _TABLES:
+        raise KeepsightError(f"{file} is {'a folder' if file.is_dir() else 'no plain text'}. {expected}")
     if not file.is_file():
         raise FileNotFoundError(f"{file} (texts whose language is to be kept) was not found.")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise KeepsightError(
-            f'{file} is no text in UTF-8. Expected plain text, or .jsonl with {{"text": "..."}} in every line.'
-        ) from error
+        raise KeepsightError(f"{file} is no text in UTF-8. {expected}") from error
     if file.suffix.lower() != ".jsonl":
-        return [text]
-    found = []
-    for number, line in enumerate(text.splitlines(), 1):
+        yield str(file), text
+        return
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold other ends of lines
         if not line.strip():
             continue
+        where = f"{file}, line {number}"
         try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise KeepsightError(f'{file}, line {number}: expected one JSON object with a "text", {{"text": "..."}}.')
-        found.append(row["text"])
-    return found
+            found = json.loads(line)["text"]
+            found.encode()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise KeepsightError(f'{where}: expected one JSON object with a "text", {{"text": "..."}}.') from error
+        yield where, found
 
 
 def divergence(model: Any, off: Callable[[], Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -26,7 +26,7 @@ from keepsight.errors import KeepsightError, KeepsightWarning
 from keepsight.pvm import PvmConfig
 from keepsight.train.pvm.blindfold import BlindfoldError, BlindfoldSchedule, why_not_blindfold
 from keepsight.train.pvm.job import PvmJob, about_rule, check_pvm_engine
-from keepsight.train.pvm.language import SHORT, Pieces, answered_words
+from keepsight.train.pvm.language import SHORT, Pieces, answered_tokens, has_pieces
 from keepsight.train.pvm.sft_trainer import make_sft_trainer
 from keepsight.train.run import preflight
 from keepsight.train.run.arguments import RunArguments
@@ -143,8 +143,14 @@ def train_pvm(
             KeepsightWarning,
             stacklevel=2,
         )
+    if pieces is not None and not any(has_pieces(step) for step in range(steps)):
+        warnings.warn(
+            f"keep_language: a run of {counted(steps, 'step')} has no step with a text; the third is the first.",
+            KeepsightWarning,
+            stacklevel=2,
+        )
     settled = replace(chosen, blindfold_steps=schedule.steps, blindfold_share=schedule.share)
-    for line in [*_choices(settled, plan.pvm, steps), *_about_language(settled, data)]:
+    for line in [*_choices(settled, plan.pvm, steps), *_about_language(settled, data, processor.tokenizer)]:
         say(line)
     job = SftJob(
         name=SftJob.stage,
@@ -177,8 +183,8 @@ class SftJob(PvmJob[SftSettings]):
         return make_sft_trainer(self, *loaded)
 
     def samples(self) -> dict[str, Any]:
-        texts = {} if self.pieces is None else {"digest of the texts": self.pieces.digest}
-        return {"base": self.base, "samples": self.data.rows, **self.data.agreed(), **texts}
+        texts = None if self.pieces is None else self.pieces.digest
+        return {"base": self.base, "samples": self.data.rows, **self.data.agreed(), "digest of the texts": texts}
 
     def steps_per_epoch(self) -> int:
         return _steps_per_epoch(self.data, self.settings, self.engine)
@@ -208,7 +214,7 @@ class SftJob(PvmJob[SftSettings]):
         if self.pieces is None or not apart:
             return []
         pieces = counted(len(self.pieces.texts), "piece")
-        return [("texts beside", f"{pieces}; {apart[-1]:.4f} nats a token from the base at last, part of the loss")]
+        return [("texts beside", f"{pieces}; {apart[-1]:.4f} nats a token from the base at last")]
 
 
 def _without_blindfold(settings: SftSettings, plan: MemoryPlan, say: preflight.Say) -> SftSettings:
@@ -234,14 +240,14 @@ def _choices(settings: SftSettings, pvm: PvmConfig, steps: int) -> list[str]:
     return [f"{counted(steps, 'step')}; blindfolded: {BlindfoldSchedule.of(settings, steps)}; {ours}", about_rule(pvm)]
 
 
-def _about_language(settings: SftSettings, data: CheckedData) -> list[str]:
+def _about_language(settings: SftSettings, data: CheckedData, tokenizer: Any) -> list[str]:
     """A word on answers too short to teach a memory anything about texts, where nothing else does."""
     looked = range(0, data.rows, max(1, data.rows // 200))
-    words = [answered_words(data.dataset[place]["messages"]) for place in looked]
-    if settings.keep_language is not None or statistics.median(words) > SHORT:
+    tokens = [count for place in looked for count in answered_tokens(data.dataset[place]["messages"], tokenizer)]
+    if settings.keep_language is not None or not tokens or statistics.median(tokens) > SHORT:
         return []
     return [
-        f"half of the answers have at most {statistics.median(words):g} words: such data do not teach a memory to be "
+        f"half of the answers have at most {statistics.median(tokens):g} tokens: such data do not teach a memory to be "
         "still in a longer text, and it can cost the language behind an image; --keep-language FILE, with some texts, "
         "holds it (docs/train.md)"
     ]

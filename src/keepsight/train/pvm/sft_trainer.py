@@ -13,7 +13,7 @@ from peft import PeftModel
 from keepsight.data.check import CheckedData, read_sample
 from keepsight.data.collate import ConversationCollator
 from keepsight.train.pvm.blindfold import BlindfoldSchedule, SightLosses, blindfold
-from keepsight.train.pvm.language import EVERY, Pieces, divergence
+from keepsight.train.pvm.language import Pieces, divergence, has_pieces
 from keepsight.train.run.four_bit import trainable_as_it_is
 from keepsight.train.run.learner import Learner
 from keepsight.train.run.trainer import LearnerTrainer, Setup, common_arguments, finish, report_callback
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 PIECE = "keepsight_piece"
-"""In a batch: what is read beside it, a batch of its own."""
+"""In a batch: what is read beside it, a sample; a batch is made of it where it is used."""
 
 
 def make_sft_trainer(job: SftJob, model: Any, learner: Learner) -> Any:
@@ -33,10 +33,10 @@ def make_sft_trainer(job: SftJob, model: Any, learner: Learner) -> Any:
     settings, data, eval_data = job.settings, job.data, job.held_out
     assert settings.blindfold_steps is not None, "train_pvm has settled the schedule"
     schedule = BlindfoldSchedule.of(settings, 0)
-    pieces = (
-        job.pieces if isinstance(model, PeftModel) else None
-    )  # a model that is trained as a whole has no base beside it
+    has_base = isinstance(model, PeftModel)  # not where the model is trained as a whole
+    pieces = job.pieces if has_base else None
     losses, apart = SightLosses(), Apart()
+    whole = ConversationCollator(job.processor)  # a limit on samples is none on texts
 
     class PvmTrainer(LearnerTrainer, SFTTrainer):
         """TRL's SFT trainer, with what keepsight adds, the blindfold, texts, and an account of its work."""
@@ -46,7 +46,7 @@ def make_sft_trainer(job: SftJob, model: Any, learner: Learner) -> Any:
             if schedule:
                 step = self.state.global_step
                 losses.add(step, schedule.covers(step), loss - apart.last)
-            return loss
+            return loss - apart.last  # what is logged is the answers' alone; the texts' has a name of its own
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             if schedule and "loss" in logs:
@@ -62,9 +62,10 @@ def make_sft_trainer(job: SftJob, model: Any, learner: Learner) -> Any:
             covered = self.model.training and schedule.covers(self.state.global_step)
             with blindfold(self.accelerator.unwrap_model(model)) if covered else nullcontext():
                 loss = super().compute_loss(model, inputs, *args, **kwargs)
-            if piece is None or not self.model.training or (self.state.global_step + 1) % EVERY:
+            if piece is None or not self.model.training or not has_pieces(self.state.global_step):
                 apart.last = 0.0
                 return loss
+            piece = self._prepare_inputs(whole([piece]))
             # As TRL does with a term of its own: where the loss is a step's already, this one's share of it.
             share = 1 if kwargs.get("num_items_in_batch") is None else self.current_gradient_accumulation_steps
             return loss + apart.add(self._divergence(model, piece), share, self.current_gradient_accumulation_steps)
@@ -149,8 +150,7 @@ class _RowCollator:
         batch: dict[str, Any] = self.collator(samples)
         if self.pieces is None or rows[0].get("is_eval"):
             return batch
-        piece = self.pieces.beside(samples, [row["place"] for row in rows])
-        return {**batch, PIECE: self.collator([piece])}
+        return {**batch, PIECE: self.pieces.beside(samples, [row["place"] for row in rows])}
 
     def _read(self, row: dict[str, Any]) -> dict[str, Any]:
         data = self.eval_data if row.get("is_eval") and self.eval_data is not None else self.data

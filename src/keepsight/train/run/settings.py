@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from keepsight.checkpoints.attention import Attention, kernel_named
@@ -163,6 +164,8 @@ class SftSettings(RunSettings):
                 f"blindfold_share={self.blindfold_share}: expected a share of the steps, from 0 to below 1. With 1 the "
                 "memory would never learn beside what the base sees itself."
             )
+        if self.keep_language is not None:
+            object.__setattr__(self, "keep_language", str(Path(self.keep_language).expanduser()))
         _warn_without_length(self.over_long, self.max_length)
 
     @classmethod
