@@ -36,6 +36,22 @@ def test_train_pvm(tiny_vlm: Path, data: Path, tmp_path: Path, image: Path) -> N
     assert used.exit_code == 0, used.output
 
 
+def test_texts_to_keep_the_language_by(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the light line falls over a quiet canvas . " * 50)
+    keep = ["--keep-language", texts]
+    dry = keepsight_cli("train", "pvm", tiny_vlm, "--dry-run", "--tokens", 64, *keep)
+    assert dry.exit_code == 0, dry.output
+    assert "--keep-language has no effect with --dry-run" in dry.output
+    result = keepsight_cli("train", "pvm", tiny_vlm, "-d", data, "-o", tmp_path / "out", *FLAGS, *keep)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"\d+ pieces of text to keep the language by", result.stderr)
+    assert re.search(r"  language \d\.\d{4}  ", result.stderr)
+    texts.unlink()
+    for words in (["--dry-run", "--tokens", 64], ["-d", data, "-o", tmp_path / "none"]):
+        assert "texts.txt" in message(keepsight_cli("train", "pvm", tiny_vlm, *words, *keep))
+
+
 def test_a_mix_is_saved_checked_and_resumed(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
     """Two datasets with weights go through --save-config, --config, the check and a resumed run."""
     other = make_data(tmp_path / "other", 4)

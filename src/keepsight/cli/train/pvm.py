@@ -61,6 +61,10 @@ def pvm(
     job.warn_of_idle(settings)
     named = _in_words(recipe, memory, settings)
     if job.dry_run:
+        if settings.keep_language is not None:
+            from keepsight.train.pvm.language import check_file
+
+            check_file(settings.keep_language)
         return show_dry_run(source, settings, config, job, recipe=named)
     if first_of_all():
         say(f"recipe: {named}")

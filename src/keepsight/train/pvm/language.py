@@ -123,17 +123,30 @@ class Pieces:
         return {"messages": turns, "images": images}
 
 
-def _texts(file: Path) -> Iterator[tuple[str, str]]:
-    """(where it stands, text) of a file."""
-    expected = 'Expected plain text in UTF-8, or .jsonl with {"text": "..."} in every line.'
+_EXPECTED = 'Expected plain text in UTF-8, or .jsonl with {"text": "..."} in every line.'
+
+
+def check_file(file: str | Path) -> None:
+    """Refuse a file that cannot hold texts, unread.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        KeepsightError: if it is a folder, or a table by its ending.
+    """
+    file = Path(file)
     if file.is_dir() or file.suffix.lower() in _TABLES:
-        raise KeepsightError(f"{file} is {'a folder' if file.is_dir() else 'no plain text'}. {expected}")
+        raise KeepsightError(f"{file} is {'a folder' if file.is_dir() else 'no plain text'}. {_EXPECTED}")
     if not file.is_file():
         raise FileNotFoundError(f"{file} (texts whose language is to be kept) was not found.")
+
+
+def _texts(file: Path) -> Iterator[tuple[str, str]]:
+    """(where it stands, text) of a file."""
+    check_file(file)
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise KeepsightError(f"{file} is no text in UTF-8. {expected}") from error
+        raise KeepsightError(f"{file} is no text in UTF-8. {_EXPECTED}") from error
     if file.suffix.lower() != ".jsonl":
         yield str(file), text
         return
