@@ -100,7 +100,11 @@ def data_of_eye(
     side: Annotated[
         int, typer.Option(help="Pictures along the side of an image, as with `export`: 1 or 2.", min=1)
     ] = 1,
-    longest: Annotated[int, typer.Option(help="Tokens of narration in training: from 0 to so many.", min=0)] = 256,
+    longest: Annotated[int, typer.Option(help="Tokens of narration in training, at most.", min=0)] = 256,
+    shortest: Annotated[int, typer.Option(help="And at least: far behind the image it is forgotten.", min=0)] = 0,
+    bold: Annotated[
+        float, typer.Option(help="Share of the images in training drawn in bolder styles.", min=0.0, max=1.0)
+    ] = 0.0,
     rows: Annotated[int, typer.Option(help="Questions to train on.", min=1)] = 512,
     images: Annotated[
         int, typer.Option(help="Images to validate with, and to test with, each behind every length.", min=2)
@@ -122,6 +126,10 @@ def data_of_eye(
     from studies.eye.publishing.data import write
 
     _must_be_new(folder)
+    if shortest > longest:
+        raise KeepsightError(
+            f"--shortest {shortest} --longest {longest}: no narration is as long and as short as that."
+        )
     chosen = size_of(size)
     if side not in (1, max(number for number in chosen.sides if number <= 2)):
         raise KeepsightError(f"--side {side}: there is a test for single drawings (1) and for grids of 2 x 2 (2).")
@@ -129,7 +137,7 @@ def data_of_eye(
         _, tokenizer = language_model(work / "packages", work)
         told = narrations.read(results / narrations.FILE, tokenizer)
         drawn = pictures(work / "packages", work)
-        written = write(drawn, tokenizer, told, chosen, side, folder, rows, images, longest, seed, show)
+        written = write(drawn, tokenizer, told, chosen, side, folder, rows, images, longest, seed, show, shortest, bold)
     for name, count in written.items():
         say(f"{count} questions: {folder / name}.jsonl")
     say(f"keepsight data check {folder / 'train.jsonl'}")

@@ -45,6 +45,8 @@ def write(
     longest: int = 256,
     seed: int = 0,
     on_progress: Callable[[str, int, int], Any] = lambda *_: None,
+    shortest: int = 0,
+    bold: float = 0.0,
 ) -> dict[str, int]:
     """Write `train.jsonl`, `validation.jsonl`, `test.jsonl`, their images and a README into `folder`.
 
@@ -57,9 +59,11 @@ def write(
         folder: made where it is not there.
         rows: questions to train on, each about an image of its own.
         images: of the validation and of the test, each asked about behind every length.
-        longest: tokens of narration in training, from 0 to so many, and at most in validation.
+        longest: tokens of narration in training, at most, and in validation.
         seed: of training and validation.
         on_progress: called with what is written, how much of it is done and of how much.
+        shortest: tokens of narration in training, at least: behind more of them more of the image is forgotten.
+        bold: share of the images in training that are drawn in bolder styles, which are forgotten sooner.
 
     Returns:
         How many questions each file holds.
@@ -68,7 +72,7 @@ def write(
     near = [length for length in lengths.LENGTHS if length <= longest]
     test = next(these for these in lengths.shown(pictures, size, images).values() if these[0].side == side)
     sets: dict[str, tuple[int, Iterator[Row]]] = {
-        TRAIN: (rows, _train(pictures, size, side, narrations[: last - 1], rows, longest, seed)),
+        TRAIN: (rows, _train(pictures, size, side, narrations[: last - 1], rows, shortest, longest, seed, bold)),
         VALIDATION: (
             images * len(near),
             _behind(_validation(pictures, size, side, images, seed), narrations[last - 1 : last], near),
@@ -119,14 +123,23 @@ def conversation(shown: Shown, told: list[int], image: str, tokenizer: Any) -> d
 
 
 def _train(
-    pictures: Pictures, size: Size, side: int, narrations: list[list[int]], rows: int, longest: int, seed: int
+    pictures: Pictures,
+    size: Size,
+    side: int,
+    narrations: list[list[int]],
+    rows: int,
+    shortest: int,
+    longest: int,
+    seed: int,
+    bold: float,
 ) -> Iterator[Row]:
     scenes = Scenes(pictures, pictures.seen)
     for number in range(rows):
         draws = generator(seed, _DRAWS[TRAIN], side, number)
-        shown = _shown(scenes, size, side, 0.5, draws)
-        of, length = (int(torch.randint(n, (1,), generator=draws)) for n in (len(narrations), longest + 1))
-        yield shown, narrations[of][:length], None
+        restyled = bool(bold) and float(torch.rand(1, generator=draws)) < bold
+        shown = _shown(scenes, size, side, 0.5, draws, restyled)
+        of, more = (int(torch.randint(n, (1,), generator=draws)) for n in (len(narrations), longest - shortest + 1))
+        yield shown, narrations[of][: shortest + more], None
 
 
 def _validation(pictures: Pictures, size: Size, side: int, images: int, seed: int) -> list[Shown]:
@@ -141,10 +154,10 @@ def _behind(these: list[Shown], narrations: list[list[int]], asked_at: list[int]
             yield shown, narrations[number % len(narrations)][:length], length
 
 
-def _shown(scenes: Scenes, size: Size, side: int, vary: float, draws: torch.Generator) -> Shown:
-    image, cells = scenes.image(side, size.cell, vary, draws)
+def _shown(scenes: Scenes, size: Size, side: int, vary: float, draws: torch.Generator, bold: bool = False) -> Shown:
+    image, cells = scenes.image(side, size.cell, vary, draws, bold=bold)
     while all(cell.text for cell in cells):
-        image, cells = scenes.image(side, size.cell, vary, draws)
+        image, cells = scenes.image(side, size.cell, vary, draws, bold=bold)
     return Shown(image, cells, side, ask("name", cells, side, draws))
 
 
