@@ -77,6 +77,14 @@ def write(language: Any, tokenizer: Any, file: Path, seed: int = 0) -> None:
     file.write_text(json.dumps({"seed": seed, "turns": turns}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def check_lengths(longest: int, shortest: int = 0) -> None:
+    """Raises KeepsightError: no narration is so long, or none is as long and as short as that."""
+    if longest > LONGEST:
+        raise KeepsightError(f"--longest {longest}: a narration has {LONGEST} tokens. Give that or less.")
+    if shortest > longest:
+        raise KeepsightError(f"--shortest {shortest}: expected at most --longest, which is {longest}.")
+
+
 def read(file: Path, tokenizer: Any) -> list[list[int]]:
     """Narrations of exactly `LONGEST` tokens each: eight turns of a conversation, cut; the first turn answers nothing.
 

@@ -77,6 +77,7 @@ def methods_on_eye(
     if method not in (methods.NONE, *methods.METHODS):
         known = ", ".join([methods.NONE, *methods.METHODS])
         raise KeepsightError(f"No method is called {method!r}. There are: {known}.")
+    narrations.check_lengths(longest)
     until = time.monotonic() + 60 * minutes
     trial = methods.Trial(
         method,

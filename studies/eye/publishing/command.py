@@ -94,6 +94,10 @@ def export_eye(
 @with_examples(
     ("questions about single drawings", "python -m studies eye data my-data"),
     ("about grids, behind longer texts", "python -m studies eye data my-data --side 2 --longest 2048"),
+    (
+        "behind texts where much is forgotten",
+        "python -m studies eye data my-data --shortest 1024 --longest 2048 --bold 1",
+    ),
 )
 def data_of_eye(
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
@@ -126,10 +130,7 @@ def data_of_eye(
     from studies.eye.publishing.data import write
 
     _must_be_new(folder)
-    if shortest > longest:
-        raise KeepsightError(
-            f"--shortest {shortest} --longest {longest}: no narration is as long and as short as that."
-        )
+    narrations.check_lengths(longest, shortest)
     chosen = size_of(size)
     if side not in (1, max(number for number in chosen.sides if number <= 2)):
         raise KeepsightError(f"--side {side}: there is a test for single drawings (1) and for grids of 2 x 2 (2).")

@@ -10,7 +10,7 @@ from transformers import AutoProcessor
 from typer.testing import CliRunner
 
 from keepsight import cli
-from studies.eye import lengths, sequences
+from studies.eye import command, lengths, sequences
 from studies.eye.language import with_eye
 from studies.eye.publishing import data
 from studies.eye.publishing.export import export
@@ -68,7 +68,7 @@ def _parts(content):
 
 
 def test_a_narration_that_is_cut_ends_with_what_was_answered():
-    shown = lengths.shown(drawings(), EXACT, 2)[lengths.STYLE][0]
+    shown = _shown()
     for cut in range(len(SAID) + 120):
         messages = data.conversation(shown, NARRATIONS[0][:cut], "a.png", tokenizer())["messages"]
         assert [one["role"] for one in messages[-2:]] == ["user", "assistant"]
@@ -93,6 +93,44 @@ def test_nothing_of_the_test_is_trained_on(written):
     assert digests[data.TRAIN].isdisjoint(digests[data.VALIDATION])
     assert len(digests[data.TRAIN]) == len(rows_of(folder, data.TRAIN)) == 12
     assert texts[data.TEST].isdisjoint(texts[data.TRAIN])
+
+
+def test_training_can_be_where_images_are_forgotten(tmp_path):
+    """Behind longer narrations and with bolder drawings; what is tested on stays as it is."""
+    settings = {"near": {}, "far": {"shortest": 256}, "bold": {"bold": 1.0}}
+    found = {}
+    for name, more in settings.items():
+        data.write(drawings(), tokenizer(), NARRATIONS, EXACT, 1, tmp_path / name, 8, 2, 256, **more)
+        rows = rows_of(tmp_path / name, data.TRAIN)
+        found[name] = [(_between(row), (tmp_path / name / row["images"][0]).read_bytes()) for row in rows]
+        assert rows_of(tmp_path / name, data.TEST) == rows_of(tmp_path / "near", data.TEST)
+    whole = {_between(data.conversation(_shown(), told[:256], "a.png", tokenizer())) for told in NARRATIONS[:2]}
+    assert {between for between, _ in found["far"]} <= whole
+    assert not {between for between, _ in found["near"]} <= whole
+    assert {image for _, image in found["bold"]}.isdisjoint(image for _, image in found["near"])
+
+
+def _shown():
+    return lengths.shown(drawings(), EXACT, 2)[lengths.STYLE][0]
+
+
+def _between(row):
+    return tuple(one["content"] for one in row["messages"][1:-2])
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["data", "folder", "--longest", "4096"], "a narration has 2048 tokens"),
+        (["data", "folder", "--shortest", "300"], "expected at most --longest, which is 256"),
+        (["methods", "lora", "--longest", "4096"], "a narration has 2048 tokens"),
+    ],
+)
+def test_a_length_that_no_narration_has_is_refused(more, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(command.app, more)
+    assert done.exit_code != 0
+    assert told in str(done.exception)
 
 
 def test_share_alike_drawings_are_tested_alone(written):
