@@ -29,9 +29,19 @@ def section(folder: Path) -> list[str]:
         "",
     ]
     for raw in found:
-        lines += [f"`{raw['conditions']['adapter']}`, by tokens of narration:", "", *latents.table(raw["rows"]), ""]
+        about = raw["conditions"]
+        lines += [f"`{about['adapter']}`{_cost(about)}, by tokens of narration:", "", *latents.table(raw["rows"]), ""]
         lines += [*(f"- {line}" for line in _compared(raw["rows"])), ""]
     return lines
+
+
+def _cost(conditions: dict[str, Any]) -> str:
+    """What its last training took; the older results do not say."""
+    training = conditions.get("training")
+    if training is None:
+        return ""
+    steps, minutes = training["steps"], training["seconds"] / 60
+    return f" ({steps} steps, {minutes:.0f} minutes, {training['flops']:.1e} operations)"
 
 
 def _compared(rows: list[dict[str, Any]]) -> list[str]:

@@ -200,14 +200,17 @@ def adapter_on_eye(
 ) -> None:
     """Measure a VisMem at the lengths of the test: never, short, long, and with another image's latents.
 
-    The memory stands before the first word of the answer. The decoder sees its own image each time.
+    The memory stands before the first word of the answer. The decoder sees its own image each time. What the training
+    cost is kept beside it.
     """
     quiet()
     import hashlib
+    from dataclasses import asdict
 
     import torch
 
     import keepsight
+    from keepsight.train.run import accounting
     from studies.eye import lengths, narrations
     from studies.eye.comparing import latents
     from studies.eye.comparing.methods import HELD_OUT
@@ -233,4 +236,6 @@ def adapter_on_eye(
         "device": device,
         "threads": threads,
     }
+    if (adapter / accounting.FILE).is_file():
+        conditions["training"] = asdict(accounting.RunCost.read(adapter))
     report(results / "adapters" / f"{adapter.name}.json", {"conditions": conditions, "rows": rows}, latents.table(rows))
