@@ -45,24 +45,24 @@ def _cost(conditions: dict[str, Any]) -> str:
 
 
 def _compared(rows: list[dict[str, Any]]) -> list[str]:
-    """Each memory against none, and against another image's, at the longest narration."""
+    """Each memory against none, and against another image's, at the shortest and at the longest narration."""
     by = {(row["memory"], row["length"]): row for row in rows}
-    longest = max(row["length"] for row in rows)
-    none, lines = by[latents.NEVER, longest]["named"], []
-    for kind in (*TYPES, latents.FREE):
-        if (kind, longest) not in by:
-            continue
-        own, other = by[kind, longest]["named"], by.get((f"{kind}, other", longest))
-        told = [f"names with {kind} against never at {longest:,}: {_points(own, none)}"]
-        if other is not None:
-            asked = [at for at, bit in enumerate(other["named"]) if bit != "-"]
-            named = other["follows"].count("1") / max(1, len(asked))
-            told.append(
-                f"own against another image's: {_points(*(_at(bits, asked) for bits in (own, other['named'])))}"
-            )
-            told.append(f"with another's, what it alone shows is named in {100 * named:.0f} %")
-        lines.append("; ".join(told))
-    return lines
+    lengths = sorted({row["length"] for row in rows})
+    asked_at = dict.fromkeys((lengths[0], lengths[-1]))
+    kinds = [kind for kind in (*TYPES, latents.FREE) if (kind, lengths[0]) in by]
+    return [_line(by, kind, length) for kind in kinds for length in asked_at]
+
+
+def _line(by: dict[tuple[str, int], dict[str, Any]], kind: str, length: int) -> str:
+    own, none = by[kind, length]["named"], by[latents.NEVER, length]["named"]
+    told = [f"names with {kind} against never at {length:,}: {_points(own, none)}"]
+    other = by.get((f"{kind}, other", length))
+    if other is not None:
+        asked = [at for at, bit in enumerate(other["named"]) if bit != "-"]
+        named = other["follows"].count("1") / max(1, len(asked))
+        told.append(f"own against another image's: {_points(*(_at(bits, asked) for bits in (own, other['named'])))}")
+        told.append(f"with another's, what it alone shows is named in {100 * named:.0f} %")
+    return "; ".join(told)
 
 
 def _points(these: str, those: str) -> str:

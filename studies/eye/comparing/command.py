@@ -192,6 +192,9 @@ def adapter_on_eye(
     images: Annotated[int, typer.Option(help="Images of the test.", min=2)] = 24,
     longest: Annotated[int, typer.Option(help="Longest narration.", min=0)] = 1024,
     free: Annotated[bool, typer.Option("--free", help="Also let the model decide when to invoke.")] = False,
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the exported eye, if not where the adapter says.")
+    ] = None,
     size: Which = "cpu",
     device: Device = "cpu",
     threads: Threads = 1,
@@ -221,7 +224,7 @@ def adapter_on_eye(
     if not weights.is_file():
         raise KeepsightError(f"{weights} is not there. Train one: keepsight train vismem-formation (docs/eye.md).")
     with Progress("the adapter") as show:
-        model, processor = keepsight.load(adapter, device=device)
+        model, processor = keepsight.load(adapter, device=device, base=base)
         told = narrations.read(results / narrations.FILE, processor.tokenizer)[-HELD_OUT:]
         these = latents.tested(pictures(work / "packages", work), size_of(size), side, images)
         asked_at, begin = [one for one in lengths.LENGTHS if one <= longest], time.process_time()

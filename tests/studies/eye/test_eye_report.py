@@ -240,7 +240,8 @@ def test_an_adapter_is_told_with_what_its_memory_and_another_images_do(tmp_path)
     assert "`stage1` (30 steps, 25 minutes, 2.5e+15 operations), by tokens of narration:" in told
     assert "| short | 100 % of 4 | 0 % of 4 (named: 100 %) |" in told
     assert "| short, other | 100 % of 3 | 0 % of 3 (named: 33 %) |" in told
-    line, _ = [line for line in told if line.startswith("- ")]
+    near, line = [line for line in told if line.startswith("- ")][:2]
+    assert "names with short against never at 0: +0.0 [" in near
     assert "names with short against never at 512: +75.0 [" in line
     assert "own against another image's: +66.7 [" in line
     assert line.endswith("what it alone shows is named in 67 %")
