@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.vismem.tokens import TYPES
+from keepsight.words import counted
 from studies.eye.comparing import latents
 from studies.eye.shares import difference
 
@@ -40,8 +41,8 @@ def _cost(conditions: dict[str, Any]) -> str:
     training = conditions.get("training")
     if training is None:
         return ""
-    steps, minutes = training["steps"], training["seconds"] / 60
-    return f" ({steps} steps, {minutes:.0f} minutes, {training['flops']:.1e} operations)"
+    # not its operations: cost.json has the warm start's seconds and not its operations
+    return f" ({counted(training['steps'], 'step')} of rewards; {training['seconds'] / 60:.0f} minutes in all)"
 
 
 def _compared(rows: list[dict[str, Any]]) -> list[str]:

@@ -231,13 +231,13 @@ def test_an_adapter_is_told_with_what_its_memory_and_another_images_do(tmp_path)
     rows = [row("never", 0, "1111", "1111", "----"), row("never", 512, "1000", "1000", "----")]
     rows += [row("short", 0, "1111", "1111", "0000"), row("short", 512, "0000", "1111", "0000")]
     rows += [row("short, other", 0, "-111", "-111", "-000"), row("short, other", 512, "-000", "-001", "-110")]
-    cost = {"steps": 30, "seconds": 1500.0, "flops": 2.5e15}
+    cost = {"steps": 30, "seconds": 1500.0}
     for name, more in (("earlier", {}), ("stage1", {"training": cost})):
         raw = {"conditions": {"adapter": name, **more}, "rows": rows}
         (tmp_path / f"{name}.json").write_text(json.dumps(raw))
     told = adapters.section(tmp_path)
     assert "`earlier`, by tokens of narration:" in told
-    assert "`stage1` (30 steps, 25 minutes, 2.5e+15 operations), by tokens of narration:" in told
+    assert "`stage1` (30 steps of rewards; 25 minutes in all), by tokens of narration:" in told
     assert "| short | 100 % of 4 | 0 % of 4 (named: 100 %) |" in told
     assert "| short, other | 100 % of 3 | 0 % of 3 (named: 33 %) |" in told
     near, line = [line for line in told if line.startswith("- ")][:2]
