@@ -41,7 +41,6 @@ def _cost(conditions: dict[str, Any]) -> str:
     training = conditions.get("training")
     if training is None:
         return ""
-    # not its operations: cost.json has the warm start's seconds and not its operations
     return f" ({counted(training['steps'], 'step')} of rewards; {training['seconds'] / 60:.0f} minutes in all)"
 
 

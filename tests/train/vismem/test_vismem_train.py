@@ -133,6 +133,22 @@ def test_a_warm_start_says_how_far_it_is(tiny_vlm: Path, questions: Path, tmp_pa
     ]
 
 
+def test_a_warm_start_is_paid_for(tiny_vlm: Path, questions: Path, tmp_path: Path) -> None:
+    """Each of its steps is counted: ten more cost as much again."""
+    costs = []
+    for steps in (1, 11, 21):
+        settings = formation(max_steps=1, warm_start_steps=steps, delimiter_share=0.0, anywhere_probability=1.0)
+        out = tmp_path / str(steps)
+        config = VisMemConfig(**SIZES)
+        train_vismem_formation(
+            tiny_vlm, questions, out, vismem=config, rewards=[digits], settings=settings, text_only="skip"
+        )
+        costs.append(RunCost.read(out).flops)
+    first, second = costs[1] - costs[0], costs[2] - costs[1]
+    assert first == pytest.approx(second, rel=0.3)
+    assert first > 0.5 * costs[0]
+
+
 def test_everything_is_logged(formed: tuple[Path, VisMemReport]) -> None:
     out, report = formed
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
+from keepsight.train.vismem.moments import Moment
 from keepsight.train.vismem.prompts import Prompt
 from keepsight.train.vismem.rollout import Trajectory
+from keepsight.vismem.memory import Formation
 from keepsight.vismem.tokens import LONG
 
 METRICS = "metrics.jsonl"
@@ -79,6 +81,15 @@ class Accounts:
         self._lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
         self._patches = [self.meter.shape.patches(prompt) for prompt in prompts] if self.meter is not None else []
 
+    def warmed(self, prompts: Sequence[Prompt], moment: Moment, latents: Mapping[str, int]) -> None:
+        """A step of the warm start: prompts were read, and memories of so many `latents` a type formed and learnt."""
+        self.begin(prompts)
+        self.read_prompts()
+        if self.meter is not None:
+            for formation in moment.formations:
+                for kind, count in latents.items():
+                    self._form(kind, formation, count, passes=2)
+
     def wrote(self, trajectories: Sequence[Trajectory], shared: bool = True) -> None:
         """A rollout; copies of a prompt have read it once (`shared`), or each by itself."""
         new = [len(t.ids) for t in trajectories]
@@ -131,13 +142,15 @@ class Accounts:
     def _formed(self, trajectories: Sequence[Trajectory], passes: int) -> None:
         """A long-term memory is a pass of the decoder over what it is formed from, a short-term one of the encoder."""
         for invocation in (i for t in trajectories for i in t.invocations):
-            formation, shape = invocation.formation, self.meter.shape
-            if invocation.kind == LONG:
-                seen = len(formation.sight.visual) + len(formation.text) + len(invocation.latents)
-                self.meter.add(shape.decoder(1, seen) * passes)
-            else:
-                assert formation.sight.patches is not None
-                self.meter.add(2.0 * shape.vision * len(formation.sight.patches.x) * passes)
+            self._form(invocation.kind, invocation.formation, len(invocation.latents), passes)
+
+    def _form(self, kind: str, formation: Formation, latents: int, passes: int) -> None:
+        if kind == LONG:
+            seen = len(formation.sight.visual) + len(formation.text) + latents
+            self.meter.add(self.meter.shape.decoder(1, seen) * passes)
+        else:
+            assert formation.sight.patches is not None
+            self.meter.add(2.0 * self.meter.shape.vision * len(formation.sight.patches.x) * passes)
 
 
 class Means:

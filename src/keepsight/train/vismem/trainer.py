@@ -150,7 +150,7 @@ class VisMemTrainer:
         if resume_from_checkpoint is not None:
             self._resume(Path(resume_from_checkpoint))
         elif isinstance(settings, FormationSettings) and settings.warm_start_steps and self.stage.forms_again:
-            self.warm_start = warm_up(self.model, self.questions, settings, self.say)
+            self.warm_start = warm_up(self.model, self.questions, settings, self.say, self.accounts)
             self._save_checkpoint()
         self._same_everywhere(trained)
         while state.global_step < state.max_steps:

@@ -33,8 +33,9 @@ from keepsight.backbone import Backbone
 from keepsight.errors import KeepsightError
 from keepsight.train.run.checksums import checksums
 from keepsight.train.run.preflight import Say
+from keepsight.train.vismem.accounts import Accounts
 from keepsight.train.vismem.moments import Moment, look, target
-from keepsight.train.vismem.prompts import QuestionOrder, Questions, padding_id, stack_prompts
+from keepsight.train.vismem.prompts import Prompt, QuestionOrder, Questions, padding_id, stack_prompts
 from keepsight.train.vismem.settings import FormationSettings
 from keepsight.vismem import VisMemBranch
 from keepsight.vismem.tokens import LONG, SHORT, TYPES
@@ -77,6 +78,7 @@ def distill(
     lr: float = 3e-3,
     on_log: OnWarmStep | None = None,
     kinds: tuple[str, ...] = TYPES,
+    on_look: Callable[[Moment], None] | None = None,
 ) -> WarmStartReport:
     """Train the active VisMem's memory tensors to reproduce the images' visual embeddings.
 
@@ -93,6 +95,7 @@ def distill(
         lr: peak learning rate of AdamW.
         on_log: called after every step.
         kinds: the types of memory to train, both in every step.
+        on_look: called in every step with what its memories are formed from.
 
     Returns:
         What was done.
@@ -115,6 +118,8 @@ def distill(
     with _training(model, memory, trained) as optimizer:
         for step, inputs in enumerate(_repeated(batches, steps)):
             moment = look(branch, inputs)
+            if on_look is not None:
+                on_look(moment)
             report.rows_without_image += moment.rows - len(moment.formations)
             if step == 0:
                 _set_starting_values(branch, memory, moment, kinds)
@@ -138,14 +143,22 @@ def distill(
     return report
 
 
-def warm_up(model: Any, questions: Questions, settings: FormationSettings, say: Say) -> WarmStartReport:
-    """The warm start as the first part of stage I; every process does the same."""
+def warm_up(
+    model: Any, questions: Questions, settings: FormationSettings, say: Say, accounts: Accounts
+) -> WarmStartReport:
+    """The warm start as the first part of stage I, counted into `accounts`; every process does the same."""
     order = QuestionOrder(len(questions), settings.warm_start_batch, settings.seed + 1)
     pad = padding_id(Backbone.of(model).model)
-    batches = (
-        stack_prompts([questions[i].inputs for i in order.batch(step)], pad)
-        for step in range(settings.warm_start_steps)
-    )
+    formers = VisMemBranch.of(model).formers()
+    latents = {kind: formers.length(kind) for kind in TYPES}
+
+    read: list[Prompt] = []
+
+    def batches() -> Iterator[Mapping[str, Any]]:
+        for step in range(settings.warm_start_steps):
+            read[:] = [questions[i].inputs for i in order.batch(step)]
+            yield stack_prompts(read, pad)
+
     say(f"warm start (latent distillation, ours, not in the paper): {settings.warm_start_steps} steps")
 
     def on_log(step: int, values: Mapping[str, float]) -> None:
@@ -153,9 +166,14 @@ def warm_up(model: Any, questions: Questions, settings: FormationSettings, say: 
             errors = ", ".join(f"{kind} {values[kind]:.3f}" for kind in TYPES)
             say(f"warm start {step}/{settings.warm_start_steps}: relative squared error {errors}")
 
+    def on_look(moment: Moment) -> None:
+        accounts.warmed(read, moment, latents)
+
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        report = distill(model, batches, steps=settings.warm_start_steps, lr=settings.warm_start_lr, on_log=on_log)
+        report = distill(
+            model, batches(), steps=settings.warm_start_steps, lr=settings.warm_start_lr, on_log=on_log, on_look=on_look
+        )
     model.eval()
     errors = ", ".join(f"{kind} {report.first[kind]:.3f} -> {report.last[kind]:.3f}" for kind in report.last)
     say(f"warm start done in {report.seconds:.1f} s; relative squared error: {errors}")
