@@ -50,7 +50,8 @@ def answers(rows: Rows, language: kept.Rows) -> list[Answer]:
     misled = partial(_memory_gap, one="other", other="off", key="follows")
     own = "Right with the own memory minus another image's"
     far = "Right at 1,024 and 2,048 tokens, minus"
-    as_long = f"trained the same, or where that was not run in {Trial.steps} steps up to {min(TRAINED)}"
+    plainly = f"in {Trial.steps} steps at the same lengths, or where neither was run up to {min(TRAINED)}"
+    as_long = f"trained the same, or where that was not run {plainly}"
 
     def of(*methods: str, longer: bool = False) -> list[Row]:
         short = min(TRAINED) if longer else -1
@@ -131,8 +132,8 @@ def _far(rows: Rows, other: str, row: Row, images: str, condition: str = "base")
     """Points between two methods behind long narrations; the eye itself is the same for every seed."""
     these = _long(row, images, "base")
     if other != NONE:
-        rivals = (rows.get(row.of._replace(method=other)), rows.get(Training(other, min(TRAINED))))
-        rival = next((one for one in rivals if one and one.raw), None)
+        rivals = (row.of._replace(method=other), Training(other, row.of.longest), Training(other, min(TRAINED)))
+        rival = next((rows[one] for one in rivals if one in rows and rows[one].raw), None)
         return _points(these, _long(rival, images, "base")) if rival else None
     eye = list(_long(rows[EYE_ITSELF], images, condition).values())
     return _points(these, dict.fromkeys(these, eye[0])) if eye else None

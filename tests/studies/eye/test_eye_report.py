@@ -150,6 +150,9 @@ def test_another_number_of_steps_is_a_row_of_its_own(tmp_path):
     plant(tmp_path, "lora", 0.5, seed=1)  # where nothing was trained as long, the shorter training is the rival
     better = answer(section(tmp_path, "cpu", EYE), "Does PVM read better than lora?")
     assert better[longer].count("*yes*, +40.0 points") == 2
+    plant(tmp_path, "lora", 0.7, seed=1, longest=2048)  # one of fewer steps at the same lengths comes first
+    better = answer(section(tmp_path, "cpu", EYE), "Does PVM read better than lora?")
+    assert better[longer].count("*yes*, +20.0 points") == 2
     plant(tmp_path, "lora", 0.75, seed=1, longest=2048, steps=600)
     better = answer(section(tmp_path, "cpu", EYE), "Does PVM read better than lora?")
     assert better[longer].count("*not shown*, +15.0 points") == 2
